@@ -1,0 +1,78 @@
+"""lbaccel: the batch you ask for is a contract; how it fits in memory is lbaccel's problem.
+
+Names are imported when they are first used: the arithmetic (`BatchPlan`, `scale_lr`, schedules)
+needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lbaccel.batch import BatchPlan, MicroBatch, UpdateStream
+    from lbaccel.checkpointing import apply_activation_checkpointing
+    from lbaccel.data.augment import GroupMix, KeyedImages
+    from lbaccel.data.loader import Update, UpdateLoader
+    from lbaccel.data.sources import open_source
+    from lbaccel.engine import LargeBatch, UpdateResult
+    from lbaccel.errors import InputError, RunFailed
+    from lbaccel.normalization import convert_batch_norm, recalibrate
+    from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
+    from lbaccel.schedules import Duration, lr_scheduler, make_schedule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchPlan": "batch",
+    "MicroBatch": "batch",
+    "UpdateStream": "batch",
+    "apply_activation_checkpointing": "checkpointing",
+    "GroupMix": "data.augment",
+    "KeyedImages": "data.augment",
+    "Update": "data.loader",
+    "UpdateLoader": "data.loader",
+    "open_source": "data.sources",
+    "LargeBatch": "engine",
+    "UpdateResult": "engine",
+    "InputError": "errors",
+    "RunFailed": "errors",
+    "convert_batch_norm": "normalization",
+    "recalibrate": "normalization",
+    "linear_scaling": "scaling",
+    "no_scaling": "scaling",
+    "scale_lr": "scaling",
+    "sqrt_scaling": "scaling",
+    "Duration": "schedules",
+    "lr_scheduler": "schedules",
+    "make_schedule": "schedules",
+}
+
+__all__ = [
+    "BatchPlan",
+    "Duration",
+    "GroupMix",
+    "InputError",
+    "KeyedImages",
+    "LargeBatch",
+    "MicroBatch",
+    "RunFailed",
+    "Update",
+    "UpdateLoader",
+    "UpdateResult",
+    "UpdateStream",
+    "apply_activation_checkpointing",
+    "convert_batch_norm",
+    "linear_scaling",
+    "lr_scheduler",
+    "make_schedule",
+    "no_scaling",
+    "open_source",
+    "recalibrate",
+    "scale_lr",
+    "sqrt_scaling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

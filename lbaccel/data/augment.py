@@ -1,0 +1,182 @@
+"""Vectorised augmentation of images in memory, and mixing within groups: all keyed by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import betaincinv
+from torch import Tensor
+from torch.nn import functional as F
+
+from lbaccel.batch import MicroBatch
+from lbaccel.data.order import keyed_uniform
+from lbaccel.data.sources import ImageArray
+from lbaccel.errors import InputError
+
+# One number for each kind of draw, so that no two share a hash.
+CROP_Y, CROP_X, FLIP, MIX_LAMBDA, MIX_CHOICE, BOX_Y, BOX_X = range(1, 8)
+
+
+@dataclass(frozen=True)
+class KeyedImages:
+    """A set of small images in memory that is augmented a micro-batch at a time.
+
+    Each image of [C, H, W] bytes is shifted by a random crop of its zero-padded frame (`pad`
+    pixels a side), mirrored with probability `flip`, resized to `img_size` and normalised:
+    (x / 255 - mean) / std. The draws depend on (seed, epoch, sample index) alone.
+    """
+
+    source: ImageArray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int = 0
+    pad: int = 0
+    flip: float = 0.0
+    img_size: int | None = None
+    interpolation: str = "bicubic"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) * 255 for x in (self.mean, self.std))
+        return mean, std
+
+    def fetch(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Float images [n, C, img_size, img_size] and labels [n] of these samples."""
+        rows = torch.from_numpy(np.ascontiguousarray(indices))
+        images = self.source.images[rows]
+        if self.pad:
+            images = self._crop(images, indices, epochs)
+        if self.flip:
+            mirrored = keyed_uniform(self.seed, epochs, indices, FLIP) < self.flip
+            where = torch.from_numpy(mirrored)[:, None, None, None]
+            images = torch.where(where, images.flip(3), images)
+        return self.normalise(images), self.source.labels[rows]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bytes [n, C, H, W] to normalised floats of `img_size`."""
+        x = images.float()
+        if self.img_size is not None and self.img_size != x.shape[-1]:
+            x = F.interpolate(
+                x,
+                size=(self.img_size, self.img_size),
+                mode=self.interpolation,
+                antialias=self.interpolation in ("bilinear", "bicubic"),
+            ).clamp_(0, 255)
+        mean, std = self._scale
+        return x.sub_(mean).div_(std)
+
+    def _crop(self, images: Tensor, indices: NDArray[Any], epochs: NDArray[Any]) -> Tensor:
+        n, channels, height, width = images.shape
+        span = 2 * self.pad + 1
+        y, x = (
+            torch.from_numpy((keyed_uniform(self.seed, epochs, indices, draw) * span).astype(int))
+            for draw in (CROP_Y, CROP_X)
+        )
+        padded = F.pad(images, [self.pad] * 4)
+        rows = (y[:, None] + torch.arange(height))[:, None, :, None]
+        columns = (x[:, None] + torch.arange(width))[:, None, None, :]
+        sample = torch.arange(n)[:, None, None, None]
+        channel = torch.arange(channels)[None, :, None, None]
+        return padded[sample, channel, rows, columns]
+
+
+@dataclass(frozen=True)
+class GroupMix:
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) within the groups of a micro-batch.
+
+    Sample i of a group of g is mixed with sample g - 1 - i: x = lam x_i + (1 - lam) x_j, targets
+    alike, lam ~ Beta(alpha, alpha) drawn for each sample by (seed, epoch, index). Groups are whole
+    ghost batches or neighbouring pairs, so no partition of an update changes a partner. With both
+    given, each sample takes CutMix with probability 1/2.
+
+    Args:
+        num_classes: length of the target vectors.
+        mixup, cutmix: their alpha; 0 is off.
+        label_smoothing: targets are 1 - s + s / C and s / C.
+        seed: of the draws.
+    """
+
+    num_classes: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.mixup, self.cutmix) < 0 or not (self.mixup or self.cutmix):
+            raise InputError(
+                f"mixup={self.mixup} and cutmix={self.cutmix}: give at least one above 0."
+            )
+
+    def __call__(
+        self,
+        data: tuple[Tensor, Tensor],
+        micro_batch: MicroBatch,
+        indices: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        """Images [n, C, H, W] and labels [n] to mixed images and soft targets [n, num_classes]."""
+        images, labels = data
+        off = self.label_smoothing / self.num_classes
+        targets = torch.full((len(labels), self.num_classes), off)
+        targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + off)
+        partner = torch.cat(
+            [
+                torch.arange(start + size - 1, start - 1, -1)
+                for start, size in zip(_starts(micro_batch), micro_batch.group_sizes, strict=True)
+            ]
+        )
+
+        def uniform(draw: int) -> NDArray[np.float64]:
+            return keyed_uniform(self.seed, epochs, indices, draw)
+
+        if self.mixup and self.cutmix:
+            cut = uniform(MIX_CHOICE) < 0.5
+        else:
+            cut = np.full(len(indices), bool(self.cutmix))
+        u = uniform(MIX_LAMBDA)
+        lam = np.where(
+            cut,
+            betaincinv(self.cutmix or 1, self.cutmix or 1, u),
+            betaincinv(self.mixup or 1, self.mixup or 1, u),
+        )
+        height, width = images.shape[-2:]
+        box, area = _boxes(lam, uniform(BOX_Y), uniform(BOX_X), height, width)
+        lam = np.where(cut, 1 - area, lam)
+        weight = torch.from_numpy(lam).float()
+        keep = torch.where(
+            torch.from_numpy(cut)[:, None, None], (~box).float(), weight[:, None, None]
+        )[:, None]
+        mixed = images * keep + images[partner] * (1 - keep)
+        return mixed, targets * weight[:, None] + targets[partner] * (1 - weight[:, None])
+
+
+def _starts(micro_batch: MicroBatch) -> list[int]:
+    starts = [0]
+    for size in micro_batch.group_sizes[:-1]:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _boxes(
+    lam: NDArray[Any], u_y: NDArray[Any], u_x: NDArray[Any], height: int, width: int
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """CutMix's boxes as masks [n, H, W], and the share of the image that each really covers."""
+    half = np.sqrt(1 - lam) / 2
+
+    def inside(u: NDArray[Any], length: int) -> NDArray[np.bool_]:
+        low = np.clip(np.round((u - half) * length), 0, length)[:, None]
+        high = np.clip(np.round((u + half) * length), 0, length)[:, None]
+        at = np.arange(length)[None]
+        return (low <= at) & (at < high)
+
+    box = inside(u_y, height)[:, :, None] & inside(u_x, width)[:, None, :]
+    return torch.from_numpy(box), box.mean((1, 2))

@@ -1,0 +1,228 @@
+"""The loader: one item an update, whose micro-batches are made when they are needed."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, default_collate
+
+from lbaccel.batch import BatchPlan, LastUpdate, MicroBatch, UpdateStream
+from lbaccel.data.order import keyed_hash, samples_at
+from lbaccel.errors import InputError
+
+Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
+SAMPLE_SEED = 0x5EED
+
+
+@dataclass
+class Update:
+    """One update's share of this rank: iterate it once for pairs (MicroBatch, data)."""
+
+    index: int
+    num_samples: int
+    micro_batches: Iterator[tuple[MicroBatch, Any]]
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
+        return self.micro_batches
+
+
+class UpdateLoader:
+    """Takes the place of a DataLoader: yields the updates of an epoch, cut as the plan says.
+
+    Indices are split, never tensors: at most the micro-batches in flight stand in memory. Which
+    samples an update holds, in which order, and every random number that the data set's transforms
+    draw from torch, numpy or random depend on (seed, epoch, sample index) alone. Each pass of
+    `for update in loader` is one epoch, from where the loader stands; `len(loader)` is what that
+    pass yields.
+
+    Args:
+        dataset: a map-style data set, or one with `fetch(indices, epochs)` that makes a whole
+            micro-batch.
+        plan: the partition; a batch above the data set becomes full-batch training, with a
+            warning.
+        rank: this process, below `plan.world_size`.
+        seed: of order and augmentation.
+        last_update: what becomes of an epoch's remainder: "wrap", "keep" or "drop".
+        num_workers: processes that load a map-style data set.
+        collate_fn: makes a micro-batch of a list of samples.
+        transform: (data, micro_batch, indices, epochs) -> data, in the main process.
+
+    >>> plan = BatchPlan(global_batch_size=4, micro_batch_size=2)
+    >>> loader = UpdateLoader(list(range(10)), plan)
+    >>> [[data.tolist() for _, data in update] for update in loader]  # doctest: +SKIP
+    [[[3, 5], [8, 0]], [[7, 4], [2, 9]], [[1, 6], [4, 2]]]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        *,
+        rank: int = 0,
+        seed: int = 0,
+        last_update: LastUpdate = "wrap",
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        if not len(dataset):
+            raise InputError("the training set is empty: give a data set of at least one sample.")
+        if not 0 <= rank < plan.world_size:
+            raise InputError(f"rank={rank} is not in 0..{plan.world_size - 1} (world_size).")
+        if plan.global_batch_size > len(dataset):
+            warnings.warn(
+                f"global_batch_size={plan.global_batch_size} is above the training set's "
+                f"{len(dataset)} samples: every update sees the whole set once (full-batch "
+                "training).",
+                stacklevel=2,
+            )
+        self.dataset = dataset
+        self.plan = plan.capped(len(dataset))
+        self.rank = rank
+        self.seed = seed
+        self.stream = UpdateStream(self.plan.global_batch_size, len(dataset), last_update)
+        self.num_workers = num_workers
+        self.collate_fn = collate_fn or default_collate
+        self.transform = transform
+        self.next_update = 0
+        self._batches: Iterator[Any] | None = None
+        self._drawn = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the next update starts."""
+        position, _ = self.stream.span(self.next_update)
+        return position // len(self.dataset)
+
+    def __len__(self) -> int:
+        return self.stream.first_update(self.epoch + 1) - self.next_update
+
+    def __iter__(self) -> Iterator[Update]:
+        last = self.next_update + len(self)
+        while self.next_update < last:
+            index = self.next_update
+            self.next_update += 1
+            update = Update(index, self.stream.span(index)[1], self._micro_batches(index))
+            yield update
+            if self._batches is not None and self._drawn != self.next_update:
+                self._batches = None  # an update that was left half read: start the workers anew
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands."""
+        return {"next_update": self.next_update}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from another place."""
+        self.next_update, self._batches = int(state["next_update"]), None
+
+    def _keys(self, index: int) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
+        start, num_samples = self.stream.span(index)
+        for micro_batch in self.plan.partition(self.rank, num_samples):
+            indices, epochs = samples_at(
+                start + micro_batch.start,
+                micro_batch.num_samples,
+                num_samples=len(self.dataset),
+                seed=self.seed,
+            )
+            yield micro_batch, indices, epochs
+
+    def _micro_batches(self, index: int) -> Iterator[tuple[MicroBatch, Any]]:
+        fetch = getattr(self.dataset, "fetch", None)
+        if fetch is None and (self._batches is None or self._drawn != index):
+            self._batches, self._drawn = self._load_from(index), index
+        for micro_batch, indices, epochs in self._keys(index):
+            data = fetch(indices, epochs) if fetch is not None else _checked(next(self._batches))  # type: ignore[arg-type]
+            if self.transform is not None:
+                data = self.transform(data, micro_batch, indices, epochs)
+            yield micro_batch, data
+        self._drawn = index + 1
+
+    def _load_from(self, index: int) -> Iterator[Any]:
+        workers = self.num_workers
+        loader = DataLoader(
+            _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
+            batch_sampler=_KeyLists(self, index),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_Collate(self.collate_fn),
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
+
+class _KeyLists:
+    """The keys (epoch, index) of all micro-batches of this rank from an update on, without end."""
+
+    def __init__(self, loader: UpdateLoader, index: int) -> None:
+        self.loader, self.index = loader, index
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        index = self.index
+        while True:
+            for _, indices, epochs in self.loader._keys(index):
+                yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
+            index += 1
+
+
+class _KeyedSamples:
+    """A map-style data set whose item (epoch, index) draws from generators seeded by that key."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        generator = torch.default_generator
+        state = generator.get_state(), np.random.get_state(), random.getstate()
+        try:
+            return [self._item(*key) for key in keys]
+        finally:
+            generator.set_state(state[0])
+            np.random.set_state(state[1])
+            random.setstate(state[2])
+
+    def _item(self, epoch: int, index: int) -> Any:
+        seed = int(keyed_hash(self.seed, SAMPLE_SEED, epoch, index))
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            return _LoadFailure(str(error))
+        except (OSError, SyntaxError) as error:  # what PIL raises for a file that is no image
+            samples = getattr(self.dataset, "samples", None)
+            name = f" ({samples[index][0]})" if samples else ""
+            return _LoadFailure(f"sample {index}{name} can't be read: {error}.")
+
+
+@dataclass(frozen=True)
+class _LoadFailure:
+    """An InputError on its way out of a worker, where a raise would drown it in a traceback."""
+
+    message: str
+
+
+class _Collate:
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[Any]) -> Any:
+        for sample in samples:
+            if isinstance(sample, _LoadFailure):
+                return sample
+        return self.collate_fn(samples)
+
+
+def _checked(data: Any) -> Any:
+    if isinstance(data, _LoadFailure):
+        raise InputError(data.message)
+    return data
