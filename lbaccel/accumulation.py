@@ -141,7 +141,7 @@ def agree(
 
     Raises:
         BaseException: `error` itself, on the rank that failed.
-        RunFailed: on the others, naming how many ranks failed.
+        RunFailed: on the others, with what the failing ranks said.
         InputError: the weights of the update add up to zero.
     """
     status = torch.zeros(3 + len(parameters), dtype=torch.float64, device=device)
@@ -153,13 +153,17 @@ def agree(
     if world_size > 1:
         dist.all_reduce(status)
     num_failed, loss, weight, *present = status.tolist()
+    if num_failed and world_size > 1:
+        said: list[str | None] = [None] * world_size
+        dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
+        if error is None:
+            reasons = "; ".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
+            raise RunFailed(
+                f"{int(num_failed)} of {world_size} ranks failed in this update, so no rank "
+                f"committed it. {reasons}"
+            )
     if error is not None:
         raise error
-    if num_failed:
-        raise RunFailed(
-            f"{int(num_failed)} of {world_size} ranks failed in this update, so no rank commits "
-            "it; the failing rank's own message says why."
-        )
     if weight == 0.0:
         raise InputError(
             "the weights of this update add up to 0, so its mean loss is not defined. "

@@ -218,7 +218,8 @@ class LargeBatch:
             if self._scheduler is not None:
                 self._scheduler.step()
             if self._ema is not None:
-                self._ema.update(self.accelerator.unwrap_model(self._model))
+                ddp = isinstance(self._model, nn.parallel.DistributedDataParallel)
+                self._ema.update(self._model.module if ddp else self._model)
         elif scaler is not None and scaler.get_scale() < 1.0:
             raise RunFailed(
                 f"the fp16 gradient overflows at update {self.num_updates + 1} even at loss scale "

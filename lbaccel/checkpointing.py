@@ -1,0 +1,170 @@
+"""Activation checkpointing for any timm backbone: recompute blocks in the backward pass.
+
+Recompute changes no statistic and no mask: `GhostNorm` knows a recompute by a flag that the
+update's own backward sets, and torch restores the random state (`preserve_rng_state`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from lbaccel.errors import InputError
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_STARTS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What is recomputed: by the model's own hook, or the wrapped blocks by name."""
+
+    by_model: bool
+    blocks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.by_model:
+            return "activation checkpointing: the model's own blocks (set_grad_checkpointing)"
+        shown = ", ".join(self.blocks[:4]) + (", ..." if len(self.blocks) > 4 else "")
+        return f"activation checkpointing: {len(self.blocks)} blocks wrapped ({shown})"
+
+
+def apply_activation_checkpointing(
+    model: nn.Module, blocks: Sequence[str] | None = None
+) -> Checkpointing:
+    """Recompute the activations of blocks of `model` in the backward pass, in place.
+
+    Takes the model's own hook (`set_grad_checkpointing`, timm) where it has one; where it refuses,
+    as 18 of timm's 98 families do, its repeated blocks are wrapped: members of module lists and
+    sequences, and runs of layers of a long flat sequence. Only classes change, so parameter names
+    and `state_dict` stay. Peak activations fall to the block inputs plus one block's inside
+    (Chen et al. 2016, section 4), for about one more forward pass. Call it before
+    `LargeBatch.prepare`.
+
+    Args:
+        model: the network, unwrapped.
+        blocks: names of the modules to wrap, as `named_modules()` has them, in place of the choice.
+
+    Raises:
+        InputError: an unknown name, or nothing to wrap.
+    """
+    if blocks is None and _own_hook(model):
+        return Checkpointing(True, ())
+    modules = dict(model.named_modules())
+    if blocks is None:
+        chosen = dict(_find_blocks(model, _classifier(model)))
+    else:
+        unknown = [name for name in blocks if not name or name not in modules]
+        if unknown:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise InputError(
+                f"blocks={unknown} are no modules of {type(model).__name__}. Its top-level "
+                f"modules are: {children}."
+            )
+        chosen = {name: modules[name] for name in blocks}
+    if not chosen:
+        raise InputError(
+            f"{type(model).__name__} has no blocks that lbaccel finds to recompute. Name them: "
+            "apply_activation_checkpointing(model, blocks=['layer1.0', ...])."
+        )
+    for module in chosen.values():
+        if not type(module).__name__.startswith("Checkpointed"):
+            module.__class__ = _checkpointed(type(module), _is_flat(module))
+    return Checkpointing(False, tuple(chosen))
+
+
+def _own_hook(model: nn.Module) -> bool:
+    hook: Any = getattr(model, "set_grad_checkpointing", None)
+    if hook is None:
+        return False
+    try:
+        hook(True)
+    except AssertionError:  # how timm says that a family has no support
+        return False
+    return True
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    getter: Any = getattr(model, "get_classifier", None)
+    found = getter() if getter is not None else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _find_blocks(
+    module: nn.Module, classifier: nn.Module | None, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        has_children = next(child.children(), None) is not None
+        holds_classifier = classifier is not None and any(m is classifier for m in child.modules())
+        if holds_classifier or not has_children or isinstance(child, _BatchNorm):
+            continue
+        if next(child.parameters(), None) is None:
+            continue
+        is_container = isinstance(child, _CONTAINERS) or type(child) is nn.Sequential
+        if is_container and not _is_flat(child):
+            yield from _find_blocks(child, classifier, f"{path}.")
+        else:
+            yield path, child
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """A sequence of single layers, such as VGG's `features`."""
+    return type(module) is nn.Sequential and all(
+        next(layer.children(), None) is None for layer in module
+    )
+
+
+@cache
+def _checkpointed(base: type[nn.Module], flat: bool) -> type[nn.Module]:
+    plain: Any = base.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(self, *args, **kwargs)
+        if not flat:
+            return checkpoint(_call_fresh, plain, self, args, kwargs, use_reentrant=False)
+        (x,) = args
+        for run in _runs(list(self)):
+            x = checkpoint(_call_in_turn, run, x, use_reentrant=False)
+        return x
+
+    return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward})
+
+
+def _call_fresh(plain: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call with new lists: HRNet's stages write into the list they get, and recompute needs it."""
+    return plain(module, *_fresh(args), **_fresh(kwargs))
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _fresh(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(item) for item in value)
+    return value
+
+
+def _runs(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """About sqrt(k) runs of the k convolutions of a sequence; each begins with one of them.
+
+    A run must not begin with an activation that works in place: it would spoil the saved input.
+    """
+    starts = [i for i, layer in enumerate(layers) if isinstance(layer, _STARTS)]
+    size = max(1, math.isqrt(len(starts)))
+    cuts = [0, *starts[size::size], len(layers)]
+    return [layers[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _call_in_turn(layers: list[nn.Module], x: Any) -> Any:
+    for layer in layers:
+        x = layer(x)
+    return x
