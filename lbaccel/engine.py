@@ -93,7 +93,13 @@ class LargeBatch:
         self._parameters: list[nn.Parameter] = []
 
     def prepare(
-        self, model: nn.Module, optimizer: Any, loader: Any, scheduler: Any = None, *, ema: Any = None
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loader: Any,
+        scheduler: Any = None,
+        *,
+        ema: Any = None,
     ) -> tuple[Any, ...]:
         """Prepare the user's objects; takes the place of `accelerator.prepare`.
 

@@ -108,9 +108,7 @@ def _normalise(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm, discard: boo
     slot.num_groups += 1
     if norm.statistics == "per_ghost":
         momentum = layer.momentum
-        return kernel(
-            slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum
-        )
+        return kernel(slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum)
     assert slot.mean is not None and slot.var is not None
     mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
     y = kernel(mean, var, 1.0)

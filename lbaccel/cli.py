@@ -1,0 +1,54 @@
+"""The `lbaccel` command: one subcommand a task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lbaccel.errors import InputError, RunFailed
+
+USAGE = """usage: lbaccel COMMAND ...
+
+  train     train or finetune a timm backbone at a global batch that does not fit
+  compare   finished runs side by side: what differed, and what came of it
+
+lbaccel COMMAND --help says more.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code (0 done, 1 failed, 2 input, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command == "train":
+        from lbaccel import train
+
+        return train.main(arguments)
+    if command == "compare":
+        return _compare(arguments)
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        from lbaccel import __version__
+
+        print(f"lbaccel {__version__}")
+        return 0
+    print(f"error: no command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from lbaccel import compare
+
+    parser = argparse.ArgumentParser(prog="lbaccel compare", allow_abbrev=False)
+    compare.add_arguments(parser)
+    try:
+        return compare.run(parser.parse_args(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"run failed: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,121 @@
+"""From a source to what the loader and the evaluation read: transforms for arrays and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lbaccel.data.augment import KeyedImages
+from lbaccel.data.sources import ImageArray, ImageFiles
+from lbaccel.errors import InputError
+
+
+@dataclass(frozen=True)
+class TransformedImages:
+    """A map-style data set of (transform(image), label)."""
+
+    source: ImageArray | ImageFiles
+    transform: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(_load(self.source, index)), int(self.source.labels[index])
+
+
+def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
+    if isinstance(source, ImageFiles):
+        return source.load(index)
+    pixels = source.images[index].permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+
+
+def training_set(
+    source: ImageArray | ImageFiles,
+    *,
+    preprocessing: dict[str, Any],
+    seed: int,
+    mirror: bool = True,
+    auto_augment: str | None = None,
+) -> Any:
+    """The training images with their augmentation.
+
+    Images in memory: a random crop of the frame padded by an eighth, and a mirror image half of
+    the time, a micro-batch at a time. Files, and images in memory with `auto_augment`: timm's
+    training transform (random resized crop, mirror, colour), an image at a time.
+
+    Raises:
+        InputError: an `auto_augment` that timm does not know.
+    """
+    size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
+    if isinstance(source, ImageArray) and auto_augment is None:
+        return KeyedImages(
+            source,
+            mean,
+            std,
+            seed=seed,
+            pad=max(1, source.images.shape[-1] // 8),
+            flip=0.5 if mirror else 0.0,
+            img_size=size,
+            interpolation=preprocessing["interpolation"],
+        )
+    if len(mean) != 3 and auto_augment is not None:
+        raise InputError(
+            f"auto_augment={auto_augment!r} works on colour images; these have {len(mean)} channel."
+        )
+    try:
+        transform = timm.data.create_transform(
+            input_size=(len(mean), size, size),
+            is_training=True,
+            hflip=0.5 if mirror else 0.0,
+            auto_augment=auto_augment,
+            interpolation=preprocessing["interpolation"],
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise InputError(
+            f"auto_augment={auto_augment!r} is no policy of timm's, such as "
+            f"'rand-m9-mstd0.5': {error}"
+        ) from error
+    return TransformedImages(source, transform)
+
+
+def evaluation_batches(
+    source: ImageArray | ImageFiles,
+    *,
+    preprocessing: dict[str, Any],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [n, C, H, W] and labels [n] of every `world_size`-th sample from `rank`."""
+    size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
+    indices = range(rank, len(source), world_size)
+    if isinstance(source, ImageArray):
+        images = KeyedImages(
+            source, mean, std, img_size=size, interpolation=preprocessing["interpolation"]
+        )
+        for start in range(0, len(indices), batch_size):
+            rows = torch.tensor(indices[start : start + batch_size])
+            yield images.normalise(source.images[rows]), source.labels[rows]
+        return
+    transform = timm.data.create_transform(
+        input_size=(len(mean), size, size),
+        interpolation=preprocessing["interpolation"],
+        crop_pct=preprocessing["crop_pct"],
+        mean=mean,
+        std=std,
+    )
+    subset = Subset(TransformedImages(source, transform), indices)  # type: ignore[arg-type]
+    yield from DataLoader(subset, batch_size=batch_size, num_workers=num_workers)

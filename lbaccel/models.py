@@ -1,0 +1,203 @@
+"""timm backbones for the recipe: weights, the stem for small images, preprocessing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from lbaccel.errors import InputError, RunFailed
+
+SMALL_IMAGE = 64
+
+
+def create_backbone(
+    name: str,
+    *,
+    num_classes: int,
+    num_channels: int = 3,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    drop_rate: float = 0.0,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """A timm model, with its own pretrained weights, those of a file, or fresh ones.
+
+    `pretrained` with `checkpoint` reads the file as pretrained weights: timm adapts channels and
+    puts in a new classifier where the number of classes differs. `checkpoint` alone must fit the
+    model exactly.
+
+    Raises:
+        InputError: an unknown model, or weights that do not fit.
+        RunFailed: pretrained weights that can't be downloaded.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise InputError(f"model={name!r} is no timm model.{hint} timm.list_models() has them all.")
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": num_channels}
+    if drop_rate:
+        options["drop_rate"] = drop_rate
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    config = timm.get_pretrained_cfg(name)
+    if img_size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = img_size
+    weights = None
+    if checkpoint is not None:
+        weights = read_weights(checkpoint)
+        if pretrained:
+            options["pretrained_cfg_overlay"] = {"state_dict": weights}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except (OSError, ConnectionError) as error:
+        raise RunFailed(
+            f"pretrained weights of {name} can't be had: {error}. Without a network, give a file: "
+            "--pretrained --checkpoint PATH."
+        ) from error
+    except RuntimeError as error:
+        if weights is None:
+            if pretrained and "pretrained" in str(error).lower():
+                raise InputError(f"{name} has no pretrained weights: {error}") from error
+            raise
+        raise InputError(_misfit(name, model=None, error=error, path=checkpoint)) from error
+    except TypeError as error:
+        raise InputError(f"{name} does not take one of {sorted(options)}: {error}.") from error
+    if weights is not None:
+        if pretrained:
+            model.pretrained_cfg.pop("state_dict", None)
+        else:
+            _load_exactly(model, weights, name, checkpoint)
+    return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`."""
+    if not path.is_file():
+        raise InputError(f"checkpoint={path} is no file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint={path} can't be read as weights: {reason}") from error
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"checkpoint={path} holds no state_dict of tensors.")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _load_exactly(
+    model: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path | None
+) -> None:
+    own = model.state_dict()
+    wrong = [
+        f"{key} is {tuple(weights[key].shape)}, the model's {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    missing = [key for key in own if key not in weights]
+    extra = [key for key in weights if key not in own]
+    problems = wrong + [f"{key} is missing" for key in missing] + [f"{k} is unknown" for k in extra]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; {len(problems) - 3} more" * (len(problems) > 3))
+        raise InputError(
+            f"checkpoint={path} does not fit {name}: {shown}. To start from it with a new "
+            "classifier, add --pretrained; else give the model and --stem it was trained with."
+        )
+    model.load_state_dict(dict(weights))
+
+
+def _misfit(name: str, *, model: Any, error: Exception, path: Path | None) -> str:
+    del model
+    reason = " ".join(str(error).split())[:300]
+    return f"checkpoint={path} does not fit {name}: {reason}"
+
+
+def adapt_stem(model: nn.Module) -> str | None:
+    """Make a ResNet or MobileNetV2 fit small images, in place; None for other families.
+
+    ResNet: the first convolution has stride 1 (a plain 7 x 7 becomes a fresh 3 x 3), and there is
+    no max pooling (He et al. 2016, section 4.2). MobileNetV2: the first convolution and the first
+    block with stride have stride 1.
+
+    Returns:
+        What was done, in words.
+    """
+    if isinstance(model, ResNet) and isinstance(model.maxpool, nn.MaxPool2d):
+        if isinstance(model.conv1, nn.Sequential):
+            model.conv1[0].stride = (1, 1)
+            what = "conv1.0 has stride 1"
+        else:
+            old = model.conv1
+            model.conv1 = nn.Conv2d(
+                old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False
+            )
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+            what = "conv1 is a fresh 3x3 of stride 1"
+        model.maxpool = nn.Identity()
+        return f"{what}, no max pooling"
+    if isinstance(model, EfficientNet) and model.pretrained_cfg["architecture"].startswith(
+        "mobilenetv2"
+    ):
+        model.conv_stem.stride = (1, 1)
+        strided = next(
+            module
+            for name, module in model.blocks.named_modules()
+            if name.endswith("conv_dw") and module.stride != (1, 1)
+        )
+        strided.stride = (1, 1)
+        return "conv_stem and the first strided block have stride 1"
+    return None
+
+
+def preprocessing(
+    model: nn.Module, *, num_channels: int = 3, given: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Mean, std, interpolation and crop share of the backbone's data config, and their origins.
+
+    Values in `given` that are not None win. With one channel, mean and std are averaged.
+
+    Raises:
+        InputError: a mean or std of another length than the images' channels.
+    """
+    config = timm.data.resolve_model_data_config(model)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key in ("mean", "std", "interpolation", "crop_pct"):
+        value = (given or {}).get(key)
+        if value is not None:
+            values[key], origins[key] = value, "flag"
+            continue
+        value = config[key]
+        if key in ("mean", "std") and len(value) != num_channels:
+            value = (sum(value) / len(value),) * num_channels
+        values[key], origins[key] = value, "the backbone's data config"
+    if values["interpolation"] not in ("bilinear", "bicubic"):
+        values["interpolation"] = "bicubic"
+    for key in ("mean", "std"):
+        found = tuple(float(x) for x in values[key])
+        if len(found) == 1:
+            found = found * num_channels
+        if len(found) != num_channels:
+            raise InputError(
+                f"{key} has {len(found)} values, but the images have {num_channels} channels. "
+                f"Give 1 or {num_channels} values."
+            )
+        values[key] = found
+    if min(values["std"]) <= 0:
+        raise InputError(f"std={values['std']}: every value must be above 0.")
+    return values, origins
