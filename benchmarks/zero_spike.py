@@ -26,8 +26,7 @@ from deepspeed.utils import logger, safe_get_full_grad
 # PLAN[update][rank] = sizes of the real micro-batches; the rank with fewer is filled up.
 PLAN = [[[4, 4, 4, 2], [4, 3]], [[3], [4, 4]], [[4, 1, 2], []]]
 TOLERANCE = 1e-5
-LR, MOMENTUM = 0.1, 0.9
-NAMES = ("weights", "move", "gradient")
+LR, MOMENTUM, NAMES = 0.1, 0.9, ("weights", "move", "gradient")
 
 
 def make_model(dtype=torch.float32):

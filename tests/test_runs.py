@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 
 import pytest
 from accelerate import Accelerator
@@ -190,6 +189,5 @@ def test_reading_and_comparing_folders_needs_neither_torch_nor_wandb():
         "heavy = {'torch', 'accelerate', 'wandb', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stderr, time.perf_counter() - start)
+    assert done.returncode == 0, done.stderr
