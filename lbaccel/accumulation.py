@@ -87,8 +87,9 @@ def accumulate(
             elif weight is None:
                 weight = float(micro_batch.num_samples)
             elif isinstance(weight, Tensor):
-                weight = weight.detach()
-            scaled = loss * (weight / num_samples)
+                weight = weight.detach().double()  # int64 / int would be float32
+            share = weight / num_samples
+            scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
             with norm.backward() if norm is not None else nullcontext():
                 backward(scaled)
             if not micro_batch.is_filler:

@@ -1,0 +1,375 @@
+"""Images in parquet files, as the Hugging Face hub keeps them: a struct {bytes, path}, a label."""
+
+from __future__ import annotations
+
+import io
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lbaccel.data.images import ImageArray, ImageFiles, decode_image
+from lbaccel.data.split import split_by_hash
+from lbaccel.errors import InputError
+
+VAL_NAMES = ("validation", "val", "test")
+MAX_SIDE = 64  # pixels: larger images stay in the files
+MAX_ARRAY_BYTES = 4 * 2**30  # a larger set stays in the files
+CACHE_BYTES = 256 * 2**20  # of encoded images, for each process
+DECODE_ROWS = 1024  # read at once
+ROW_RULE = "(rows are counted from 0)"
+
+
+class Columns(NamedTuple):
+    """Names of the two columns, and the class names that the file gives."""
+
+    image: str
+    label: str
+    classes: tuple[str, ...] | None
+
+
+class Table(NamedTuple):
+    """The files of one split, and what is kept in memory of each of their rows."""
+
+    images: RowImages
+    labels: NDArray[np.int64]
+    paths: list[str | None]
+
+
+def open_parquet(
+    root: Path, *, val_fraction: float, seed: int
+) -> tuple[ImageArray | ImageFiles, ImageArray | ImageFiles, str]:
+    """Training set, validation set, and in words where the second comes from.
+
+    Images of one size of at most 64 pixels a side are decoded into memory. All others stay in the
+    files: reading one decompresses its row group, of which each process keeps the last 256 MiB.
+
+    Raises:
+        InputError: the folder, a column or a label is missing, or a file or an image is broken.
+    """
+    train_files, val_files, how = find_files(root)
+    columns = find_columns(_schema(train_files[0]), train_files[0])
+    train = _read_table(train_files, columns)
+    classes, labels = _train_labels(train, columns)
+    if val_files:
+        val = _read_table(val_files, columns)
+        val_labels = _val_labels(val, columns, classes=classes, train_labels=labels)
+        rows, val_rows = np.arange(len(labels)), np.arange(len(val_labels))
+    else:
+        named = None not in train.paths and len(set(train.paths)) == len(labels)
+        keys = [str(path if named else row) for row, path in enumerate(train.paths)]
+        how = f"split by hash of the {'file name' if named else 'row number'}"
+        halves = split_by_hash(
+            keys, labels.tolist(), classes=classes, val_fraction=val_fraction, seed=seed
+        )
+        val, val_labels = train, labels
+        rows, val_rows = (np.array(half) for half in halves)
+
+    pixels = decode_rows(train.images, rows)
+    val_pixels = None if pixels is None else decode_rows(val.images, val_rows)
+    if pixels is None or val_pixels is None or pixels.shape[1:] != val_pixels.shape[1:]:
+        return (
+            _image_files(train, rows, labels, classes),
+            _image_files(val, val_rows, val_labels, classes),
+            how,
+        )
+    return (
+        ImageArray(pixels, torch.from_numpy(labels[rows]), classes),
+        ImageArray(val_pixels, torch.from_numpy(val_labels[val_rows]), classes),
+        how,
+    )
+
+
+def find_files(root: Path) -> tuple[list[Path], list[Path], str]:
+    """Training and validation files in `root` or `root`/data; which names the second have.
+
+    Raises:
+        InputError: `root` is no folder, or holds no file named train-*.parquet.
+    """
+    if not root.is_dir():
+        raise InputError(
+            f"parquet:{root} is {'a file' if root.is_file() else 'absent'}: give the folder that "
+            f"holds train-*.parquet, such as parquet:{root.parent if root.is_file() else 'PATH'}."
+        )
+    for folder in (root, root / "data"):
+        if train := _shards(folder, "train"):
+            found = ((_shards(folder, name), name) for name in VAL_NAMES)
+            val, name = next(((files, name) for files, name in found if files), ([], ""))
+            return train, val, f"validation from {name}-*.parquet"
+    names = sorted(path.name for path in root.rglob("*.parquet"))
+    raise InputError(
+        f"parquet:{root} holds no train-*.parquet, nor does its folder data: found "
+        f"{', '.join(names[:5]) or 'no parquet file'}{', ...' * (len(names) > 5)}. Name the files "
+        "as the Hugging Face hub does: train-00000-of-00001.parquet, test-00000-of-00001.parquet."
+    )
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    return sorted([*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")])
+
+
+def find_columns(schema: pa.Schema, path: Path) -> Columns:
+    """The image and the label column: by the hub's features, else by their types.
+
+    Of several label columns `label` or `fine_label` counts, of several image columns `image` or
+    `img`.
+
+    Raises:
+        InputError: there is none, or several of which none has such a name.
+
+    >>> image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    >>> find_columns(pa.schema({"picture": image, "kind": pa.int64()}), Path("train-0.parquet"))
+    Columns(image='picture', label='kind', classes=None)
+    """
+    features = _features(schema)
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _has_bytes(f.type)]
+    image = _choose(
+        [n for n in structs if features.get(n, {}).get("_type") == "Image"] or structs,
+        ("image", "img"),
+        path=path,
+        schema=schema,
+        rule="one image column, a struct {bytes, path}",
+    )
+    integers = [f.name for f in schema if pa.types.is_integer(f.type)]
+    label = _choose(
+        [n for n in integers if features.get(n, {}).get("_type") == "ClassLabel"] or integers,
+        ("label", "fine_label"),
+        path=path,
+        schema=schema,
+        rule="one label column of whole numbers",
+    )
+    names = features.get(label, {}).get("names")
+    return Columns(image, label, tuple(map(str, names)) if names else None)
+
+
+def _features(schema: pa.Schema) -> Mapping[str, Any]:
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return {k: v for k, v in info["info"]["features"].items() if isinstance(v, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # absent, or not as the hub writes it: the types of the columns decide
+
+
+def _has_bytes(struct: pa.StructType) -> bool:
+    index = struct.get_field_index("bytes")
+    if index < 0:
+        return False
+    kind = struct.field(index).type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _choose(
+    found: list[str], preferred: tuple[str, str], *, path: Path, schema: pa.Schema, rule: str
+) -> str:
+    best = found if len(found) == 1 else [name for name in preferred if name in found]
+    if best:
+        return best[0]
+    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+    raise InputError(
+        f"{path} needs {rule}; it has {len(found)} among its columns: {columns}. Keep one, or "
+        f"name it {preferred[0]!r}."
+    )
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path} can't be read as a parquet file: {error}. Fetch it again."
+        ) from error
+
+
+def _schema(path: Path) -> pa.Schema:
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+def _read_table(files: list[Path], columns: Columns) -> Table:
+    """Where each row lies, its label and its path; of the images not a byte."""
+    labels: list[NDArray[np.int64]] = []
+    paths: list[str | None] = []
+    groups: list[tuple[int, int, int, int]] = []
+    for number, path in enumerate(files):
+        with _opened(path) as file:
+            schema = file.schema_arrow
+            here = find_columns(schema, path)
+            if here != columns:
+                raise InputError(
+                    f"{path} differs from the first training file: its image column, label column "
+                    f"and class names are {tuple(here)}, there {tuple(columns)}. All files of a "
+                    "set need the same: take this one out, or write it anew."
+                )
+            in_file = 0
+            for group in range(file.num_row_groups):
+                groups.append((sum(map(len, labels)) + in_file, number, group, in_file))
+                in_file += file.metadata.row_group(group).num_rows
+            column = file.read([columns.label], use_threads=False).column(0)
+            if column.null_count:
+                row = column.is_null().to_pylist().index(True)
+                raise InputError(f"{path}, row {row} {ROW_RULE} has no label: give it one.")
+            labels.append(column.to_numpy().astype(np.int64))
+            if schema.field(columns.image).type.get_field_index("path") >= 0:
+                column = file.read([f"{columns.image}.path"], use_threads=False).column(0)
+                paths += [entry and entry["path"] for entry in column.to_pylist()]
+            else:
+                paths += [None] * in_file
+    if not paths:
+        raise InputError(f"{files[0]} and its like hold no rows: give files with images.")
+    images = RowImages(tuple(map(str, files)), columns.image, tuple(groups), len(paths))
+    return Table(images, np.concatenate(labels), paths)
+
+
+def _train_labels(table: Table, columns: Columns) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names, and labels 0, 1, ...: without names, the numbers in the file name the classes."""
+    if columns.classes is None:
+        values, labels = np.unique(table.labels, return_inverse=True)
+        return tuple(map(str, values.tolist())), labels.astype(np.int64)
+    _check_labels(table, table.labels, columns.classes)
+    return columns.classes, table.labels
+
+
+def _val_labels(
+    table: Table, columns: Columns, *, classes: tuple[str, ...], train_labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    labels = table.labels
+    if columns.classes is None:
+        index = {name: label for label, name in enumerate(classes)}
+        labels = np.array([index.get(str(x), -1) for x in labels.tolist()], dtype=np.int64)
+    _check_labels(table, labels, classes)
+    if strange := sorted(set(labels.tolist()) - set(train_labels.tolist())):
+        raise InputError(
+            f"{Path(table.images.files[0]).parent}: validation has class "
+            f"{', '.join(repr(classes[x]) for x in strange)}, of which training has no image. "
+            "Are training files missing? Both need the same classes."
+        )
+    return labels
+
+
+def _check_labels(table: Table, labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if wrong.size:
+        row = int(wrong[0])
+        raise InputError(
+            f"{table.images.where(row)} has label {table.labels[row]}, which is none of the "
+            f"{len(classes)} training classes (so have {wrong.size} of {len(labels)} rows). Images "
+            "without a label can't be used: take these rows or this file out."
+        )
+
+
+def _image_files(
+    table: Table, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: tuple[str, ...]
+) -> ImageFiles:
+    samples = tuple(rows.tolist())
+    names = tuple(table.paths[row] or str(row) for row in samples)
+    return ImageFiles(samples, tuple(labels[rows].tolist()), classes, names, table.images)
+
+
+@dataclass(frozen=True, eq=False)
+class RowImages:
+    """The image in a row of several parquet files; row groups are read when they are needed.
+
+    Args:
+        files: paths of the files, whose rows are numbered through.
+        column: the image column.
+        groups: for each row group its first row, its file, its number there, and its first row
+            there.
+        num_rows: in all files.
+    """
+
+    files: tuple[str, ...]
+    column: str
+    groups: tuple[tuple[int, int, int, int], ...]
+    num_rows: int
+    _cache: OrderedDict[int, pa.ChunkedArray] = field(default_factory=OrderedDict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}  # each process reads for itself
+
+    def __call__(self, row: int) -> Image.Image:
+        """The image in this row, as RGB."""
+        group = self._group_of(row)
+        return self.decode(row, self._read(group)[row - self.groups[group][0]].as_py())
+
+    def where(self, row: int) -> str:
+        """File and row, for messages."""
+        first, file, _, first_in_file = self.groups[self._group_of(row)]
+        return f"{self.files[file]}, row {row - first + first_in_file} {ROW_RULE}"
+
+    def decode(self, row: int, data: bytes | None) -> Image.Image:
+        """These bytes of this row as an image.
+
+        Raises:
+            InputError: there are none, or they are no image.
+        """
+        if data is None:
+            raise InputError(f"{self.where(row)} has no bytes: the file must hold the images.")
+        return decode_image(io.BytesIO(data), self.where(row))
+
+    def encoded(self) -> Iterator[tuple[int, bytes | None]]:
+        """Rows and their bytes, in order."""
+        row = 0
+        for path in self.files:
+            with _opened(path) as file:
+                for batch in file.iter_batches(
+                    DECODE_ROWS, columns=[f"{self.column}.bytes"], use_threads=False
+                ):
+                    for data in pc.struct_field(batch.column(0), "bytes").to_pylist():
+                        yield row, data
+                        row += 1
+
+    def _group_of(self, row: int) -> int:
+        return bisect_right(self.groups, row, key=lambda group: group[0]) - 1
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        _, number, in_file, _ = self.groups[group]
+        with _opened(self.files[number]) as file:
+            table = file.read_row_group(
+                in_file, columns=[f"{self.column}.bytes"], use_threads=False
+            )
+        self._cache[group] = pc.struct_field(table.column(0), "bytes")
+        while len(self._cache) > 1 and sum(a.nbytes for a in self._cache.values()) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return self._cache[group]
+
+
+def decode_rows(images: RowImages, rows: NDArray[np.int64]) -> Tensor | None:
+    """These rows (ascending) as bytes [n, 3, H, W]; None if they are large, many or of two sizes.
+
+    Raises:
+        InputError: an image is broken; the text names its file and row.
+    """
+    pixels: NDArray[np.uint8] | None = None
+    wanted = np.full(images.num_rows, -1)
+    wanted[rows] = np.arange(len(rows))
+    for (row, data), place in zip(images.encoded(), wanted.tolist(), strict=True):
+        if place < 0:
+            continue
+        image = images.decode(row, data)
+        shape = (3, image.height, image.width)
+        if pixels is None:
+            if max(shape) > MAX_SIDE or len(rows) * np.prod(shape) > MAX_ARRAY_BYTES:
+                return None
+            pixels = np.empty((len(rows), *shape), dtype=np.uint8)
+        if shape != pixels.shape[1:]:
+            return None
+        pixels[place] = np.asarray(image).transpose(2, 0, 1)
+    return None if pixels is None else torch.from_numpy(pixels)
