@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from lbaccel.data.images import ImageArray, ImageFiles, decode_image
+from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import split_by_hash
 from lbaccel.errors import InputError
 
 VAL_NAMES = ("validation", "val", "test")
-MAX_SIDE = 64  # pixels: larger images stay in the files
-MAX_ARRAY_BYTES = 4 * 2**30  # a larger set stays in the files
-CACHE_BYTES = 256 * 2**20  # of encoded images, for each process
-DECODE_ROWS = 1024  # read at once
-ROW_RULE = "(rows are counted from 0)"
 
 
 class Columns(NamedTuple):
@@ -184,19 +171,8 @@ def _choose(
     )
 
 
-@contextmanager
-def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path} can't be read as a parquet file: {error}. Fetch it again."
-        ) from error
-
-
 def _schema(path: Path) -> pa.Schema:
-    with _opened(path) as file:
+    with opened(path) as file:
         return file.schema_arrow
 
 
@@ -206,15 +182,11 @@ def _read_table(files: list[Path], columns: Columns) -> Table:
     paths: list[str | None] = []
     groups: list[tuple[int, int, int, int]] = []
     for number, path in enumerate(files):
-        with _opened(path) as file:
+        with opened(path) as file:
             schema = file.schema_arrow
             here = find_columns(schema, path)
             if here != columns:
-                raise InputError(
-                    f"{path} differs from the first training file: its image column, label column "
-                    f"and class names are {tuple(here)}, there {tuple(columns)}. All files of a "
-                    "set need the same: take this one out, or write it anew."
-                )
+                raise InputError(_other_columns(path, here, columns))
             in_file = 0
             for group in range(file.num_row_groups):
                 groups.append((sum(map(len, labels)) + in_file, number, group, in_file))
@@ -235,8 +207,30 @@ def _read_table(files: list[Path], columns: Columns) -> Table:
     return Table(images, np.concatenate(labels), paths)
 
 
+def _other_columns(path: Path, here: Columns, first: Columns) -> str:
+    found = [
+        f"its {what} is {mine!r}, there {theirs!r}"
+        for what, mine, theirs in (
+            ("image column", here.image, first.image),
+            ("label column", here.label, first.label),
+        )
+        if mine != theirs
+    ]
+    if here.classes != first.classes:
+        mine, theirs = here.classes or (), first.classes or ()
+        strange = [name for name in (*mine, *theirs) if (name in mine) != (name in theirs)]
+        found.append(
+            f"it has {len(mine)} class names, there are {len(theirs)} there, "
+            + (f"only one has {', '.join(map(repr, strange[:5]))}" if strange else "in other order")
+        )
+    return (
+        f"{path} differs from the first training file: {'; '.join(found)}. All files of a set need "
+        "the same columns and classes: take this one out, or write it anew."
+    )
+
+
 def _train_labels(table: Table, columns: Columns) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names, and labels 0, 1, ...: without names, the numbers in the file name the classes."""
+    """Class names, and labels 0, 1, ...; the numbers name the classes if nothing else does."""
     if columns.classes is None:
         values, labels = np.unique(table.labels, return_inverse=True)
         return tuple(map(str, values.tolist())), labels.astype(np.int64)
@@ -278,98 +272,3 @@ def _image_files(
     samples = tuple(rows.tolist())
     names = tuple(table.paths[row] or str(row) for row in samples)
     return ImageFiles(samples, tuple(labels[rows].tolist()), classes, names, table.images)
-
-
-@dataclass(frozen=True, eq=False)
-class RowImages:
-    """The image in a row of several parquet files; row groups are read when they are needed.
-
-    Args:
-        files: paths of the files, whose rows are numbered through.
-        column: the image column.
-        groups: for each row group its first row, its file, its number there, and its first row
-            there.
-        num_rows: in all files.
-    """
-
-    files: tuple[str, ...]
-    column: str
-    groups: tuple[tuple[int, int, int, int], ...]
-    num_rows: int
-    _cache: OrderedDict[int, pa.ChunkedArray] = field(default_factory=OrderedDict, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}  # each process reads for itself
-
-    def __call__(self, row: int) -> Image.Image:
-        """The image in this row, as RGB."""
-        group = self._group_of(row)
-        return self.decode(row, self._read(group)[row - self.groups[group][0]].as_py())
-
-    def where(self, row: int) -> str:
-        """File and row, for messages."""
-        first, file, _, first_in_file = self.groups[self._group_of(row)]
-        return f"{self.files[file]}, row {row - first + first_in_file} {ROW_RULE}"
-
-    def decode(self, row: int, data: bytes | None) -> Image.Image:
-        """These bytes of this row as an image.
-
-        Raises:
-            InputError: there are none, or they are no image.
-        """
-        if data is None:
-            raise InputError(f"{self.where(row)} has no bytes: the file must hold the images.")
-        return decode_image(io.BytesIO(data), self.where(row))
-
-    def encoded(self) -> Iterator[tuple[int, bytes | None]]:
-        """Rows and their bytes, in order."""
-        row = 0
-        for path in self.files:
-            with _opened(path) as file:
-                for batch in file.iter_batches(
-                    DECODE_ROWS, columns=[f"{self.column}.bytes"], use_threads=False
-                ):
-                    for data in pc.struct_field(batch.column(0), "bytes").to_pylist():
-                        yield row, data
-                        row += 1
-
-    def _group_of(self, row: int) -> int:
-        return bisect_right(self.groups, row, key=lambda group: group[0]) - 1
-
-    def _read(self, group: int) -> pa.ChunkedArray:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        _, number, in_file, _ = self.groups[group]
-        with _opened(self.files[number]) as file:
-            table = file.read_row_group(
-                in_file, columns=[f"{self.column}.bytes"], use_threads=False
-            )
-        self._cache[group] = pc.struct_field(table.column(0), "bytes")
-        while len(self._cache) > 1 and sum(a.nbytes for a in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return self._cache[group]
-
-
-def decode_rows(images: RowImages, rows: NDArray[np.int64]) -> Tensor | None:
-    """These rows (ascending) as bytes [n, 3, H, W]; None if they are large, many or of two sizes.
-
-    Raises:
-        InputError: an image is broken; the text names its file and row.
-    """
-    pixels: NDArray[np.uint8] | None = None
-    wanted = np.full(images.num_rows, -1)
-    wanted[rows] = np.arange(len(rows))
-    for (row, data), place in zip(images.encoded(), wanted.tolist(), strict=True):
-        if place < 0:
-            continue
-        image = images.decode(row, data)
-        shape = (3, image.height, image.width)
-        if pixels is None:
-            if max(shape) > MAX_SIDE or len(rows) * np.prod(shape) > MAX_ARRAY_BYTES:
-                return None
-            pixels = np.empty((len(rows), *shape), dtype=np.uint8)
-        if shape != pixels.shape[1:]:
-            return None
-        pixels[place] = np.asarray(image).transpose(2, 0, 1)
-    return None if pixels is None else torch.from_numpy(pixels)

@@ -123,8 +123,11 @@ def _digits(val_fraction: float, seed: int) -> _Halves:
         val_fraction=val_fraction,
         seed=seed,
     )
-    halves = (ImageArray(pixels[rows], labels[rows], classes) for rows in (train, val))
-    return _Halves(*halves, "split by hash of the index")
+    return _Halves(
+        ImageArray(pixels[train], labels[train], classes),
+        ImageArray(pixels[val], labels[val], classes),
+        "split by hash of the index",
+    )
 
 
 def _cifar(name: str, folder: Path) -> _Halves:
@@ -163,7 +166,8 @@ def open_folder(
     """Training set, validation set, and in words where the second comes from.
 
     `root` holds train/ and val/ (or validation/, or test/), each with a sub-folder for each class,
-    or these sub-folders themselves. Names that start with a dot are passed over.
+    or these sub-folders themselves. Files and folders whose name starts with a dot
+    are passed over.
 
     Raises:
         InputError: the folder, the sub-folders or the images of a class are missing, or the two
@@ -208,32 +212,29 @@ def _scan(root: Path) -> ImageFiles:
     found = make_dataset(
         str(root),
         {name: label for label, name in enumerate(classes)},
-        is_valid_file=_is_image,
+        extensions=IMG_EXTENSIONS,
         allow_empty=True,  # torchvision's own error would not name the folder
     )
-    if not found:
+    prefix = len(str(root).rstrip(os.sep)) + 1
+    named = [(path[prefix:].replace(os.sep, "/"), label) for path, label in found]
+    named = [(name, label) for name, label in named if "/." not in name]
+    if not named:
         raise InputError(
             f"no images in {root} and its {len(classes)} sub-folders: files must end in "
             f"{', '.join(IMG_EXTENSIONS)}."
         )
-    labels = tuple(label for _, label in found)
+    labels = tuple(label for _, label in named)
     if empty := sorted(set(range(len(classes))) - set(labels)):
         raise InputError(
             f"{root}: class {', '.join(repr(classes[label]) for label in empty)} has no images "
             f"({', '.join(IMG_EXTENSIONS)}). Add some, or remove the folder."
         )
-    start = len(str(root)) + 1
-    names = tuple(path[start:].replace(os.sep, "/") for path, _ in found)
+    names = tuple(name for name, _ in named)
     return ImageFiles(names, labels, tuple(classes), names, partial(read_image, root=str(root)))
 
 
 def _sub_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _is_image(path: str) -> bool:
-    name = Path(path).name
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def _take(files: ImageFiles, rows: list[int]) -> ImageFiles:

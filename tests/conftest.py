@@ -1,0 +1,23 @@
+"""Each test gets a fresh Accelerate state, one thread, and no wandb outside its folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch, tmp_path_factory):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    torch.manual_seed(0)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+def pytest_configure():
+    torch.set_num_threads(1)
