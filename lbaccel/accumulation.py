@@ -205,8 +205,9 @@ def reduce_gradients(
         if bucket:
             _all_reduce_bucket(bucket)
     if divisor != 1.0:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_div_(grads, divisor)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= divisor
 
 
 def _all_reduce_bucket(grads: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def _runs(layers: list[nn.Module]) -> list[list[nn.Module]]:
     starts = [i for i, layer in enumerate(layers) if isinstance(layer, _STARTS)]
     size = max(1, math.isqrt(len(starts)))
     cuts = [0, *starts[size::size], len(layers)]
-    return [layers[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [layers[a:b] for a, b in pairwise(cuts)]
 
 
 def _call_in_turn(layers: list[nn.Module], x: Any) -> Any:

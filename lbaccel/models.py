@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def create_backbone(
         if pretrained:
             options["pretrained_cfg_overlay"] = {"state_dict": weights}
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        model: Any = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, ConnectionError) as error:
         raise RunFailed(
             f"pretrained weights of {name} can't be had: {error}. Without a network, give a file: "
@@ -69,7 +70,7 @@ def create_backbone(
             if pretrained and "pretrained" in str(error).lower():
                 raise InputError(f"{name} has no pretrained weights: {error}") from error
             raise
-        raise InputError(_misfit(name, model=None, error=error, path=checkpoint)) from error
+        raise InputError(_misfit(name, error=error, path=checkpoint)) from error
     except TypeError as error:
         raise InputError(f"{name} does not take one of {sorted(options)}: {error}.") from error
     if weights is not None:
@@ -121,13 +122,12 @@ def _load_exactly(
     model.load_state_dict(dict(weights))
 
 
-def _misfit(name: str, *, model: Any, error: Exception, path: Path | None) -> str:
-    del model
+def _misfit(name: str, *, error: Exception, path: Path | None) -> str:
     reason = " ".join(str(error).split())[:300]
     return f"checkpoint={path} does not fit {name}: {reason}"
 
 
-def adapt_stem(model: nn.Module) -> str | None:
+def adapt_stem(model: Any) -> str | None:
     """Make a ResNet or MobileNetV2 fit small images, in place; None for other families.
 
     ResNet: the first convolution has stride 1 (a plain 7 x 7 becomes a fresh 3 x 3), and there is
@@ -174,7 +174,7 @@ def preprocessing(
     Raises:
         InputError: a mean or std of another length than the images' channels.
     """
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for key in ("mean", "std", "interpolation", "crop_pct"):

@@ -125,13 +125,13 @@ def _merge(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: 
     m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))
 
 
-def _ghost_class(base: type[nn.Module], check: Any, plain: Any) -> type[nn.Module]:
-    body = {"forward": _ghost_forward, "_plain_forward": plain, "_check_input_dim": check}
-    return type(f"Ghost{base.__name__}", (base,), {**body, "__module__": __name__})
+def _ghost_class(base: type[nn.Module], plain: Any, **more: Any) -> type[nn.Module]:
+    body = {"forward": _ghost_forward, "_plain_forward": plain, "__module__": __name__, **more}
+    return type(f"Ghost{base.__name__}", (base,), body)
 
 
 def _any_dim(self: Any, x: Tensor) -> None:
-    del self, x
+    """SyncBatchNorm checks nothing, and as a plain layer it needs a check to call."""
 
 
 def _plain_act_forward(self: Any, x: Tensor) -> Tensor:
@@ -140,11 +140,11 @@ def _plain_act_forward(self: Any, x: Tensor) -> Tensor:
 
 
 _GHOST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    base: _ghost_class(base, base._check_input_dim, base.forward)
+    base: _ghost_class(base, base.forward)
     for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 }
 for _sync in (nn.SyncBatchNorm, SyncBatchNormAct):
-    _GHOST_CLASSES[_sync] = _ghost_class(_sync, _any_dim, _plain_act_forward)
+    _GHOST_CLASSES[_sync] = _ghost_class(_sync, _plain_act_forward, _check_input_dim=_any_dim)
 
 
 class GhostNorm:
@@ -191,7 +191,7 @@ class GhostNorm:
         if self.frozen or not self.layers:
             return
         tracked = [layer for layer in self.layers if layer.running_mean is not None]
-        if tracked and self._pending is None or self._moved(tracked):
+        if (tracked and self._pending is None) or self._moved(tracked):
             self._allocate(tracked)
         if self._pending is not None:
             self._pending.zero_()
@@ -321,7 +321,7 @@ def convert_batch_norm(
                 f"know how to cut. Known: {', '.join(c.__name__ for c in _GHOST_CLASSES)}."
             )
     for name, layer in found:
-        layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))
+        layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
         layer._ghost_slot = _Slot(norm, name)  # type: ignore[assignment]
         norm.layers.append(layer)
     return norm

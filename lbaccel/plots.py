@@ -32,10 +32,14 @@ def plot_run(folder: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for metric in present:
-            points = run.history[metric]
+            points = [
+                (p.samples_seen, p.value)
+                for p in run.history[metric]
+                if p.samples_seen is not None and p.value is not None
+            ]
             axes.plot(
-                [p.samples_seen for p in points],
-                [p.value for p in points],
+                [samples for samples, _ in points],
+                [value for _, value in points],
                 label=metric,
                 marker="o" if len(points) < 60 else None,
                 markersize=3,

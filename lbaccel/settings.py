@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lbaccel.errors import InputError
+from lbaccel.options import GROUPS, OPTIONS, Option, group_samples, numbers, switch, whole, words
 
 EPILOG = """examples:
   lbaccel train
@@ -23,132 +23,6 @@ EPILOG = """examples:
       --config recipe.yaml --global-batch-size 4096
       the settings of a file on several GPUs, one of them changed
 """
-
-
-def _switch(text: Any) -> bool:
-    if isinstance(text, bool):
-        return text
-    if str(text).lower() in ("true", "yes", "on", "1"):
-        return True
-    if str(text).lower() in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("true or false")
-
-
-def _floats(text: Any) -> tuple[float, ...]:
-    parts = text.replace(",", " ").split() if isinstance(text, str) else text
-    return tuple(float(p) for p in (parts if isinstance(parts, (list, tuple)) else [parts]))
-
-
-def _words(text: Any) -> tuple[str, ...]:
-    parts = text.replace(",", " ").split() if isinstance(text, str) else text
-    return tuple(str(p) for p in parts)
-
-
-def _norm_batch_size(text: Any) -> int | str:
-    return "frozen" if text == "frozen" else int(text)
-
-
-def _warmup_start(text: Any) -> float | str:
-    return text if text in ("reference", "zero") else float(text)
-
-
-def _whole(text: Any) -> int:
-    if isinstance(text, bool) or (isinstance(text, float) and not text.is_integer()):
-        raise ValueError("a whole number")
-    return int(text)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One setting: its flag is `--name` with dashes, its YAML key `name`."""
-
-    name: str
-    parse: Callable[[Any], Any]
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-    shown: str = ""  # the default in words, where it depends on other settings
-    may_be_none: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "may_be_none", self.default is None)
-
-
-GROUPS: dict[str, tuple[Option, ...]] = {
-    "model": (
-        Option("model", str, "resnet10t", "any timm model"),
-        Option("pretrained", _switch, False, "start from timm's weights, or from --checkpoint"),
-        Option("checkpoint", str, None, "weights file (.safetensors, .pth) to start from"),
-        Option("num_classes", _whole, None, "outputs", shown="the data's classes"),
-        Option("drop_rate", float, 0.0, "dropout before the classifier, probability"),
-        Option("drop_path", float, 0.0, "stochastic depth, probability"),
-    ),
-    "data": (
-        Option("data", str, "digits", "digits, cifar10, cifar100, folder:PATH or parquet:PATH"),
-        Option("val_fraction", float, 0.2, "share held out where the data has no validation set"),
-        Option("workers", _whole, 2, "processes that load image files, per rank"),
-        Option("img_size", _whole, None, "pixels a side", shown="small images: their own; else the model's"),
-        Option("stem", str, "auto", "small: stride 1 for images below 64 px", ("auto", "small", "native")),
-        Option("mean", _floats, None, "per channel, of 0..1", shown="the model's"),
-        Option("std", _floats, None, "per channel, of 0..1", shown="the model's"),
-        Option("interpolation", str, None, "bilinear or bicubic", ("bilinear", "bicubic"), "the model's"),
-        Option("crop_pct", float, None, "share of the image kept in evaluation", shown="the model's"),
-        Option("label_smoothing", float, 0.0, "0..1"),
-        Option("mixup", float, 0.0, "alpha; 0 is off"),
-        Option("cutmix", float, 0.0, "alpha; 0 is off"),
-        Option("auto_augment", str, None, "timm's policy, such as rand-m9-mstd0.5", shown="none"),
-    ),
-    "batch": (
-        Option("global_batch_size", _whole, 512, "samples an update, over all ranks"),
-        Option("micro_batch_size", _whole, 64, "samples a forward of one rank; no effect on the result"),
-        Option("norm_batch_size", _norm_batch_size, None, "samples BatchNorm sees at once, or 'frozen'", shown="32, at most the global batch"),
-        Option("bn_statistics", str, "per_ghost", "running statistics move once a ghost batch or once an update", ("per_ghost", "per_update")),
-        Option("last_update", str, "wrap", "an epoch's remainder: into the next epoch, a short update, or left out", ("wrap", "keep", "drop")),
-        Option("activation_checkpointing", str, "none", "recompute in the backward pass; no effect on the result", ("none", "full")),
-        Option("memory_format", str, "contiguous", "of weights and images", ("contiguous", "channels_last")),
-        Option("precision", str, None, "of the forward pass; fp64 proves a plan", ("fp32", "bf16", "fp16", "fp64"), "the launcher's, else fp32"),
-    ),
-    "learning rate": (
-        Option("epochs", float, 40.0, "passes over the training set"),
-        Option("max_updates", _whole, None, "stop after so many updates; the schedule stays that of --epochs", shown="no limit"),
-        Option("base_lr", float, None, "learning rate at --base-batch-size", shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001"),
-        Option("base_batch_size", _whole, 256, "samples that --base-lr was tuned at"),
-        Option("lr_scaling", str, "auto", "rule from the base to the global batch; auto: linear for SGD, else sqrt", ("auto", "linear", "sqrt", "none")),
-        Option("warmup", str, "gradual", "shape of the warmup", ("gradual", "constant", "stairs", "none")),
-        Option("warmup_epochs", float, None, "length of the warmup, epochs", shown="5, at most a tenth of --epochs"),
-        Option("warmup_start", _warmup_start, "reference", "learning rate at the start: reference (base lr), zero or a number"),
-        Option("schedule", str, "cosine", "decay after the warmup", ("constant", "cosine", "step", "multistep")),
-        Option("milestones", _floats, (), "epochs: the period of step, the steps of multistep", shown="none"),
-        Option("gamma", float, 0.1, "factor at each step"),
-    ),
-    "optimizer": (
-        Option("optimizer", str, "sgd", "any name of timm.optim (sgd is Nesterov's)"),
-        Option("momentum", float, 0.9, "of SGD and its kin"),
-        Option("weight_decay", float, None, "on weights; biases and norms are left out", shown="1e-4 (SGD) or 0.05"),
-        Option("decay_all", _switch, False, "weight decay on biases and norms too"),
-        Option("layer_decay", float, None, "learning-rate factor from layer to layer downwards", shown="none"),
-        Option("clip_grad_norm", float, None, "largest norm of the summed gradient", shown="no clipping"),
-        Option("ema_decay", float, None, "of an average of the weights, per update", shown="no average"),
-    ),
-    "run": (
-        Option("seed", _whole, 0, "of weights, order, augmentation and split"),
-        Option("output", str, "runs", "folder of run folders"),
-        Option("log_every", _whole, 1, "updates a line of metrics.jsonl"),
-        Option("eval_every", float, 1.0, "epochs between evaluations"),
-        Option("checkpoint_every", _whole, None, "updates between checkpoints", shown="at evaluations"),
-        Option("keep", _whole, 1, "newest checkpoints kept, besides the best"),
-        Option("dry_run", _switch, False, "build everything, run two updates, write nothing"),
-        Option("log_with", _words, ("run_folder", "wandb"), "trackers: run_folder, wandb"),
-        Option("wandb_project", str, "lbaccel", "wandb project"),
-        Option("wandb_group", str, None, "wandb group", shown="none"),
-        Option("wandb_name", str, None, "wandb run name", shown="the run folder's"),
-        Option("wandb_tags", _words, (), "wandb tags", shown="none"),
-        Option("wandb_mode", str, None, "online, offline or disabled", ("online", "offline", "disabled"), "online if logged in, else offline"),
-    ),
-}  # fmt: skip
-
-OPTIONS = {option.name: option for group in GROUPS.values() for option in group}
 
 
 def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
@@ -173,11 +47,11 @@ def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
             if isinstance(shown, tuple):
                 shown = " ".join(shown)
             text = f"{option.help} (default: {shown})".replace("%", "%%")
-            if option.parse is _switch:
+            if option.parse is switch:
                 group.add_argument(
                     flag, nargs="?", const=True, metavar="BOOL", dest=option.name, help=text
                 )
-            elif option.parse in (_floats, _words):
+            elif option.parse in (numbers, words):
                 group.add_argument(flag, nargs="+", metavar="X", dest=option.name, help=text)
             else:
                 choices = "{" + ",".join(option.choices) + "}" if option.choices else "X"
@@ -187,9 +61,9 @@ def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        words = message.rsplit(": ", 1)
-        if words[0] == "unrecognized arguments":
-            flag = words[1].split()[0].split("=")[0]
+        parts = message.rsplit(": ", 1)
+        if parts[0] == "unrecognized arguments":
+            flag = parts[1].split()[0].split("=")[0]
             flags = ["--" + name.replace("_", "-") for name in OPTIONS]
             message = f"unknown flag {flag}.{_nearest(flag, flags)} See --help."
         raise InputError(message)
@@ -257,17 +131,17 @@ def _parse(option: Option, raw: Any, origin: str) -> Any:
         if option.may_be_none:
             return None
         raise InputError(f"{where} is empty; leave it out for its default, {option.default!r}.")
-    if isinstance(raw, list) and option.parse is _floats:
+    if isinstance(raw, list) and option.parse is numbers:
         raw = [part for item in raw for part in str(item).replace(",", " ").split()]
     try:
-        if isinstance(raw, (list, dict)) and option.parse not in (_floats, _words):
+        if isinstance(raw, (list, dict)) and option.parse not in (numbers, words):
             raise ValueError("one value")
         value = option.parse(raw)
     except (ValueError, TypeError):
-        kind = {_whole: "a whole number", float: "a number", _floats: "numbers"}.get(option.parse)
+        kind = {whole: "a whole number", float: "a number", numbers: "numbers"}.get(option.parse)
         kind = kind or {
-            _switch: "true or false",
-            _norm_batch_size: "a whole number or 'frozen'",
+            switch: "true or false",
+            group_samples: "a whole number or 'frozen'",
         }.get(option.parse, "a value as --help says")
         raise InputError(f"{where}={raw!r} is not {kind}.") from None
     if option.choices and value not in option.choices:

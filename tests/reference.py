@@ -73,7 +73,9 @@ def relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     if not b:
         return 0.0
     difference = sum(float((a[k].double() - b[k].double()).square().sum()) for k in b)
-    return (difference / max(sum(float(v.double().square().sum()) for v in b.values()), 1e-300)) ** 0.5
+    return (
+        difference / max(sum(float(v.double().square().sum()) for v in b.values()), 1e-300)
+    ) ** 0.5
 
 
 def largest_relative_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

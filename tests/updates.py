@@ -29,7 +29,6 @@ class KeepGradients(torch.optim.SGD):
         return super().step(closure)
 
 
-
 def one_update(
     model: nn.Module,
     images: torch.Tensor,

@@ -1,0 +1,1 @@
+"""Data: sources, order and randomness keyed by sample, augmentation, the loader."""

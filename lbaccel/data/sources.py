@@ -166,8 +166,8 @@ def open_folder(
     """Training set, validation set, and in words where the second comes from.
 
     `root` holds train/ and val/ (or validation/, or test/), each with a sub-folder for each class,
-    or these sub-folders themselves. Files and folders whose name starts with a dot
-    are passed over.
+    or these sub-folders themselves. Files and folders whose name starts
+    with a dot are passed over.
 
     Raises:
         InputError: the folder, the sub-folders or the images of a class are missing, or the two
@@ -190,7 +190,14 @@ def open_folder(
             f"folder:{root} has {', '.join(f'{name}/' for name in folders)} but no train/. Add it, "
             "or give the folder that holds a sub-folder for each class."
         )
-    everything = _scan(root / "train" if folders == ["train"] else root)
+    nested = "train" in folders and bool(_sub_folders(root / "train"))
+    if nested and len(folders) > 1:
+        raise InputError(
+            f"folder:{root} has train/ with classes, and none of val/, validation/ or test/; what "
+            f"are {', '.join(f'{name}/' for name in folders if name != 'train')}? Rename one to "
+            f"val, or give folder:{root / 'train'} to hold out {val_fraction} of it."
+        )
+    everything = _scan(root / "train" if nested else root)
     halves = split_by_hash(
         everything.names,
         everything.labels,

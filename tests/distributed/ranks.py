@@ -86,7 +86,9 @@ def failing_rank(accelerator):
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(4 * world, 3), torch.randn(4 * world, 1))
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+    )
     plan = BatchPlan(
         global_batch_size=4 * world, micro_batch_size=2, world_size=world, norm_batch_size=2
     )
@@ -154,7 +156,9 @@ def main():
         for partition, micro in MICRO.items():
             for checkpointing in (False, True):
                 error = cell(accelerator, name, micro, checkpointing)
-                cells[f"{name} | {partition} | {'checkpointed' if checkpointing else 'plain'}"] = error
+                cells[f"{name} | {partition} | {'checkpointed' if checkpointing else 'plain'}"] = (
+                    error
+                )
     checks = {
         "token_weights": token_weights(accelerator),
         "failing_rank": failing_rank(accelerator),

@@ -1,0 +1,275 @@
+"""The recipe's options, one table: name, type, default and help; and what turns text to a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def switch(text: Any) -> bool:
+    """True or False, from text or YAML."""
+    if isinstance(text, bool):
+        return text
+    if str(text).lower() in ("true", "yes", "on", "1"):
+        return True
+    if str(text).lower() in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("true or false")
+
+
+def numbers(text: Any) -> tuple[float, ...]:
+    """Floats, from '0.5 0.5', '0.5,0.5', a list or one number."""
+    parts = text.replace(",", " ").split() if isinstance(text, str) else text
+    return tuple(float(p) for p in (parts if isinstance(parts, (list, tuple)) else [parts]))
+
+
+def words(text: Any) -> tuple[str, ...]:
+    """Words, from 'a b', 'a,b' or a list."""
+    parts = text.replace(",", " ").split() if isinstance(text, str) else text
+    return tuple(str(p) for p in parts)
+
+
+def whole(text: Any) -> int:
+    """A whole number; 2.5 and true are none."""
+    if isinstance(text, bool) or (isinstance(text, float) and not text.is_integer()):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def group_samples(text: Any) -> int | str:
+    """A whole number or 'frozen'."""
+    return "frozen" if text == "frozen" else whole(text)
+
+
+def start_rate(text: Any) -> float | str:
+    """'reference', 'zero' or a learning rate."""
+    return text if text in ("reference", "zero") else float(text)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: its flag is `--name` with dashes, its YAML key `name`."""
+
+    name: str
+    parse: Callable[[Any], Any]
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    shown: str = ""  # the default in words, where it depends on other settings
+    may_be_none: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "may_be_none", self.default is None)
+
+
+GROUPS: dict[str, tuple[Option, ...]] = {
+    "model": (
+        Option("model", str, "resnet10t", "any timm model"),
+        Option("pretrained", switch, False, "start from timm's weights, or from --checkpoint"),
+        Option("checkpoint", str, None, "weights file (.safetensors, .pth) to start from"),
+        Option("num_classes", whole, None, "outputs", shown="the data's classes"),
+        Option("drop_rate", float, 0.0, "dropout before the classifier, probability"),
+        Option("drop_path", float, 0.0, "stochastic depth, probability"),
+    ),
+    "data": (
+        Option("data", str, "digits", "digits, cifar10, cifar100, folder:PATH or parquet:PATH"),
+        Option("val_fraction", float, 0.2, "share held out where the data has no validation set"),
+        Option("workers", whole, 2, "processes that load image files, per rank"),
+        Option(
+            "img_size",
+            whole,
+            None,
+            "pixels a side",
+            shown="small images: their own; else the model's",
+        ),
+        Option(
+            "stem",
+            str,
+            "auto",
+            "small: stride 1 for images below 64 px",
+            ("auto", "small", "native"),
+        ),
+        Option("mean", numbers, None, "per channel, of 0..1", shown="the model's"),
+        Option("std", numbers, None, "per channel, of 0..1", shown="the model's"),
+        Option(
+            "interpolation",
+            str,
+            None,
+            "bilinear or bicubic",
+            ("bilinear", "bicubic"),
+            "the model's",
+        ),
+        Option(
+            "crop_pct", float, None, "share of the image kept in evaluation", shown="the model's"
+        ),
+        Option("label_smoothing", float, 0.0, "0..1"),
+        Option("mixup", float, 0.0, "alpha; 0 is off"),
+        Option("cutmix", float, 0.0, "alpha; 0 is off"),
+        Option("auto_augment", str, None, "timm's policy, such as rand-m9-mstd0.5", shown="none"),
+    ),
+    "batch": (
+        Option("global_batch_size", whole, 512, "samples an update, over all ranks"),
+        Option(
+            "micro_batch_size", whole, 64, "samples a forward of one rank; no effect on the result"
+        ),
+        Option(
+            "norm_batch_size",
+            group_samples,
+            None,
+            "samples BatchNorm sees at once, or 'frozen'",
+            shown="32, at most the global batch",
+        ),
+        Option(
+            "bn_statistics",
+            str,
+            "per_ghost",
+            "running statistics move once a ghost batch or once an update",
+            ("per_ghost", "per_update"),
+        ),
+        Option(
+            "last_update",
+            str,
+            "wrap",
+            "an epoch's remainder: into the next epoch, a short update, or left out",
+            ("wrap", "keep", "drop"),
+        ),
+        Option(
+            "activation_checkpointing",
+            str,
+            "none",
+            "recompute in the backward pass; no effect on the result",
+            ("none", "full"),
+        ),
+        Option(
+            "memory_format",
+            str,
+            "contiguous",
+            "of weights and images",
+            ("contiguous", "channels_last"),
+        ),
+        Option(
+            "precision",
+            str,
+            None,
+            "of the forward pass; fp64 proves a plan",
+            ("fp32", "bf16", "fp16", "fp64"),
+            "the launcher's, else fp32",
+        ),
+    ),
+    "learning rate": (
+        Option("epochs", float, 40.0, "passes over the training set"),
+        Option(
+            "max_updates",
+            whole,
+            None,
+            "stop after so many updates; the schedule stays that of --epochs",
+            shown="no limit",
+        ),
+        Option(
+            "base_lr",
+            float,
+            None,
+            "learning rate at --base-batch-size",
+            shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001",
+        ),
+        Option("base_batch_size", whole, 256, "samples that --base-lr was tuned at"),
+        Option(
+            "lr_scaling",
+            str,
+            "auto",
+            "rule from the base to the global batch; auto: linear for SGD, else sqrt",
+            ("auto", "linear", "sqrt", "none"),
+        ),
+        Option(
+            "warmup",
+            str,
+            "gradual",
+            "shape of the warmup",
+            ("gradual", "constant", "stairs", "none"),
+        ),
+        Option(
+            "warmup_epochs",
+            float,
+            None,
+            "length of the warmup, epochs",
+            shown="5, at most a tenth of --epochs",
+        ),
+        Option(
+            "warmup_start",
+            start_rate,
+            "reference",
+            "learning rate at the start: reference (base lr), zero or a number",
+        ),
+        Option(
+            "schedule",
+            str,
+            "cosine",
+            "decay after the warmup",
+            ("constant", "cosine", "step", "multistep"),
+        ),
+        Option(
+            "milestones",
+            numbers,
+            (),
+            "epochs: the period of step, the steps of multistep",
+            shown="none",
+        ),
+        Option("gamma", float, 0.1, "factor at each step"),
+    ),
+    "optimizer": (
+        Option("optimizer", str, "sgd", "any name of timm.optim (sgd is Nesterov's)"),
+        Option("momentum", float, 0.9, "of SGD and its kin"),
+        Option(
+            "weight_decay",
+            float,
+            None,
+            "on weights; biases and norms are left out",
+            shown="1e-4 (SGD) or 0.05",
+        ),
+        Option("decay_all", switch, False, "weight decay on biases and norms too"),
+        Option(
+            "layer_decay",
+            float,
+            None,
+            "learning-rate factor from layer to layer downwards",
+            shown="none",
+        ),
+        Option(
+            "clip_grad_norm",
+            float,
+            None,
+            "largest norm of the summed gradient",
+            shown="no clipping",
+        ),
+        Option(
+            "ema_decay", float, None, "of an average of the weights, per update", shown="no average"
+        ),
+    ),
+    "run": (
+        Option("seed", whole, 0, "of weights, order, augmentation and split"),
+        Option("output", str, "runs", "folder of run folders"),
+        Option("log_every", whole, 1, "updates a line of metrics.jsonl"),
+        Option("eval_every", float, 1.0, "epochs between evaluations"),
+        Option(
+            "checkpoint_every", whole, None, "updates between checkpoints", shown="at evaluations"
+        ),
+        Option("keep", whole, 1, "newest checkpoints kept, besides the best"),
+        Option("dry_run", switch, False, "build everything, run two updates, write nothing"),
+        Option("log_with", words, ("run_folder", "wandb"), "trackers: run_folder, wandb"),
+        Option("wandb_project", str, "lbaccel", "wandb project"),
+        Option("wandb_group", str, None, "wandb group", shown="none"),
+        Option("wandb_name", str, None, "wandb run name", shown="the run folder's"),
+        Option("wandb_tags", words, (), "wandb tags", shown="none"),
+        Option(
+            "wandb_mode",
+            str,
+            None,
+            "online, offline or disabled",
+            ("online", "offline", "disabled"),
+            "online if logged in, else offline",
+        ),
+    ),
+}
+
+OPTIONS = {option.name: option for group in GROUPS.values() for option in group}

@@ -1,0 +1,85 @@
+"""What a run shows: a bar or plain lines, peak memory, and the closing table."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+PLAIN_LINES = 20  # progress lines of a run where there is no terminal
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; silent on all ranks but the first."""
+
+    def __init__(self, total: int, is_main_process: bool) -> None:
+        self.total, self.is_main_process = total, is_main_process
+        self.every = max(1, total // PLAIN_LINES)
+        self.bar: Any = None
+        if is_main_process and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="update", dynamic_ncols=True)
+
+    def show(self, update: int, metrics: dict[str, Any]) -> None:
+        """Say where the run stands after `update`."""
+        shown = {
+            "epoch": f"{metrics['epoch']:.1f}",
+            "loss": f"{metrics.get('train/loss', math.nan):.4f}",
+            "lr": f"{metrics.get('optim/lr', math.nan):.4g}",
+        }
+        if "val/top1" in metrics:
+            shown["val/top1"] = f"{metrics['val/top1']:.2f}"
+        if self.bar is not None:
+            self.bar.update(update - self.bar.n)
+            self.bar.set_postfix(shown)
+        elif self.is_main_process and (update % self.every == 0 or update == self.total):
+            shown["samples/s"] = f"{metrics.get('perf/samples_per_second', math.nan):,.0f}"
+            shown["peak"] = f"{metrics.get('memory/peak_gib', math.nan):.2f} GiB"
+            line = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"update {update}/{self.total}  {line}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line that is not part of the progress."""
+        if self.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def peak_gib() -> float:
+    """Peak memory: of the CUDA allocator, or of this process where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def closing_table(summary: Mapping[str, Any]) -> str:
+    """The run's result as aligned lines."""
+    rows = [
+        ("validation top-1", _percent(summary.get("val_top1"))),
+        ("best validation top-1", f"{_percent(summary['best_val_top1'])} "
+         f"(update {summary['best_update']})"),
+        ("train loss", f"{summary.get('train_loss', math.nan):.4f}"),
+        ("updates", f"{summary['num_updates']:,}"),
+        ("samples", f"{summary['samples_seen']:,}"),
+        ("seconds", f"{summary['seconds']:.1f}"),
+        ("samples a second in updates", f"{summary['samples_per_second']:,.0f}"),
+        ("peak memory", f"{summary['peak_gib']:.2f} GiB"),
+    ]  # fmt: skip
+    if "val_top1_ema" in summary:
+        rows.insert(1, ("validation top-1, EMA", _percent(summary["val_top1_ema"])))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"

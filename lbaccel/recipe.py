@@ -1,0 +1,161 @@
+"""What the recipe builds from its settings: the backbone, the optimizer, the schedule."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from lbaccel.batch import BatchPlan, NormBatchSize, UpdateStream
+from lbaccel.data.sources import ImageArray, Source
+from lbaccel.errors import InputError
+from lbaccel.models import SMALL_IMAGE, adapt_stem, create_backbone, preprocessing
+from lbaccel.scaling import choose_rule, explain_lr, scale_lr
+from lbaccel.schedules import Duration, Schedule, make_schedule
+
+Say = Callable[[str], object]
+
+
+def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, where their numbers can be used at all."""
+    s = dict(settings)
+    above_zero = ("epochs", "eval_every", "log_every", "keep", "max_updates", "checkpoint_every")
+    for name in (*above_zero, "base_lr", "base_batch_size", "img_size"):
+        if s[name] is not None and not (s[name] > 0 and math.isfinite(s[name])):
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must be above 0.")
+    for name in ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay"):
+        if s[name] is not None and not 0 <= s[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must be in 0..1, below 1.")
+    for name in ("weight_decay", "workers", "seed", "mixup", "cutmix"):
+        if s[name] is not None and s[name] < 0:
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must not be below 0.")
+    if s["crop_pct"] is not None and not 0 < s["crop_pct"] <= 1:
+        raise InputError(f"--crop-pct {s['crop_pct']} must be in 0..1.")
+    if s["precision"] == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
+    return s
+
+
+def choose_norm_batch_size(s: Mapping[str, Any], *, has_batch_norm: bool) -> NormBatchSize:
+    """The norm_batch_size given, by default 32 (Goyal et al. 2017: samples a worker)."""
+    given = s["norm_batch_size"]
+    if not has_batch_norm:
+        if isinstance(given, int):
+            raise InputError(
+                f"--norm-batch-size {given}: {s['model']} has no BatchNorm. Leave it out."
+            )
+        return None
+    return min(32, s["global_batch_size"]) if given is None else given
+
+
+def build_model(
+    s: Mapping[str, Any], source: Source, *, num_classes: int, say: Say
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone and what evaluation needs to know of its input; says where each comes from."""
+    size, origin = s["img_size"], "flag"
+    if size is None and isinstance(source.train, ImageArray):
+        size, origin = source.train.images.shape[-1], "the images' own"
+    model = create_backbone(
+        s["model"],
+        num_classes=num_classes,
+        num_channels=source.num_channels,
+        img_size=size,
+        pretrained=s["pretrained"],
+        checkpoint=None if s["checkpoint"] is None else Path(s["checkpoint"]),
+        drop_rate=s["drop_rate"],
+        drop_path=s["drop_path"],
+    )
+    if size is None:
+        size, origin = resolve_model_data_config(model)["input_size"][-1], "the model's"
+    stem = "native"
+    if s["stem"] == "small" or (s["stem"] == "auto" and size < SMALL_IMAGE and not s["pretrained"]):
+        done = adapt_stem(model)
+        if done is None and s["stem"] == "small":
+            raise InputError(
+                f"--stem small: {s['model']} is no ResNet or MobileNetV2. Leave it out."
+            )
+        if done is not None:
+            stem = "small"
+            say(f"stem: small, for images below {SMALL_IMAGE} px: {done}")
+    values, origins = preprocessing(model, num_channels=source.num_channels, given=s)
+    shown = ", ".join(
+        f"{key} {_short(values[key])} ({origins[key]})" for key in ("mean", "std", "interpolation")
+    )
+    num_parameters = sum(p.numel() for p in model.parameters())
+    say(f"model: {s['model']}, {num_parameters / 1e6:.2f} M parameters, {num_classes} classes")
+    say(f"images: {size} px ({origin}), {shown}")
+    values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
+    return model, values | {"model": s["model"], "num_classes": num_classes}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(f"{x:.3f}" for x in value) + ")"
+    return str(value)
+
+
+def build_optimizer(
+    s: Mapping[str, Any], model: nn.Module, *, plan: BatchPlan, stream: UpdateStream, say: Say
+) -> tuple[torch.optim.Optimizer, Schedule, dict[str, Any]]:
+    """The optimizer at the scaled learning rate, the schedule, and the values they were made of."""
+    name = s["optimizer"].lower()
+    known = [str(known) for known in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise InputError(f"optimizer={name!r} is none of timm.optim. Nearest: {', '.join(near)}.")
+    rule, why = choose_rule(name)
+    is_sgd = rule == "linear"
+    if s["lr_scaling"] != "auto":
+        rule, why = s["lr_scaling"], "as asked"
+    base_lr = s["base_lr"]
+    if base_lr is None:
+        base_lr = (0.1 if is_sgd else 1e-3) if not s["pretrained"] else (0.01 if is_sgd else 1e-4)
+    weight_decay = s["weight_decay"]
+    if weight_decay is None:
+        weight_decay = 1e-4 if is_sgd else 0.05
+    batch = {"base_batch_size": s["base_batch_size"], "global_batch_size": plan.global_batch_size}
+    peak_lr = scale_lr(base_lr, **batch, rule=rule)
+    say(f"{explain_lr(base_lr, **batch, rule=rule)} ({why})")
+    warmup_epochs = s["warmup_epochs"]
+    if warmup_epochs is None:
+        warmup_epochs = min(5.0, s["epochs"] / 10)
+    schedule = make_schedule(
+        total=Duration(samples=stream.samples_seen(stream.num_updates(s["epochs"]))),
+        base_lr=base_lr,
+        peak_lr=peak_lr,
+        global_batch_size=plan.global_batch_size,
+        num_samples=stream.samples_per_epoch,
+        decay=s["schedule"],
+        warmup=s["warmup"],
+        warmup_duration=Duration(epochs=warmup_epochs),
+        start=s["warmup_start"],
+        milestones=s["milestones"],
+        gamma=s["gamma"],
+    )
+    options: dict[str, Any] = {} if s["layer_decay"] is None else {"layer_decay": s["layer_decay"]}
+    optimizer = create_optimizer_v2(
+        model,
+        opt=name,
+        lr=peak_lr,
+        weight_decay=weight_decay,
+        momentum=s["momentum"],
+        filter_bias_and_bn=not s["decay_all"],
+        **options,
+    )
+    for group in optimizer.param_groups:  # timm's own schedulers would apply it
+        group["lr"] *= group.get("lr_scale", 1.0)
+    values = {
+        "base_lr": base_lr,
+        "lr": peak_lr,
+        "lr_scaling": rule,
+        "weight_decay": weight_decay,
+        "warmup_epochs": warmup_epochs,
+    }
+    return optimizer, schedule, values
