@@ -127,7 +127,7 @@ def _misfit(name: str, *, error: Exception, path: Path | None) -> str:
     return f"checkpoint={path} does not fit {name}: {reason}"
 
 
-def adapt_stem(model: Any) -> str | None:
+def adapt_stem(model: nn.Module) -> str | None:
     """Make a ResNet or MobileNetV2 fit small images, in place; None for other families.
 
     ResNet: the first convolution has stride 1 (a plain 7 x 7 becomes a fresh 3 x 3), and there is
@@ -137,26 +137,27 @@ def adapt_stem(model: Any) -> str | None:
     Returns:
         What was done, in words.
     """
-    if isinstance(model, ResNet) and isinstance(model.maxpool, nn.MaxPool2d):
-        if isinstance(model.conv1, nn.Sequential):
-            model.conv1[0].stride = (1, 1)
+    net: Any = model
+    if isinstance(model, ResNet) and isinstance(net.maxpool, nn.MaxPool2d):
+        if isinstance(net.conv1, nn.Sequential):
+            net.conv1[0].stride = (1, 1)
             what = "conv1.0 has stride 1"
         else:
-            old = model.conv1
-            model.conv1 = nn.Conv2d(
+            old = net.conv1
+            net.conv1 = nn.Conv2d(
                 old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False
             )
-            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             what = "conv1 is a fresh 3x3 of stride 1"
-        model.maxpool = nn.Identity()
+        net.maxpool = nn.Identity()
         return f"{what}, no max pooling"
-    if isinstance(model, EfficientNet) and model.pretrained_cfg["architecture"].startswith(
+    if isinstance(model, EfficientNet) and net.pretrained_cfg["architecture"].startswith(
         "mobilenetv2"
     ):
-        model.conv_stem.stride = (1, 1)
+        net.conv_stem.stride = (1, 1)
         strided = next(
             module
-            for name, module in model.blocks.named_modules()
+            for name, module in net.blocks.named_modules()
             if name.endswith("conv_dw") and module.stride != (1, 1)
         )
         strided.stride = (1, 1)
