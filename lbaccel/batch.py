@@ -202,6 +202,13 @@ class BatchPlan:
 
     def explain(self, *, num_samples: int, epochs: float, last_update: LastUpdate = "wrap") -> str:
         """The equation, updates an epoch and in all, and the warnings, as lines of text."""
+        if self.global_batch_size > num_samples:
+            said = (
+                f"global_batch_size={self.global_batch_size} is above the training set's "
+                f"{num_samples} samples: every update sees the whole set once."
+            )
+            plan = self.capped(num_samples)
+            return f"{said}\n{plan.explain(num_samples=num_samples, epochs=epochs)}"
         stream = UpdateStream(self.global_batch_size, num_samples, last_update)
         per_epoch = f"{num_samples / self.global_batch_size:.4g}"
         if last_update != "wrap":

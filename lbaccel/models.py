@@ -140,7 +140,8 @@ def adapt_stem(model: nn.Module) -> str | None:
     net: Any = model
     if isinstance(model, ResNet) and isinstance(net.maxpool, nn.MaxPool2d):
         if isinstance(net.conv1, nn.Sequential):
-            net.conv1[0].stride = (1, 1)
+            first: Any = net.conv1[0]
+            first.stride = (1, 1)
             what = "conv1.0 has stride 1"
         else:
             old = net.conv1

@@ -102,15 +102,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         norm_batch_size=choose_norm_batch_size(s, has_batch_norm=has_batch_norm(model)),
         mix_pairs=mixes,
     )
-    explained = (
-        plan.explain(
-            num_samples=len(source.train), epochs=s["epochs"], last_update=s["last_update"]
-        )
-        if plan.global_batch_size <= len(source.train)
-        else None
-    )
-    plan = plan.capped(len(source.train))
-    say(explained or plan.explain(num_samples=len(source.train), epochs=s["epochs"]))
+    num_samples = len(source.train)
+    say(plan.explain(num_samples=num_samples, epochs=s["epochs"], last_update=s["last_update"]))
+    plan = plan.capped(num_samples)
     mix = None
     if mixes:
         mix = GroupMix(num_classes, s["mixup"], s["cutmix"], s["label_smoothing"], s["seed"])

@@ -1,0 +1,167 @@
+"""Time and peak bytes of one update: lbaccel, a hand-written loop, Accelerate's `accumulate`.
+
+python benchmarks/update_time.py [--repeats 5] [--micro-batches 64] [--json FILE]
+
+All arms run the same network on the same samples in the same order, interleaved in one process
+with one thread; the figure is the minimum of the process times. Peak bytes are those of torch's
+CPU allocator (profiler memory events) over one update of 4 micro-batches, weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import accelerate
+import timm
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from lbaccel import BatchPlan, LargeBatch, UpdateLoader
+from lbaccel.data.order import epoch_order
+
+MICRO = 32
+CASES = (("resnet18", 32), ("mobilenetv2_100", 96))
+
+
+class Images:
+    def __init__(self, count, size):
+        self.images = torch.randn(count, 3, size, size)
+        self.labels = torch.randint(10, (count,))
+
+    def __len__(self):
+        return len(self.images)
+
+    def fetch(self, indices, epochs):
+        rows = torch.tensor(indices)
+        return self.images[rows], self.labels[rows]
+
+
+def loss_fn(model, batch):
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def lbaccel_arm(name, data, count):
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make_model(name)
+    plan = BatchPlan(global_batch_size=count, micro_batch_size=MICRO, norm_batch_size=MICRO)
+    large_batch = LargeBatch(accelerator, plan)
+    model, optimizer, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
+
+    def run():
+        loader.load_state_dict({"next_update": 0})
+        (update,) = loader
+        return large_batch.update(update, loss_fn).loss
+
+    return run
+
+
+def plain_arm(name, data, count):
+    model, optimizer = make_model(name)
+    order = epoch_order(0, 0, count)
+
+    def run():
+        total = torch.zeros(())
+        for start in range(0, count, MICRO):
+            batch = data.fetch(order[start : start + MICRO], None)
+            loss = loss_fn(model, batch)
+            (loss * (MICRO / count)).backward()
+            total += loss.detach() * (MICRO / count)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.item()
+
+    return run
+
+
+def accelerate_arm(name, data, count):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count // MICRO)
+    model, optimizer = make_model(name)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    order = epoch_order(0, 0, count)
+
+    def run():
+        total = torch.zeros(())
+        for start in range(0, count, MICRO):
+            with accelerator.accumulate(model):
+                loss = loss_fn(model, data.fetch(order[start : start + MICRO], None))
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                total += loss.detach() * (MICRO / count)
+        return total.item()
+
+    return run
+
+
+ARMS = {"lbaccel": lbaccel_arm, "plain loop": plain_arm, "accumulate": accelerate_arm}
+
+
+def peak_bytes(run):
+    """Largest sum of the allocator's events above its start."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    live = peak = 0
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {
+        "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__}
+        | {"timm": timm.__version__, "python": platform.python_version()},
+        "micro_batch_size": MICRO,
+        "micro_batches": args.micro_batches,
+        "repeats": args.repeats,
+    }
+    for name, size in CASES:
+        count = MICRO * args.micro_batches
+        data = Images(count, size)
+        runs = {arm: make(name, data, count) for arm, make in ARMS.items()}
+        first = {arm: run() for arm, run in runs.items()}
+        assert max(first.values()) - min(first.values()) < 1e-4, first
+        seconds = {arm: [] for arm in ARMS}
+        for _ in range(args.repeats):
+            for arm, run in runs.items():
+                start = time.process_time()
+                run()
+                seconds[arm].append(time.process_time() - start)
+        small = Images(4 * MICRO, size)
+        peaks = {arm: peak_bytes(make(name, small, 4 * MICRO)) for arm, make in ARMS.items()}
+        best = {arm: min(values) for arm, values in seconds.items()}
+        results[f"{name} at {size} px"] = {"seconds": seconds, "peak_bytes": peaks}
+        print(f"\n{name} at {size} px, {args.micro_batches} micro-batches of {MICRO}")
+        for arm in ARMS:
+            ratio, extra = best[arm] / best["plain loop"], peaks[arm] - peaks["plain loop"]
+            print(
+                f"  {arm:<11} {best[arm]:8.3f} s  {ratio:.4f} of the plain loop  "
+                f"peak {peaks[arm] / 2**20:9.3f} MiB ({extra:+,d} bytes)"
+            )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
