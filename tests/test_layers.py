@@ -1,0 +1,81 @@
+"""An import points only downward: the layout of the design, walked and enforced."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lbaccel"
+
+LEVELS = [
+    {"errors"},
+    {"batch"},
+    {"scaling"},
+    {"schedules"},
+    {"normalization", "checkpointing", "models", "progress", "options"},
+    {"accumulation", "checkpoints", "settings"},
+    {"data"},
+    {"engine", "evaluation", "tracking"},
+    {"runs"},
+    {"compare", "plots", "recipe"},
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+NO_TORCH = ("errors", "batch", "scaling", "schedules", "options", "settings", "runs", "compare")
+
+
+def imports(path: Path, *, only_top: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in tree.body if only_top else ast.walk(tree):
+        if node in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def level_of(module: str) -> int:
+    (level,) = (i for i, names in enumerate(LEVELS) if module in names)
+    return level
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_below(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    below = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "lbaccel" and len(parts) > 1 and parts[1] != "__version__":
+            below.add(parts[1])
+    known = {name for names in LEVELS for name in names}
+    for name in (below & known) - {own}:
+        assert level_of(name) < level_of(own), f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_the_arithmetic_imports_no_torch(name):
+    heavy = {"torch", "timm", "accelerate", "wandb", "matplotlib", "deepspeed"}
+    top = {found.split(".")[0] for found in imports(PACKAGE / f"{name}.py", only_top=True)}
+    assert not top & heavy
+
+
+def test_deepspeed_wandb_and_matplotlib_are_imported_only_where_used():
+    for path in modules():
+        top = {found.split(".")[0] for found in imports(path, only_top=True)}
+        assert not top & {"deepspeed", "wandb", "matplotlib", "transformers"}, path
