@@ -1,0 +1,104 @@
+"""What only CUDA has. `pytest -m gpu` on a machine with a GPU; elsewhere reported as not run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_activation_checkpointing
+from lbaccel.accumulation import accumulate
+from lbaccel.normalization import convert_batch_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no CUDA device"),
+]
+
+
+def loss_fn(model, micro_batch):
+    images, labels = micro_batch
+    return F.cross_entropy(model(images), labels)
+
+
+def run(precision, *, micro=8, updates=2, checkpointing=False, channels_last=False, poison=None):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if checkpointing:
+        apply_activation_checkpointing(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.randn(32, 3, 64, 64), torch.randint(5, (32,))
+    plan = BatchPlan(global_batch_size=32, micro_batch_size=micro, norm_batch_size=8)
+    accelerator = Accelerator(mixed_precision=precision)
+    large_batch = LargeBatch(accelerator, plan)
+    bare = model
+    model, optimizer, loader = large_batch.prepare(
+        model, optimizer, UpdateLoader(TensorDataset(images, labels), plan)
+    )
+    before = copy.deepcopy(bare.state_dict())
+    calls = [0]
+
+    def poisoned(model, micro_batch):
+        calls[0] += 1
+        loss = loss_fn(model, micro_batch)
+        return loss * float("inf") if calls[0] == poison else loss
+
+    results = [large_batch.update(u, poisoned) for _ in range(updates) for u in loader]
+    return results, before, bare.state_dict(), accelerator
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_loss_falls_in_every_precision_and_layout(precision, channels_last):
+    results, *_ = run(precision, updates=10, channels_last=channels_last)
+    applied = [r for r in results if r.applied]
+    assert applied[-1].loss < applied[0].loss
+
+
+def test_an_fp16_overflow_in_one_micro_batch_writes_nothing():
+    results, before, after, accelerator = run("fp16", updates=1, poison=2)
+    assert not results[0].applied
+    assert all(torch.equal(after[k].cpu(), v.cpu()) for k, v in before.items())
+    assert accelerator.scaler.get_scale() < 65536
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_partitions_agree_in_float32(checkpointing):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    (one,), _, a, _ = run("no", micro=8, updates=1)
+    (other,), _, b, _ = run("no", micro=32, updates=1, checkpointing=checkpointing)
+    assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_accumulation_never_waits_for_the_gpu(precision):
+    model = timm.create_model("resnet18", num_classes=5).cuda()
+    norm = convert_batch_norm(model, 8)
+    plan = BatchPlan(global_batch_size=32, micro_batch_size=16, norm_batch_size=8)
+    batches = [
+        (
+            m,
+            (
+                torch.randn(m.num_samples, 3, 64, 64).cuda(),
+                torch.zeros(m.num_samples).long().cuda(),
+            ),
+        )
+        for m in plan.partition()
+    ]
+    norm.begin()
+    with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
+        accumulate(model, batches, loss_fn, num_samples=32, norm=norm)  # cuDNN warms up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            accumulate(model, batches, loss_fn, num_samples=32, norm=norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

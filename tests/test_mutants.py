@@ -1,0 +1,189 @@
+"""Each trap's naive line, put back into a copy of the package, must fail a test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# name: (file, the line that is right, the naive line, tests that must notice)
+MUTANTS = {
+    "tail divided by the full batch": (
+        "engine.py",
+        "num_samples=update.num_samples,\n                    norm",
+        "num_samples=self.plan.global_batch_size,\n                    norm",
+        "tests/test_engine.py",
+    ),
+    "every micro-batch weighs the same": (
+        "accumulation.py",
+        "weight = float(micro_batch.num_samples)",
+        "weight = num_samples / 6",
+        "tests/test_engine.py",
+    ),
+    "mean of means of weighted losses": (
+        "accumulation.py",
+        "weight = weight.detach().double()",
+        "weight = torch.tensor(float(micro_batch.num_samples)).double()",
+        "tests/test_engine.py",
+    ),
+    "no division by the weights": (
+        "engine.py",
+        "divisor=agreement.weight / update.num_samples if own_weights else 1.0",
+        "divisor=1.0",
+        "tests/test_engine.py",
+    ),
+    "clipping skipped": (
+        "engine.py",
+        "if self.clip_grad_norm is not None and finite:",
+        "if False:",
+        "tests/test_engine.py",
+    ),
+    "loss scale not undone before clipping": (
+        "engine.py",
+        "scaler.unscale_(self._optimizer.optimizer)",
+        "pass",
+        "tests/test_engine.py",
+    ),
+    "overflow moves the counters": (
+        "engine.py",
+        "applied = not self._optimizer.step_was_skipped",
+        "applied = True",
+        "tests/test_engine.py",
+    ),
+    "scheduler steps twice": (
+        "engine.py",
+        "self._scheduler.step()",
+        "self._scheduler.step(); self._scheduler.step()",
+        "tests/test_engine.py",
+    ),
+    "statistics of a failed update stay": (
+        "engine.py",
+        "self.norm.begin()\n        try:",
+        "self.norm._pending is not None or self.norm.begin()\n        try:",
+        "tests/test_normalization.py tests/test_engine.py",
+    ),
+    "not finite is not noticed": (
+        "engine.py",
+        "if not finite and scaler is None:",
+        "if False:",
+        "tests/test_engine.py",
+    ),
+    "weights cast in every micro-batch": (
+        "engine.py",
+        "with self._no_sync(), _autocast_cache(device.type):",
+        "with self._no_sync():",
+        "tests/test_engine.py",
+    ),
+    "recompute moves statistics": (
+        "normalization.py",
+        "discard = norm.recomputing or norm.micro_batch.is_filler",
+        "discard = norm.micro_batch.is_filler",
+        "tests/test_normalization.py",
+    ),
+    "a filler moves statistics": (
+        "normalization.py",
+        "discard = norm.recomputing or norm.micro_batch.is_filler",
+        "discard = norm.recomputing",
+        "tests/test_normalization.py",
+    ),
+    "BatchNorm over the micro-batch": (
+        "normalization.py",
+        "if len(sizes) == 1:\n",
+        "if True:\n",
+        "tests/test_normalization.py tests/test_equality.py",
+    ),
+    "merged variance without the spread of the means": (
+        "normalization.py",
+        "m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))",
+        "m2 += m2_b",
+        "tests/test_normalization.py",
+    ),
+    "merged variance without Bessel's correction": (
+        "normalization.py",
+        "(layer.running_var, m2 / (n - 1))",
+        "(layer.running_var, m2 / n)",
+        "tests/test_normalization.py",
+    ),
+    "statistics of ranks in any order": (
+        "normalization.py",
+        "(1 - layer.momentum) ** after",
+        "(1 - layer.momentum) ** (0 * after)",
+        "tests/test_normalization.py",
+    ),
+    "BatchNormAct2d left out": (
+        "normalization.py",
+        "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)",
+        "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)",
+        "tests/test_normalization.py",
+    ),
+    "recompute with other masks": (
+        "checkpointing.py",
+        "args, kwargs, use_reentrant=False)",
+        "args, kwargs, use_reentrant=False, preserve_rng_state=False)",
+        "tests/test_checkpointing_masks.py",
+    ),
+    "recompute with the spoilt list": (
+        "checkpointing.py",
+        "return plain(module, *_fresh(args), **_fresh(kwargs))",
+        "return plain(module, *args, **kwargs)",
+        "tests/test_checkpointing.py",
+    ),
+    "masks of the learning rate: warmup forgotten": (
+        "schedules.py",
+        "if samples_seen < warmup_samples:\n            if",
+        "if False:\n            if",
+        "tests/test_schedules.py",
+    ),
+    "order depends on the rank": (
+        "data/loader.py",
+        "start + micro_batch.start,",
+        "start + micro_batch.start + self.rank,",
+        "tests/data/test_loader.py",
+    ),
+    "augmentation keyed without the epoch": (
+        "data/loader.py",
+        "keyed_hash(self.seed, SAMPLE_SEED, epoch, index)",
+        "keyed_hash(self.seed, SAMPLE_SEED, index)",
+        "tests/data/test_loader.py",
+    ),
+    "mixup across the cut": (
+        "data/augment.py",
+        "torch.arange(start + size - 1, start - 1, -1)",
+        "torch.arange(len(labels) - 1 - start, len(labels) - 1 - start - size, -1)",
+        "tests/data/test_augment.py",
+    ),
+    "the user's random state is moved": (
+        "data/loader.py",
+        "generator.set_state(state[0])",
+        "pass",
+        "tests/data/test_loader.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path):
+    file, right, naive, tests = MUTANTS[name]
+    shutil.copytree(ROOT / "lbaccel", tmp_path / "lbaccel")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "lbaccel" / file
+    source = path.read_text()
+    assert source.count(right) >= 1, f"{file} no longer holds {right!r}"
+    path.write_text(source.replace(right, naive, 1))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}"
