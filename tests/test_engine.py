@@ -217,6 +217,21 @@ def test_loss_scaling_by_a_power_of_two_changes_no_bit_and_is_undone_once():
     assert_same(*ends)
 
 
+def test_the_loss_scale_is_undone_before_the_norm_is_taken_and_clipped():
+    ends = []
+    for scale in (None, 1024.0):
+        accelerator = Accelerator(cpu=True)
+        if scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        x, y = make_data(8)
+        result, found, _ = one_update(
+            make_network(), x, y, micro_batch_size=4, clip_grad_norm=0.1, accelerator=accelerator
+        )
+        ends.append((result.grad_norm, found))
+    assert ends[0][0] == ends[1][0]
+    assert_same(ends[0][1], ends[1][1])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_update_and_samples_and_writes_nothing(value):
     large_batch, model, optimizer, loader, scheduler, ema = make_run()

@@ -63,9 +63,9 @@ MUTANTS = {
         "tests/test_engine.py",
     ),
     "statistics of a failed update stay": (
-        "engine.py",
-        "self.norm.begin()\n        try:",
-        "self.norm._pending is not None or self.norm.begin()\n        try:",
+        "normalization.py",
+        "self._pending.zero_()",
+        "pass",
         "tests/test_normalization.py tests/test_engine.py",
     ),
     "not finite is not noticed": (
@@ -186,4 +186,5 @@ def test_a_mutant_is_noticed(name, tmp_path):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 1, f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}"
+    noticed = done.returncode == 1 or done.returncode < 0  # some crash torch's autograd
+    assert noticed, f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}"
