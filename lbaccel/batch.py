@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from lbaccel.errors import InputError
@@ -112,7 +113,7 @@ class BatchPlan:
                 f"micro-batch holds whole groups. The nearest that fit are {nearest[0]} and "
                 f"{nearest[1]}"
                 + (
-                    f"; or change the contract: norm_batch_size={self.micro_batch_size} or 'frozen'."
+                    f"; or change the contract: norm_batch_size={self.micro_batch_size}, 'frozen'."
                     if isinstance(n, int)
                     else "."
                 )
@@ -161,7 +162,7 @@ class BatchPlan:
             edges = [
                 boundary(total, groups, g) for g in range(begin, min(begin + per_micro, last) + 1)
             ]
-            sizes = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+            sizes = tuple(b - a for a, b in pairwise(edges))
             if self.group_size == 1:
                 sizes = (sum(sizes),)
             micro_batches.append(MicroBatch(edges[0], sizes))
@@ -309,7 +310,7 @@ class UpdateStream:
         return max(1, -(-samples // self.global_batch_size))
 
     def span(self, update: int) -> tuple[int, int]:
-        """Position in the stream of the update's first sample (epoch x N + offset), and its size."""
+        """Position in the stream (epoch x N + offset) of the update's first sample, and its size."""
         b, n = self.global_batch_size, self.num_samples
         if self.last_update == "wrap":
             return update * b, b

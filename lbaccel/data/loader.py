@@ -145,12 +145,12 @@ class UpdateLoader:
         self._drawn = index + 1
 
     def _load_from(self, index: int) -> Iterator[Any]:
-        workers = self.num_workers
         loader = DataLoader(
             _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=_KeyLists(self, index),  # type: ignore[arg-type]
-            num_workers=workers,
+            num_workers=self.num_workers,
             collate_fn=_Collate(self.collate_fn),
+            generator=torch.Generator(),  # else its base seed comes from the user's
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)

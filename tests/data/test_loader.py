@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import random
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import UnidentifiedImageError
+
+from lbaccel.batch import BatchPlan
+from lbaccel.data.loader import UpdateLoader
+from lbaccel.errors import InputError
+
+
+class Noisy:
+    """A sample is its index and a draw from each generator that transforms use."""
+
+    def __init__(self, count=20):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        draws = [torch.rand(()).item(), np.random.rand(), random.random()]
+        return torch.tensor([index, *draws], dtype=torch.float64)
+
+
+def plan_of(batch=8, micro=4, world=1, norm=None):
+    return BatchPlan(
+        global_batch_size=batch, micro_batch_size=micro, world_size=world, norm_batch_size=norm
+    )
+
+
+def read(loader, epochs=2):
+    """Per update: the rank's samples in order, fillers left out."""
+    return [
+        torch.cat([data for micro, data in update if not micro.is_filler] or [torch.zeros(0, 4)])
+        for _ in range(epochs)
+        for update in loader
+    ]
+
+
+@pytest.mark.parametrize("last_update", ["wrap", "keep", "drop"])
+def test_length_is_what_is_yielded_and_each_index_comes_once_an_epoch(last_update):
+    loader = UpdateLoader(Noisy(21), plan_of(), last_update=last_update)
+    stream = []
+    for epoch in range(4):
+        assert loader.epoch == epoch
+        expected = len(loader)
+        updates = [[data for _, data in update] for update in loader]
+        assert len(updates) == expected
+        stream += [int(i) for update in updates for data in update for i in data[:, 0]]
+    per_epoch = {"wrap": 21, "keep": 21, "drop": 16}[last_update]
+    for epoch in range(3):
+        seen = stream[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert len(set(seen)) == per_epoch
+
+
+def test_no_plan_changes_samples_order_or_random_numbers():
+    truth = read(UpdateLoader(Noisy(), plan_of(micro=8), seed=3))
+    for micro, norm in ((1, None), (3, None), (2, 2), (6, 3)):
+        found = read(UpdateLoader(Noisy(), plan_of(micro=micro, norm=norm), seed=3))
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    for world in (2, 3):
+        plan = plan_of(micro=2, world=world, norm=2)
+        ranks = [read(UpdateLoader(Noisy(), plan, rank=r, seed=3)) for r in range(world)]
+        for parts, whole in zip(zip(*ranks, strict=True), truth, strict=True):
+            assert torch.equal(torch.cat(parts), whole)
+            assert all(len(part) for part in parts)
+    other = read(UpdateLoader(Noisy(), plan_of(micro=8), seed=4))
+    assert not torch.equal(other[0], truth[0])
+
+
+def test_draws_differ_between_epochs_and_samples():
+    rows = torch.cat(read(UpdateLoader(Noisy(), plan_of(batch=20, micro=20)), epochs=3))
+    for column in range(1, 4):
+        assert len(rows[:, column].unique()) == len(rows)
+
+
+def test_workers_change_nothing():
+    truth = read(UpdateLoader(Noisy(), plan_of()))
+    found = read(UpdateLoader(Noisy(), plan_of(), num_workers=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_the_users_random_state_is_left_alone():
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    read(UpdateLoader(Noisy(), plan_of()))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+
+
+def test_going_on_after_a_break_and_after_a_half_read_update():
+    truth = read(UpdateLoader(Noisy(), plan_of()))
+    loader = UpdateLoader(Noisy(), plan_of())
+    found = []
+    for update in loader:
+        found.append(torch.cat([data for _, data in update]))
+        break
+    for update in loader:
+        next(iter(update))
+        break
+    found.append(truth[1])
+    found += read(loader, epochs=2)[: len(truth) - 2]
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_state_is_where_the_next_update_starts():
+    loader = UpdateLoader(Noisy(), plan_of())
+    next(iter(loader))
+    state = loader.state_dict()
+    other = UpdateLoader(Noisy(), plan_of())
+    other.load_state_dict(state)
+    truth = read(UpdateLoader(Noisy(), plan_of()))
+    assert all(torch.equal(a, b) for a, b in zip(read(other), truth[1:], strict=True))
+
+
+class Broken(Noisy):
+    @property
+    def samples(self):
+        return [(f"images/{i}.jpg", 0) for i in range(20)]
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise UnidentifiedImageError("cannot identify image file")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named_without_a_traceback(workers):
+    with pytest.raises(InputError) as error:
+        read(UpdateLoader(Broken(), plan_of(), num_workers=workers))
+    assert str(error.value) == (
+        "sample 7 (images/7.jpg) can't be read: cannot identify image file."
+    )
+
+
+def test_a_batch_above_the_data_set_warns_and_is_the_whole_set():
+    with pytest.warns(UserWarning, match="above the training set's 20 samples"):
+        loader = UpdateLoader(Noisy(), plan_of(batch=64, micro=8))
+    (update,) = loader
+    assert sum(micro.num_samples for micro, _ in update) == 20 == update.num_samples
+
+
+def test_a_rank_outside_and_an_empty_set_are_refused():
+    with pytest.raises(InputError, match="rank=2 is not in"):
+        UpdateLoader(Noisy(), plan_of(world=2), rank=2)
+    with pytest.raises(InputError, match="empty"):
+        UpdateLoader(Noisy(0), plan_of())
+
+
+def test_the_loader_never_holds_a_global_batch():
+    alive = weakref.WeakSet()
+    most = 0
+
+    class Watched:
+        def __len__(self):
+            return 64
+
+        def fetch(self, indices, epochs):
+            data = torch.zeros(len(indices))
+            alive.add(data)
+            return data
+
+    (update,) = UpdateLoader(Watched(), plan_of(batch=64, micro=4))
+    for _, data in update:
+        del data
+        most = max(most, len(alive))
+    assert 1 <= most <= 2

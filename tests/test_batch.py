@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbaccel.batch import BatchPlan, UpdateStream
+from lbaccel.errors import InputError
+
+
+@st.composite
+def plans(draw):
+    norm = draw(st.one_of(st.none(), st.just("frozen"), st.integers(1, 9)))
+    pairs = norm is None and draw(st.booleans())
+    unit = norm if isinstance(norm, int) else 2 if pairs else 1
+    world = draw(st.integers(1, 5))
+    size = draw(st.integers(max(2, world * unit), 200))
+    return BatchPlan(
+        global_batch_size=size,
+        micro_batch_size=unit * draw(st.integers(1, 12)),
+        world_size=world,
+        norm_batch_size=norm,
+        mix_pairs=pairs,
+    )
+
+
+def all_groups(plan, count):
+    """(start, size) of each group over all ranks, fillers left out."""
+    found = []
+    for rank in range(plan.world_size):
+        for micro in plan.partition(rank, count):
+            start = micro.start
+            for size in () if micro.is_filler else micro.group_sizes:
+                found.append((start, size))
+                start += size
+    return found
+
+
+@settings(deadline=None, max_examples=300)
+@given(plans(), st.data())
+def test_each_sample_is_in_one_micro_batch_of_one_rank(plan, data):
+    count = data.draw(st.integers(1, plan.global_batch_size))
+    positions = []
+    steps = set()
+    for rank in range(plan.world_size):
+        micros = plan.partition(rank, count)
+        steps.add(len(micros))
+        fillers = [m.is_filler for m in micros]
+        assert fillers == sorted(fillers)
+        for micro in micros:
+            assert 1 <= micro.num_samples <= plan.micro_batch_size
+            if not micro.is_filler:
+                positions += range(micro.start, micro.start + micro.num_samples)
+    assert positions == list(range(count))
+    assert steps == {plan.num_micro_steps(count)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(plans(), st.data())
+def test_groups_are_those_of_array_split_whatever_the_plan(plan, data):
+    count = data.draw(st.integers(1, plan.global_batch_size))
+    unit = plan.group_size
+    if unit == 1:
+        return
+    truth = [(int(g[0]), len(g)) for g in np.array_split(np.arange(count), -(-count // unit))]
+    assert all_groups(plan, count) == truth
+    assert max(size for _, size in truth) <= unit
+
+
+def test_the_equation_and_what_is_derived():
+    plan = BatchPlan(global_batch_size=4096, micro_batch_size=32, world_size=4, norm_batch_size=32)
+    assert plan.gradient_accumulation_steps == 4096 // 32 // 4
+    assert str(plan) == (
+        "global batch 4096 = 32 micro-batches x 32 samples x 4 ranks; "
+        "BatchNorm over 32 samples (128 groups)"
+    )
+    ragged = BatchPlan(global_batch_size=10, micro_batch_size=4, norm_batch_size="frozen")
+    assert "2 x 4 + 2 samples" in str(ragged) and "BatchNorm frozen" in str(ragged)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"micro_batch_size": 48, "norm_batch_size": 32}, "nearest that fit are 32 and 64"),
+        ({"micro_batch_size": 8, "norm_batch_size": 32}, "nearest that fit are 32 and 64"),
+        ({"micro_batch_size": 3, "mix_pairs": True}, "nearest that fit are 2 and 4"),
+        ({"global_batch_size": 0}, "global_batch_size=0 is not a whole number"),
+        ({"micro_batch_size": -1}, "micro_batch_size=-1"),
+        ({"micro_batch_size": 2.5}, r"micro_batch_size=2\.5"),
+        ({"world_size": True}, "world_size=True"),
+        ({"norm_batch_size": "cold"}, "'cold' is not an integer, 'frozen' or None"),
+        ({"norm_batch_size": 1024}, "larger than global_batch_size=512"),
+        ({"world_size": 513}, "Use world_size <= 512"),
+        ({"world_size": 17, "norm_batch_size": 32}, "Use world_size <= 16"),
+    ],
+)
+def test_a_plan_that_cannot_be_names_the_numbers_and_what_to_type(options, words):
+    with pytest.raises(InputError, match=words):
+        BatchPlan(**{"global_batch_size": 512, "micro_batch_size": 64, **options})
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "updates", "last", "words"),
+    [
+        (512, 1000, "wrap", ["full-batch"]),
+        (5119, 1000, "wrap", ["10% of the training set"]),
+        (5120, 1000, "wrap", []),
+        (51200, 499, "wrap", ["499 updates in all are few"]),
+        (51200, 500, "wrap", []),
+        (51200 + 127, 500, "keep", ["127 samples, below a quarter"]),
+        (51200 + 128, 500, "keep", []),
+        (51200 + 127, 500, "wrap", []),
+    ],
+)
+def test_warnings_come_at_their_thresholds(num_samples, updates, last, words):
+    plan = BatchPlan(global_batch_size=512, micro_batch_size=64)
+    found = plan.warnings(num_samples=num_samples, num_updates=updates, last_update=last)
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_a_batch_above_the_training_set_is_full_batch_training_and_says_so():
+    plan = BatchPlan(global_batch_size=4096, micro_batch_size=32)
+    text = plan.explain(num_samples=800, epochs=10)
+    assert "above the training set's 800 samples" in text and "full-batch training" in text
+    assert plan.capped(800).global_batch_size == 800
+    assert plan.capped(4096) is plan
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(1, 60), st.integers(0, 60), st.sampled_from(["wrap", "keep", "drop"]),
+    st.integers(1, 6),
+)  # fmt: skip
+def test_updates_of_a_stream_follow_the_closed_form(batch, more, last, epochs):
+    count = batch + more
+    stream = UpdateStream(batch, count, last)
+    total = sum(stream.updates_in_epoch(e) for e in range(epochs))
+    truth = {
+        "wrap": -(-epochs * count // batch),
+        "keep": epochs * -(-count // batch),
+        "drop": epochs * (count // batch),
+    }[last]
+    assert total == stream.num_updates(epochs) == stream.first_update(epochs) == truth
+    spans = [stream.span(u) for u in range(total)]
+    for u, (start, size) in enumerate(spans):
+        assert stream.samples_seen(u) == sum(s for _, s in spans[:u])
+        assert 1 <= size <= batch and start // count < epochs
+    covered = [p for start, size in spans for p in range(start, start + size)]
+    assert len(covered) == len(set(covered))
+    if last == "wrap":
+        assert covered == list(range(total * batch)) and {s for _, s in spans} == {batch}
+    elif last == "keep":
+        assert covered == list(range(epochs * count))
+    else:
+        assert {s for _, s in spans} == {batch}
+
+
+def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates():
+    assert UpdateStream(100, 1000, "wrap").num_updates(0.25) == 3
+    assert UpdateStream(100, 1050, "drop").num_updates(0.5) == 5
+    with pytest.raises(InputError, match="above the training set"):
+        UpdateStream(11, 10)
+    with pytest.raises(InputError, match="'wrap', 'keep' or 'drop'"):
+        UpdateStream(5, 10, "turn")
