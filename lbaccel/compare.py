@@ -106,6 +106,8 @@ def compared_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     def counts(key: str) -> bool:
         if key.split("/")[0] in ("origin", "output") or key.startswith("wandb_"):
             return False
+        if key in ("plan/equation", "plan/gradient_accumulation_steps"):  # follow from the rest
+            return False
         name = key.removeprefix("plan/")
         return name == key or any(one.get(key) != one.get(name, ...) for one in configs)
 
@@ -318,8 +320,8 @@ def unit_of(metric: str) -> str:
     """Unit of a metric for an axis label, by lbaccel's names; empty where there is none.
 
     >>> unit_of("val/top1"), unit_of("memory/peak_gib"), unit_of("train/loss")
-    (' (fraction)', ' (GiB)', '')
+    (' (%)', ' (GiB)', '')
     """
     ends = {"_gib": "GiB", "_seconds": "s", "_pct": "%", "_per_second": "1/s"}
-    ends |= {"top1": "fraction", "top5": "fraction"}
+    ends |= {"top1": "%", "top5": "%"}
     return next((f" ({unit})" for end, unit in ends.items() if metric.endswith(end)), "")
