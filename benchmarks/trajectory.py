@@ -20,7 +20,7 @@ PLANS = {
     "micro-batch 64": [],
     "micro-batch 96": ["--micro-batch-size", "96"],
     "micro-batch 512": ["--micro-batch-size", "512"],
-    "micro-batch 32, checkpointed": "--micro-batch-size 32 --activation-checkpointing full".split(),
+    "micro-batch 32, checkpointed": ["--micro-batch-size", "32", "--activation-checkpointing", "full"],
 }
 CONTROLS = 2
 PREPARE = LargeBatch.prepare
@@ -31,7 +31,7 @@ def losses(flags: list[str], perturbed: int | None = None) -> list[float]:
         generator = torch.Generator().manual_seed(perturbed or 0)
         for parameter in model.parameters() if perturbed is not None else ():
             sign = torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1
-            parameter.data *= 1 + sign * torch.finfo(torch.float64).eps
+            parameter.data *= 1 + sign.double() * torch.finfo(torch.float64).eps
         return PREPARE(self, model, *args, **options)
 
     LargeBatch.prepare = prepare

@@ -310,7 +310,7 @@ class UpdateStream:
         return max(1, -(-samples // self.global_batch_size))
 
     def span(self, update: int) -> tuple[int, int]:
-        """Position (epoch x N + offset) of the update's first sample in the stream, and its size."""
+        """Position (epoch x N + offset) of its first sample in the stream, and its size."""
         b, n = self.global_batch_size, self.num_samples
         if self.last_update == "wrap":
             return update * b, b

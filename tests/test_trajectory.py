@@ -29,7 +29,7 @@ def losses(*, micro_batch_size=4, checkpointing=False, perturbed=None):
         generator = torch.Generator().manual_seed(perturbed)
         for parameter in model.parameters():
             sign = torch.randint(2, parameter.shape, generator=generator) * 2.0 - 1
-            parameter.data *= 1 + sign * torch.finfo(torch.float64).eps
+            parameter.data *= 1 + sign.double() * torch.finfo(torch.float64).eps
     if checkpointing:
         apply_activation_checkpointing(model, blocks=["0", "1"])
     generator = torch.Generator().manual_seed(1)
