@@ -20,7 +20,12 @@ PLANS = {
     "micro-batch 64": [],
     "micro-batch 96": ["--micro-batch-size", "96"],
     "micro-batch 512": ["--micro-batch-size", "512"],
-    "micro-batch 32, checkpointed": ["--micro-batch-size", "32", "--activation-checkpointing", "full"],
+    "micro-batch 32, checkpointed": [
+        "--micro-batch-size",
+        "32",
+        "--activation-checkpointing",
+        "full",
+    ],
 }
 CONTROLS = 2
 PREPARE = LargeBatch.prepare

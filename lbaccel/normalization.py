@@ -113,7 +113,8 @@ def _normalise(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm, discard: boo
     mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
     y = kernel(mean, var, 1.0)
     n = x.numel() // x.shape[1]
-    _merge(slot.mean, slot.var, slot.num_values, mean, var.mul_(n - 1), n)
+    # Not in place: the backward pass has saved `mean` and `var`.
+    _merge(slot.mean, slot.var, slot.num_values, mean, var * (n - 1), n)
     slot.num_values += n
     return y
 

@@ -38,6 +38,9 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must not be below 0.")
     if s["crop_pct"] is not None and not 0 < s["crop_pct"] <= 1:
         raise InputError(f"--crop-pct {s['crop_pct']} must be in 0..1.")
+    for tracker in s["log_with"]:
+        if tracker not in ("run_folder", "wandb"):
+            raise InputError(f"--log-with {tracker} is not one of run_folder, wandb.")
     if s["precision"] == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
     return s

@@ -184,6 +184,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "num_updates": num_updates,
             "norm_batch_size": plan.norm_batch_size,
+            "lr": lr_values.pop("lr"),
         }
         resolved = {**s, **lr_values, "precision": precision, "num_classes": num_classes}
         resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}

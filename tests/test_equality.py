@@ -102,3 +102,27 @@ def test_the_naive_loop_over_micro_batches_is_not_the_reference(references):
     )
     assert relative_error(found, gradients) > 1e-3
     assert largest_relative_error(found_buffers, buffers) > 1e-3
+
+
+@pytest.mark.parametrize("micro", [3, 6, 12])
+def test_statistics_once_an_update_keep_the_gradients_and_merge_all_ghost_batches(
+    micro, references
+):
+    _, gradients, _ = reference_of("resnet10t", references)
+    images, labels = make_samples(COUNT)
+    model = make_model("resnet10t")
+    first = model.conv1[0]
+    with torch.no_grad():
+        x = first(images)
+    _, found, buffers = one_update(
+        model, images, labels, micro_batch_size=micro, norm_batch_size=NORM,
+        bn_statistics="per_update",
+    )  # fmt: skip
+    assert relative_error(found, gradients) < 1e-12
+    values = x.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(
+        buffers["conv1.1.running_mean"], 0.1 * values.mean(1), rtol=1e-12, atol=1e-15
+    )
+    torch.testing.assert_close(
+        buffers["conv1.1.running_var"], 0.9 + 0.1 * values.var(1), rtol=1e-12, atol=1e-15
+    )
