@@ -8,23 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lbaccel.batch import BatchPlan, MicroBatch, UpdateStream
+    from lbaccel.batch import BatchPlan, MicroBatch
     from lbaccel.checkpointing import apply_activation_checkpointing
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
+    from lbaccel.duration import Duration
     from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
     from lbaccel.normalization import convert_batch_norm, recalibrate
     from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
-    from lbaccel.schedules import Duration, lr_scheduler, make_schedule
+    from lbaccel.schedulers import lr_scheduler
+    from lbaccel.schedules import make_schedule
+    from lbaccel.stream import UpdateStream
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BatchPlan": "batch",
     "MicroBatch": "batch",
-    "UpdateStream": "batch",
+    "UpdateStream": "stream",
     "apply_activation_checkpointing": "checkpointing",
     "GroupMix": "data.augment",
     "KeyedImages": "data.augment",
@@ -41,8 +44,8 @@ _HOME = {
     "no_scaling": "scaling",
     "scale_lr": "scaling",
     "sqrt_scaling": "scaling",
-    "Duration": "schedules",
-    "lr_scheduler": "schedules",
+    "Duration": "duration",
+    "lr_scheduler": "schedulers",
     "make_schedule": "schedules",
 }
 

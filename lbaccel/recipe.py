@@ -13,12 +13,14 @@ from timm.data.config import resolve_model_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from lbaccel.batch import BatchPlan, NormBatchSize, UpdateStream
+from lbaccel.batch import BatchPlan, NormBatchSize
 from lbaccel.data.sources import ImageArray, Source
+from lbaccel.duration import Duration
 from lbaccel.errors import InputError
 from lbaccel.models import SMALL_IMAGE, adapt_stem, create_backbone, preprocessing
 from lbaccel.scaling import choose_rule, explain_lr, scale_lr
-from lbaccel.schedules import Duration, Schedule, make_schedule
+from lbaccel.schedules import Schedule, make_schedule
+from lbaccel.stream import UpdateStream
 
 Say = Callable[[str], object]
 

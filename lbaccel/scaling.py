@@ -6,12 +6,10 @@ recipe's reference, such as 0.1 at 256. `docs/methods.md` says where each rule f
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Sequence
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_choice, check_number
 
 RULES = ("linear", "sqrt", "none")
 
@@ -146,46 +144,6 @@ def explain_lr(base_lr: float, *, base_batch_size: int, global_batch_size: int, 
         f"{base_batch_size}) and global batch size ({global_batch_size}) with "
         f"{'no' if rule == 'none' else rule} scaling."
     )
-
-
-def check_choice(name: str, value: str, *, choices: Sequence[str]) -> None:
-    """Stop at a value that is none of `choices`, naming the nearest.
-
-    Raises:
-        InputError: `value` is not in `choices`.
-
-    >>> check_choice("rule", "linaer", choices=("linear", "sqrt"))
-    Traceback (most recent call last):
-    lbaccel.errors.InputError: rule='linaer' is not one of 'linear', 'sqrt'. Use rule='linear'.
-    """
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
-    known = ", ".join(repr(c) for c in choices)
-    hint = f" Use {name}={near[0]!r}." if near else " Use one of these."
-    raise InputError(f"{name}={value!r} is not one of {known}.{hint}")
-
-
-def check_number(name: str, value: float, *, zero: bool = False, at_most: float = math.inf) -> None:
-    """Stop at anything but a finite number above 0 (from 0 on, with `zero`) and up to `at_most`.
-
-    Raises:
-        InputError: text, a truth value, infinity, nan, or a number out of the bounds.
-
-    >>> check_number("base_lr", -0.1)
-    Traceback (most recent call last):
-    lbaccel.errors.InputError: base_lr=-0.1 is not a finite number above 0. Use base_lr > 0.
-    """
-    try:
-        good = not isinstance(value, (bool, str)) and math.isfinite(value)
-    except (TypeError, OverflowError):
-        good = False
-    if not good or value < 0 or value > at_most or (value == 0 and not zero):
-        rule, hint = ("of at least 0", f"{name} >= 0") if zero else ("above 0", f"{name} > 0")
-        if at_most < math.inf:
-            rule += f" and at most {at_most:.6g}"
-            hint += f", {name} <= {at_most:.6g}"
-        raise InputError(f"{name}={value!r} is not a finite number {rule}. Use {hint}.")
 
 
 def _ratio(base_lr: float, base_batch_size: int, global_batch_size: int) -> float:

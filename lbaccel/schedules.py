@@ -1,4 +1,4 @@
-"""Warmup and decay as pure functions of samples seen (no torch, but for `lr_scheduler`).
+"""Warmup and decay as pure functions of samples seen (no torch).
 
 Every function takes `samples_seen`, the samples consumed over all ranks at the START of an update,
 and returns the multiplier of the peak learning rate: 1.0 is the scaled learning rate. Counted in
@@ -9,77 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-from lbaccel.errors import InputError
-from lbaccel.scaling import check_choice, check_number
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR
+from lbaccel.duration import Duration, all_units
+from lbaccel.errors import InputError, check_choice, check_number
 
 Schedule = Callable[[float], float]
 DECAYS = ("constant", "cosine", "step", "multistep")
 WARMUPS = ("none", "gradual", "constant", "stairs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Duration:
-    """A length of training: exactly one of `updates`, `samples` and `epochs`, at least 0.
-
-    Raises:
-        InputError: none or several of the three, or one that is negative or not finite.
-
-    >>> Duration(epochs=5).to_samples(global_batch_size=256, num_samples=50_000)
-    250000.0
-    >>> print(Duration(epochs=5))
-    5 epochs
-    """
-
-    updates: float | None = None
-    samples: float | None = None
-    epochs: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [u for u in ("updates", "samples", "epochs") if getattr(self, u) is not None]
-        if len(given) != 1:
-            raise InputError(
-                f"a duration needs exactly one of updates, samples and epochs, and has "
-                f"{' and '.join(given) or 'none'}. Use one, such as Duration(epochs=5)."
-            )
-        check_number(given[0], getattr(self, given[0]), zero=True)
-
-    def to_samples(self, *, global_batch_size: int, num_samples: int) -> float:
-        """In samples: `updates * global_batch_size`, `samples`, or `epochs * num_samples`.
-
-        The product is exact and rounded once, so that an epoch's end is met even at 0.1 epochs.
-
-        Args:
-            global_batch_size: samples of an update. Where epochs end in a short update, state the
-                duration in samples or epochs: u updates are then fewer than u full ones.
-            num_samples: samples that one epoch consumes (whole updates only where the last
-                incomplete one is dropped).
-
-        Raises:
-            InputError: a size that is not a positive finite number.
-        """
-        return float(self._exact(global_batch_size, num_samples))
-
-    def _exact(self, global_batch_size: int, num_samples: int) -> Fraction:
-        check_number("global_batch_size", global_batch_size)
-        check_number("num_samples", num_samples)
-        # str, since the user's 0.1 means one tenth, not the binary fraction beside it
-        if self.updates is not None:
-            return Fraction(str(self.updates)) * global_batch_size
-        if self.epochs is not None:
-            return Fraction(str(self.epochs)) * num_samples
-        return Fraction(str(self.samples))
-
-    def __str__(self) -> str:
-        unit = next(u for u in ("updates", "samples", "epochs") if getattr(self, u) is not None)
-        return f"{getattr(self, unit):.10g} {unit}"
 
 
 def gradual_warmup(samples_seen: float, *, warmup_samples: float, start: float) -> float:
@@ -285,9 +222,9 @@ def make_schedule(
             f"warmup={warmup!r} has no warmup_duration. "
             "Use warmup_duration=Duration(epochs=5), or warmup='none'."
         )
-    warmup_exact, total_exact = (d._exact(**sizes) for d in (warmup_duration, total))
+    warmup_exact, total_exact = (d.exact_samples(**sizes) for d in (warmup_duration, total))
     if warmup_exact > total_exact:
-        lengths = [_all_units(x, **sizes) for x in (warmup_exact, total_exact)]
+        lengths = [all_units(x, **sizes) for x in (warmup_exact, total_exact)]
         raise InputError(
             f"warmup_duration of {lengths[0]} is longer than the run of {lengths[1]}: warmup must "
             f"end within the run. Use a warmup of at most {total}, or a run of at least "
@@ -301,10 +238,10 @@ def make_schedule(
 
     warmup_samples = float(warmup_exact)
     cosine_samples = max(0.0, math.floor(total_exact) - warmup_samples)
-    steps = [Duration(epochs=m)._exact(**sizes) for m in milestones]
+    steps = [Duration(epochs=m).exact_samples(**sizes) for m in milestones]
     if decay == "multistep" and min(steps) < warmup_exact:
         raise InputError(
-            f"warmup_duration of {_all_units(warmup_exact, **sizes)} ends after the first "
+            f"warmup_duration of {all_units(warmup_exact, **sizes)} ends after the first "
             f"milestone, epoch {min(milestones):g}: the learning rate would fall before it has "
             f"risen. Use a warmup of at most {min(milestones):g} epochs, or later milestones."
         )
@@ -333,54 +270,6 @@ def make_schedule(
     return schedule
 
 
-def lr_scheduler(
-    optimizer: Optimizer, schedule: Schedule, *, samples_per_update: int | Callable[[int], int]
-) -> LambdaLR:
-    """A torch scheduler with `lr = initial_lr * schedule(samples before update u)`, group by group.
-
-    Build the optimizer at the peak learning rate (head and layer-decay groups at their multiple of
-    it). Step once after each optimizer update, and leave it out of `accelerator.prepare`, which
-    would step it once a process. To resume, build both and then load both states: torch sets the
-    learning rate when the scheduler is built, not when its state is loaded.
-
-    Args:
-        optimizer: any torch optimizer.
-        schedule: samples seen to multiplier, such as of `make_schedule`.
-        samples_per_update: `global_batch_size`, or a function from update u (0, 1, ...) to its
-            number of samples, for short last updates and growing batches.
-
-    Raises:
-        InputError: a number of samples that is not positive.
-
-    >>> import torch
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
-    >>> scheduler = lr_scheduler(optimizer, lambda s: 0.5 if s < 64 else 1.0, samples_per_update=32)
-    >>> rates = []
-    >>> for _ in range(3):
-    ...     rates.append(optimizer.param_groups[0]["lr"])
-    ...     optimizer.step()
-    ...     scheduler.step()
-    >>> rates
-    [0.2, 0.2, 0.4]
-    """
-    from torch.optim.lr_scheduler import LambdaLR
-
-    if not callable(samples_per_update):
-        check_number("samples_per_update", samples_per_update)
-    before = [0]  # samples before update 0, 1, ...: a cache, not state, so resuming refills it
-
-    def multiplier(update: int) -> float:
-        if not callable(samples_per_update):
-            return schedule(update * samples_per_update)
-        while len(before) <= update:
-            size = samples_per_update(len(before) - 1)
-            check_number("samples_per_update", size)
-            before.append(before[-1] + size)
-        return schedule(before[update])
-
-    return LambdaLR(optimizer, multiplier)
-
-
 def _check_decay(decay: str, *, milestones: Sequence[float], gamma: float, final_lr: float) -> None:
     """Stop at settings that `decay` needs and lacks, or has and does not read."""
     check_number("gamma", gamma)
@@ -401,9 +290,3 @@ def _check_warmup(samples_seen: float, warmup_samples: float, start: float) -> N
     check_number("samples_seen", samples_seen, zero=True)
     check_number("warmup_samples", warmup_samples, zero=True)
     check_number("start", start, zero=True, at_most=1.0)
-
-
-def _all_units(samples: Fraction, *, global_batch_size: int, num_samples: int) -> str:
-    """A length as '98 updates (25000 samples, 0.5 epochs)'."""
-    updates, epochs = float(samples / global_batch_size), float(samples / num_samples)
-    return f"{updates:.6g} updates ({float(samples):.10g} samples, {epochs:.6g} epochs)"

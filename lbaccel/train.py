@@ -42,7 +42,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from accelerate.utils import set_seed
     from torch.nn import functional as F
 
-    from lbaccel.batch import BatchPlan, UpdateStream
+    from lbaccel.batch import BatchPlan
     from lbaccel.checkpointing import apply_activation_checkpointing
     from lbaccel.checkpoints import save_checkpoint
     from lbaccel.data.augment import GroupMix
@@ -59,7 +59,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         check_numbers,
         choose_norm_batch_size,
     )
-    from lbaccel.schedules import lr_scheduler
+    from lbaccel.schedulers import lr_scheduler
+    from lbaccel.stream import UpdateStream
 
     s = check_numbers(settings)
     precision = s["precision"]
@@ -302,7 +303,8 @@ def _open_run_folder(
     origins: dict[str, str],
     say: Any,
 ) -> Path:
-    from lbaccel.tracking import new_run_folder, start_trackers, write_config, write_env
+    from lbaccel.run_folder import new_run_folder, write_config, write_env
+    from lbaccel.tracking import start_trackers
 
     s = resolved
     folder = Path(s["output"])
@@ -331,7 +333,7 @@ def _close_run_folder(
     accelerator: Any, folder: Path, summary: dict[str, Any], *, failed: bool
 ) -> None:
     from lbaccel.plots import plot_run
-    from lbaccel.tracking import write_summary
+    from lbaccel.run_folder import write_summary
 
     if accelerator.is_main_process:
         write_summary(folder, summary)

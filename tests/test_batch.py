@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbaccel.batch import BatchPlan, UpdateStream
+from lbaccel.batch import BatchPlan
 from lbaccel.errors import InputError
+from lbaccel.stream import UpdateStream
 
 
 @st.composite

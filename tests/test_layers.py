@@ -11,10 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"batch"},
-    {"scaling"},
-    {"schedules"},
-    {"normalization", "checkpointing", "models", "progress", "options"},
+    {"stream", "duration", "scaling"},
+    {"batch", "schedules"},
+    {"schedulers", "run_folder", "normalization", "checkpointing", "models", "progress", "options"},
     {"accumulation", "checkpoints", "settings"},
     {"data"},
     {"engine", "evaluation", "tracking"},
@@ -24,7 +23,18 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-NO_TORCH = ("errors", "batch", "scaling", "schedules", "options", "settings", "runs", "compare")
+NO_TORCH = (
+    "errors",
+    "stream",
+    "duration",
+    "batch",
+    "scaling",
+    "schedules",
+    "options",
+    "settings",
+    "runs",
+    "compare",
+)
 
 
 def imports(path: Path, *, only_top: bool = False) -> set[str]:

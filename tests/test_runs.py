@@ -9,8 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.run_folder import new_run_folder, write_config, write_summary
 from lbaccel.runs import Point, history_of, load_run, load_run_folder, load_wandb_offline
-from lbaccel.tracking import new_run_folder, start_trackers, write_config, write_summary
+from lbaccel.tracking import start_trackers
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, StepLR
 
+from lbaccel.duration import Duration
 from lbaccel.errors import InputError
 from lbaccel.scaling import scale_lr
+from lbaccel.schedulers import lr_scheduler
 from lbaccel.schedules import (
-    Duration,
     constant,
     constant_warmup,
     cosine,
     gradual_warmup,
-    lr_scheduler,
     make_schedule,
     multi_step,
     stairs_warmup,

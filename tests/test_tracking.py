@@ -15,18 +15,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from lbaccel import tracking
+from lbaccel import run_folder
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.tracking import (
-    RunFolderTracker,
+from lbaccel.run_folder import (
     atomic_write_text,
     new_run_folder,
-    start_trackers,
-    wandb_mode,
     write_config,
     write_env,
     write_summary,
 )
+from lbaccel.tracking import RunFolderTracker, start_trackers, wandb_mode
 
 KEYS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
 
@@ -51,7 +49,7 @@ def started(run):
 
 
 def test_each_call_gives_a_new_folder_even_within_one_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "_timestamp", lambda: "20260102-030405")
+    monkeypatch.setattr(run_folder, "_timestamp", lambda: "20260102-030405")
     folders = [new_run_folder(tmp_path / "runs", "vit") for _ in range(3)]
     names = ["20260102-030405-vit" + suffix for suffix in ("", "-2", "-3")]
     assert [folder.name for folder in folders] == names

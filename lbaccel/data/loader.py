@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, default_collate
 
-from lbaccel.batch import BatchPlan, LastUpdate, MicroBatch, UpdateStream
+from lbaccel.batch import BatchPlan, MicroBatch
 from lbaccel.data.order import keyed_hash, samples_at
 from lbaccel.errors import InputError
+from lbaccel.stream import LastUpdate, UpdateStream
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
 SAMPLE_SEED = 0x5EED
