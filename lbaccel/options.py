@@ -193,7 +193,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             float,
             None,
             "length of the warmup, epochs",
-            shown="5, at most a tenth of --epochs",
+            shown="5, at most a quarter of --epochs",
         ),
         Option(
             "warmup_start",

@@ -130,7 +130,7 @@ def build_optimizer(
     say(f"{explain_lr(base_lr, **batch, rule=rule)} ({why})")
     warmup_epochs = s["warmup_epochs"]
     if warmup_epochs is None:
-        warmup_epochs = min(5.0, s["epochs"] / 10)
+        warmup_epochs = min(5.0, s["epochs"] / 4)
     schedule = make_schedule(
         total=Duration(samples=stream.samples_seen(stream.num_updates(s["epochs"]))),
         base_lr=base_lr,

@@ -85,9 +85,9 @@ def test_metrics_hold_a_line_an_update_and_an_evaluation(finished):
         assert row["samples_seen"] == 512 * row["update"]
         assert row["epoch"] == pytest.approx(row["samples_seen"] / num_train)
     assert len(evaluations) == 2 and {"val/loss", "val/top1_ema"} <= evaluations[0].keys()
-    for row in updates:  # warmup over a tenth of 2 epochs from 0.1, then cosine
+    for row in updates:  # warmup over a quarter of 2 epochs from 0.1, then cosine
         seen = row["samples_seen"] - 512
-        total, warm = 512 * len(updates), 0.2 * num_train
+        total, warm = 512 * len(updates), 0.5 * num_train
         if seen < warm:
             truth = 0.1 + 0.1 * seen / warm
         else:
