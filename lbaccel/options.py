@@ -158,7 +158,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
     ),
     "learning rate": (
-        Option("epochs", float, 40.0, "passes over the training set"),
+        Option("epochs", float, 20.0, "passes over the training set"),
         Option(
             "max_updates",
             whole,
