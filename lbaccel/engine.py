@@ -268,6 +268,11 @@ def _check_accelerator(accelerator: Accelerator, plan: BatchPlan) -> None:
             f"distributed_type={kind.value}: this version runs its update in one process and "
             "under DDP (MULTI_GPU, MULTI_CPU). Use accelerate_configs/multi_gpu.yaml."
         )
+    if accelerator.device.type == "mps":
+        raise InputError(
+            "the device is MPS, which has no float64 for the sums of an update. "
+            "Use Accelerator(cpu=True)."
+        )
     world = dist.get_world_size() if dist.is_initialized() else 1
     if max(processes, world) > 1 and kind == DistributedType.NO:
         raise InputError(

@@ -65,7 +65,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     s = check_numbers(settings)
     precision = s["precision"]
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=not _has_accelerator(),
         mixed_precision={"fp32": "no", "fp64": "no"}.get(precision, precision),
     )
     precision = (
@@ -294,6 +294,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     say(closing_table(summary))
     say(folder)
     return folder
+
+
+def _has_accelerator() -> bool:
+    """Whether there is a device to train on; Apple's MPS has no float64, which the sums need."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type != "mps"
 
 
 def _open_run_folder(
