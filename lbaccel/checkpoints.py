@@ -58,14 +58,15 @@ def save_checkpoint(
         for name in ("last", *(["best"] if best else [])):
             _link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         before = folder / "last"
         kept = f"{before.resolve()} is kept" if before.exists() else "there was none before"
         raise RunFailed(
             f"the checkpoint of update {update} could not be saved in {folder}: {error}. "
             f"The previous checkpoint: {kept}. Free some space, or give another --output."
         ) from error
+    finally:  # after an interrupt too
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     _prune(folder, keep)
     return target
 
@@ -84,7 +85,8 @@ def _link(link: Path, target: str) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     linked = {(folder / name).resolve().name for name in ("last", "best")}
-    found = sorted(p for p in folder.iterdir() if _FOLDER.fullmatch(p.name))
+    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
+    found.sort(key=lambda path: int(path.name.removeprefix("update_")))
     for path in found[: max(0, len(found) - max(1, keep))]:
         if path.name not in linked:
             shutil.rmtree(path, ignore_errors=True)

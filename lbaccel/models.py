@@ -50,7 +50,11 @@ def create_backbone(
         options["drop_rate"] = drop_rate
     if drop_path:
         options["drop_path_rate"] = drop_path
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag, what follows the dot, that there is none of
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise InputError(f"model={name!r}: {error} It has: {', '.join(tags) or 'none'}.") from error
     if img_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = img_size
     weights = None
@@ -76,8 +80,9 @@ def create_backbone(
     if weights is not None:
         if pretrained:
             model.pretrained_cfg.pop("state_dict", None)
+            _check_taken(model, weights, name, checkpoint)
         else:
-            _load_exactly(model, weights, name, checkpoint)
+            load_exactly(model, weights, name, checkpoint)
     return model
 
 
@@ -90,8 +95,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint={path} can't be read as weights: {reason}") from error
+        # torch's own text is long, and tells to read the file unsafely
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if path.suffix != ".safetensors":
+            reason = ["torch.load(..., weights_only=True) refuses it"]
+        raise InputError(
+            f"checkpoint={path} can't be read as weights: {reason[0][:200]}. Give a .safetensors "
+            "file, or a torch file of tensors alone."
+        ) from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -101,9 +112,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def _load_exactly(
+def load_exactly(
     model: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path | None
 ) -> None:
+    """Load `weights` into a model of the same names and shapes.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape; the text names it.
+    """
     own = model.state_dict()
     wrong = [
         f"{key} is {tuple(weights[key].shape)}, the model's {tuple(value.shape)}"
@@ -120,6 +136,24 @@ def _load_exactly(
             "classifier, add --pretrained; else give the model and --stem it was trained with."
         )
     model.load_state_dict(dict(weights))
+
+
+def _check_taken(
+    model: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path | None
+) -> None:
+    """Stop where most weights are not in the file: with a new classifier timm lets names differ.
+
+    Compared by value, since timm renames those of other code bases. A first convolution for other
+    channels and resampled position embeddings are few.
+    """
+    given = {(v.numel(), v.double().sum().item()) for v in weights.values()}
+    own = [v for v in model.state_dict().values() if v.ndim > 1]
+    taken = sum((v.numel(), v.double().sum().item()) in given for v in own)
+    if taken < len(own) / 2:
+        raise InputError(
+            f"checkpoint={path} does not fit {name}: {taken} of the model's {len(own)} weight "
+            "tensors are in it. Give the model that it was trained with."
+        )
 
 
 def _misfit(name: str, *, error: Exception, path: Path | None) -> str:
@@ -196,8 +230,9 @@ def preprocessing(
             found = found * num_channels
         if len(found) != num_channels:
             raise InputError(
-                f"{key} has {len(found)} values, but the images have {num_channels} channels. "
-                f"Give 1 or {num_channels} values."
+                f"{key} has {len(found)} values, but the images have {num_channels} "
+                f"channel{'s' * (num_channels > 1)}. Give 1"
+                + (f" or {num_channels} values." if num_channels > 1 else " value.")
             )
         values[key] = found
     if min(values["std"]) <= 0:

@@ -111,14 +111,18 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "batch": (
         Option("global_batch_size", whole, 512, "samples an update, over all ranks"),
         Option(
-            "micro_batch_size", whole, 64, "samples a forward of one rank; no effect on the result"
+            "micro_batch_size",
+            whole,
+            None,
+            "samples a forward of one rank; no effect on the result",
+            shown="64, or what is near it and a multiple of --norm-batch-size",
         ),
         Option(
             "norm_batch_size",
             group_samples,
             None,
             "samples BatchNorm sees at once, or 'frozen'",
-            shown="32, at most the global batch",
+            shown="32, at most the global batch and the training set",
         ),
         Option(
             "bn_statistics",

@@ -17,7 +17,14 @@ from lbaccel.batch import BatchPlan, NormBatchSize
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError
-from lbaccel.models import SMALL_IMAGE, adapt_stem, create_backbone, preprocessing
+from lbaccel.models import (
+    SMALL_IMAGE,
+    adapt_stem,
+    create_backbone,
+    load_exactly,
+    preprocessing,
+    read_weights,
+)
 from lbaccel.scaling import choose_rule, explain_lr, scale_lr
 from lbaccel.schedules import Schedule, make_schedule
 from lbaccel.stream import UpdateStream
@@ -35,9 +42,17 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay"):
         if s[name] is not None and not 0 <= s[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must be in 0..1, below 1.")
-    for name in ("weight_decay", "workers", "seed", "mixup", "cutmix"):
-        if s[name] is not None and s[name] < 0:
-            raise InputError(f"--{name.replace('_', '-')} {s[name]} must not be below 0.")
+    for name in ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs"):
+        if s[name] is not None and not 0 <= s[name] < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must be a number from 0 on.")
+    if s["seed"] >= 2**31:
+        raise InputError(f"--seed {s['seed']} must be below 2^31.")
+    if s["layer_decay"] is not None and not 0 < s["layer_decay"] <= 1:
+        raise InputError(f"--layer-decay {s['layer_decay']} must be above 0 and at most 1.")
+    for name in ("mean", "std"):
+        if s[name] is not None and not all(math.isfinite(x) for x in s[name]):
+            raise InputError(f"--{name} {s[name]} must be finite numbers.")
+    _check_schedule(s)
     if s["crop_pct"] is not None and not 0 < s["crop_pct"] <= 1:
         raise InputError(f"--crop-pct {s['crop_pct']} must be in 0..1.")
     for tracker in s["log_with"]:
@@ -48,16 +63,59 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     return s
 
 
-def choose_norm_batch_size(s: Mapping[str, Any], *, has_batch_norm: bool) -> NormBatchSize:
+def _check_schedule(s: Mapping[str, Any]) -> None:
+    """What `make_schedule` would refuse too, said in the names of the flags."""
+    epochs, warmup_epochs = s["epochs"], s["warmup_epochs"]
+    if s["warmup"] == "none" and warmup_epochs:
+        raise InputError(
+            f"--warmup none does not read --warmup-epochs {warmup_epochs:g}. Leave one of them out."
+        )
+    if warmup_epochs is not None and warmup_epochs > epochs:
+        raise InputError(
+            f"--warmup-epochs {warmup_epochs:g} is longer than the run of --epochs {epochs:g}: the "
+            f"warmup must end within it. Use --warmup-epochs <= {epochs:g}, or --epochs >= "
+            f"{warmup_epochs:g}."
+        )
+    given, schedule = s["milestones"], s["schedule"]
+    flag, shown = f"--schedule {schedule}", " ".join(f"{m:g}" for m in given)
+    if given and schedule in ("constant", "cosine"):
+        raise InputError(
+            f"{flag} does not read --milestones {shown}. Use --schedule multistep, or "
+            "leave them out."
+        )
+    if schedule == "step" and len(given) != 1:
+        raise InputError(f"{flag} needs one --milestones, its period in epochs: --milestones 50.")
+    if schedule == "multistep" and not given:
+        raise InputError(f"{flag} needs --milestones in epochs, such as --milestones 30 60 80.")
+
+
+def choose_norm_batch_size(
+    s: Mapping[str, Any], *, has_batch_norm: bool, num_samples: int
+) -> NormBatchSize:
     """The norm_batch_size given, by default 32 (Goyal et al. 2017: samples a worker)."""
     given = s["norm_batch_size"]
     if not has_batch_norm:
-        if isinstance(given, int):
+        if given is not None:
             raise InputError(
                 f"--norm-batch-size {given}: {s['model']} has no BatchNorm. Leave it out."
             )
         return None
-    return min(32, s["global_batch_size"]) if given is None else given
+    if given is None:
+        return min(32, s["global_batch_size"], num_samples)
+    if given != "frozen" and given > num_samples:
+        raise InputError(
+            f"--norm-batch-size {given} is above the training set's {num_samples} samples: "
+            f"BatchNorm can't see more than an update has. Use at most {num_samples}."
+        )
+    return given
+
+
+def choose_micro_batch_size(s: Mapping[str, Any], *, norm_batch_size: NormBatchSize) -> int:
+    """The micro_batch_size given; by default 64, cut to whole ghost batches or pairs."""
+    if s["micro_batch_size"] is not None:
+        return s["micro_batch_size"]
+    unit = max(1, norm_batch_size) if isinstance(norm_batch_size, int) else 2
+    return max(unit, 64 // unit * unit)
 
 
 def build_model(
@@ -67,13 +125,16 @@ def build_model(
     size, origin = s["img_size"], "flag"
     if size is None and isinstance(source.train, ImageArray):
         size, origin = source.train.images.shape[-1], "the images' own"
+    path = None if s["checkpoint"] is None else Path(s["checkpoint"])
+    # Weights that must fit exactly are read after the stem is what they were trained with.
+    weights = None if path is None or s["pretrained"] else read_weights(path)
     model = create_backbone(
         s["model"],
         num_classes=num_classes,
         num_channels=source.num_channels,
         img_size=size,
         pretrained=s["pretrained"],
-        checkpoint=None if s["checkpoint"] is None else Path(s["checkpoint"]),
+        checkpoint=path if s["pretrained"] else None,
         drop_rate=s["drop_rate"],
         drop_path=s["drop_path"],
     )
@@ -89,6 +150,9 @@ def build_model(
         if done is not None:
             stem = "small"
             say(f"stem: small, for images below {SMALL_IMAGE} px: {done}")
+    if path is not None and weights is not None:
+        load_exactly(model, weights, s["model"], path)
+    _try_images(model, s["model"], num_channels=source.num_channels, size=size)
     values, origins = preprocessing(model, num_channels=source.num_channels, given=s)
     shown = ", ".join(
         f"{key} {_short(values[key])} ({origins[key]})" for key in ("mean", "std", "interpolation")
@@ -98,6 +162,21 @@ def build_model(
     say(f"images: {size} px ({origin}), {shown}")
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": s["model"], "num_classes": num_classes}
+
+
+def _try_images(model: nn.Module, name: str, *, num_channels: int, size: int) -> None:
+    """One black image in evaluation mode: a size that the network can't take is found here."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, num_channels, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(
+            f"{name} can't take images of {size} px: {reason}. Give another --img-size."
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def _short(value: Any) -> str:
@@ -130,7 +209,7 @@ def build_optimizer(
     say(f"{explain_lr(base_lr, **batch, rule=rule)} ({why})")
     warmup_epochs = s["warmup_epochs"]
     if warmup_epochs is None:
-        warmup_epochs = min(5.0, s["epochs"] / 4)
+        warmup_epochs = 0.0 if s["warmup"] == "none" else min(5.0, s["epochs"] / 4)
     schedule = make_schedule(
         total=Duration(samples=stream.samples_seen(stream.num_updates(s["epochs"]))),
         base_lr=base_lr,
@@ -145,15 +224,23 @@ def build_optimizer(
         gamma=s["gamma"],
     )
     options: dict[str, Any] = {} if s["layer_decay"] is None else {"layer_decay": s["layer_decay"]}
-    optimizer = create_optimizer_v2(
-        model,
-        opt=name,
-        lr=peak_lr,
-        weight_decay=weight_decay,
-        momentum=s["momentum"],
-        filter_bias_and_bn=not s["decay_all"],
-        **options,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=name,
+            lr=peak_lr,
+            weight_decay=weight_decay,
+            momentum=s["momentum"],
+            filter_bias_and_bn=not s["decay_all"],
+            **options,
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise InputError(f"--optimizer {name} can't be had here: {error}.") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(
+            f"--optimizer {name} needs the gradient of the gradient, which an update in "
+            "micro-batches does not keep. Use a first-order one, such as adamw."
+        )
     for group in optimizer.param_groups:  # timm's own schedulers would apply it
         group["lr"] *= group.get("lr_scale", 1.0)
     values = {

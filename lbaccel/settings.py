@@ -11,7 +11,17 @@ from typing import Any
 import yaml
 
 from lbaccel.errors import InputError
-from lbaccel.options import GROUPS, OPTIONS, Option, group_samples, numbers, switch, whole, words
+from lbaccel.options import (
+    GROUPS,
+    OPTIONS,
+    Option,
+    group_samples,
+    numbers,
+    start_rate,
+    switch,
+    whole,
+    words,
+)
 
 EPILOG = """examples:
   lbaccel train
@@ -136,13 +146,17 @@ def _parse(option: Option, raw: Any, origin: str) -> Any:
     try:
         if isinstance(raw, (list, dict)) and option.parse not in (numbers, words):
             raise ValueError("one value")
+        if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
+            raise ValueError("no truth value")
         value = option.parse(raw)
     except (ValueError, TypeError):
         kind = {whole: "a whole number", float: "a number", numbers: "numbers"}.get(option.parse)
         kind = kind or {
             switch: "true or false",
             group_samples: "a whole number or 'frozen'",
-        }.get(option.parse, "a value as --help says")
+            start_rate: "'reference', 'zero' or a learning rate",
+            words: "words",
+        }.get(option.parse, "one word or path")
         raise InputError(f"{where}={raw!r} is not {kind}.") from None
     if option.choices and value not in option.choices:
         near = _nearest(str(value), option.choices)

@@ -6,14 +6,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.settings import read_settings, show_settings
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> int:
@@ -28,6 +33,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
         return _fail(error, 2)
     except RunFailed as error:
         return _fail(error, 1)
+    except OSError as error:  # any file of the run folder, such as metrics.jsonl
+        if error.errno not in DISK_ERRORS:
+            raise
+        return _fail(
+            f"{error}. What was saved before is kept. Free some space, or give another --output.", 1
+        )
     except KeyboardInterrupt:
         return _fail("interrupted; the last checkpoint is kept.", 130)
     finally:
@@ -57,6 +68,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         build_model,
         build_optimizer,
         check_numbers,
+        choose_micro_batch_size,
         choose_norm_batch_size,
     )
     from lbaccel.schedulers import lr_scheduler
@@ -96,14 +108,18 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     # -- the batch ----------------------------------------------------------------------------
     mixes = bool(s["mixup"] or s["cutmix"])
+    num_samples = len(source.train)
+    norm_batch_size = choose_norm_batch_size(
+        s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
+    )
+    s["micro_batch_size"] = choose_micro_batch_size(s, norm_batch_size=norm_batch_size)
     plan = BatchPlan(
         global_batch_size=s["global_batch_size"],
         micro_batch_size=s["micro_batch_size"],
         world_size=accelerator.num_processes,
-        norm_batch_size=choose_norm_batch_size(s, has_batch_norm=has_batch_norm(model)),
+        norm_batch_size=norm_batch_size,
         mix_pairs=mixes,
     )
-    num_samples = len(source.train)
     say(plan.explain(num_samples=num_samples, epochs=s["epochs"], last_update=s["last_update"]))
     plan = plan.capped(num_samples)
     mix = None
@@ -195,7 +211,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         stop_at = min(2, stop_at)
 
     # -- the loop -----------------------------------------------------------------------------
-    eval_samples = s["eval_every"] * stream.samples_per_epoch
+    eval_samples = Fraction(str(s["eval_every"])) * stream.samples_per_epoch  # exact
     next_eval = eval_samples
     best: dict[str, float] = {}
     window: list[tuple[float, int]] = []
@@ -287,7 +303,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 "best_update": best.get("update"),
                 **{k.replace("/", "_"): v for k, v in latest.items() if k[:4] in ("val/", "trai")},
             }
-            _close_run_folder(accelerator, folder, summary, failed=status != "done")
+            # a full disk must not hide why the run failed
+            with contextlib.suppress(OSError) if status != "done" else contextlib.nullcontext():
+                _close_run_folder(accelerator, folder, summary, failed=status != "done")
     if folder is None:
         say(f"dry run: {stop_at} updates done, {peak_gib():.2f} GiB at the peak, nothing written")
         return None
@@ -342,11 +360,14 @@ def _close_run_folder(
 ) -> None:
     from lbaccel.plots import plot_run
     from lbaccel.run_folder import write_summary
+    from lbaccel.tracking import METRICS
 
-    if accelerator.is_main_process:
-        write_summary(folder, summary)
-    accelerator.end_training()
-    if accelerator.is_main_process and not failed:
+    try:
+        if accelerator.is_main_process:
+            write_summary(folder, summary)
+    finally:
+        accelerator.end_training()
+    if accelerator.is_main_process and not failed and (folder / METRICS).exists():
         plot_run(folder)
 
 

@@ -220,7 +220,7 @@ def refused(capsys, *words, code=2):
         (["--precision", "fp16"], ["needs a GPU"]),
         (["--log-with", "tensorbord"], ["tensorbord"]),
         (["--stem", "small", "--model", "vit_tiny_patch16_224"], ["no ResNet or MobileNetV2"]),
-        (["--model", "vit_tiny_patch16_224", "--norm-batch-size", 32], ["has no BatchNorm"]),
+        (["--model", "test_vit", "--img-size", 16, "--norm-batch-size", 32], ["has no BatchNorm"]),
         (["--checkpoint", "nowhere.safetensors"], ["is no file"]),
         (["--config", "nowhere.yaml"], ["can't be read"]),
         (["--auto-augment", "rand-m9"], ["colour"]),

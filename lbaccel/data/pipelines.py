@@ -11,7 +11,7 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from lbaccel.data.augment import KeyedImages
 from lbaccel.data.sources import ImageArray, ImageFiles
@@ -30,6 +30,26 @@ class TransformedImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(_load(self.source, index)), int(self.source.labels[index])
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The same, but an image that can't be read is its message: a worker would wrap a raise."""
+
+    images: TransformedImages
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            return self.images[index]
+        except InputError as error:
+            return str(error)
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((s for s in samples if isinstance(s, str)), None) or default_collate(samples)
 
 
 def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
@@ -117,5 +137,10 @@ def evaluation_batches(
         mean=mean,
         std=std,
     )
-    subset = Subset(TransformedImages(source, transform), indices)  # type: ignore[arg-type]
-    yield from DataLoader(subset, batch_size=batch_size, num_workers=num_workers)
+    subset = Subset(_Evaluated(TransformedImages(source, transform)), indices)  # type: ignore[arg-type]
+    for batch in DataLoader(
+        subset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+    ):
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield batch
