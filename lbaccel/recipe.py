@@ -149,7 +149,10 @@ def build_model(
             )
         if done is not None:
             stem = "small"
-            say(f"stem: small, for images below {SMALL_IMAGE} px: {done}")
+            say(
+                f"stem: small, for images below {SMALL_IMAGE} px: {done} (plain timm needs "
+                "lbaccel.models.adapt_stem before it loads the checkpoint)"
+            )
     if path is not None and weights is not None:
         load_exactly(model, weights, s["model"], path)
     _try_images(model, s["model"], num_channels=source.num_channels, size=size)

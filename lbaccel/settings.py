@@ -75,7 +75,10 @@ class _Parser(argparse.ArgumentParser):
         if parts[0] == "unrecognized arguments":
             flag = parts[1].split()[0].split("=")[0]
             flags = ["--" + name.replace("_", "-") for name in OPTIONS]
-            message = f"unknown flag {flag}.{_nearest(flag, flags)} See --help."
+            near = _nearest(flag, flags)
+            if flag in ("--batch-size", "-b"):  # timm's, samples of one GPU
+                near = " Did you mean --global-batch-size, or --micro-batch-size?"
+            message = f"unknown flag {flag}.{near} See --help."
         raise InputError(message)
 
 

@@ -85,6 +85,11 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         or {"no": "fp32"}.get(accelerator.mixed_precision)
         or (accelerator.mixed_precision)
     )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError(
+            "the launcher's mixed_precision: fp16 needs a GPU: there is none. Use --precision bf16 "
+            "or fp32."
+        )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
     set_seed(s["seed"])
@@ -122,6 +127,11 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     )
     say(plan.explain(num_samples=num_samples, epochs=s["epochs"], last_update=s["last_update"]))
     plan = plan.capped(num_samples)
+    if norm_batch_size == "frozen" and not (s["pretrained"] or s["checkpoint"]):
+        say(
+            "warning: BatchNorm is frozen in a network without pretrained weights, so it does not "
+            "normalise at all. Use --norm-batch-size 32, or --pretrained."
+        )
     mix = None
     if mixes:
         mix = GroupMix(num_classes, s["mixup"], s["cutmix"], s["label_smoothing"], s["seed"])
