@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lbaccel.errors import InputError
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 _STARTS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -110,18 +110,20 @@ def _find_blocks(
             continue
         if next(child.parameters(), None) is None:
             continue
-        is_container = isinstance(child, _CONTAINERS) or type(child) is nn.Sequential
-        if is_container and not _is_flat(child):
+        runs_in_turn = isinstance(child, nn.Sequential)
+        if isinstance(child, _LISTS) or (runs_in_turn and not _holds_layers_only(child)):
             yield from _find_blocks(child, classifier, f"{path}.")
         else:
             yield path, child
 
 
+def _holds_layers_only(module: nn.Module) -> bool:
+    return all(next(layer.children(), None) is None for layer in module.children())
+
+
 def _is_flat(module: nn.Module) -> bool:
-    """A sequence of single layers, such as VGG's `features`."""
-    return type(module) is nn.Sequential and all(
-        next(layer.children(), None) is None for layer in module
-    )
+    """A plain sequence of single layers, such as VGG's `features`."""
+    return type(module) is nn.Sequential and _holds_layers_only(module)
 
 
 @cache

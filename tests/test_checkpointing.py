@@ -112,7 +112,7 @@ def test_every_timm_family_has_its_hook_or_is_wrapped():
         with torch.device("meta"):
             model = timm.create_model(name)
         done = apply_activation_checkpointing(model)
-        assert done.by_model or len(done.blocks) >= 3, family
+        assert done.by_model or len(done.blocks) >= 2, family
         refusing += not done.by_model
     assert len(families) >= 98 and refusing == len(REFUSING)
 
