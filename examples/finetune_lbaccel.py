@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 
 import timm
+import timm.data
+import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -25,7 +27,7 @@ def parse_arguments():
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--weights", type=Path, help="a file in place of timm's download")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--lr", type=float, default=0.0001)
     parser.add_argument("--micro-batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     return parser.parse_args()

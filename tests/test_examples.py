@@ -1,0 +1,46 @@
+"""The two examples run, and differ by about ten lines."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.filterwarnings("ignore:global_batch_size=4096 is above the training set")
+@pytest.mark.parametrize("name", ["finetune_accelerate.py", "finetune_lbaccel.py"])
+def test_an_example_trains_on_a_folder_of_images(name, tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("mobilenetv2_035").state_dict(), weights)
+    flags = ["--model", "mobilenetv2_035", "--weights", weights, "--epochs", 1, "--workers", 0]
+    flags += ["--micro-batch-size", 4]
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path), *map(str, flags)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "epoch 0: loss" in capsys.readouterr().out
+
+
+def test_about_ten_lines_of_code_are_new():
+    plain, ours = (
+        (EXAMPLES / name).read_text().split('"""', 2)[2].splitlines()
+        for name in ("finetune_accelerate.py", "finetune_lbaccel.py")
+    )
+    new = [
+        line for line in difflib.ndiff(plain, ours) if line.startswith("+ ") and line[2:].strip()
+    ]
+    assert len(new) <= 13, "\n".join(new)
