@@ -114,7 +114,7 @@ class BatchPlan:
                 f"{nearest[1]}"
                 + (
                     f"; or change the contract: norm_batch_size={self.micro_batch_size}, 'frozen'."
-                    if isinstance(n, int)
+                    if isinstance(n, int) and self.micro_batch_size <= self.global_batch_size
                     else "."
                 )
             )

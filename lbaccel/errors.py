@@ -22,7 +22,7 @@ def check_whole(name: str, value: object) -> None:
         InputError: the value is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}={value!r} is not a whole number of at least 1.")
+        raise InputError(f"{name}={value!r} is not a whole number of at least 1. Use {name} >= 1.")
 
 
 def check_choice(name: str, value: str, *, choices: Sequence[str]) -> None:
