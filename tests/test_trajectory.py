@@ -53,7 +53,7 @@ def losses(*, micro_batch_size=4, checkpointing=False, perturbed=None):
 def test_another_plan_moves_the_losses_no_more_than_a_rounding_error_does(options):
     truth = losses()
     controls = torch.stack([(losses(perturbed=seed) - truth).abs() for seed in range(4)])
-    bound = 10 * controls.amax(0).cummax(0).values + torch.finfo(torch.float64).eps * truth
+    bound = 10 * controls.amax(0).cummax(0).values + 16 * torch.finfo(torch.float64).eps * truth
     difference = (losses(**options) - truth).abs()
     assert (difference <= bound).all(), (difference / bound).max()
     assert truth[-1] < truth[0] / 2  # the runs learn: it is a trajectory
