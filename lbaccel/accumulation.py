@@ -121,6 +121,7 @@ class Agreement:
     loss: float  # weighted mean over all samples of the update
     weight: float  # sum of the weights over all ranks
     present: tuple[bool, ...]  # which parameters have a gradient on some rank
+    stop: bool  # some rank wants to end the run after this update
 
 
 def agree(
@@ -129,6 +130,7 @@ def agree(
     *,
     world_size: int,
     device: torch.device,
+    stop: bool = False,
     error: BaseException | None = None,
 ) -> Agreement:
     """One small all-reduce: did every rank succeed, and what do losses and weights add up to?
@@ -138,6 +140,7 @@ def agree(
         parameters: those that may have a gradient, in the same order on every rank.
         world_size: data-parallel processes.
         device: where the collective runs.
+        stop: this rank wants to end the run after this update.
         error: what this rank raised.
 
     Raises:
@@ -145,15 +148,16 @@ def agree(
         RunFailed: on the others, with what the failing ranks said.
         InputError: the weights of the update add up to zero.
     """
-    status = torch.zeros(3 + len(parameters), dtype=torch.float64, device=device)
+    status = torch.zeros(4 + len(parameters), dtype=torch.float64, device=device)
+    status[1] = float(stop)
     if sums is None:
         status[0] = 1.0
     else:
-        status[1], status[2] = sums.loss, sums.weight
-        status[3:] = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+        status[2], status[3] = sums.loss, sums.weight
+        status[4:] = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
     if world_size > 1:
         dist.all_reduce(status)
-    num_failed, loss, weight, *present = status.tolist()
+    num_failed, num_stops, loss, weight, *present = status.tolist()
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
         dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
@@ -170,7 +174,7 @@ def agree(
             "the weights of this update add up to 0, so its mean loss is not defined. "
             "Every update needs at least one sample, token or class of weight above 0."
         )
-    return Agreement(loss / weight, weight, tuple(n > 0 for n in present))
+    return Agreement(loss / weight, weight, tuple(n > 0 for n in present), num_stops > 0)
 
 
 @torch.no_grad()

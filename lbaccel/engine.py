@@ -32,6 +32,7 @@ class UpdateResult:
     num_samples: int  # over all ranks
     num_updates: int  # applied so far
     samples_seen: int  # in applied updates, over all ranks
+    stop: bool = False  # some rank called `request_stop`: every rank sees it at the same update
 
 
 class LargeBatch:
@@ -91,6 +92,7 @@ class LargeBatch:
         self._scheduler: Any = None
         self._ema: Any = None
         self._parameters: list[nn.Parameter] = []
+        self._stop_requested = False
 
     def prepare(
         self,
@@ -153,6 +155,7 @@ class LargeBatch:
                 self._parameters,
                 world_size=self.plan.world_size,
                 device=self.accelerator.device,
+                stop=self._stop_requested,
                 error=error,
             )
             own_weights = sums is not None and sums.own_weights
@@ -162,11 +165,15 @@ class LargeBatch:
                 world_size=self.plan.world_size,
                 divisor=agreement.weight / update.num_samples if own_weights else 1.0,
             )
-            return self._commit(update.num_samples, agreement.loss)
+            return self._commit(update.num_samples, agreement.loss, stop=agreement.stop)
         except BaseException:
             self._optimizer.optimizer.zero_grad(set_to_none=True)
             self.norm.begin()
             raise
+
+    def request_stop(self) -> None:
+        """Ask for the run's end (a signal, a time limit): `UpdateResult.stop` tells every rank."""
+        self._stop_requested = True
 
     def _accumulate(
         self, update: Update, loss_fn: LossFn
@@ -198,7 +205,7 @@ class LargeBatch:
             return Tensor.backward
         return lambda loss: scaler.scale(loss).backward()
 
-    def _commit(self, num_samples: int, loss: float) -> UpdateResult:
+    def _commit(self, num_samples: int, loss: float, *, stop: bool) -> UpdateResult:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self._optimizer.optimizer)
@@ -234,7 +241,7 @@ class LargeBatch:
             )
         self._optimizer.optimizer.zero_grad(set_to_none=True)
         return UpdateResult(
-            applied, loss, grad_norm, num_samples, self.num_updates, self.samples_seen
+            applied, loss, grad_norm, num_samples, self.num_updates, self.samples_seen, stop
         )
 
     def state_dict(self) -> dict[str, int]:
