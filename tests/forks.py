@@ -1,0 +1,139 @@
+"""Real ranks without their imports: children forked from this process, over gloo.
+
+A forked child has torch, timm and accelerate already, so a rank costs milliseconds in place of the
+five seconds of a fresh interpreter. Each child is a process of its own: it can be killed, limited
+in memory, and left hanging without harm to the test.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one child ended."""
+
+    exit_code: int  # negative: the signal that killed it
+    value: Any  # what the function returned; None where it did not return
+    error: str  # the traceback where it raised
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_forked(
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int = 1,
+    timeout: float = 120.0,
+    after: Callable[[list[int]], None] | None = None,
+) -> list[Outcome]:
+    """Run `function(rank, *args)` in `world_size` forked children and wait for all of them.
+
+    With several, the environment is torchrun's, so `Accelerator(cpu=True)` starts gloo by itself.
+    `after` is called with the process ids once all children run (to send them signals).
+
+    Raises:
+        TimeoutError: a child still ran after `timeout` seconds; all are killed first.
+    """
+    port = free_port()
+    readers, pids = [], []
+    for rank in range(world_size):
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            reader.close()
+            _child(function, args, rank, world_size, port, writer)
+        writer.close()
+        readers.append(reader)
+        pids.append(pid)
+    if after is not None:
+        after(pids)
+    deadline = time.monotonic() + timeout
+    sent = [_receive(reader, deadline) for reader in readers]
+    codes = []
+    for pid in pids:
+        while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                for other in pids:
+                    _kill(other)
+                raise TimeoutError(f"process {pid} still ran after {timeout} s: {sent}")
+            time.sleep(0.01)
+        codes.append(os.waitstatus_to_exitcode(done[1]))
+    return [Outcome(code, *(pair or (None, ""))) for code, pair in zip(codes, sent, strict=True)]
+
+
+def values(outcomes: list[Outcome]) -> list[Any]:
+    """What the children returned; an error of any of them is an error of the test."""
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exit_code == 0, f"rank {rank}: {outcome.exit_code}\n{outcome.error}"
+    return [outcome.value for outcome in outcomes]
+
+
+def _receive(reader: Any, deadline: float) -> Any:
+    try:
+        if reader.poll(max(0.0, deadline - time.monotonic())):
+            return reader.recv()
+    except (EOFError, ConnectionResetError):
+        pass  # killed, or it left without a word
+    return None
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def _child(function: Any, args: Any, rank: int, world_size: int, port: int, writer: Any) -> None:
+    code = 1
+    try:
+        faulthandler.enable()
+        torch.set_num_threads(1)
+        if world_size > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        value = function(rank, *args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        writer.send((value, ""))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        writer.send((None, traceback.format_exc()))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no atexit of the parent's, no pytest
