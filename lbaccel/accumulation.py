@@ -11,10 +11,10 @@ then agree on success, and only then are gradients, losses and weights summed an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,23 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.batch import MicroBatch
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.normalization import GhostNorm
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
 """(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
 
 BUCKET_BYTES = 25 * 2**20
+
+
+class Scope(Protocol):
+    """What must know which samples run: BatchNorm's ghost batches, the masks of dropout."""
+
+    def forward(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch."""
+        ...
+
+    def backward(self) -> AbstractContextManager[Any]:
+        """Around its backward, where a forward is a recompute."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ def accumulate(
     loss_fn: LossFn,
     *,
     num_samples: int,
-    norm: GhostNorm | None = None,
+    scopes: Sequence[Scope] = (),
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> Sums:
     """Add the gradients of one rank's micro-batches to `.grad`; no host synchronisation.
@@ -59,7 +70,7 @@ def accumulate(
         micro_batches: pairs of a `MicroBatch` and its data, on the device.
         loss_fn: (model, data) -> mean loss [], or (mean loss [], weight [] or float).
         num_samples: samples of the update over all ranks (B).
-        norm: the model's ghost BatchNorm, if it has any.
+        scopes: entered around each micro-batch, such as the model's `GhostNorm`.
         backward: runs the backward pass of a scaled loss.
 
     Raises:
@@ -70,7 +81,9 @@ def accumulate(
     weighs: bool | None = None
     device = None
     for micro_batch, data in micro_batches:
-        with norm.forward(micro_batch) if norm is not None else nullcontext():
+        with ExitStack() as around:
+            for scope in scopes:
+                around.enter_context(scope.forward(micro_batch))
             out = loss_fn(model, data)
             loss, weight = out if isinstance(out, tuple) else (out, None)
             _check_loss(loss)
@@ -90,7 +103,9 @@ def accumulate(
                 weight = weight.detach().double()  # int64 / int would be float32
             share = weight / num_samples
             scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
-            with norm.backward() if norm is not None else nullcontext():
+            with ExitStack() as recompute:
+                for scope in scopes:
+                    recompute.enter_context(scope.backward())
                 backward(scaled)
             if not micro_batch.is_filler:
                 loss_sum = loss_sum + loss.detach().double() * weight

@@ -19,6 +19,7 @@ from lbaccel.accumulation import LossFn, Sums
 from lbaccel.batch import BatchPlan
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.masks import KeyedRandomness
 from lbaccel.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
 
 
@@ -47,6 +48,7 @@ class LargeBatch:
         plan: the batch; `world_size` must be `accelerator.num_processes`.
         clip_grad_norm: largest norm of the summed gradient; None does not clip.
         bn_statistics: "per_ghost" or "per_update", see `convert_batch_norm`.
+        seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
 
     Raises:
         InputError: the accelerator contradicts the plan, accumulates itself, or runs a
@@ -76,6 +78,7 @@ class LargeBatch:
         *,
         clip_grad_norm: float | None = None,
         bn_statistics: BatchNormStatistics = "per_ghost",
+        seed: int = 0,
     ) -> None:
         _check_accelerator(accelerator, plan)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -86,6 +89,7 @@ class LargeBatch:
         self.bn_statistics: BatchNormStatistics = bn_statistics
         self.num_updates = 0
         self.samples_seen = 0
+        self.randomness = KeyedRandomness(seed, accelerator.device)
         self.norm: GhostNorm | None = None
         self._model: nn.Module | None = None
         self._optimizer: Any = None
@@ -149,7 +153,8 @@ class LargeBatch:
         self._optimizer.optimizer.zero_grad(set_to_none=True)
         self.norm.begin()
         try:
-            sums, error = self._accumulate(update, loss_fn)
+            with self.randomness.update(update.index):
+                sums, error = self._accumulate(update, loss_fn)
             agreement = accumulation.agree(
                 sums,
                 self._parameters,
@@ -178,6 +183,7 @@ class LargeBatch:
     def _accumulate(
         self, update: Update, loss_fn: LossFn
     ) -> tuple[Sums | None, BaseException | None]:
+        assert self.norm is not None
         device = self.accelerator.device
         on_device = ((m, send_to_device(data, device, non_blocking=True)) for m, data in update)
         try:
@@ -187,7 +193,7 @@ class LargeBatch:
                     on_device,
                     loss_fn,
                     num_samples=update.num_samples,
-                    norm=self.norm,
+                    scopes=(self.norm, self.randomness),
                     backward=self._backward(),
                 )
         except Exception as error:

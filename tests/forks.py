@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -92,7 +93,7 @@ def values(outcomes: list[Outcome]) -> list[Any]:
 def _receive(reader: Any, deadline: float) -> Any:
     try:
         if reader.poll(max(0.0, deadline - time.monotonic())):
-            return reader.recv()
+            return pickle.loads(reader.recv_bytes())
     except (EOFError, ConnectionResetError):
         pass  # killed, or it left without a word
     return None
@@ -127,12 +128,12 @@ def _child(function: Any, args: Any, rank: int, world_size: int, port: int, writ
         value = function(rank, *args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        writer.send((value, ""))
+        writer.send_bytes(pickle.dumps((value, "")))  # by value: send() would share tensors' memory
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        writer.send((None, traceback.format_exc()))
+        writer.send_bytes(pickle.dumps((None, traceback.format_exc())))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -359,7 +359,7 @@ def test_accumulation_never_reads_a_tensor_on_the_host():
         return logits.square().mean(), (logits > 0).sum()
 
     for loss in (loss_fn, lambda m, b: loss_fn(m, b)[0]):
-        sums = accumulate(model, batches, loss, num_samples=7, norm=norm)
+        sums = accumulate(model, batches, loss, num_samples=7, scopes=[norm])
         assert sums.loss.device.type == "meta"
 
 

@@ -96,9 +96,9 @@ def test_accumulation_never_waits_for_the_gpu(precision):
     ]
     norm.begin()
     with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
-        accumulate(model, batches, loss_fn, num_samples=32, norm=norm)  # cuDNN warms up
+        accumulate(model, batches, loss_fn, num_samples=32, scopes=[norm])  # cuDNN warms up
         torch.cuda.set_sync_debug_mode("error")
         try:
-            accumulate(model, batches, loss_fn, num_samples=32, norm=norm)
+            accumulate(model, batches, loss_fn, num_samples=32, scopes=[norm])
         finally:
             torch.cuda.set_sync_debug_mode("default")

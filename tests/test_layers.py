@@ -11,9 +11,18 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"stream", "duration", "scaling"},
+    {"stream", "duration", "scaling", "keys", "generators"},
     {"batch", "schedules"},
-    {"schedulers", "run_folder", "normalization", "checkpointing", "models", "progress", "options"},
+    {
+        "masks",
+        "schedulers",
+        "run_folder",
+        "normalization",
+        "checkpointing",
+        "models",
+        "progress",
+        "options",
+    },
     {"accumulation", "checkpoints", "settings"},
     {"data"},
     {"engine", "evaluation", "tracking"},
@@ -30,6 +39,7 @@ NO_TORCH = (
     "batch",
     "scaling",
     "schedules",
+    "keys",
     "options",
     "settings",
     "runs",

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 MUTANTS = {
     "tail divided by the full batch": (
         "engine.py",
-        "num_samples=update.num_samples,\n                    norm",
-        "num_samples=self.plan.global_batch_size,\n                    norm",
+        "num_samples=update.num_samples,\n                    scopes",
+        "num_samples=self.plan.global_batch_size,\n                    scopes",
         "tests/test_engine.py",
     ),
     "every micro-batch weighs the same": (

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbaccel.batch import MicroBatch
-from lbaccel.data.order import keyed_uniform
 from lbaccel.data.sources import ImageArray
 from lbaccel.errors import InputError
+from lbaccel.keys import keyed_uniform
 
 # One number for each kind of draw, so that no two share a hash.
 CROP_Y, CROP_X, FLIP, MIX_LAMBDA, MIX_CHOICE, BOX_Y, BOX_X = range(1, 8)

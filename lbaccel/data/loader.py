@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, default_collate
 
 from lbaccel.batch import BatchPlan, MicroBatch
-from lbaccel.data.order import keyed_hash, samples_at
+from lbaccel.data.order import samples_at
 from lbaccel.errors import InputError
+from lbaccel.keys import keyed_hash
 from lbaccel.stream import LastUpdate, UpdateStream
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]

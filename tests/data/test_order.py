@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from lbaccel.data.order import epoch_order, keyed_hash, keyed_uniform, samples_at
+from lbaccel.data.order import epoch_order, samples_at
+from lbaccel.keys import keyed_hash, keyed_uniform
 
 
 def test_small_keys_do_not_collide():
