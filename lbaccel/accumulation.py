@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.batch import MicroBatch
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.memory.oom import is_out_of_memory
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
 """(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
@@ -137,6 +138,8 @@ class Agreement:
     weight: float  # sum of the weights over all ranks
     present: tuple[bool, ...]  # which parameters have a gradient on some rank
     stop: bool  # some rank wants to end the run after this update
+    out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
+    short_of_memory: bool = False  # some rank's allocator had to empty its cache
 
 
 def agree(
@@ -146,9 +149,13 @@ def agree(
     world_size: int,
     device: torch.device,
     stop: bool = False,
+    short_of_memory: bool = False,
     error: BaseException | None = None,
 ) -> Agreement:
     """One small all-reduce: did every rank succeed, and what do losses and weights add up to?
+
+    Where memory ran out on some ranks and nothing else happened, nothing is raised and all of them
+    learn it: `Agreement.out_of_memory`.
 
     Args:
         sums: this rank's sums; None where it failed with `error`.
@@ -156,6 +163,7 @@ def agree(
         world_size: data-parallel processes.
         device: where the collective runs.
         stop: this rank wants to end the run after this update.
+        short_of_memory: this rank's allocator had to empty its cache.
         error: what this rank raised.
 
     Raises:
@@ -163,33 +171,53 @@ def agree(
         RunFailed: on the others, with what the failing ranks said.
         InputError: the weights of the update add up to zero.
     """
-    status = torch.zeros(4 + len(parameters), dtype=torch.float64, device=device)
-    status[1] = float(stop)
-    if sums is None:
-        status[0] = 1.0
-    else:
-        status[2], status[3] = sums.loss, sums.weight
-        status[4:] = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+    ran_out = error is not None and is_out_of_memory(error)
+    status = [float(sums is None and not ran_out), float(ran_out), float(stop)]
+    there = [float(p.grad is not None) for p in parameters]
+    head = [*status, float(short_of_memory), 0.0, 0.0]
+    vector = torch.tensor(head + there, dtype=torch.float64).to(device)
+    if sums is not None:
+        vector[4], vector[5] = sums.loss, sums.weight
     if world_size > 1:
-        dist.all_reduce(status)
-    num_failed, num_stops, loss, weight, *present = status.tolist()
+        dist.all_reduce(vector)
+    num_failed, num_ran_out, num_stops, num_short, loss, weight, *present = vector.tolist()
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
         dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
         if error is None:
             reasons = "; ".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
             raise RunFailed(
-                f"{int(num_failed)} of {world_size} ranks failed in this update, so no rank "
-                f"committed it. {reasons}"
+                f"{int(num_failed + num_ran_out)} of {world_size} ranks failed in this update, so "
+                f"no rank committed it. {reasons}"
             )
-    if error is not None:
+    if error is not None and num_failed:
         raise error
+    if num_ran_out:
+        return Agreement(0.0, 0.0, (), num_stops > 0, out_of_memory=True)
     if weight == 0.0:
         raise InputError(
             "the weights of this update add up to 0, so its mean loss is not defined. "
             "Every update needs at least one sample, token or class of weight above 0."
         )
-    return Agreement(loss / weight, weight, tuple(n > 0 for n in present), num_stops > 0)
+    return Agreement(
+        loss / weight,
+        weight,
+        tuple(n > 0 for n in present),
+        num_stops > 0,
+        short_of_memory=num_short > 0,
+    )
+
+
+def reduction_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
+    """Bytes for the largest bucket of `reduce_gradients`, to be held before they are needed."""
+    if not parameters:
+        return None
+    size = max(BUCKET_BYTES, max(p.nbytes for p in parameters))
+    return torch.empty(
+        min(size, sum(p.nbytes for p in parameters)),
+        dtype=torch.uint8,
+        device=parameters[0].device,
+    )
 
 
 @torch.no_grad()
@@ -199,11 +227,13 @@ def reduce_gradients(
     *,
     world_size: int,
     divisor: float = 1.0,
+    buffer: Tensor | None = None,
 ) -> None:
     """Sum `.grad` over the ranks in fixed buckets of 25 MiB in a fixed order, then divide.
 
     A parameter with a gradient on some rank only gets zeros on the others; one with none anywhere
-    keeps None, as in one process.
+    keeps None, as in one process. `buffer` is what `reduction_buffer` gave; with it, a bucket
+    takes no memory that might not be there.
     """
     if world_size > 1:
         bucket: list[Tensor] = []
@@ -217,20 +247,24 @@ def reduce_gradients(
                 size + parameter.grad.nbytes > BUCKET_BYTES
                 or bucket[0].dtype != parameter.grad.dtype
             ):
-                _all_reduce_bucket(bucket)
+                _all_reduce_bucket(bucket, buffer)
                 bucket, size = [], 0
             bucket.append(parameter.grad)
             size += parameter.grad.nbytes
         if bucket:
-            _all_reduce_bucket(bucket)
+            _all_reduce_bucket(bucket, buffer)
     if divisor != 1.0:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= divisor
 
 
-def _all_reduce_bucket(grads: list[Tensor]) -> None:
-    flat = torch.cat([g.reshape(-1) for g in grads])
+def _all_reduce_bucket(grads: list[Tensor], buffer: Tensor | None) -> None:
+    out = None
+    num_bytes = sum(g.nbytes for g in grads)
+    if buffer is not None and num_bytes <= buffer.nbytes:
+        out = buffer[:num_bytes].view(grads[0].dtype)
+    flat = torch.cat([g.reshape(-1) for g in grads], out=out)
     dist.all_reduce(flat)
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(part.view(grad.shape))

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lbaccel import accumulation
-from lbaccel.accumulation import LossFn, Sums
-from lbaccel.batch import BatchPlan
-from lbaccel.data.loader import Update
+from lbaccel.accumulation import Agreement, LossFn, Sums
+from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.masks import KeyedRandomness
+from lbaccel.memory.micro_batch import MicroBatchSize, largest_that_fits
+from lbaccel.memory.oom import allocator_retries, is_out_of_memory, let_go
+from lbaccel.memory.reserve import Reservation
 from lbaccel.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
+from lbaccel.preflight import check_accelerator
+
+logger = logging.getLogger("lbaccel")
+MicroBatches = Iterable[tuple[MicroBatch, Any]]
+THRASHING = 2  # updates in a row in which the allocator emptied its cache
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class UpdateResult:
     num_samples: int  # over all ranks
     num_updates: int  # applied so far
     samples_seen: int  # in applied updates, over all ranks
+    micro_batch_size: int  # that it was done with
+    num_retries: int  # attempts before it for which memory did not suffice
     stop: bool = False  # some rank called `request_stop`: every rank sees it at the same update
 
 
@@ -42,6 +53,10 @@ class LargeBatch:
     An update is a transaction: gradients, BatchNorm statistics, scheduler, EMA and counters are
     written together at its end, or not at all. Under DDP every micro-batch runs without gradient
     synchronisation, and one reduction follows the last.
+
+    Where memory runs out in forward or backward, on any rank, the attempt is dropped and all ranks
+    do the update again in smaller micro-batches; the global batch stays (`MicroBatchSize` says
+    when they grow again).
 
     Args:
         accelerator: the user's own, built with `gradient_accumulation_steps=1`.
@@ -80,7 +95,7 @@ class LargeBatch:
         bn_statistics: BatchNormStatistics = "per_ghost",
         seed: int = 0,
     ) -> None:
-        _check_accelerator(accelerator, plan)
+        check_accelerator(accelerator, plan)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise InputError(f"clip_grad_norm={clip_grad_norm}: give a norm above 0, or None.")
         self.accelerator = accelerator
@@ -97,6 +112,12 @@ class LargeBatch:
         self._ema: Any = None
         self._parameters: list[nn.Parameter] = []
         self._stop_requested = False
+        self._size = MicroBatchSize(asked=plan.micro_batch_size, unit=plan.group_size)
+        self._reservation: Reservation | None = None
+        self._buffer: Tensor | None = None
+        self._num_short = 0  # updates in a row in which an allocator had to empty its cache
+        self._retries_seen = 0
+        self._half_stepped = False
 
     def prepare(
         self,
@@ -145,54 +166,202 @@ class LargeBatch:
             RunFailed: the loss or the gradient is not finite (without fp16's scaler), or another
                 rank failed; weights, statistics and counters are as before.
         """
+        self._check_ready()
+        self._hold_memory()
+        for num_retries in range(self.plan.micro_batch_size + 1):
+            self._drop()
+            try:
+                agreement, own_weights = self._attempt(update, self._cut(update), loss_fn)
+                if agreement.out_of_memory:
+                    self._shrink(update)
+                    continue
+                accumulation.reduce_gradients(
+                    self._parameters,
+                    agreement.present,
+                    world_size=self.plan.world_size,
+                    divisor=agreement.weight / update.num_samples if own_weights else 1.0,
+                    buffer=self._buffer,
+                )
+                return self._commit(update.num_samples, agreement, num_retries)
+            except BaseException:
+                self._drop()
+                raise
+        raise AssertionError("each retry halves the micro-batch")
+
+    def find_micro_batch_size(self, loader: UpdateLoader, loss_fn: LossFn) -> int:
+        """Search the largest micro-batch that fits, and take it; all else stays as it was.
+
+        Each trial runs forward and backward of two micro-batches of the next update, with the
+        room for the optimizer's state taken, and drops them. On a CPU set a limit first
+        (`memory_limit`): without one the system kills a process that takes too much.
+
+        Args:
+            loader: what `prepare` returned; its next update stays the next one.
+            loss_fn: as for `update`.
+
+        Raises:
+            RunFailed: not even one group fits.
+        """
+        self._check_ready()
+        self._hold_memory()
+        asked, update = self._size, loader.peek()
+
+        def fits(size: int) -> bool:
+            self._drop()
+            assert update.recut is not None
+            two = islice(update.recut(size), 2)
+            try:
+                return not self._attempt(update, two, loss_fn)[0].out_of_memory
+            finally:
+                self._drop()
+
+        shares = (self.plan.rank_groups(r, update.num_samples) for r in range(self.plan.world_size))
+        most = max(last - first for first, last in shares) * self.plan.group_size
+        found = largest_that_fits(fits, unit=self.plan.group_size, most=most)
+        if found is None:
+            raise self._nothing_fits(update)
+        self._size = MicroBatchSize(asked=found, unit=asked.unit)
+        self._set_micro_batch_size(found)
+        self._cut(loader.peek())
+        return found
+
+    def _check_ready(self) -> None:
         if self._model is None or self.norm is None:
             raise InputError(
                 "update() came before prepare(): model, optimizer, loader = "
                 "large_batch.prepare(model, optimizer, loader)."
             )
+        if self._half_stepped:
+            raise RunFailed(
+                "an earlier optimizer step failed half way, so the weights are not those of any "
+                "update. Load a checkpoint (model, optimizer and this object's state) first."
+            )
+
+    def _hold_memory(self) -> None:
+        """Take what the commit will need before activations can: optimizer state, a bucket."""
+        if self._reservation is None:
+            try:
+                self._reservation = Reservation(self._optimizer.optimizer)
+                if self.plan.world_size > 1:
+                    self._buffer = accumulation.reduction_buffer(self._parameters)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RunFailed(
+                    f"the optimizer's state does not fit beside the weights ({error}). Use an "
+                    "optimizer with less state (SGD: one copy of the weights, AdamW: two), a "
+                    "smaller model, or a device with more memory."
+                ) from error
+
+    def _drop(self) -> None:
+        """Take back what an attempt left in gradients and statistics."""
+        assert self.norm is not None
         self._optimizer.optimizer.zero_grad(set_to_none=True)
         self.norm.begin()
-        try:
-            with self.randomness.update(update.index):
-                sums, error = self._accumulate(update, loss_fn)
-            agreement = accumulation.agree(
-                sums,
-                self._parameters,
-                world_size=self.plan.world_size,
-                device=self.accelerator.device,
-                stop=self._stop_requested,
-                error=error,
+
+    def _cut(self, update: Update) -> MicroBatches:
+        if update.recut is None:
+            return update.micro_batches
+        return update.recut(self.plan.micro_batch_size)
+
+    def _attempt(
+        self, update: Update, micro_batches: MicroBatches, loss_fn: LossFn
+    ) -> tuple[Agreement, bool]:
+        """Forward and backward of all micro-batches, and what the ranks say of them."""
+        with self.randomness.update(update.index):
+            sums, error = self._accumulate(micro_batches, loss_fn, num_samples=update.num_samples)
+        retries = allocator_retries(self.accelerator.device)
+        short, self._retries_seen = retries > self._retries_seen, retries
+        agreement = accumulation.agree(
+            sums,
+            self._parameters,
+            world_size=self.plan.world_size,
+            device=self.accelerator.device,
+            stop=self._stop_requested,
+            short_of_memory=short,
+            error=error,
+        )
+        if agreement.out_of_memory:
+            let_go(error, self.accelerator.device)
+        return agreement, sums is not None and sums.own_weights
+
+    def _shrink(self, update: Update) -> None:
+        """Take the next smaller micro-batch after memory ran out, or say what to try."""
+        if update.recut is None:
+            raise RunFailed(
+                "memory ran out, and this update can't be cut into smaller micro-batches: it did "
+                "not come from an UpdateLoader. Use one, or build a plan with micro_batch_size="
+                f"{max(self.plan.group_size, self.plan.micro_batch_size // 2)}."
             )
-            own_weights = sums is not None and sums.own_weights
-            accumulation.reduce_gradients(
-                self._parameters,
-                agreement.present,
-                world_size=self.plan.world_size,
-                divisor=agreement.weight / update.num_samples if own_weights else 1.0,
+        before = self.plan.micro_batch_size
+        smaller = self._size.shrink(used=self._largest_micro_batch(update.num_samples))
+        if smaller is None:
+            raise self._nothing_fits(update)
+        self._set_micro_batch_size(smaller)
+        self._note(
+            f"out of memory in update {update.index + 1} at micro-batch {before}: done again with "
+            f"{smaller}. The global batch stays {update.num_samples}."
+        )
+
+    def _largest_micro_batch(self, num_samples: int) -> int:
+        ranks = range(self.plan.world_size)
+        sizes = [len(m.group_sizes) for r in ranks for m in self.plan.partition(r, num_samples)]
+        if self.plan.group_size == 1:
+            sizes = [m.num_samples for r in ranks for m in self.plan.partition(r, num_samples)]
+        return max(sizes) * self.plan.group_size
+
+    def _nothing_fits(self, update: Update) -> RunFailed:
+        unit, plan = self.plan.group_size, self.plan
+        groups = {1: "one sample", 2: "one pair of samples"}.get(unit, f"{unit} samples at once")
+        advice = ["apply_activation_checkpointing(model) (--activation-checkpointing full)"]
+        if isinstance(plan.norm_batch_size, int):
+            groups = f"one ghost batch of {unit} samples"
+            advice += [
+                f"a smaller norm_batch_size than {unit}, which changes what BatchNorm sees, or "
+                "'frozen' where the weights are pretrained"
+            ]
+        advice += ["bf16, smaller images, or a smaller model"]
+        used = ""
+        if self.accelerator.device.type == "cuda":
+            device = self.accelerator.device
+            peak, total = (
+                torch.cuda.max_memory_allocated(device),
+                torch.cuda.get_device_properties(device).total_memory,
             )
-            return self._commit(update.num_samples, agreement.loss, stop=agreement.stop)
-        except BaseException:
-            self._optimizer.optimizer.zero_grad(set_to_none=True)
-            self.norm.begin()
-            raise
+            used = f" ({peak / 2**30:.2f} GiB at the peak, the device has {total / 2**30:.2f})"
+        return RunFailed(
+            f"memory ran out in update {update.index + 1} even with {groups} in a micro-batch"
+            f"{used}. Weights and statistics are as before the update. Try "
+            + "; or ".join(advice)
+            + "."
+        )
+
+    def _set_micro_batch_size(self, size: int) -> None:
+        self.plan = replace(self.plan, micro_batch_size=size)
+
+    def _note(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(text)
 
     def request_stop(self) -> None:
         """Ask for the run's end (a signal, a time limit): `UpdateResult.stop` tells every rank."""
         self._stop_requested = True
 
     def _accumulate(
-        self, update: Update, loss_fn: LossFn
+        self, micro_batches: MicroBatches, loss_fn: LossFn, *, num_samples: int
     ) -> tuple[Sums | None, BaseException | None]:
         assert self.norm is not None
         device = self.accelerator.device
-        on_device = ((m, send_to_device(data, device, non_blocking=True)) for m, data in update)
+        on_device = (
+            (m, send_to_device(data, device, non_blocking=True)) for m, data in micro_batches
+        )
         try:
             with self._no_sync(), _autocast_cache(device.type):
                 sums = accumulation.accumulate(
                     self._model,
                     on_device,
                     loss_fn,
-                    num_samples=update.num_samples,
+                    num_samples=num_samples,
                     scopes=(self.norm, self.randomness),
                     backward=self._backward(),
                 )
@@ -211,8 +380,8 @@ class LargeBatch:
             return Tensor.backward
         return lambda loss: scaler.scale(loss).backward()
 
-    def _commit(self, num_samples: int, loss: float, *, stop: bool) -> UpdateResult:
-        scaler = self.accelerator.scaler
+    def _commit(self, num_samples: int, agreement: Agreement, num_retries: int) -> UpdateResult:
+        scaler, loss = self.accelerator.scaler, agreement.loss
         if scaler is not None:
             scaler.unscale_(self._optimizer.optimizer)
         norm = accumulation.gradient_norm(self._parameters)
@@ -227,7 +396,7 @@ class LargeBatch:
             )
         if self.clip_grad_norm is not None and finite:
             accumulation.clip_gradients(self._parameters, norm, self.clip_grad_norm)
-        self._optimizer.step()
+        self._step()
         applied = not self._optimizer.step_was_skipped
         if applied:
             assert self.norm is not None and self._model is not None
@@ -246,9 +415,53 @@ class LargeBatch:
                 "lower learning rate."
             )
         self._optimizer.optimizer.zero_grad(set_to_none=True)
+        size = self.plan.micro_batch_size
+        self._next_size(short_of_memory=agreement.short_of_memory)
         return UpdateResult(
-            applied, loss, grad_norm, num_samples, self.num_updates, self.samples_seen, stop
+            applied=applied,
+            loss=loss,
+            grad_norm=grad_norm,
+            num_samples=num_samples,
+            num_updates=self.num_updates,
+            samples_seen=self.samples_seen,
+            micro_batch_size=size,
+            num_retries=num_retries,
+            stop=agreement.stop,
         )
+
+    def _step(self) -> None:
+        """The optimizer's step: not undone and not repeated, since half of it may be written."""
+        assert self._reservation is not None
+        self._reservation.free()
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            self._half_stepped = True
+            if not is_out_of_memory(error):
+                raise
+            raise RunFailed(
+                f"memory ran out inside the optimizer's step of update {self.num_updates + 1}: "
+                "some weights may have moved and others not, so it is not repeated. Go on from "
+                "the last checkpoint with a smaller micro-batch, such as "
+                f"{max(self.plan.group_size, self.plan.micro_batch_size // 2)}."
+            ) from error
+
+    def _next_size(self, *, short_of_memory: bool) -> None:
+        """Grow again after a shrink that is long ago; shrink where the allocator thrashes."""
+        before = self.plan.micro_batch_size
+        size = self._size.after_update()
+        self._num_short = self._num_short + 1 if short_of_memory else 0
+        if self._num_short >= THRASHING:
+            smaller, self._num_short = self._size.shrink(), 0
+            if smaller is not None:
+                self._set_micro_batch_size(smaller)
+                self._note(
+                    f"the allocator emptied its cache in {THRASHING} updates in a row, which is "
+                    f"slow and near the limit: micro-batch {before} is {smaller} from here on."
+                )
+        elif size != before:
+            self._set_micro_batch_size(size)
+            self._note(f"micro-batch {size} again, after updates at {before} that went well.")
 
     def state_dict(self) -> dict[str, int]:
         """The counters."""
@@ -258,6 +471,7 @@ class LargeBatch:
         """Restore the counters."""
         self.num_updates = int(state["num_updates"])
         self.samples_seen = int(state["samples_seen"])
+        self._half_stepped = False
 
 
 def _autocast_cache(device_type: str) -> AbstractContextManager[Any]:
@@ -271,35 +485,3 @@ def _autocast_cache(device_type: str) -> AbstractContextManager[Any]:
         dtype=torch.get_autocast_dtype(device_type),
         enabled=torch.is_autocast_enabled(device_type),
     )
-
-
-def _check_accelerator(accelerator: Accelerator, plan: BatchPlan) -> None:
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    kind, processes = accelerator.distributed_type, accelerator.num_processes
-    if kind not in supported:
-        raise InputError(
-            f"distributed_type={kind.value}: this version runs its update in one process and "
-            "under DDP (MULTI_GPU, MULTI_CPU). Use accelerate_configs/multi_gpu.yaml."
-        )
-    if accelerator.device.type == "mps":
-        raise InputError(
-            "the device is MPS, which has no float64 for the sums of an update. "
-            "Use Accelerator(cpu=True)."
-        )
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if max(processes, world) > 1 and kind == DistributedType.NO:
-        raise InputError(
-            f"{max(processes, world)} processes were started, but Accelerate runs each alone "
-            "(DistributedType.NO), so they would not talk. On a CPU use Accelerator(cpu=True)."
-        )
-    if plan.world_size != processes:
-        raise InputError(
-            f"BatchPlan(world_size={plan.world_size}), but Accelerate runs {processes} "
-            f"processes. Use world_size=accelerator.num_processes."
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise InputError(
-            f"Accelerator(gradient_accumulation_steps="
-            f"{accelerator.gradient_accumulation_steps}): the plan derives the number of "
-            f"micro-batches ({plan.gradient_accumulation_steps}). Leave that argument out."
-        )

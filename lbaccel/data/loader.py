@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,24 @@ from lbaccel.stream import LastUpdate, UpdateStream
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
 SAMPLE_SEED = 0x5EED
+HALF_READ = -1
 
 
 @dataclass
 class Update:
-    """One update's share of this rank: iterate it once for pairs (MicroBatch, data)."""
+    """One update's share of this rank: iterate it once for pairs (MicroBatch, data).
+
+    `recut` makes the same samples anew in micro-batches of another size, and those of the updates
+    that follow; without it, an update that runs out of memory can't be done again.
+    """
 
     index: int
     num_samples: int
-    micro_batches: Iterator[tuple[MicroBatch, Any]]
+    micro_batches: Iterable[tuple[MicroBatch, Any]]
+    recut: Callable[[int], Iterable[tuple[MicroBatch, Any]]] | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
-        return self.micro_batches
+        return iter(self.micro_batches)
 
 
 class UpdateLoader:
@@ -95,7 +101,7 @@ class UpdateLoader:
         self.transform = transform
         self.next_update = 0
         self._batches: Iterator[Any] | None = None
-        self._drawn = 0
+        self._drawn = 0  # the update that `_batches` goes on with
 
     @property
     def epoch(self) -> int:
@@ -111,10 +117,22 @@ class UpdateLoader:
         while self.next_update < last:
             index = self.next_update
             self.next_update += 1
-            update = Update(index, self.stream.span(index)[1], self._micro_batches(index))
-            yield update
+            yield self._update(index)
             if self._batches is not None and self._drawn != self.next_update:
                 self._batches = None  # an update that was left half read: start the workers anew
+
+    def peek(self) -> Update:
+        """The next update, which stays the next one."""
+        return self._update(self.next_update)
+
+    def _update(self, index: int) -> Update:
+        def recut(micro_batch_size: int) -> Iterator[tuple[MicroBatch, Any]]:
+            if micro_batch_size != self.plan.micro_batch_size:
+                self.plan = replace(self.plan, micro_batch_size=micro_batch_size)
+                self._batches = None  # the workers load ahead as the old plan says
+            return self._micro_batches(index)
+
+        return Update(index, self.stream.span(index)[1], self._micro_batches(index), recut)
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands."""
@@ -138,7 +156,8 @@ class UpdateLoader:
     def _micro_batches(self, index: int) -> Iterator[tuple[MicroBatch, Any]]:
         fetch = getattr(self.dataset, "fetch", None)
         if fetch is None and (self._batches is None or self._drawn != index):
-            self._batches, self._drawn = self._load_from(index), index
+            self._batches = self._load_from(index)
+        self._drawn = HALF_READ
         for micro_batch, indices, epochs in self._keys(index):
             data = fetch(indices, epochs) if fetch is not None else _checked(next(self._batches))  # type: ignore[arg-type]
             if self.transform is not None:

@@ -1,0 +1,93 @@
+"""Running out of memory: how each library says it, and how to let go of a failed attempt."""
+
+from __future__ import annotations
+
+import gc
+import re
+import traceback
+from collections.abc import Callable
+
+import torch
+
+# What memory alone can mean. Each is the text of one library, in the case it is written in.
+_CERTAIN = re.compile(
+    "|".join(
+        (
+            r"(CUDA|HIP|XPU) out of memory\. Tried to allocate",  # torch's caching allocators
+            r"(CUDA|HIP) (driver )?error: out of memory",  # the driver, through torch
+            r"cuda runtime error \(2\) : out of memory",  # the same, in old extensions
+            r"MPS backend out of memory",
+            r"DefaultCPUAllocator: (can't allocate memory|not enough memory)",  # Linux, Windows
+            r"\b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|HIPSPARSE)_STATUS_ALLOC_FAILED\b",
+            r"\bCUDNN_STATUS_INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED\b",
+            r"\bCUFFT_ALLOC_FAILED\b",
+            r"\brocblas_status_memory_error\b",
+            r"\bmiopenStatusAllocFailed\b",
+            r"^std::bad_alloc\b",
+        )
+    )
+)
+# What libraries also say for other reasons: it counts where memory is short at that moment.
+_AMBIGUOUS = re.compile(
+    "|".join(
+        (
+            r"^could not (create|execute) a (primitive|memory object)",  # oneDNN
+            r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublas(Lt)?Create",
+            r"\bCUDNN_STATUS_NOT_INITIALIZED\b",
+        )
+    )
+)
+PROBE_BYTES = 64 * 2**20
+
+
+def is_out_of_memory(
+    error: BaseException, *, memory_is_short: Callable[[], bool] | None = None
+) -> bool:
+    """Whether `error` says that memory ran out, on a device or on the host; nothing else counts.
+
+    torch's OutOfMemoryError and Python's MemoryError do; a RuntimeError by the text of the library
+    that ran out: torch's allocators (CUDA, HIP, XPU, MPS, CPU), the drivers, cuBLAS, cuDNN and
+    their kin, `std::bad_alloc`. A text that also has other reasons (oneDNN's "could not create a
+    primitive") counts where `memory_is_short`, by default: where 64 MiB can't be had.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("out of memory"))
+    (True, False)
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    if _CERTAIN.search(text):
+        return True
+    return bool(_AMBIGUOUS.search(text)) and (memory_is_short or _memory_is_short)()
+
+
+def _memory_is_short() -> bool:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.mem_get_info()[0] < PROBE_BYTES
+    try:
+        torch.empty(PROBE_BYTES, dtype=torch.uint8)
+    except (RuntimeError, MemoryError):
+        return True
+    return False
+
+
+def let_go(error: BaseException | None, device: torch.device) -> None:
+    """Free what a failed attempt holds: the frames of its traceback, and the device's cache."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def allocator_retries(device: torch.device) -> int:
+    """How often the CUDA allocator had to empty its cache to find room; 0 elsewhere. No sync."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
