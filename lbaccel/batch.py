@@ -170,6 +170,13 @@ class BatchPlan:
         missing = self.num_micro_steps(total) - len(micro_batches)
         return (*micro_batches, *[filler] * missing)
 
+    def largest_micro_batch(self, num_samples: int | None = None) -> int:
+        """Samples of the largest micro-batch that any rank runs, in whole groups."""
+        total = self.global_batch_size if num_samples is None else num_samples
+        spans = (self.rank_groups(rank, total) for rank in range(self.world_size))
+        most = max(last - first for first, last in spans) * self.group_size
+        return min(self.micro_batch_size, most)
+
     def capped(self, num_samples: int) -> BatchPlan:
         """The plan for a training set of `num_samples`: a batch above it is the whole set."""
         if self.global_batch_size <= num_samples:

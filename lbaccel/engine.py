@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lbaccel import accumulation
-from lbaccel.accumulation import Agreement, LossFn, Sums
-from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.accumulation import Agreement, LossFn
+from lbaccel.attempt import MicroBatches, attempt
+from lbaccel.batch import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.masks import KeyedRandomness
-from lbaccel.memory.micro_batch import MicroBatchSize, largest_that_fits
-from lbaccel.memory.oom import allocator_retries, is_out_of_memory, let_go
+from lbaccel.memory.adaptive import AdaptivePlan, what_to_try
+from lbaccel.memory.micro_batch import largest_that_fits
+from lbaccel.memory.oom import is_out_of_memory
 from lbaccel.memory.reserve import Reservation
 from lbaccel.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
 from lbaccel.preflight import check_accelerator
 
 logger = logging.getLogger("lbaccel")
-MicroBatches = Iterable[tuple[MicroBatch, Any]]
-THRASHING = 2  # updates in a row in which the allocator emptied its cache
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class LargeBatch:
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise InputError(f"clip_grad_norm={clip_grad_norm}: give a norm above 0, or None.")
         self.accelerator = accelerator
-        self.plan = plan
+        self._adaptive = AdaptivePlan(plan)
         self.clip_grad_norm = clip_grad_norm
         self.bn_statistics: BatchNormStatistics = bn_statistics
         self.num_updates = 0
@@ -112,12 +109,14 @@ class LargeBatch:
         self._ema: Any = None
         self._parameters: list[nn.Parameter] = []
         self._stop_requested = False
-        self._size = MicroBatchSize(asked=plan.micro_batch_size, unit=plan.group_size)
         self._reservation: Reservation | None = None
         self._buffer: Tensor | None = None
-        self._num_short = 0  # updates in a row in which an allocator had to empty its cache
-        self._retries_seen = 0
         self._half_stepped = False
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan as it stands: its micro-batch follows the memory, the rest never changes."""
+        return self._adaptive.plan
 
     def prepare(
         self,
@@ -169,7 +168,6 @@ class LargeBatch:
         self._check_ready()
         self._hold_memory()
         for num_retries in range(self.plan.micro_batch_size + 1):
-            self._drop()
             try:
                 agreement, own_weights = self._attempt(update, self._cut(update), loss_fn)
                 if agreement.out_of_memory:
@@ -204,10 +202,9 @@ class LargeBatch:
         """
         self._check_ready()
         self._hold_memory()
-        asked, update = self._size, loader.peek()
+        update, unit = loader.peek(), self.plan.group_size
 
         def fits(size: int) -> bool:
-            self._drop()
             assert update.recut is not None
             two = islice(update.recut(size), 2)
             try:
@@ -215,13 +212,13 @@ class LargeBatch:
             finally:
                 self._drop()
 
-        shares = (self.plan.rank_groups(r, update.num_samples) for r in range(self.plan.world_size))
-        most = max(last - first for first, last in shares) * self.plan.group_size
-        found = largest_that_fits(fits, unit=self.plan.group_size, most=most)
+        most = replace(
+            self.plan, micro_batch_size=self.plan.num_groups(update.num_samples) * unit
+        ).largest_micro_batch(update.num_samples)
+        found = largest_that_fits(fits, unit=unit, most=most)
         if found is None:
             raise self._nothing_fits(update)
-        self._size = MicroBatchSize(asked=found, unit=asked.unit)
-        self._set_micro_batch_size(found)
+        self._adaptive.ask(replace(self.plan, micro_batch_size=found))
         self._cut(loader.peek())
         return found
 
@@ -267,23 +264,19 @@ class LargeBatch:
     def _attempt(
         self, update: Update, micro_batches: MicroBatches, loss_fn: LossFn
     ) -> tuple[Agreement, bool]:
-        """Forward and backward of all micro-batches, and what the ranks say of them."""
+        assert self._model is not None and self.norm is not None
+        self._drop()
         with self.randomness.update(update.index):
-            sums, error = self._accumulate(micro_batches, loss_fn, num_samples=update.num_samples)
-        retries = allocator_retries(self.accelerator.device)
-        short, self._retries_seen = retries > self._retries_seen, retries
-        agreement = accumulation.agree(
-            sums,
-            self._parameters,
-            world_size=self.plan.world_size,
-            device=self.accelerator.device,
-            stop=self._stop_requested,
-            short_of_memory=short,
-            error=error,
-        )
-        if agreement.out_of_memory:
-            let_go(error, self.accelerator.device)
-        return agreement, sums is not None and sums.own_weights
+            return attempt(
+                self.accelerator,
+                self._model,
+                micro_batches,
+                loss_fn,
+                num_samples=update.num_samples,
+                scopes=(self.norm, self.randomness),
+                parameters=self._parameters,
+                stop=self._stop_requested,
+            )
 
     def _shrink(self, update: Update) -> None:
         """Take the next smaller micro-batch after memory ran out, or say what to try."""
@@ -293,92 +286,29 @@ class LargeBatch:
                 "not come from an UpdateLoader. Use one, or build a plan with micro_batch_size="
                 f"{max(self.plan.group_size, self.plan.micro_batch_size // 2)}."
             )
-        before = self.plan.micro_batch_size
-        smaller = self._size.shrink(used=self._largest_micro_batch(update.num_samples))
-        if smaller is None:
+        note = self._adaptive.shrink(update=update.index + 1, num_samples=update.num_samples)
+        if note is None:
             raise self._nothing_fits(update)
-        self._set_micro_batch_size(smaller)
-        self._note(
-            f"out of memory in update {update.index + 1} at micro-batch {before}: done again with "
-            f"{smaller}. The global batch stays {update.num_samples}."
-        )
-
-    def _largest_micro_batch(self, num_samples: int) -> int:
-        ranks = range(self.plan.world_size)
-        sizes = [len(m.group_sizes) for r in ranks for m in self.plan.partition(r, num_samples)]
-        if self.plan.group_size == 1:
-            sizes = [m.num_samples for r in ranks for m in self.plan.partition(r, num_samples)]
-        return max(sizes) * self.plan.group_size
+        self._note(note)
 
     def _nothing_fits(self, update: Update) -> RunFailed:
-        unit, plan = self.plan.group_size, self.plan
-        groups = {1: "one sample", 2: "one pair of samples"}.get(unit, f"{unit} samples at once")
-        advice = ["apply_activation_checkpointing(model) (--activation-checkpointing full)"]
-        if isinstance(plan.norm_batch_size, int):
-            groups = f"one ghost batch of {unit} samples"
-            advice += [
-                f"a smaller norm_batch_size than {unit}, which changes what BatchNorm sees, or "
-                "'frozen' where the weights are pretrained"
-            ]
-        advice += ["bf16, smaller images, or a smaller model"]
-        used = ""
-        if self.accelerator.device.type == "cuda":
-            device = self.accelerator.device
-            peak, total = (
-                torch.cuda.max_memory_allocated(device),
-                torch.cuda.get_device_properties(device).total_memory,
-            )
-            used = f" ({peak / 2**30:.2f} GiB at the peak, the device has {total / 2**30:.2f})"
+        device, used = self.accelerator.device, ""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            total = torch.cuda.get_device_properties(device).total_memory / 2**30
+            used = f" ({peak:.2f} GiB at the peak, the device has {total:.2f})"
         return RunFailed(
-            f"memory ran out in update {update.index + 1} even with {groups} in a micro-batch"
-            f"{used}. Weights and statistics are as before the update. Try "
-            + "; or ".join(advice)
-            + "."
+            f"memory ran out in update {update.index + 1}{used}, and {what_to_try(self.plan)} "
+            "Weights and statistics are as before the update."
         )
 
-    def _set_micro_batch_size(self, size: int) -> None:
-        self.plan = replace(self.plan, micro_batch_size=size)
-
-    def _note(self, text: str) -> None:
-        if self.accelerator.is_main_process:
+    def _note(self, text: str | None) -> None:
+        if text is not None and self.accelerator.is_main_process:
             logger.warning(text)
 
     def request_stop(self) -> None:
         """Ask for the run's end (a signal, a time limit): `UpdateResult.stop` tells every rank."""
         self._stop_requested = True
-
-    def _accumulate(
-        self, micro_batches: MicroBatches, loss_fn: LossFn, *, num_samples: int
-    ) -> tuple[Sums | None, BaseException | None]:
-        assert self.norm is not None
-        device = self.accelerator.device
-        on_device = (
-            (m, send_to_device(data, device, non_blocking=True)) for m, data in micro_batches
-        )
-        try:
-            with self._no_sync(), _autocast_cache(device.type):
-                sums = accumulation.accumulate(
-                    self._model,
-                    on_device,
-                    loss_fn,
-                    num_samples=num_samples,
-                    scopes=(self.norm, self.randomness),
-                    backward=self._backward(),
-                )
-        except Exception as error:
-            return None, error
-        return sums, None
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        if isinstance(self._model, nn.parallel.DistributedDataParallel):
-            return self._model.no_sync()
-        return nullcontext()
-
-    def _backward(self) -> Callable[[Tensor], object]:
-        scaler = self.accelerator.scaler
-        if scaler is None:
-            return Tensor.backward
-        return lambda loss: scaler.scale(loss).backward()
 
     def _commit(self, num_samples: int, agreement: Agreement, num_retries: int) -> UpdateResult:
         scaler, loss = self.accelerator.scaler, agreement.loss
@@ -416,7 +346,7 @@ class LargeBatch:
             )
         self._optimizer.optimizer.zero_grad(set_to_none=True)
         size = self.plan.micro_batch_size
-        self._next_size(short_of_memory=agreement.short_of_memory)
+        self._note(self._adaptive.after_update(short_of_memory=agreement.short_of_memory))
         return UpdateResult(
             applied=applied,
             loss=loss,
@@ -446,23 +376,6 @@ class LargeBatch:
                 f"{max(self.plan.group_size, self.plan.micro_batch_size // 2)}."
             ) from error
 
-    def _next_size(self, *, short_of_memory: bool) -> None:
-        """Grow again after a shrink that is long ago; shrink where the allocator thrashes."""
-        before = self.plan.micro_batch_size
-        size = self._size.after_update()
-        self._num_short = self._num_short + 1 if short_of_memory else 0
-        if self._num_short >= THRASHING:
-            smaller, self._num_short = self._size.shrink(), 0
-            if smaller is not None:
-                self._set_micro_batch_size(smaller)
-                self._note(
-                    f"the allocator emptied its cache in {THRASHING} updates in a row, which is "
-                    f"slow and near the limit: micro-batch {before} is {smaller} from here on."
-                )
-        elif size != before:
-            self._set_micro_batch_size(size)
-            self._note(f"micro-batch {size} again, after updates at {before} that went well.")
-
     def state_dict(self) -> dict[str, int]:
         """The counters."""
         return {"num_updates": self.num_updates, "samples_seen": self.samples_seen}
@@ -472,16 +385,3 @@ class LargeBatch:
         self.num_updates = int(state["num_updates"])
         self.samples_seen = int(state["samples_seen"])
         self._half_stepped = False
-
-
-def _autocast_cache(device_type: str) -> AbstractContextManager[Any]:
-    """Keep autocast's cast weights over all micro-batches, changing nothing else.
-
-    Autocast drops its casts where its outermost context ends; the model's own context (put there
-    by `accelerator.prepare`) ends with each forward. This one is outside, in the state found.
-    """
-    return torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-    )

@@ -25,7 +25,7 @@ LEVELS = [
     },
     {"memory"},
     {"accumulation", "preflight", "checkpoints", "settings"},
-    {"data"},
+    {"data", "attempt"},
     {"engine", "evaluation", "tracking"},
     {"runs"},
     {"compare", "plots", "recipe"},

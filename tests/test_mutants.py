@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 MUTANTS = {
     "tail divided by the full batch": (
         "engine.py",
-        "num_samples=update.num_samples,\n                    scopes",
-        "num_samples=self.plan.global_batch_size,\n                    scopes",
+        "num_samples=update.num_samples,\n                scopes",
+        "num_samples=self.plan.global_batch_size,\n                scopes",
         "tests/test_engine.py",
     ),
     "every micro-batch weighs the same": (
@@ -75,9 +75,9 @@ MUTANTS = {
         "tests/test_engine.py",
     ),
     "weights cast in every micro-batch": (
-        "engine.py",
-        "with self._no_sync(), _autocast_cache(device.type):",
-        "with self._no_sync():",
+        "attempt.py",
+        "with _no_sync(model), _autocast_cache(device.type):",
+        "with _no_sync(model):",
         "tests/test_engine.py",
     ),
     "recompute moves statistics": (
@@ -123,10 +123,107 @@ MUTANTS = {
         "tests/test_normalization.py",
     ),
     "recompute with other masks": (
-        "checkpointing.py",
-        "args, kwargs, use_reentrant=False)",
-        "args, kwargs, use_reentrant=False, preserve_rng_state=False)",
-        "tests/test_checkpointing_masks.py",
+        "masks.py",
+        "if token not in self._calls:\n            if self._recomputing:",
+        "if self._recomputing:\n            self._calls[token] = len(self._calls)\n"
+        "        if token not in self._calls:\n            if False:",
+        "tests/test_masks.py tests/test_checkpointing_masks.py",
+    ),
+    "masks of the micro-batch, not of the sample": (
+        "masks.py",
+        "positions = torch.arange(start, start + samples, device=x.device)",
+        "positions = torch.arange(samples, device=x.device)",
+        "tests/test_masks.py",
+    ),
+    "the same masks in every layer": (
+        "masks.py",
+        "self._calls[token] = len(self._calls)\n",
+        "self._calls[token] = 0\n",
+        "tests/test_masks.py",
+    ),
+    "the same masks in every update": (
+        "masks.py",
+        "return int(keyed_hash(self.seed, MASKS, self._update))",
+        "return int(keyed_hash(self.seed, MASKS, 0))",
+        "tests/test_masks.py",
+    ),
+    "an update moves the user's random state": (
+        "masks.py",
+        "            restore_generators(states, self.device)",
+        "            pass",
+        "tests/test_masks.py",
+    ),
+    "any RuntimeError counts as a lack of memory": (
+        "memory/oom.py",
+        "if _CERTAIN.search(text):",
+        "if True:",
+        "tests/test_oom.py",
+    ),
+    "std::bad_alloc is missed": (
+        "memory/oom.py",
+        'r"^std::bad_alloc\\b",',
+        "",
+        "tests/test_oom.py",
+    ),
+    "only the rank that ran out shrinks": (
+        "accumulation.py",
+        "if num_ran_out:",
+        "if ran_out:",
+        "tests/test_oom.py",
+    ),
+    "statistics of the failed attempt are kept": (
+        "engine.py",
+        "        assert self._model is not None and self.norm is not None\n        self._drop()",
+        "        assert self._model is not None and self.norm is not None",
+        "tests/test_oom.py",
+    ),
+    "random state of the failed attempt goes on": (
+        "masks.py",
+        "seed_generators(int(seed), self.device)",
+        "pass",
+        "tests/test_oom.py tests/test_masks.py",
+    ),
+    "the failed attempt's frames live on": (
+        "memory/oom.py",
+        "traceback.clear_frames(error.__traceback__)\n        error.__traceback__ = None",
+        "pass",
+        "tests/test_oom.py",
+    ),
+    "the global batch shrinks with the micro-batch": (
+        "memory/adaptive.py",
+        "self.plan = replace(self.plan, micro_batch_size=size)",
+        "self.plan = replace(self.plan, micro_batch_size=size, global_batch_size=2 * size)",
+        "tests/test_oom.py",
+    ),
+    "the retry goes on in the workers' old batches": (
+        "data/loader.py",
+        "self._drawn = HALF_READ",
+        "self._drawn = index",
+        "tests/test_oom.py tests/data/test_loader.py",
+    ),
+    "a search that leaves gradients behind": (
+        "engine.py",
+        "            finally:\n                self._drop()",
+        "            finally:\n                pass",
+        "tests/test_oom.py",
+    ),
+    "a search that takes the update away": (
+        "data/loader.py",
+        "return self._update(self.next_update)",
+        "self.next_update += 1; return self._update(self.next_update - 1)",
+        "tests/test_oom.py",
+    ),
+    "a step that failed half way is forgotten": (
+        "engine.py",
+        "self._half_stepped = True",
+        "pass",
+        "tests/test_oom.py",
+    ),
+    "no room is kept for the optimizer's state": (
+        "engine.py",
+        "self._reservation = Reservation(self._optimizer.optimizer)",
+        "self._reservation = Reservation(torch.optim.SGD(self._parameters, lr=1.0))",
+        "tests/test_oom.py",
     ),
     "recompute with the spoilt list": (
         "checkpointing.py",

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader, engine
+from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader, attempt
+from lbaccel.memory import oom
 from lbaccel.memory.budget import memory_limit, parse_memory
 from lbaccel.memory.micro_batch import PATIENCE, MicroBatchSize, largest_that_fits
 from lbaccel.memory.oom import is_out_of_memory
@@ -136,15 +137,12 @@ class Faults:
 
     def __init__(self, *at, phase="forward", error=None, rank=None):
         self.at, self.phase, self.rank = set(at), phase, rank
-        self.error, self.watch = error or (lambda: torch.OutOfMemoryError(OUT)), False
-        self.calls, self.sizes, self.held, self.alive = 0, [], [], []
+        self.error = error or (lambda: torch.OutOfMemoryError(OUT))
+        self.calls, self.sizes, self.held = 0, [], []
 
     def __call__(self, model, micro_batch):
         x, y = micro_batch
         number, self.calls = self.calls, self.calls + 1
-        if self.watch:
-            gc.collect()
-            self.alive.append(sum(ref() is not None for ref in self.held))
         hit = number in self.at and self.rank in (None, int(torch.distributed.is_initialized())
             and torch.distributed.get_rank())  # fmt: skip
         out = model(x)
@@ -275,12 +273,19 @@ def test_workers_load_the_samples_of_the_smaller_plan():
     assert_equal(state, truth)
 
 
-def test_the_failed_attempt_holds_no_activation_when_the_next_begins():
-    for phase in ("forward", "backward"):
-        faults = Faults(1, phase=phase)
-        faults.watch = True
-        faulty(faults, updates=1)
-        assert faults.sizes == [12, 12, 6, 6, 6, 6] and faults.alive == [0] * 6
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_failed_attempt_holds_no_activation_when_its_memory_is_given_back(phase, monkeypatch):
+    faults, alive = Faults(1, phase=phase), []
+
+    class Collector:
+        @staticmethod
+        def collect():
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in faults.held))
+
+    monkeypatch.setattr(oom, "gc", Collector)
+    faulty(faults, updates=1)
+    assert faults.sizes == [12, 12, 6, 6, 6, 6] and alive == [0]
 
 
 def test_what_is_no_lack_of_memory_passes_untouched_and_nothing_is_retried():
@@ -389,6 +394,8 @@ def test_the_micro_batch_grows_again_and_trying_costs_less_and_less(monkeypatch,
     run = Run()
     sizes = [r.micro_batch_size for r in run.updates(9, Faults(0))]
     assert sizes == [6, 6, 6, 12, 12, 12, 12, 12, 12]
+    assert run.large_batch.plan == run.loader.plan
+    assert run.large_batch.plan.global_batch_size == BATCH
     assert "micro-batch 12 again" in caplog.text
 
     class TooLarge(Faults):
@@ -425,8 +432,9 @@ def test_a_size_above_the_ranks_share_shrinks_from_what_really_ran():
 
 
 def test_a_thrashing_allocator_makes_the_micro_batch_smaller_before_it_fails(monkeypatch, caplog):
-    retries = iter([0, 1, 1, 2, 3, 3, 3, 3])
-    monkeypatch.setattr(engine, "allocator_retries", lambda device: next(retries))
+    before_and_after = [(0, 1), (1, 1), (1, 1), (1, 2), (2, 3), (3, 3), (3, 3)]
+    retries = iter([count for pair in before_and_after for count in pair])
+    monkeypatch.setattr(attempt, "allocator_retries", lambda device: next(retries))
     results = Run().updates(7, Faults())
     assert [r.micro_batch_size for r in results] == [12] * 5 + [6] * 2
     assert "emptied its cache in 2 updates in a row" in caplog.text
