@@ -74,6 +74,9 @@ class KeyedRandomness:
         self._recomputing = False
         self._calls: dict[int, int] = {}  # token of a call to its number
         self._rows: dict[int, Tensor] = {}  # int64 [CALLS_AT_ONCE, n] of a block of calls
+        # Made once, and closed to torch.compile: it compiles anew for each function and number.
+        self.keys: Any = torch.compiler.disable(self._next_keys)
+        self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in _REPLACED]
 
     @contextmanager
     def update(self, index: int) -> Iterator[None]:
@@ -93,10 +96,10 @@ class KeyedRandomness:
         self._calls, self._rows = {}, {}
         seed = keyed_hash(self.seed, MICRO_BATCH, self._update, micro_batch.start)
         seed_generators(int(seed), self.device)
-        plain = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
+        plain = [(owner, name, getattr(owner, name)) for owner, name, _ in self._keyed]
         try:
-            for (owner, name, make), (_, _, original) in zip(_REPLACED, plain, strict=True):
-                setattr(owner, name, make(self, original))
+            for owner, name, keyed in self._keyed:
+                setattr(owner, name, keyed)
             yield
         finally:
             for owner, name, original in plain:
@@ -113,7 +116,7 @@ class KeyedRandomness:
         finally:
             self._recomputing = False
 
-    def keys(self, x: Tensor, *, batch: bool = False) -> Tensor | None:
+    def _next_keys(self, x: Tensor, *, batch: bool = False) -> Tensor | None:
         """Int64 keys [x.shape[0]] or [1] of the next call's rows; None: `x` has no rows of samples.
 
         Rows are samples, or several of each sample one after the other (windows of attention).

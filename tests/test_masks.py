@@ -390,3 +390,25 @@ def test_rows_that_are_no_samples_are_drawn_as_ever():
     with randomness.update(0), randomness.forward(MicroBatch(4, (3,))):
         F.dropout(torch.ones(7, 100), 0.5)
         assert torch.equal(F.dropout(torch.ones(1, 100), 0.5), one)  # one draw for all samples
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it compiles
+def test_a_compiled_network_draws_the_same_masks_and_is_compiled_once():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 2))
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(plain, backend=backend, dynamic=False)
+    x, randomness, counts = torch.randn(12, 6), KeyedRandomness(0, CPU), []
+    for update in range(3):
+        rows = []
+        for network in (plain, compiled):
+            with randomness.update(update), randomness.forward(MicroBatch(0, (12,))):
+                rows.append(network(x))
+        assert torch.equal(*rows)
+        counts.append(len(compiled_graphs))
+    assert counts[0] == counts[2] > 0

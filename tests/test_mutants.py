@@ -38,6 +38,37 @@ MUTANTS = {
         "divisor=1.0",
         "tests/test_engine.py",
     ),
+    "gradients averaged over the ranks": (
+        "accumulation.py",
+        "    dist.all_reduce(flat)\n",
+        "    dist.all_reduce(flat)\n    flat /= dist.get_world_size()\n",
+        "tests/test_masks.py",
+    ),
+    "each micro-batch clipped": (
+        "accumulation.py",
+        "                backward(scaled)\n",
+        "                backward(scaled)\n"
+        "            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n",
+        "tests/test_engine.py",
+    ),
+    "the last micro-batch's loss is logged": (
+        "accumulation.py",
+        "loss_sum = loss_sum + loss.detach().double() * weight",
+        "loss_sum = loss.detach().double() * num_samples",
+        "tests/test_engine.py",
+    ),
+    "the last short update of a run is forgotten": (
+        "stream.py",
+        "return max(1, -(-samples // self.global_batch_size))",
+        "return max(1, samples // self.global_batch_size)",
+        "tests/data/test_loader.py tests/test_recipe.py tests/test_batch.py",
+    ),
+    "trials without a backward pass": (
+        "accumulation.py",
+        "                backward(scaled)\n",
+        "                backward(scaled) if num_samples > 24 else None\n",
+        "tests/test_oom.py",
+    ),
     "clipping skipped": (
         "engine.py",
         "if self.clip_grad_norm is not None and finite:",
@@ -192,7 +223,7 @@ MUTANTS = {
     "the global batch shrinks with the micro-batch": (
         "memory/adaptive.py",
         "self.plan = replace(self.plan, micro_batch_size=size)",
-        "self.plan = replace(self.plan, micro_batch_size=size, global_batch_size=2 * size)",
+        "self.plan = replace(self.plan, micro_batch_size=size, global_batch_size=size)",
         "tests/test_oom.py",
     ),
     "the retry goes on in the workers' old batches": (

@@ -469,6 +469,18 @@ def test_the_search_finds_the_largest_size_and_leaves_everything_as_it_was(limit
     assert (result.micro_batch_size, result.num_retries) == (min(24, limit // 3 * 3), 0)
 
 
+def test_a_trial_runs_the_backward_pass_of_two_micro_batches():
+    class InBackward(Faults):
+        def __call__(self, model, micro_batch):
+            self.at = {self.calls} if len(micro_batch[0]) > 9 else set()
+            return super().__call__(model, micro_batch)
+
+    run, loss_fn = Run(6), InBackward(phase="backward")
+    assert run.large_batch.find_micro_batch_size(run.loader, loss_fn) == 9
+    fitting = [size for size in loss_fn.sizes if size <= 9]
+    assert fitting == [3, 3, 6, 6, 9, 9]
+
+
 def test_a_search_before_the_first_update_changes_no_later_bit():
     searched, plain = Run(6), Run(9)
     seeded()
