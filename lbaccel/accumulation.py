@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from lbaccel.memory.oom import is_out_of_memory
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
 """(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
+
+Stop = Literal["time limit", "interrupt"]
+"""Why a run ends after an update, before its time; an interrupt outweighs a time limit."""
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -137,7 +140,7 @@ class Agreement:
     loss: float  # weighted mean over all samples of the update
     weight: float  # sum of the weights over all ranks
     present: tuple[bool, ...]  # which parameters have a gradient on some rank
-    stop: bool  # some rank wants to end the run after this update
+    stop: Stop | None  # some rank wants to end the run after this update
     out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
     short_of_memory: bool = False  # some rank's allocator had to empty its cache
 
@@ -148,7 +151,7 @@ def agree(
     *,
     world_size: int,
     device: torch.device,
-    stop: bool = False,
+    stop: Stop | None = None,
     short_of_memory: bool = False,
     error: BaseException | None = None,
 ) -> Agreement:
@@ -172,7 +175,8 @@ def agree(
         InputError: the weights of the update add up to zero.
     """
     ran_out = error is not None and is_out_of_memory(error)
-    status = [float(sums is None and not ran_out), float(ran_out), float(stop)]
+    stops = {None: 0, "time limit": 1, "interrupt": world_size + 1}  # a sum tells which there are
+    status = [float(sums is None and not ran_out), float(ran_out), float(stops[stop])]
     there = [float(p.grad is not None) for p in parameters]
     head = [*status, float(short_of_memory), 0.0, 0.0]
     vector = torch.tensor(head + there, dtype=torch.float64).to(device)
@@ -180,7 +184,7 @@ def agree(
         vector[4], vector[5] = sums.loss, sums.weight
     if world_size > 1:
         dist.all_reduce(vector)
-    num_failed, num_ran_out, num_stops, num_short, loss, weight, *present = vector.tolist()
+    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *present = vector.tolist()
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
         dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
@@ -192,8 +196,11 @@ def agree(
             )
     if error is not None and num_failed:
         raise error
+    agreed: Stop | None = None
+    if stop_sum:
+        agreed = "interrupt" if stop_sum > world_size else "time limit"
     if num_ran_out:
-        return Agreement(0.0, 0.0, (), num_stops > 0, out_of_memory=True)
+        return Agreement(0.0, 0.0, (), agreed, out_of_memory=True)
     if weight == 0.0:
         raise InputError(
             "the weights of this update add up to 0, so its mean loss is not defined. "
@@ -203,7 +210,7 @@ def agree(
         loss / weight,
         weight,
         tuple(n > 0 for n in present),
-        num_stops > 0,
+        agreed,
         short_of_memory=num_short > 0,
     )
 

@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lbaccel import accumulation
-from lbaccel.accumulation import Agreement, LossFn, Scope, Sums
+from lbaccel.accumulation import Agreement, LossFn, Scope, Stop, Sums
 from lbaccel.batch import MicroBatch
 from lbaccel.memory.oom import allocator_retries, let_go
 
@@ -28,7 +28,7 @@ def attempt(
     num_samples: int,
     scopes: Sequence[Scope],
     parameters: list[nn.Parameter],
-    stop: bool = False,
+    stop: Stop | None = None,
 ) -> tuple[Agreement, bool]:
     """Add up gradients without reducing them, and learn whether all ranks could.
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lbaccel import accumulation
-from lbaccel.accumulation import Agreement, LossFn
+from lbaccel.accumulation import Agreement, LossFn, Stop
 from lbaccel.attempt import MicroBatches, attempt
 from lbaccel.batch import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
@@ -41,7 +41,7 @@ class UpdateResult:
     samples_seen: int  # in applied updates, over all ranks
     micro_batch_size: int  # that it was done with
     num_retries: int  # attempts before it for which memory did not suffice
-    stop: bool = False  # some rank called `request_stop`: every rank sees it at the same update
+    stop: Stop | None = None  # some rank called `request_stop`; all see it at the same update
 
 
 class LargeBatch:
@@ -108,7 +108,7 @@ class LargeBatch:
         self._scheduler: Any = None
         self._ema: Any = None
         self._parameters: list[nn.Parameter] = []
-        self._stop_requested = False
+        self._stop_requested: Stop | None = None
         self._reservation: Reservation | None = None
         self._buffer: Tensor | None = None
         self._half_stepped = False
@@ -306,9 +306,10 @@ class LargeBatch:
         if text is not None and self.accelerator.is_main_process:
             logger.warning(text)
 
-    def request_stop(self) -> None:
-        """Ask for the run's end (a signal, a time limit): `UpdateResult.stop` tells every rank."""
-        self._stop_requested = True
+    def request_stop(self, reason: Stop = "interrupt") -> None:
+        """Ask for the run's end from any rank: `UpdateResult.stop` then tells all of them."""
+        if self._stop_requested != "interrupt":
+            self._stop_requested = reason
 
     def _commit(self, num_samples: int, agreement: Agreement, num_retries: int) -> UpdateResult:
         scaler, loss = self.accelerator.scaler, agreement.loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -171,10 +172,16 @@ class UpdateLoader:
             batch_sampler=_KeyLists(self, index),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate_fn),
+            worker_init_fn=_let_the_parent_decide,
             generator=torch.Generator(),  # else its base seed comes from the user's
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)
+
+
+def _let_the_parent_decide(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the update may need the workers to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _KeyLists:
