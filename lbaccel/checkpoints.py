@@ -1,21 +1,24 @@
-"""Checkpoints of a run: written beside and renamed, so that a full disk costs none."""
+"""Checkpoints of a run: written beside and renamed, with checksums, so that a fault costs none."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from lbaccel.errors import RunFailed
+from lbaccel.errors import InputError, RunFailed
 
+MANIFEST, STATE = "manifest.json", "state.pt"
 _FOLDER = re.compile(r"update_\d{6,}")
 
 
@@ -26,18 +29,20 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, Tensor]],
     classes: Sequence[str],
     preprocessing: Mapping[str, Any],
+    state: Mapping[str, Any] | None = None,
     best: bool = False,
-    keep: int = 1,
+    keep: int = 2,
 ) -> Path:
     """Write `folder/update_<update>`, then turn the links `last` (and `best`) to it.
 
-    Everything is written to a temporary folder beside and renamed when it is whole. Of the older
-    ones the newest `keep` stay, and the one that `best` names.
+    Everything is written to a temporary folder beside, with a manifest of checksums, flushed to
+    the disk, and renamed when it is whole. The newest `keep` stay, and the one that `best` names.
 
     Args:
         weights: file stem to state_dict, such as {"model": ..., "model_ema": ...}.
         classes: names, in order of the outputs.
         preprocessing: what evaluation needs: sizes, mean, std, interpolation, stem.
+        state: what a resume needs besides, tensors and plain values; see `read_state`.
 
     Raises:
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
@@ -46,14 +51,23 @@ def save_checkpoint(
     temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-            for stem, tensors in weights.items():
-                plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-                safetensors.torch.save_file(plain, temporary / f"{stem}.safetensors")
-            _write_json(temporary / "classes.json", list(classes))
-            _write_json(temporary / "preprocessing.json", dict(preprocessing))
-            temporary.chmod(0o755)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        for stem, tensors in weights.items():
+            plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            safetensors.torch.save_file(plain, temporary / f"{stem}.safetensors")
+        _write_json(temporary / "classes.json", list(classes))
+        _write_json(temporary / "preprocessing.json", dict(preprocessing))
+        if state is not None:
+            torch.save(dict(state), temporary / STATE)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / MANIFEST, {"update": update, "files": files})
+        temporary.chmod(0o755)
+        _flush(temporary)
+        if target.exists():  # of a run that was resumed from before it
+            target.rename(aside := Path(tempfile.mkdtemp(prefix=".writing-", dir=folder)))
+            temporary.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
             temporary.rename(target)
         for name in ("last", *(["best"] if best else [])):
             _link(folder / name, target.name)
@@ -71,6 +85,87 @@ def save_checkpoint(
     return target
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first; what was not written to its end is none."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("update_")))
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        InputError: a file that is missing, cut off or changed, by its name; no training state.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            if not (path / name).is_file():
+                raise InputError(f"{path / name} is missing.")
+            found = _fingerprint(path / name)
+            if found["bytes"] != expected["bytes"]:
+                raise InputError(
+                    f"{path / name} holds {found['bytes']:,} bytes in place of "
+                    f"{expected['bytes']:,}: it is cut off."
+                )
+            if found["sha256"] != expected["sha256"]:
+                raise InputError(f"{path / name} is damaged: its checksum is not the manifest's.")
+    except FileNotFoundError:
+        raise InputError(f"{path} has no {MANIFEST}: it was not written to its end.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path / MANIFEST} is damaged: {error}.") from error
+    if STATE not in files:
+        raise InputError(
+            f"{path} holds weights only, no training state. Start a run from them with "
+            f"--checkpoint {path}/model.safetensors."
+        )
+
+
+def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint whose checksums hold; says which ones it refused, and why."""
+    for path in checkpoints_in(folder):
+        try:
+            check_checkpoint(path)
+        except InputError as error:
+            say(f"resume: refused {path.name}: {error}")
+            continue
+        return path
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The training state of a checked checkpoint, read with `weights_only=True`."""
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what a killed process was writing."""
+    for path in folder.glob(".writing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _flush(folder: Path) -> None:
+    """Bring the files and the folder to the disk: a rename must not overtake them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
@@ -85,8 +180,6 @@ def _link(link: Path, target: str) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     linked = {(folder / name).resolve().name for name in ("last", "best")}
-    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
-    found.sort(key=lambda path: int(path.name.removeprefix("update_")))
-    for path in found[: max(0, len(found) - max(1, keep))]:
+    for path in checkpoints_in(folder)[max(1, keep) :]:
         if path.name not in linked:
             shutil.rmtree(path, ignore_errors=True)

@@ -42,6 +42,11 @@ def group_samples(text: Any) -> int | str:
     return "frozen" if text == "frozen" else whole(text)
 
 
+def samples_or_auto(text: Any) -> int | str:
+    """A whole number or 'auto'."""
+    return "auto" if text == "auto" else whole(text)
+
+
 def start_rate(text: Any) -> float | str:
     """'reference', 'zero' or a learning rate."""
     return text if text in ("reference", "zero") else float(text)
@@ -57,6 +62,7 @@ class Option:
     help: str
     choices: tuple[str, ...] = ()
     shown: str = ""  # the default in words, where it depends on other settings
+    contract: bool = True  # decides the result; the others may differ in a resume
     may_be_none: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +81,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "data": (
         Option("data", str, "digits", "digits, cifar10, cifar100, folder:PATH or parquet:PATH"),
         Option("val_fraction", float, 0.2, "share held out where the data has no validation set"),
-        Option("workers", whole, 2, "processes that load image files, per rank"),
+        Option("workers", whole, 2, "processes that load image files, per rank", contract=False),
         Option(
             "img_size",
             whole,
@@ -112,10 +118,19 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("global_batch_size", whole, 512, "samples an update, over all ranks"),
         Option(
             "micro_batch_size",
-            whole,
+            samples_or_auto,
             None,
-            "samples a forward of one rank; no effect on the result",
+            "samples a forward of one rank, or 'auto'; no effect on the result",
             shown="64, or what is near it and a multiple of --norm-batch-size",
+            contract=False,
+        ),
+        Option(
+            "memory",
+            str,
+            None,
+            "budget such as 8GiB, enforced",
+            shown="what is free, less a margin, on a GPU and for auto",
+            contract=False,
         ),
         Option(
             "norm_batch_size",
@@ -144,6 +159,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "none",
             "recompute in the backward pass; no effect on the result",
             ("none", "full"),
+            contract=False,
         ),
         Option(
             "memory_format",
@@ -151,6 +167,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "contiguous",
             "of weights and images",
             ("contiguous", "channels_last"),
+            contract=False,
         ),
         Option(
             "precision",
@@ -162,13 +179,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
     ),
     "learning rate": (
-        Option("epochs", float, 20.0, "passes over the training set"),
+        Option("epochs", float, 20.0, "passes over the training set", contract=False),
         Option(
             "max_updates",
             whole,
             None,
             "stop after so many updates; the schedule stays that of --epochs",
             shown="no limit",
+            contract=False,
         ),
         Option(
             "base_lr",
@@ -251,20 +269,62 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
     ),
     "run": (
-        Option("seed", whole, 0, "of weights, order, augmentation and split"),
-        Option("output", str, "runs", "folder of run folders"),
-        Option("log_every", whole, 1, "updates a line of metrics.jsonl"),
-        Option("eval_every", float, 1.0, "epochs between evaluations"),
         Option(
-            "checkpoint_every", whole, None, "updates between checkpoints", shown="at evaluations"
+            "resume",
+            str,
+            None,
+            "go on: a run folder, a checkpoint in one, or 'auto' (the newest of this recipe)",
+            shown="a new run",
+            contract=False,
         ),
-        Option("keep", whole, 1, "newest checkpoints kept, besides the best"),
-        Option("dry_run", switch, False, "build everything, run two updates, write nothing"),
-        Option("log_with", words, ("run_folder", "wandb"), "trackers: run_folder, wandb"),
-        Option("wandb_project", str, "lbaccel", "wandb project"),
-        Option("wandb_group", str, None, "wandb group", shown="none"),
-        Option("wandb_name", str, None, "wandb run name", shown="the run folder's"),
-        Option("wandb_tags", words, (), "wandb tags", shown="none"),
+        Option(
+            "extend",
+            str,
+            None,
+            "a resumed cosine with other --epochs: how the learning rate goes on",
+            ("restart", "stretch", "constant"),
+            "an error that shows the three",
+            contract=False,
+        ),
+        Option(
+            "max_hours",
+            float,
+            None,
+            "stop in good order after so long; --resume goes on",
+            shown="no limit",
+            contract=False,
+        ),
+        Option("seed", whole, 0, "of weights, order, augmentation and split"),
+        Option("output", str, "runs", "folder of run folders", contract=False),
+        Option("log_every", whole, 1, "updates a line of metrics.jsonl", contract=False),
+        Option("eval_every", float, 1.0, "epochs between evaluations", contract=False),
+        Option(
+            "checkpoint_every",
+            whole,
+            None,
+            "updates between checkpoints",
+            shown="at evaluations",
+            contract=False,
+        ),
+        Option("keep", whole, 2, "newest checkpoints kept, besides the best", contract=False),
+        Option(
+            "dry_run",
+            switch,
+            False,
+            "build everything, run two updates, write nothing",
+            contract=False,
+        ),
+        Option(
+            "log_with",
+            words,
+            ("run_folder", "wandb"),
+            "trackers: run_folder, wandb",
+            contract=False,
+        ),
+        Option("wandb_project", str, "lbaccel", "wandb project", contract=False),
+        Option("wandb_group", str, None, "wandb group", shown="none", contract=False),
+        Option("wandb_name", str, None, "wandb run name", shown="the run folder's", contract=False),
+        Option("wandb_tags", words, (), "wandb tags", shown="none", contract=False),
         Option(
             "wandb_mode",
             str,
@@ -272,6 +332,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "online, offline or disabled",
             ("online", "offline", "disabled"),
             "online if logged in, else offline",
+            contract=False,
         ),
     ),
 }

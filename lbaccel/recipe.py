@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lbaccel.batch import BatchPlan, NormBatchSize
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError
+from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
     SMALL_IMAGE,
     adapt_stem,
@@ -26,7 +29,7 @@ from lbaccel.models import (
     read_weights,
 )
 from lbaccel.scaling import choose_rule, explain_lr, scale_lr
-from lbaccel.schedules import Schedule, make_schedule
+from lbaccel.schedules import Schedule, extend_schedule, make_schedule
 from lbaccel.stream import UpdateStream
 
 Say = Callable[[str], object]
@@ -35,7 +38,15 @@ Say = Callable[[str], object]
 def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, where their numbers can be used at all."""
     s = dict(settings)
-    above_zero = ("epochs", "eval_every", "log_every", "keep", "max_updates", "checkpoint_every")
+    above_zero = (
+        "epochs",
+        "eval_every",
+        "log_every",
+        "keep",
+        "max_updates",
+        "checkpoint_every",
+        "max_hours",
+    )
     for name in (*above_zero, "base_lr", "base_batch_size", "img_size"):
         if s[name] is not None and not (s[name] > 0 and math.isfinite(s[name])):
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must be above 0.")
@@ -53,6 +64,8 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
         if s[name] is not None and not all(math.isfinite(x) for x in s[name]):
             raise InputError(f"--{name} {s[name]} must be finite numbers.")
     _check_schedule(s)
+    if s["memory"] is not None:
+        parse_memory(s["memory"])
     if s["crop_pct"] is not None and not 0 < s["crop_pct"] <= 1:
         raise InputError(f"--crop-pct {s['crop_pct']} must be in 0..1.")
     for tracker in s["log_with"]:
@@ -112,20 +125,47 @@ def choose_norm_batch_size(
 
 def choose_micro_batch_size(s: Mapping[str, Any], *, norm_batch_size: NormBatchSize) -> int:
     """The micro_batch_size given; by default 64, cut to whole ghost batches or pairs."""
-    if s["micro_batch_size"] is not None:
+    if s["micro_batch_size"] not in (None, "auto"):
         return s["micro_batch_size"]
     unit = max(1, norm_batch_size) if isinstance(norm_batch_size, int) else 2
     return max(unit, 64 // unit * unit)
 
 
+@contextmanager
+def limit_for(s: Mapping[str, Any], device: torch.device, *, auto: bool) -> Iterator[str | None]:
+    """Inside, the memory budget is enforced; yields a line that says so, or None.
+
+    It is `memory`, by default what is free now less a margin: on a GPU always (a driver that
+    spills into host memory would only get slow), on a CPU where a micro-batch is searched.
+    """
+    if s["memory"] is None and device.type == "cpu" and not auto:
+        yield None
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if s["memory"] is None:
+        num_bytes = default_budget(device, ranks=ranks)
+    else:
+        num_bytes = parse_memory(s["memory"])
+    with memory_limit(num_bytes, device) as line:
+        yield line
+
+
 def build_model(
-    s: Mapping[str, Any], source: Source, *, num_classes: int, say: Say
+    s: Mapping[str, Any],
+    source: Source,
+    *,
+    num_classes: int,
+    say: Say,
+    load_weights: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone and what evaluation needs to know of its input; says where each comes from."""
+    """The backbone and what evaluation needs to know of its input; says where each comes from.
+
+    Without `load_weights` (a resume brings its own) it is built alike, with fresh weights.
+    """
     size, origin = s["img_size"], "flag"
     if size is None and isinstance(source.train, ImageArray):
         size, origin = source.train.images.shape[-1], "the images' own"
-    path = None if s["checkpoint"] is None else Path(s["checkpoint"])
+    path = Path(s["checkpoint"]) if s["checkpoint"] is not None and load_weights else None
     # Weights that must fit exactly are read after the stem is what they were trained with.
     weights = None if path is None or s["pretrained"] else read_weights(path)
     model = create_backbone(
@@ -133,7 +173,7 @@ def build_model(
         num_classes=num_classes,
         num_channels=source.num_channels,
         img_size=size,
-        pretrained=s["pretrained"],
+        pretrained=s["pretrained"] and load_weights,
         checkpoint=path if s["pretrained"] else None,
         drop_rate=s["drop_rate"],
         drop_path=s["drop_path"],
@@ -213,18 +253,8 @@ def build_optimizer(
     warmup_epochs = s["warmup_epochs"]
     if warmup_epochs is None:
         warmup_epochs = 0.0 if s["warmup"] == "none" else min(5.0, s["epochs"] / 4)
-    schedule = make_schedule(
-        total=Duration(samples=stream.samples_seen(stream.num_updates(s["epochs"]))),
-        base_lr=base_lr,
-        peak_lr=peak_lr,
-        global_batch_size=plan.global_batch_size,
-        num_samples=stream.samples_per_epoch,
-        decay=s["schedule"],
-        warmup=s["warmup"],
-        warmup_duration=Duration(epochs=warmup_epochs),
-        start=s["warmup_start"],
-        milestones=s["milestones"],
-        gamma=s["gamma"],
+    schedule = build_schedule(
+        s, base_lr=base_lr, peak_lr=peak_lr, warmup_epochs=warmup_epochs, stream=stream
     )
     options: dict[str, Any] = {} if s["layer_decay"] is None else {"layer_decay": s["layer_decay"]}
     try:
@@ -254,3 +284,65 @@ def build_optimizer(
         "warmup_epochs": warmup_epochs,
     }
     return optimizer, schedule, values
+
+
+def build_schedule(
+    s: Mapping[str, Any],
+    *,
+    base_lr: float,
+    peak_lr: float,
+    warmup_epochs: float,
+    stream: UpdateStream,
+) -> Schedule:
+    """The schedule of a run, with every extension that a resume gave it.
+
+    Raises:
+        InputError: a cosine is to go on past its end, and `extend` does not say how.
+    """
+
+    def end(epochs: float) -> int:
+        return stream.samples_seen(stream.num_updates(epochs))
+
+    def ending_at(epochs: float) -> Schedule:
+        return make_schedule(
+            total=Duration(samples=end(epochs)),
+            base_lr=base_lr,
+            peak_lr=peak_lr,
+            global_batch_size=stream.global_batch_size,
+            num_samples=stream.samples_per_epoch,
+            decay=s["schedule"],
+            warmup=s["warmup"],
+            warmup_duration=Duration(epochs=warmup_epochs),
+            start=s["warmup_start"],
+            milestones=s["milestones"],
+            gamma=s["gamma"],
+        )
+
+    extensions = s.get("extensions", [])
+    lengths = [*(before for before, _ in extensions), s["epochs"]]
+    schedule = ending_at(lengths[0])
+    for (before, how), after in zip(extensions, lengths[1:], strict=True):
+        last = stream.samples_seen(stream.num_updates(before) - 1)
+        longer = {"before": end(before), "after": end(after), "last": last}
+        if s["schedule"] != "cosine" or how == "stretch":
+            schedule = ending_at(after)  # steps and constants do not know the run's end
+        elif how is not None:
+            schedule = extend_schedule(schedule, how=how, **longer)
+        else:
+            here = end(min(before, after))
+            rates = [f(here) * peak_lr for f in (schedule, ending_at(after))]
+            text = (
+                f"--epochs {after:g}: the run's cosine ends at epoch {before:g}, and how the "
+                "learning rate goes on is for you to say. Use "
+            )
+            if after > before:
+                text += (
+                    f"--extend restart (a new cosine from {peak_lr:.4g} at epoch {before:g} to 0 "
+                    f"at {after:g}), --extend constant (stays at {schedule(last) * peak_lr:.4g}, "
+                    "that of the last update), or "
+                )
+            raise InputError(
+                f"{text}--extend stretch (the cosine of {after:g} epochs from here on: at epoch "
+                f"{min(before, after):g} it has {rates[1]:.4g} in place of {rates[0]:.4g})."
+            )
+    return schedule

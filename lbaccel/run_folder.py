@@ -127,9 +127,14 @@ def write_env(run: Path, *, seed: int | None = None, argv: Iterable[str] | None 
         "devices": devices or ["cpu"],
         "cuda": torch.version.cuda,
         "git_commit": _git_commit(),
-        "versions": {package: v for package in PACKAGES if (v := _version(package)) is not None},
+        "versions": versions(),
     }
     atomic_write_text(run / "env.json", strict_json(environment, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    return {package: v for package in PACKAGES if (v := _version(package)) is not None}
 
 
 def _version(package: str) -> str | None:

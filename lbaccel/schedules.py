@@ -270,6 +270,40 @@ def make_schedule(
     return schedule
 
 
+def extend_schedule(
+    schedule: Schedule, *, how: str, before: float, after: float, last: float
+) -> Schedule:
+    """Go on past the end of a schedule that ends: its values up to `before` stay as they are.
+
+    "restart": a new cosine from 1 at `before` to 0 at `after` (Loshchilov and Hutter 2017, a warm
+    restart); "constant": what the last update of the schedule had.
+
+    Args:
+        schedule: the one that ends at `before`.
+        before: samples at its end.
+        after: samples at the new end.
+        last: samples seen at the start of its last update.
+
+    Raises:
+        InputError: another word for `how`.
+
+    >>> ended = lambda s: cosine(s, total_samples=100)
+    >>> longer = extend_schedule(ended, how="restart", before=100, after=200, last=90)
+    >>> [round(longer(s), 9) for s in (0, 50, 100, 150, 200)]
+    [1.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    check_choice("how", how, choices=("restart", "constant"))
+
+    def extended(samples_seen: float) -> float:
+        if samples_seen < before:
+            return schedule(samples_seen)
+        if how == "constant":
+            return schedule(last)
+        return cosine(samples_seen - before, total_samples=after - before)
+
+    return extended
+
+
 def _check_decay(decay: str, *, milestones: Sequence[float], gamma: float, final_lr: float) -> None:
     """Stop at settings that `decay` needs and lacks, or has and does not read."""
     check_number("gamma", gamma)

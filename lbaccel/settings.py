@@ -17,6 +17,7 @@ from lbaccel.options import (
     Option,
     group_samples,
     numbers,
+    samples_or_auto,
     start_rate,
     switch,
     whole,
@@ -96,10 +97,10 @@ def read_settings(
     origins = dict.fromkeys(OPTIONS, "default")
     layers: list[tuple[str, Mapping[str, Any]]] = [("flag", typed)]
     if config is not None:
-        layers.insert(0, (config, _read_yaml(Path(config))))
+        layers.insert(0, (config, read_yaml(Path(config))))
     for origin, layer in layers:
         for name, raw in layer.items():
-            values[name] = _parse(OPTIONS[name], raw, origin)
+            values[name] = parse(OPTIONS[name], raw, origin)
             origins[name] = origin
     return values, origins, show
 
@@ -111,7 +112,8 @@ def show_settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {o}".rstrip() for n, v, o in rows)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file, unparsed; what a run folder adds to its own is left out."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -126,7 +128,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     layer = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name in ("plan", "origin", "resolved"):  # what config.yaml of a run folder adds
+        if name in ("plan", "origin", "extensions"):  # what config.yaml of a run folder adds
             continue
         if name not in OPTIONS:
             raise InputError(
@@ -137,7 +139,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return layer
 
 
-def _parse(option: Option, raw: Any, origin: str) -> Any:
+def parse(option: Option, raw: Any, origin: str) -> Any:
+    """The value of a setting from text or YAML.
+
+    Raises:
+        InputError: it is of no use; the text names the flag, or the key and its file.
+    """
     flag = "--" + option.name.replace("_", "-")
     where = flag if origin == "flag" else f"{option.name} in {origin}"
     if raw is None or (option.may_be_none and raw == "none" and "none" not in option.choices):
@@ -157,6 +164,7 @@ def _parse(option: Option, raw: Any, origin: str) -> Any:
         kind = kind or {
             switch: "true or false",
             group_samples: "a whole number or 'frozen'",
+            samples_or_auto: "a whole number or 'auto'",
             start_rate: "'reference', 'zero' or a learning rate",
             words: "words",
         }.get(option.parse, "one word or path")

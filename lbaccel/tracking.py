@@ -96,6 +96,22 @@ class RunFolderTracker(GeneralTracker):
         atomic_write_text(self._run / "metrics.csv", text.getvalue())
 
 
+def keep_updates_until(run: Path, update: int) -> None:
+    """Cut `metrics.jsonl` to the lines up to `update`, beside and renamed: each update is once."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a crash
+            continue
+        if row["update"] <= update:
+            kept.append(line + "\n")
+    atomic_write_text(path, "".join(kept))
+
+
 def _mend_last_line(path: Path) -> None:
     """End the file with a whole line: without it the next line would be glued to the cut one."""
     if not path.exists():
@@ -110,6 +126,14 @@ def _mend_last_line(path: Path) -> None:
             file.write(b"\n")
     except ValueError:
         os.truncate(path, len(content) - len(last))
+
+
+class _WandB(WandBTracker):
+    """wandb on our own counters: its step would drop what a resumed run logs a second time."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        super().log(values, step=None, **kwargs)
 
 
 # Registered once: a second time (importlib.reload) would be a warning.
@@ -197,7 +221,7 @@ def start_trackers(
     ours: list[GeneralTracker] = []
     if chosen != "disabled":
         names = {"group": group, "name": name or run.name, "tags": list(tags)}
-        ours.append(WandBTracker(project, config=plain(config), **names, **_wandb(run, chosen)))
+        ours.append(_WandB(project, config=plain(config), **names, **_wandb(run, chosen)))
     if "run_folder" in log_with:  # last: it has no file open where wandb cannot start
         ours.append(RunFolderTracker(project, run=run))
     others = [tracker for tracker in accelerator.log_with if str(tracker) not in TRACKERS]

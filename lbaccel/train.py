@@ -11,11 +11,11 @@ import errno
 import sys
 import time
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
     """Run the recipe; returns the exit code: 0 done, 1 run failed, 2 user's input, 130 stopped."""
     try:
         settings, origins, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
+        settings, origins = resolve(settings, origins)
         if show:
             print(show_settings(settings, origins))
             return 0
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
         return _fail(
             f"{error}. What was saved before is kept. Free some space, or give another --output.", 1
         )
-    except KeyboardInterrupt:
-        return _fail("interrupted; the last checkpoint is kept.", 130)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted. {error or 'Nothing was written.'}", 130)
     finally:
         _end_process_group()
     return 0
@@ -55,7 +56,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     from lbaccel.batch import BatchPlan
     from lbaccel.checkpointing import apply_activation_checkpointing
-    from lbaccel.checkpoints import save_checkpoint
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
     from lbaccel.data.pipelines import evaluation_batches, training_set
@@ -70,8 +70,12 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         check_numbers,
         choose_micro_batch_size,
         choose_norm_batch_size,
+        limit_for,
     )
+    from lbaccel.run_log import RunLog
+    from lbaccel.run_session import Session
     from lbaccel.schedulers import lr_scheduler
+    from lbaccel.signals import graceful_signals
     from lbaccel.stream import UpdateStream
 
     s = check_numbers(settings)
@@ -92,6 +96,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
+    if s["resume"] is None and origins.get("resume", "default") != "default":
+        say("resume: no run here was asked for with these settings; a new one starts")
     set_seed(s["seed"])
 
     # -- data and model -----------------------------------------------------------------------
@@ -104,7 +110,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             f"{s['data']}. Leave it out, or give at least {num_classes}."
         )
     num_classes = s["num_classes"] or num_classes
-    model, preprocessing = build_model(s, source, num_classes=num_classes, say=say)
+    model, preprocessing = build_model(
+        s, source, num_classes=num_classes, say=say, load_weights=not s["resume"]
+    )
     model = model.to(dtype)
     if s["memory_format"] == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,10 +125,10 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     norm_batch_size = choose_norm_batch_size(
         s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
-    s["micro_batch_size"] = choose_micro_batch_size(s, norm_batch_size=norm_batch_size)
+    auto = s["micro_batch_size"] == "auto"
     plan = BatchPlan(
         global_batch_size=s["global_batch_size"],
-        micro_batch_size=s["micro_batch_size"],
+        micro_batch_size=choose_micro_batch_size(s, norm_batch_size=norm_batch_size),
         world_size=accelerator.num_processes,
         norm_batch_size=norm_batch_size,
         mix_pairs=mixes,
@@ -170,12 +178,12 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         plan,
         clip_grad_norm=s["clip_grad_norm"],
         bn_statistics=s["bn_statistics"],
+        seed=s["seed"],
     )
     bare_model = model
     model, optimizer, loader, scheduler = large_batch.prepare(
         model, optimizer, loader, scheduler, ema=ema
     )
-    set_seed(s["seed"], device_specific=True)  # dropout differs between ranks
 
     def loss_fn(model: Any, micro_batch: Any) -> Any:
         images, targets = micro_batch
@@ -193,7 +201,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 batches = evaluation_batches(
                     source.val,
                     preprocessing=preprocessing,
-                    batch_size=s["micro_batch_size"],
+                    batch_size=large_batch.plan.micro_batch_size,
                     rank=accelerator.process_index,
                     world_size=accelerator.num_processes,
                     num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
@@ -202,126 +210,136 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
         return metrics
 
-    # -- the run folder -----------------------------------------------------------------------
-    folder = None
-    if not s["dry_run"]:
-        plan_values = {
-            "equation": str(plan),
-            "world_size": plan.world_size,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-            "num_updates": num_updates,
-            "norm_batch_size": plan.norm_batch_size,
-            "lr": lr_values.pop("lr"),
-        }
-        resolved = {**s, **lr_values, "precision": precision, "num_classes": num_classes}
-        resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
-        resolved["norm_batch_size"] = plan.norm_batch_size
-        folder = _open_run_folder(accelerator, resolved, plan_values, origins, say)
-    else:
-        stop_at = min(2, stop_at)
+    # -- the run on disk ------------------------------------------------------------------------
+    log = RunLog(stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at)
+    parts = {
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "counters": large_batch,
+        "loader": loader,
+        "log": log,
+    }
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+    session = Session(accelerator, bare_model, parts, ema=ema)
+    if s["resume"]:
+        done = session.restore(Path(s["resume"]), say=say)
+        if done > num_updates:
+            raise InputError(
+                f"--epochs {s['epochs']:g} are {num_updates} updates, and the run has done {done}. "
+                "Use more epochs."
+            )
+        if done >= stop_at:
+            say(f"nothing left to do: {done} of {stop_at} updates are done in {session.folder}")
+            return session.folder
+    with contextlib.ExitStack() as around:
+        line = around.enter_context(limit_for(s, accelerator.device, auto=auto))
+        if line:
+            say(line)
+        if auto:
+            found = large_batch.find_micro_batch_size(loader, loss_fn)
+            say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
+        if s["dry_run"]:
+            stop_at = log.stop_at = min(2, stop_at)
+        else:
+            plan_values = {
+                "equation": str(large_batch.plan),
+                "world_size": plan.world_size,
+                "micro_batch_size": large_batch.plan.micro_batch_size,
+                "gradient_accumulation_steps": large_batch.plan.gradient_accumulation_steps,
+                "num_updates": num_updates,
+                "norm_batch_size": plan.norm_batch_size,
+                "lr": lr_values.pop("lr"),
+            }
+            resolved = {**s, **lr_values, "precision": precision, "num_classes": num_classes}
+            resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
+            resolved["norm_batch_size"] = plan.norm_batch_size
+            if not auto:
+                resolved["micro_batch_size"] = plan.micro_batch_size
+            line = session.open(resolved, plan_values, origins)
+            if line:
+                say(line)
+        progress = around.enter_context(
+            contextlib.closing(Progress(stop_at, accelerator.is_main_process))
+        )
+        around.enter_context(graceful_signals(large_batch.request_stop))
 
-    # -- the loop -----------------------------------------------------------------------------
-    eval_samples = Fraction(str(s["eval_every"])) * stream.samples_per_epoch  # exact
-    next_eval = eval_samples
-    best: dict[str, float] = {}
-    window: list[tuple[float, int]] = []
-    progress = Progress(stop_at, accelerator.is_main_process)
-    started = time.perf_counter()
-    training_seconds = 0.0
-    status, reason = "done", ""
-    latest: dict[str, float] = {}
-    try:
-        while large_batch.num_updates < stop_at:
-            for update in loader:
-                lr = max(scheduler.get_last_lr())
-                before = time.perf_counter()
-                result = large_batch.update(update, loss_fn)
-                training_seconds += time.perf_counter() - before
-                if not result.applied:
-                    progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
-                    continue
-                window.append((result.loss, result.num_samples))
-                count, seen = result.num_updates, result.samples_seen
-                at = {
-                    "update": count,
-                    "samples_seen": seen,
-                    "epoch": seen / stream.samples_per_epoch,
-                    "perf/seconds": time.perf_counter() - started,
-                }
-                last = count == stop_at
-                if count % s["log_every"] == 0 or last:
-                    weight = sum(n for _, n in window)
-                    latest = {
-                        "train/loss": sum(loss * n for loss, n in window) / weight,
-                        "optim/lr": lr,
-                        "optim/grad_norm": result.grad_norm,
-                        "batch/global": result.num_samples,
-                        "perf/samples_per_second": seen / training_seconds,
-                        "memory/peak_gib": peak_gib(),
-                    }
-                    window = []
-                    if folder is not None:
-                        accelerator.log({**at, **latest}, step=count)
-                evaluates = seen >= next_eval or last
-                if evaluates and not s["dry_run"]:
-                    next_eval = (seen // eval_samples + 1) * eval_samples
-                    metrics = validate()
-                    accelerator.log({**at, **metrics}, step=count)
-                    latest |= metrics
-                    improved = metrics["val/top1"] > best.get("val/top1", -1.0)
-                    if improved:
-                        best = {**at, **metrics}
-                else:
+        # -- the loop ---------------------------------------------------------------------------
+        deadline = time.perf_counter() + 3600 * (s["max_hours"] or float("inf"))
+        status, reason, stop = "failed", "", None
+        try:
+            while large_batch.num_updates < stop_at and stop is None:
+                for update in loader:
+                    lr = max(scheduler.get_last_lr())
+                    before = time.perf_counter()
+                    if before > deadline:
+                        large_batch.request_stop("time limit")
+                    result = large_batch.update(update, loss_fn)
+                    stop = result.stop
+                    if not result.applied:
+                        progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
+                        if stop is None:
+                            continue
+                        break
+                    seconds = time.perf_counter() - before
+                    metrics = log.after_update(result, lr=lr, seconds=seconds)
+                    if metrics is not None and session.folder is not None:
+                        accelerator.log({**log.where(result), **metrics}, step=result.num_updates)
+                    last = result.num_updates == stop_at
+                    evaluates = log.evaluates(result) and not s["dry_run"]
                     improved = False
-                every = s["checkpoint_every"]
-                saves = count % every == 0 if every else evaluates
-                if (saves or last or improved) and folder is not None:
-                    if accelerator.is_main_process:
-                        weights = {"model": bare_model.state_dict()}
-                        if ema is not None:
-                            weights["model_ema"] = ema.module.state_dict()
-                        save_checkpoint(
-                            folder / "checkpoints",
-                            update=count,
-                            weights=weights,
-                            classes=source.train.classes,
-                            preprocessing=preprocessing,
+                    if evaluates:
+                        metrics = validate()
+                        accelerator.log({**log.where(result), **metrics}, step=result.num_updates)
+                        improved = log.after_evaluation(result, metrics)
+                    every = s["checkpoint_every"]
+                    saves = result.num_updates % every == 0 if every else evaluates
+                    if saves or improved or last or stop is not None:
+                        session.save(
+                            update=result.num_updates,
                             best=improved,
                             keep=s["keep"],
+                            classes=source.train.classes,
+                            preprocessing=preprocessing,
                         )
-                    accelerator.wait_for_everyone()
-                progress.show(count, {**at, **latest})
-                if last:
-                    break
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        reason = str(error) or type(error).__name__
-        raise
-    finally:
-        progress.close()
-        if folder is not None:
+                    progress.show(result.num_updates, {**log.where(result), **log.latest})
+                    if last or stop is not None:
+                        break
+            finished = large_batch.num_updates >= stop_at
+            status = "interrupted" if stop == "interrupt" else "stopped"
+            status = "done" if finished else status
+            reason = "" if finished else f"{stop} after update {large_batch.num_updates}"
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            reason = str(error) or type(error).__name__
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(session.how_to_go_on()) from error
+            if isinstance(error, (RunFailed, InputError)):
+                raise type(error)(f"{error} {session.how_to_go_on()}") from error
+            progress.note(session.how_to_go_on())
+            raise
+        finally:
             summary = {
                 "status": status,
                 "exit_reason": reason,
                 "model": s["model"],
-                "num_updates": large_batch.num_updates,
-                "samples_seen": large_batch.samples_seen,
-                "seconds": time.perf_counter() - started,
-                "peak_gib": peak_gib(),
-                "samples_per_second": large_batch.samples_seen / max(training_seconds, 1e-9),
-                "best_val_top1": best.get("val/top1"),
-                "best_update": best.get("update"),
-                **{k.replace("/", "_"): v for k, v in latest.items() if k[:4] in ("val/", "trai")},
+                **log.summary(large_batch),
             }
             # a full disk must not hide why the run failed
-            with contextlib.suppress(OSError) if status != "done" else contextlib.nullcontext():
-                _close_run_folder(accelerator, folder, summary, failed=status != "done")
-    if folder is None:
+            with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
+                session.close(summary, failed=status != "done")
+    if session.folder is None:
         say(f"dry run: {stop_at} updates done, {peak_gib():.2f} GiB at the peak, nothing written")
         return None
+    if status == "interrupted":
+        raise KeyboardInterrupt(
+            f"Update {large_batch.num_updates} was finished, {session.how_to_go_on()}"
+        )
     say(closing_table(summary))
-    say(folder)
-    return folder
+    if status == "stopped":
+        say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
+    say(session.folder)
+    return session.folder
 
 
 def _has_accelerator() -> bool:
@@ -330,55 +348,6 @@ def _has_accelerator() -> bool:
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device is not None and device.type != "mps"
-
-
-def _open_run_folder(
-    accelerator: Any,
-    resolved: dict[str, Any],
-    plan: dict[str, Any],
-    origins: dict[str, str],
-    say: Any,
-) -> Path:
-    from lbaccel.run_folder import new_run_folder, write_config, write_env
-    from lbaccel.tracking import start_trackers
-
-    s = resolved
-    folder = Path(s["output"])
-    if accelerator.is_main_process:
-        name = f"{s['model']}-gbs{s['global_batch_size']}"
-        folder = new_run_folder(folder, name)
-        write_config(folder, {**s, "plan": plan, "origin": origins})
-        write_env(folder, seed=s["seed"])
-    line = start_trackers(
-        accelerator,
-        folder,
-        config={**s, **{f"plan/{k}": v for k, v in plan.items()}},
-        log_with=s["log_with"],
-        project=s["wandb_project"],
-        group=s["wandb_group"],
-        name=s["wandb_name"],
-        tags=s["wandb_tags"],
-        mode=s["wandb_mode"],
-    )
-    if line:
-        say(line)
-    return folder
-
-
-def _close_run_folder(
-    accelerator: Any, folder: Path, summary: dict[str, Any], *, failed: bool
-) -> None:
-    from lbaccel.plots import plot_run
-    from lbaccel.run_folder import write_summary
-    from lbaccel.tracking import METRICS
-
-    try:
-        if accelerator.is_main_process:
-            write_summary(folder, summary)
-    finally:
-        accelerator.end_training()
-    if accelerator.is_main_process and not failed and (folder / METRICS).exists():
-        plot_run(folder)
 
 
 def _fail(error: object, code: int) -> int:

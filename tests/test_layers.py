@@ -28,7 +28,8 @@ LEVELS = [
     {"data", "attempt"},
     {"engine", "evaluation", "tracking"},
     {"runs"},
-    {"compare", "plots", "recipe"},
+    {"compare", "plots", "recipe", "resume", "run_log", "signals"},
+    {"run_session"},
     {"train"},
     {"cli"},
     {"__main__"},
@@ -43,6 +44,8 @@ NO_TORCH = (
     "keys",
     "options",
     "settings",
+    "resume",
+    "signals",
     "runs",
     "compare",
 )

@@ -1,0 +1,223 @@
+"""A run on disk: its folder opened, its checkpoints written and read again, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from accelerate.utils import broadcast_object_list
+
+from lbaccel.checkpoints import (
+    check_checkpoint,
+    checkpoints_in,
+    latest_good,
+    read_state,
+    remove_unfinished,
+    save_checkpoint,
+)
+from lbaccel.errors import InputError
+from lbaccel.models import load_exactly
+from lbaccel.plots import plot_run
+from lbaccel.resume import run_of
+from lbaccel.run_folder import (
+    atomic_write_text,
+    new_run_folder,
+    versions,
+    write_config,
+    write_env,
+    write_summary,
+)
+from lbaccel.tracking import METRICS, keep_updates_until, start_trackers
+
+Say = Callable[[str], object]
+
+
+class Session:
+    """What a run is made of, so that it can be saved and restored as one.
+
+    Args:
+        accelerator: the main process writes, all processes read.
+        model: unwrapped.
+        parts: name to object with `state_dict` and `load_state_dict`: optimizer, scheduler,
+            counters, loader, log, and the scaler where there is one.
+        ema: an average of the weights with a `module`, or None.
+    """
+
+    def __init__(
+        self, accelerator: Any, model: Any, parts: Mapping[str, Any], *, ema: Any = None
+    ) -> None:
+        self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
+        self.folder: Path | None = None
+
+    def weights(self) -> dict[str, Any]:
+        """File stem to state_dict."""
+        weights = {"model": self.model.state_dict()}
+        if self.ema is not None:
+            weights["model_ema"] = self.ema.module.state_dict()
+        return weights
+
+    def save(self, *, update: int, best: bool, keep: int, **described: Any) -> None:
+        """Write a checkpoint from the main process; the others wait."""
+        if self.folder is None:
+            return
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                update=update,
+                weights=self.weights(),
+                state={name: part.state_dict() for name, part in self.parts.items()},
+                best=best,
+                keep=keep,
+                **described,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, target: Path, *, say: Say) -> int:
+        """Take the state of a checkpoint, or of the newest good one of a run; its update.
+
+        Raises:
+            InputError: no checkpoint can be used, or it does not fit the model.
+        """
+        chosen: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                chosen[0] = str(_choose(target, say))
+            except InputError as error:  # all ranks must leave
+                chosen[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(chosen)
+        if chosen[1] is not None:
+            raise InputError(chosen[1])
+        path = Path(chosen[0])
+        for stem, owner in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
+            if owner is not None:
+                file = path / f"{stem}.safetensors"
+                load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
+        state = read_state(path)
+        if state.keys() != self.parts.keys():
+            raise InputError(
+                f"{path} holds the state of {sorted(state)}, this run has {sorted(self.parts)}: "
+                "it was saved at another precision."
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        _set_learning_rates(self.parts["scheduler"])
+        update = self.parts["counters"].num_updates
+        self.folder = run_of(path)
+        say(f"resume: {path} (update {update})")
+        return update
+
+    def open(
+        self, settings: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
+    ) -> str | None:
+        """Make the run folder, or cut its metrics to where the run goes on, and start trackers.
+
+        Returns:
+            One line about wandb, or None.
+        """
+        s = settings
+        resumed = self.folder is not None
+        folder = self.folder or Path(s["output"])
+        if self.accelerator.is_main_process:
+            if resumed:
+                self._go_on(folder, s, plan, origins)
+            else:
+                folder = new_run_folder(folder, f"{s['model']}-gbs{s['global_batch_size']}")
+                write_config(folder, _config(s, plan, origins))
+                write_env(folder, seed=s["seed"])
+        self.folder = folder
+        return start_trackers(
+            self.accelerator,
+            folder,
+            config={**s, **{f"plan/{k}": v for k, v in plan.items()}},
+            log_with=s["log_with"],
+            project=s["wandb_project"],
+            group=s["wandb_group"],
+            name=s["wandb_name"],
+            tags=s["wandb_tags"],
+            mode=s["wandb_mode"],
+        )
+
+    def _go_on(
+        self,
+        folder: Path,
+        s: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        origins: Mapping[str, str],
+    ) -> None:
+        update = self.parts["counters"].num_updates
+        remove_unfinished(folder / "checkpoints")
+        for path in checkpoints_in(folder / "checkpoints"):
+            if int(path.name.removeprefix("update_")) > update:
+                shutil.rmtree(path, ignore_errors=True)  # damaged, or of a future that is not to be
+        keep_updates_until(folder, update)
+        write_config(folder, _config(s, plan, origins))
+        line = {
+            "update": update,
+            "world_size": self.accelerator.num_processes,
+            "plan": plan["equation"],
+            "epochs": s["epochs"],
+            "command": sys.argv,
+            "versions": versions(),
+        }
+        before = folder / "resumes.jsonl"
+        earlier = before.read_text(encoding="utf-8") if before.exists() else ""
+        atomic_write_text(before, earlier + json.dumps(line) + "\n")
+
+    def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
+        """Write the summary, end the trackers and, after a good end, draw the plots."""
+        if self.folder is None:
+            return
+        try:
+            if self.accelerator.is_main_process:
+                write_summary(self.folder, summary)
+        finally:
+            self.accelerator.end_training()
+        if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
+            plot_run(self.folder)
+
+    def how_to_go_on(self) -> str:
+        """What to type after an end before time."""
+        if self.folder is None:
+            return "Nothing was written."
+        newest = next(iter(checkpoints_in(self.folder / "checkpoints")), None)
+        if newest is None:
+            return "No checkpoint was written."
+        kept = f"{newest.name} is kept"
+        return f"{kept}. To go on: lbaccel train --resume {os.fspath(self.folder)}"
+
+
+def _config(
+    s: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
+) -> dict[str, Any]:
+    saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
+    return {**saved, "plan": plan, "origin": origins}
+
+
+def _choose(target: Path, say: Say) -> Path:
+    run = run_of(target)
+    if target != run:
+        check_checkpoint(target)
+        return target
+    path = latest_good(run / "checkpoints", say)
+    if path is None:
+        raise InputError(
+            f"--resume {target}: no checkpoint in {run / 'checkpoints'} can be used. "
+            "Start a new run without --resume."
+        )
+    return path
+
+
+def _set_learning_rates(scheduler: Any) -> None:
+    """The rate of the next update by the schedule of now, which an extension may have changed."""
+    for group, base, schedule in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * schedule(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
