@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from lbaccel.batch import BatchPlan, NormBatchSize
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError
+from lbaccel.launch import local_world_size
 from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
     SMALL_IMAGE,
@@ -141,9 +141,8 @@ def limit_for(s: Mapping[str, Any], device: torch.device, *, auto: bool) -> Iter
     if s["memory"] is None and device.type == "cpu" and not auto:
         yield None
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if s["memory"] is None:
-        num_bytes = default_budget(device, ranks=ranks)
+        num_bytes = default_budget(device, ranks=local_world_size())
     else:
         num_bytes = parse_memory(s["memory"])
     with memory_limit(num_bytes, device) as line:

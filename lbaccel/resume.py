@@ -21,31 +21,32 @@ Settings = dict[str, Any]
 def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[str, str]]:
     """The settings of the run that `resume` names, with what was typed now on top.
 
-    `resume` becomes the path of a run folder or of a checkpoint, or None where "auto" found none;
-    `extensions` the run's history of lengths: pairs (epochs before, how the cosine went on).
+    `resume` becomes the path of a run folder or of a checkpoint, or None where "auto" found none.
+    Two keys are added: `asked`, the settings of the contract that were typed when the run began,
+    and `extensions`, its history of lengths: pairs (epochs before, how the cosine went on).
 
     Raises:
         InputError: no such run, a setting typed that decides the result and differs from the
             run's, or `extend` where nothing is extended.
     """
-    asked = values["resume"]
-    if asked is None:
+    target = values["resume"]
+    fresh = {**values, "asked": _typed_contract(values, origins), "extensions": []}
+    if target is None:
         if values["extend"] is not None:
             raise InputError("--extend is for a resumed run with other --epochs. Add --resume.")
-        return {**values, "extensions": []}, origins
+        return fresh, origins
     if values["dry_run"]:
         raise InputError("--dry-run writes nothing and --resume goes on writing. Use one of them.")
-    if asked == "auto":
-        run = newest_run(Path(values["output"]), values, origins)
+    if target == "auto":
+        run = newest_run(Path(values["output"]), fresh["asked"])
         if run is None:
-            return {**values, "resume": None, "extensions": []}, origins
-        target = run
-    else:
-        target = Path(asked)
-        run = run_of(target)
-    saved, saved_origins, extensions = read_run(run)
+            return {**fresh, "resume": None}, origins
+        target = str(run)
+    run = run_of(Path(target))
+    saved, saved_origins = read_run(run)
+    extensions = saved["extensions"]
     typed = {name for name, origin in origins.items() if origin != "default"}
-    _check_contract(run, saved, values, origins)
+    _check_contract(run, saved, fresh["asked"])
     merged, merged_origins = dict(values), dict(origins)
     for name in OPTIONS:
         if name not in typed and name not in NOT_SAVED and name in saved:
@@ -60,7 +61,8 @@ def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[s
             f"--extend {values['extend']}: the run already has --epochs {before:g}. Give the new "
             f"length too, such as --epochs {2 * before:g}."
         )
-    return {**merged, "resume": str(target), "extensions": extensions}, merged_origins
+    added = {"resume": target, "asked": saved["asked"], "extensions": extensions}
+    return {**merged, **added}, merged_origins
 
 
 def run_of(path: Path) -> Path:
@@ -79,13 +81,12 @@ def run_of(path: Path) -> Path:
     )
 
 
-def newest_run(output: Path, values: Mapping[str, Any], origins: Mapping[str, str]) -> Path | None:
+def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
     """The newest run in `output` that was asked for with the same contract and has a checkpoint.
 
     Compared are the settings of the contract that were typed, now and then: a rerun of the same
     command finds its run.
     """
-    wanted = _typed_contract(values, origins)
     folders = sorted(output.iterdir(), reverse=True) if output.is_dir() else []
     for folder in folders:
         if not (folder / CONFIG).is_file():
@@ -93,36 +94,41 @@ def newest_run(output: Path, values: Mapping[str, Any], origins: Mapping[str, st
         if not any((folder / "checkpoints").glob("update_*/manifest.json")):
             continue
         try:
-            saved, saved_origins, _ = read_run(folder)
+            saved, _ = read_run(folder)
         except InputError:
             continue
-        if _typed_contract(saved, saved_origins) == wanted:
+        if saved["asked"] == asked:
             return folder
     return None
 
 
-def read_run(run: Path) -> tuple[Settings, dict[str, str], list[tuple[float, str | None]]]:
-    """Settings, their origins and the extensions of a run, from its config.yaml.
+def read_run(run: Path) -> tuple[Settings, dict[str, str]]:
+    """Settings of a run and their origins, with `asked` and `extensions`, from its config.yaml.
 
     Raises:
         InputError: the file is damaged, or of a version with other settings.
     """
     path = run / CONFIG
-    layer = read_yaml(path)
-    saved = {name: parse(OPTIONS[name], raw, str(path)) for name, raw in layer.items()}
+    saved = _parsed(read_yaml(path), path)
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     missing = [name for name, option in OPTIONS.items() if option.contract and name not in saved]
-    origins, extensions = content.get("origin"), content.get("extensions") or []
-    if missing or not isinstance(origins, dict) or "epochs" not in saved:
+    origins, asked = content.get("origin"), content.get("asked")
+    if missing or not isinstance(origins, dict) or not isinstance(asked, dict):
         raise InputError(
-            f"{path} is not whole: {', '.join(missing) or 'origin'} is missing. Restore it, or "
-            "start from the weights with --checkpoint."
+            f"{path} is not whole: {', '.join([*missing, 'origin', 'asked'])[:80]} is missing. "
+            "Restore it, or start from the weights with --checkpoint."
         )
     try:
-        history = [(float(before), how) for before, how in extensions]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: extensions={extensions!r} can't be read.") from error
-    return saved, {str(k): str(v) for k, v in origins.items()}, history
+        history = [(float(before), how) for before, how in content["extensions"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its extensions can't be read ({error}).") from error
+    known = {name: value for name, value in asked.items() if name in OPTIONS}
+    saved |= {"asked": _parsed(known, path), "extensions": history}
+    return saved, {str(k): str(v) for k, v in origins.items()}
+
+
+def _parsed(layer: Mapping[str, Any], path: Path) -> Settings:
+    return {name: parse(OPTIONS[name], raw, str(path)) for name, raw in layer.items()}
 
 
 def _typed_contract(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
@@ -133,11 +139,10 @@ def _typed_contract(values: Mapping[str, Any], origins: Mapping[str, str]) -> di
     }
 
 
-def _check_contract(
-    run: Path, saved: Mapping[str, Any], values: Mapping[str, Any], origins: Mapping[str, str]
-) -> None:
-    for name, value in _typed_contract(values, origins).items():
-        if value != saved[name]:
+def _check_contract(run: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Stop at a setting that differs from what the run was asked for and from what came of it."""
+    for name, value in asked.items():
+        if value not in (saved[name], saved["asked"].get(name, saved[name])):
             flag = "--" + name.replace("_", "-")
             raise InputError(
                 f"{flag} {value}: the run in {run} has {saved[name]}, and this setting decides its "

@@ -128,7 +128,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     layer = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name in ("plan", "origin", "extensions"):  # what config.yaml of a run folder adds
+        if name in (
+            "plan",
+            "origin",
+            "asked",
+            "extensions",
+        ):  # what config.yaml of a run folder adds
             continue
         if name not in OPTIONS:
             raise InputError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.launch import rank
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
 
@@ -352,10 +353,8 @@ def _has_accelerator() -> bool:
 
 def _fail(error: object, code: int) -> int:
     """Print the message on the first rank, as the last line, and return the exit code."""
-    import torch.distributed as dist
-
     sys.stdout.flush()
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+    if rank() == 0:
         name = {2: "error", 1: "run failed"}.get(code)
         print(f"{name}: {error}" if name else str(error), file=sys.stderr, flush=True)
     return code

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"stream", "duration", "scaling", "keys", "generators"},
+    {"stream", "duration", "scaling", "keys", "generators", "launch"},
     {"batch", "schedules"},
     {
         "masks",

@@ -1,0 +1,1 @@
+"""`lbaccel verify`: a gradient check for large-batch training, on the user's own model."""

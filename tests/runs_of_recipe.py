@@ -1,0 +1,68 @@
+"""Small runs of the recipe for tests of resume: flags, and two runs compared to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tiny  # noqa: F401  registers lbaccel_tiny
+import torch
+from safetensors.torch import load_file
+
+from lbaccel import train
+
+BASE = [
+    *("--model", "lbaccel_tiny", "--global-batch-size", "256", "--epochs", "2", "--seed", "4"),
+    *("--norm-batch-size", "16", "--drop-rate", "0.1", "--drop-path", "0.2"),
+    *("--log-with", "run_folder", "--checkpoint-every", "2"),
+]
+NUM_UPDATES = 12  # 2 epochs of 1438 samples at 256, the last one wraps
+# of the machine and of the plan, not of the contract
+NOT_COMPARED = ("perf/seconds", "perf/samples_per_second", "memory/peak_gib", "batch/micro")
+
+
+def run(*flags, code=0, output="runs"):
+    """The newest run folder after `lbaccel train` with these flags."""
+    found = train.main([*BASE, "--output", str(output), *map(str, flags)])
+    assert found == code, f"exit code {found}"
+    folders = sorted(Path(output).iterdir()) if Path(output).exists() else []
+    return folders[-1] if folders else None
+
+
+def rows(folder):
+    """The lines of metrics.jsonl without what a clock or a machine decides."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in NOT_COMPARED} for x in lines]
+
+
+def newest(folder):
+    """The newest checkpoint."""
+    return max((folder / "checkpoints").glob("update_*"))
+
+
+def tensors(folder):
+    """Weights, averages and optimizer state of the newest checkpoint, by name."""
+    last, found = newest(folder), {}
+    for file in sorted(last.glob("*.safetensors")):
+        found |= {f"{file.stem}.{k}": v for k, v in load_file(file).items()}
+    state = torch.load(last / "state.pt", weights_only=True)["optimizer"]["state"]
+    for i, entry in state.items():
+        found |= {f"{i}.{k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def differences(found, truth):
+    """What differs between two finished runs; empty where they are the same to the bit."""
+    wrong = []
+    if rows(found) != rows(truth):
+        pairs = zip(rows(found), rows(truth), strict=False)
+        first = next((a for a, b in pairs if a != b), "their number")
+        wrong.append(f"metrics, first at {first}")
+    ours, theirs = tensors(found), tensors(truth)
+    if ours.keys() != theirs.keys():
+        return [*wrong, "names of tensors"]
+    wrong += [key for key, value in theirs.items() if not torch.equal(ours[key], value)]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (found, truth)]
+    keys = ("status", "num_updates", "samples_seen", "best_val_top1", "best_update", "val_top1")
+    wrong += [key for key in keys if summaries[0].get(key) != summaries[1].get(key)]
+    return wrong
