@@ -182,6 +182,17 @@ class Session:
         if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
             plot_run(self.folder)
 
+    def was_closed(self) -> bool:
+        """Whether the run came to its end before, summary and plots included."""
+        if self.folder is None:
+            return False
+        try:
+            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        done = self.parts["counters"].num_updates
+        return summary.get("status") == "done" and summary.get("num_updates") == done
+
     def how_to_go_on(self) -> str:
         """What to type after an end before time."""
         if self.folder is None:

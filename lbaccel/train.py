@@ -230,7 +230,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 f"--epochs {s['epochs']:g} are {num_updates} updates, and the run has done {done}. "
                 "Use more epochs."
             )
-        if done >= stop_at:
+        if done >= stop_at and session.was_closed():
             say(f"nothing left to do: {done} of {stop_at} updates are done in {session.folder}")
             return session.folder
     with contextlib.ExitStack() as around:

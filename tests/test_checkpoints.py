@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lbaccel.checkpoints import save_checkpoint
+from lbaccel.checkpoints import check_checkpoint, read_state, save_checkpoint
 from lbaccel.errors import RunFailed
 
 CLASSES = ("cat", "dog")
@@ -36,7 +38,8 @@ def names(folder):
 
 def test_a_checkpoint_holds_weights_classes_and_preprocessing(tmp_path):
     path = save(tmp_path, 3)
-    assert names(path) == {"model.safetensors", "classes.json", "preprocessing.json"}
+    files = {"model.safetensors", "classes.json", "preprocessing.json"}
+    assert names(path) == files | {"manifest.json"}
     assert json.loads((path / "classes.json").read_text()) == ["cat", "dog"]
     assert json.loads((path / "preprocessing.json").read_text()) == {"img_size": 8, "mean": [0.5]}
     assert names(tmp_path) == {"update_000003", "last"} and value_of(tmp_path / "last") == 3
@@ -148,7 +151,30 @@ def test_the_first_save_that_fails_says_that_there_was_none_before(tmp_path):
         save(tmp_path / "file", 1)
 
 
-def test_saving_an_update_again_marks_it_best_and_keeps_what_is_there(tmp_path):
+def test_saving_an_update_again_replaces_it_whole(tmp_path):
     save(tmp_path, 1)
+    (tmp_path / "update_000001" / "model.safetensors").write_bytes(b"damaged")
     save(tmp_path, 1, value=9, best=True)
-    assert value_of(tmp_path / "best") == 1
+    assert value_of(tmp_path / "best") == 9
+    assert names(tmp_path) == {"last", "best", "update_000001"}
+
+
+def test_a_manifest_holds_size_and_sha256_of_each_file(tmp_path):
+    path = save(tmp_path, 1, state={"a": torch.ones(2), "b": [1, 2.5, "x", None]})
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert files.keys() == names(path) - {"manifest.json"}
+    for name, entry in files.items():
+        content = (path / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    check_checkpoint(path)
+    state = read_state(path)
+    assert torch.equal(state["a"], torch.ones(2)) and state["b"] == [1, 2.5, "x", None]
+
+
+def test_files_reach_the_disk_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda d: (events.append("flush"), fsync(d)))
+    monkeypatch.setattr(Path, "rename", lambda *a: (events.append("rename"), rename(*a))[1])
+    path = save(tmp_path, 1)
+    assert events == ["flush"] * (len(names(path)) + 1) + ["rename"]  # the files and their folder

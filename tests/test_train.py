@@ -348,7 +348,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(capsys, monkeypatch):
     (folder,) = refused(capsys, *words, code=1)(run("--checkpoint-every", 1, "--max-updates", 9))
     assert load_file(folder / "checkpoints/last/model.safetensors")
     names = {p.name for p in (folder / "checkpoints").iterdir()}
-    assert names == {"last", "update_000002"}
+    assert names == {"last", "update_000001", "update_000002"}
 
 
 def test_an_output_that_is_a_file_is_refused(capsys):
