@@ -615,7 +615,7 @@ def under_a_limit(rank, micro, budget_mib, *, fp64=False):
         losses += [large_batch.update(u, loss_fn) for u in loader]
     if limit is not None:
         limit.__exit__(None, None, None)
-        assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
     state = {k: v.clone() for k, v in net.state_dict().items()}
     return [r.loss for r in losses], [r.micro_batch_size for r in losses], notes, state
 

@@ -37,7 +37,7 @@ _AMBIGUOUS = re.compile(
         )
     )
 )
-PROBE_BYTES = 64 * 2**20
+PROBE_BYTES = 256 * 2**20
 
 
 def is_out_of_memory(
@@ -48,7 +48,7 @@ def is_out_of_memory(
     torch's OutOfMemoryError and Python's MemoryError do; a RuntimeError by the text of the library
     that ran out: torch's allocators (CUDA, HIP, XPU, MPS, CPU), the drivers, cuBLAS, cuDNN and
     their kin, `std::bad_alloc`. A text that also has other reasons (oneDNN's "could not create a
-    primitive") counts where `memory_is_short`, by default: where 64 MiB can't be had.
+    primitive") counts where `memory_is_short`, by default: where 256 MiB can't be had.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("out of memory"))
     (True, False)
