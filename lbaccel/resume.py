@@ -38,6 +38,7 @@ def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[s
     if values["dry_run"]:
         raise InputError("--dry-run writes nothing and --resume goes on writing. Use one of them.")
     if target == "auto":
+        origins = {**origins, "resume": "auto"}
         run = newest_run(Path(values["output"]), fresh["asked"])
         if run is None:
             return {**fresh, "resume": None}, origins

@@ -78,23 +78,12 @@ class Session:
             )
         self.accelerator.wait_for_everyone()
 
-    def restore(self, target: Path, *, say: Say) -> int:
-        """Take the state of a checkpoint, or of the newest good one of a run; its update.
+    def restore(self, path: Path, *, say: Say) -> int:
+        """Take the state of a checkpoint that `find_checkpoint` gave; its update.
 
         Raises:
-            InputError: no checkpoint can be used, or it does not fit the model.
+            InputError: it does not fit the model, or was saved at another precision.
         """
-        chosen: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                chosen[0] = str(_choose(target, say))
-            except InputError as error:  # all ranks must leave
-                chosen[1] = str(error)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        if chosen[1] is not None:
-            raise InputError(chosen[1])
-        path = Path(chosen[0])
         for stem, owner in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
             if owner is not None:
                 file = path / f"{stem}.safetensors"
@@ -209,6 +198,36 @@ def _config(
 ) -> dict[str, Any]:
     saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
     return {**saved, "plan": plan, "origin": origins}
+
+
+def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:
+    """The checkpoint to go on from, the same on every rank: the one given, or a run's newest good.
+
+    Args:
+        accelerator: the main process reads the checksums and tells the others.
+        target: a run folder or a checkpoint; None is a new run.
+        auto: nobody named the run, so that a new one starts where none of its checkpoints is good.
+        say: is told which checkpoints were refused, and why.
+
+    Raises:
+        InputError: no checkpoint can be used.
+    """
+    if target is None:
+        return None
+    chosen: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            chosen[0] = str(_choose(Path(target), say))
+        except InputError as error:  # all ranks must know
+            chosen[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    if chosen[1] is None:
+        return Path(chosen[0])
+    if not auto:
+        raise InputError(chosen[1])
+    say(f"{chosen[1]} A new one starts.")
+    return None
 
 
 def _choose(target: Path, say: Say) -> Path:

@@ -74,7 +74,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         limit_for,
     )
     from lbaccel.run_log import RunLog
-    from lbaccel.run_session import Session
+    from lbaccel.run_session import Session, find_checkpoint
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.signals import graceful_signals
     from lbaccel.stream import UpdateStream
@@ -97,8 +97,10 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
-    if s["resume"] is None and origins.get("resume", "default") != "default":
+    auto_resume = origins.get("resume") == "auto"
+    if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
+    resume_from = find_checkpoint(accelerator, s["resume"], auto=auto_resume, say=say)
     set_seed(s["seed"])
 
     # -- data and model -----------------------------------------------------------------------
@@ -112,7 +114,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     num_classes = s["num_classes"] or num_classes
     model, preprocessing = build_model(
-        s, source, num_classes=num_classes, say=say, load_weights=not s["resume"]
+        s, source, num_classes=num_classes, say=say, load_weights=resume_from is None
     )
     model = model.to(dtype)
     if s["memory_format"] == "channels_last":
@@ -223,8 +225,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     session = Session(accelerator, bare_model, parts, ema=ema)
-    if s["resume"]:
-        done = session.restore(Path(s["resume"]), say=say)
+    if resume_from is not None:
+        done = session.restore(resume_from, say=say)
         if done > num_updates:
             raise InputError(
                 f"--epochs {s['epochs']:g} are {num_updates} updates, and the run has done {done}. "

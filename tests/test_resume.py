@@ -418,6 +418,11 @@ def test_a_damaged_manifest_and_no_good_checkpoint_are_said(capsys):
     captured = capsys.readouterr()
     assert "update_000005/manifest.json is damaged" in captured.out
     assert "no checkpoint in" in captured.err and "can be used" in captured.err
+    fresh = run("--resume", "auto")  # nobody named this run: a machine must go on by itself
+    assert (
+        "can be used. Start a new run without --resume. A new one starts" in capsys.readouterr().out
+    )
+    assert fresh != folder and not differences(fresh, run(output="whole"))
 
 
 def test_leftovers_of_a_killed_process_are_taken_away():
