@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
     from lbaccel.stream import UpdateStream
+    from lbaccel.verification.certificate import Certificate
+    from lbaccel.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -47,10 +49,13 @@ _HOME = {
     "Duration": "duration",
     "lr_scheduler": "schedulers",
     "make_schedule": "schedules",
+    "Certificate": "verification.certificate",
+    "verify": "verification.verify",
 }
 
 __all__ = [
     "BatchPlan",
+    "Certificate",
     "Duration",
     "GroupMix",
     "InputError",
@@ -72,6 +77,7 @@ __all__ = [
     "recalibrate",
     "scale_lr",
     "sqrt_scaling",
+    "verify",
 ]
 
 

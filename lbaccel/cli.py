@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
 
@@ -12,6 +13,7 @@ USAGE = """usage: lbaccel COMMAND ...
 
   train     train or finetune a timm backbone at a global batch that does not fit
   compare   finished runs side by side: what differed, and what came of it
+  verify    a gradient check: is an update of this model the same however it is cut?
 
 lbaccel COMMAND --help says more.
 """
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train.main(arguments)
     if command == "compare":
         return _compare(arguments)
+    if command == "verify":
+        return _verify(arguments)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -42,10 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(arguments: Sequence[str]) -> int:
     from lbaccel import compare
 
-    parser = argparse.ArgumentParser(prog="lbaccel compare", allow_abbrev=False)
-    compare.add_arguments(parser)
+    return _run("compare", compare, arguments)
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from lbaccel.verification import command
+
+    return _run("verify", command, arguments)
+
+
+def _run(name: str, command: Any, arguments: Sequence[str]) -> int:
+    """A command of two functions: `add_arguments(parser)` and `run(namespace) -> exit code`."""
+    parser = argparse.ArgumentParser(prog=f"lbaccel {name}", allow_abbrev=False)
+    command.add_arguments(parser)
     try:
-        return compare.run(parser.parse_args(arguments))
+        return command.run(parser.parse_args(arguments))
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ LEVELS = [
     {"data", "attempt"},
     {"engine", "evaluation", "tracking"},
     {"runs"},
-    {"compare", "plots", "recipe", "resume", "run_log", "signals"},
+    {"compare", "plots", "recipe", "resume", "run_log", "signals", "verification"},
     {"run_session"},
     {"train"},
     {"cli"},

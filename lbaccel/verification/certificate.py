@@ -48,6 +48,7 @@ class Certificate:
     data: str
     num_samples: int
     norm_batch_size: NormBatchSize
+    num_batch_norm_layers: int
     reference: str
     checkpointing: str
     tolerance: float
@@ -90,17 +91,19 @@ class Certificate:
         return "\n".join([*self._head(), "", *_table(self.cells), "", *self._foot()])
 
     def _head(self) -> list[str]:
-        n = self.norm_batch_size
-        norm = "BatchNorm as it is in the model"
-        if n is not None:
-            norm = "BatchNorm frozen" if n == "frozen" else f"BatchNorm over {n} samples"
+        n, count = self.norm_batch_size, self.num_batch_norm_layers
+        how = {None: "as they are", "frozen": "frozen"}.get(n, f"over {n} samples")
+        norm = f"{count} BatchNorm layers {how}" if count else "no BatchNorm layer"
+        if not count and isinstance(n, int):
+            norm += f", cut by {n} samples all the same"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return [
+        lines = [
             f"lbaccel verify: {self.model}, {self.data}; {norm}",
             f"reference: {self.reference}",
             f"{self.checkpointing}",
             f"float64 on the CPU, tolerance {self.tolerance:g}; {versions}",
         ]
+        return [part for x in lines for part in textwrap.wrap(x, WIDTH, subsequent_indent="  ")]
 
     def _foot(self) -> list[str]:
         lines = []
@@ -154,7 +157,9 @@ def _number(value: float | None) -> str:
 
 
 def _table(cells: Sequence[Cell]) -> list[str]:
-    rows = [["micro-batches", "ranks", "recompute", "loss", "gradient", "buffers", "random", ""]]
+    rows = [
+        ["micro-batches", "ranks", "recompute", "loss", "gradient", "buffers", "random", "verdict"]
+    ]
     for cell in cells:
         kept = {None: "-", True: "kept", False: "moved"}[cell.random_state_kept]
         errors = (cell.loss_error, cell.gradient_error, cell.buffer_error)

@@ -31,18 +31,19 @@ def float64_copy(model: nn.Module) -> nn.Module:
             f"{wrapped[0]} was prepared by Accelerate, so a copy of it would run the original. "
             "Give verify() the model as it was before accelerator.prepare."
         )
-    # Straight to the CPU: a copy on the user's device might not fit there.
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(_double(p), requires_grad=p.requires_grad) for p in model.parameters()
-    }
-    memo |= {id(b): _double(b) for b in model.buffers()}
     try:
+        # Straight to the CPU: a copy on the user's device might not fit there.
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(_double(p), requires_grad=p.requires_grad)
+            for p in model.parameters()
+        }
+        memo |= {id(b): _double(b) for b in model.buffers()}
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: "
             f"{_first_line(error)}), and verify() works on a copy. Give it a model that "
-            "copy.deepcopy takes: freshly built, its tensors parameters and buffers."
+            "copy.deepcopy takes: its tensors parameters and buffers, no layer lazy any more."
         ) from error
     for original, twin_parameter in zip(model.parameters(), twin.parameters(), strict=True):
         _copy_hooks(original, twin_parameter)  # which deepcopy leaves behind
@@ -94,8 +95,11 @@ def float64_batch(batch: Any) -> tuple[Any, int]:
 
 
 def rows_of(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of every tensor in the batch; the rest as it is."""
-    return recursively_apply(lambda t: t[start:stop] if t.ndim else t, batch)
+    """A copy of samples `start` to `stop` of every tensor in the batch; the rest as it is.
+
+    A copy, since a loss function may work in place.
+    """
+    return recursively_apply(lambda t: (t[start:stop] if t.ndim else t).clone(), batch)
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
