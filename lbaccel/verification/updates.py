@@ -1,0 +1,169 @@
+"""One update of a copy of the model under a plan, by the pieces that `LargeBatch` is made of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lbaccel import accumulation
+from lbaccel.accumulation import LossFn, Scope
+from lbaccel.batch import BatchPlan, MicroBatch, NormBatchSize
+from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.errors import RunFailed
+from lbaccel.generators import generator_states
+from lbaccel.masks import KeyedRandomness
+from lbaccel.normalization import GhostNorm, convert_batch_norm
+from lbaccel.verification.copies import CPU, float64_copy, rows_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is verified: a copy of the model that never runs, the loss function, the samples."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    batch: Any
+    num_samples: int
+    norm_batch_size: NormBatchSize
+    seed: int
+    blocks: tuple[str, ...] | None = None  # to recompute, in place of lbaccel's choice
+
+    @property
+    def unit(self) -> int:
+        """Samples that a plan must not cut: a ghost batch, or one."""
+        return self.norm_batch_size if isinstance(self.norm_batch_size, int) else 1
+
+    @property
+    def whole(self) -> int:
+        """The micro-batch that holds all samples."""
+        return -(-self.num_samples // self.unit) * self.unit
+
+    def plan(self, micro_batch_size: int, world_size: int = 1) -> BatchPlan:
+        """The plan of this batch with the given micro-batches and ranks."""
+        return BatchPlan(
+            global_batch_size=self.num_samples,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+            norm_batch_size=self.norm_batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an update left: all that an optimizer and the next update would see."""
+
+    loss: float
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    random_state_kept: bool
+
+
+def planned(
+    task: Task,
+    plan: BatchPlan,
+    *,
+    rank: int = 0,
+    checkpointing: bool = False,
+) -> Result:
+    """The update of one rank under a plan, out of the pieces that `LargeBatch.update` is made of.
+
+    With several ranks the default process group must run.
+    """
+    model = float64_copy(task.model)
+    if checkpointing:
+        apply_activation_checkpointing(model, task.blocks)
+    norm = converted(model, task.norm_batch_size)
+    randomness = KeyedRandomness(task.seed, CPU)
+    before = stirred_states()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm.begin()
+    error = None
+    with randomness.update(0):
+        sums = None
+        try:
+            sums = accumulation.accumulate(
+                model,
+                micro_batches(task, plan.partition(rank)),
+                task.loss_fn,
+                num_samples=task.num_samples,
+                scopes=scopes_of(task, norm, randomness),
+            )
+        except Exception as raised:
+            error = raised
+        agreement = accumulation.agree(
+            sums, parameters, world_size=plan.world_size, device=CPU, error=error
+        )
+    if agreement.out_of_memory:
+        raise error or RunFailed("memory ran out on the other rank.")
+    assert sums is not None
+    accumulation.reduce_gradients(
+        parameters,
+        agreement.present,
+        world_size=plan.world_size,
+        divisor=agreement.weight / task.num_samples if sums.own_weights else 1.0,
+    )
+    norm.commit(accumulation.gather_rows if plan.world_size > 1 else None)
+    return result_of(model, agreement.loss, before)
+
+
+def converted(model: nn.Module, norm_batch_size: NormBatchSize) -> GhostNorm:
+    """The layers as a plan would have them; without `norm_batch_size` the model as it is."""
+    if norm_batch_size is None:
+        return GhostNorm(frozen=False, statistics="per_ghost")
+    return convert_batch_norm(model, norm_batch_size)
+
+
+def scopes_of(task: Task, norm: GhostNorm, randomness: KeyedRandomness) -> tuple[Scope, ...]:
+    """What `LargeBatch` enters around each micro-batch."""
+    return (norm, randomness)
+
+
+def micro_batches(task: Task, partition: Iterable[MicroBatch]) -> Iterable[tuple[MicroBatch, Any]]:
+    """Micro-batches with their samples."""
+    for m in partition:
+        yield m, rows_of(task.batch, m.start, m.start + m.num_samples)
+
+
+def samples_of(partition: Iterable[MicroBatch]) -> list[int]:
+    """Sample positions that a rank's micro-batches hold, fillers left out."""
+    spans = [range(m.start, m.start + m.num_samples) for m in partition if not m.is_filler]
+    return [position for span in spans for position in span]
+
+
+def check_ranks(plan: BatchPlan, rank: int) -> None:
+    """Assert in a rank that it is one of as many as planned, and sees samples of its own."""
+    assert dist.get_world_size() == plan.world_size and dist.get_rank() == rank
+    said: list[Any] = [None] * plan.world_size
+    dist.all_gather_object(said, samples_of(plan.partition(rank)))
+    assert all(said), "every rank has a sample"
+    seen = sorted(position for positions in said for position in positions)
+    assert seen == list(range(plan.global_batch_size)), "each sample on one rank"
+
+
+def result_of(model: nn.Module, loss: float, before: Any) -> Result:
+    """What the update left in a copy; `before` are the generators' states before it."""
+    return Result(
+        loss,
+        {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+        {name: b.clone() for name, b in model.named_buffers()},
+        _same_states(before, generator_states(CPU)),
+    )
+
+
+def stirred_states() -> Any:
+    """The generators' states after a draw of each: not those that a former update may have left."""
+    torch.rand(())
+    np.random.rand()
+    random.random()
+    return generator_states(CPU)
+
+
+def _same_states(a: Any, b: Any) -> bool:
+    return torch.equal(a[0], b[0]) and str(a[2]) == str(b[2]) and a[3] == b[3]
