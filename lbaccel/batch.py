@@ -163,8 +163,8 @@ class BatchPlan:
                 boundary(total, groups, g) for g in range(begin, min(begin + per_micro, last) + 1)
             ]
             sizes = tuple(b - a for a, b in pairwise(edges))
-            if self.group_size == 1:
-                sizes = (sum(sizes),)
+            if not isinstance(self.norm_batch_size, int) and self.group_size == 1:
+                sizes = (sum(sizes),)  # nothing couples samples
             micro_batches.append(MicroBatch(edges[0], sizes))
         filler = MicroBatch(0, (boundary(total, groups, 1),), is_filler=True)
         missing = self.num_micro_steps(total) - len(micro_batches)

@@ -321,6 +321,11 @@ def convert_batch_norm(
                 f"BatchNorm layer {name!r} is a {type(layer).__name__}, which lbaccel does not "
                 f"know how to cut. Known: {', '.join(c.__name__ for c in _GHOST_CLASSES)}."
             )
+        if norm.frozen and layer.running_mean is None:
+            raise InputError(
+                f"BatchNorm layer {name!r} keeps no running statistics (track_running_stats="
+                "False), so there are none to freeze. Use norm_batch_size=32 or another number."
+            )
     for name, layer in found:
         layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
         layer._ghost_slot = _Slot(norm, name)  # type: ignore[assignment]

@@ -165,3 +165,22 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates():
         UpdateStream(11, 10)
     with pytest.raises(InputError, match="'wrap', 'keep' or 'drop'"):
         UpdateStream(5, 10, "turn")
+
+
+def test_ghost_batches_of_one_sample_stay_apart():
+    plan = BatchPlan(global_batch_size=5, micro_batch_size=2, norm_batch_size=1)
+    assert [m.group_sizes for m in plan.partition()] == [(1, 1), (1, 1), (1,)]
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 4), st.integers(1, 6))
+def test_the_largest_micro_batch_is_that_of_the_partition(batch, groups, world, norm):
+    if batch < world * norm or norm > batch:
+        return
+    plan = BatchPlan(
+        global_batch_size=batch,
+        micro_batch_size=groups * norm,
+        world_size=world,
+        norm_batch_size=norm,
+    )
+    counts = [len(m.group_sizes) for rank in range(world) for m in plan.partition(rank)]
+    assert plan.largest_micro_batch() == max(counts) * norm

@@ -320,3 +320,9 @@ def test_every_timm_family_with_batch_norm_is_converted_whole():
         count = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         plan = BatchPlan(global_batch_size=64, micro_batch_size=32, norm_batch_size=32)
         assert len(convert_batch_norm(model, plan.norm_batch_size)) == count > 0
+
+
+def test_frozen_statistics_that_are_not_kept_are_refused():
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(InputError, match=r"'0' keeps no running statistics.*norm_batch_size=32"):
+        convert_batch_norm(model, "frozen")
