@@ -21,6 +21,8 @@ from lbaccel.settings import read_settings, show_settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
+FREE_SPACE = "Free some space, or give another --output."
+
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> int:
     """Run the recipe; returns the exit code: 0 done, 1 run failed, 2 user's input, 130 stopped."""
@@ -38,9 +40,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
     except OSError as error:  # any file of the run folder, such as metrics.jsonl
         if error.errno not in DISK_ERRORS:
             raise
-        return _fail(
-            f"{error}. What was saved before is kept. Free some space, or give another --output.", 1
-        )
+        return _fail(f"{error}. {FREE_SPACE}", 1)
     except KeyboardInterrupt as error:
         return _fail(f"interrupted. {error or 'Nothing was written.'}", 130)
     finally:
@@ -319,6 +319,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 raise KeyboardInterrupt(session.how_to_go_on()) from error
             if isinstance(error, (RunFailed, InputError)):
                 raise type(error)(f"{error} {session.how_to_go_on()}") from error
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise RunFailed(f"{error}. {FREE_SPACE} {session.how_to_go_on()}") from error
             progress.note(session.how_to_go_on())
             raise
         finally:

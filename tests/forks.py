@@ -13,11 +13,14 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +91,36 @@ def values(outcomes: list[Outcome]) -> list[Any]:
     for rank, outcome in enumerate(outcomes):
         assert outcome.exit_code == 0, f"rank {rank}: {outcome.exit_code}\n{outcome.error}"
     return [outcome.value for outcome in outcomes]
+
+
+def run_fresh(module: str, function: str, *args: Any, timeout: float = 300.0) -> Any:
+    """What `module.function(*args)` of the tests returns in a fresh interpreter.
+
+    For limits on memory: a forked child finds the memory that its parent has freed, and a limit
+    on new memory does not bind.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        code = (
+            "import sys, pickle, importlib, torch; torch.set_num_threads(1); "
+            f"value = getattr(importlib.import_module({module!r}), {function!r})(*{args!r}); "
+            f"open({file.name!r}, 'wb').write(pickle.dumps(value))"
+        )
+        tests = Path(__file__).parent
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return pickle.loads(Path(file.name).read_bytes())
 
 
 def _receive(reader: Any, deadline: float) -> Any:

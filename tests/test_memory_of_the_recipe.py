@@ -1,21 +1,14 @@
-"""`--memory` and `--micro-batch-size auto` of the recipe, in forked children under real limits."""
+"""`--memory` and `--micro-batch-size auto` of the recipe, under real limits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import yaml
-from forks import run_forked, values
-from runs_of_recipe import rows  # registers lbaccel_tiny
+from forks import run_fresh
+from limited import FLAGS
 
 from lbaccel import train
-
-# small weights and large activations: libraries keep buffers of the weights' size for each shape
-FLAGS = [
-    *("--model", "lbaccel_tiny", "--img-size", "96", "--global-batch-size", "256"),
-    *("--max-updates", "2", "--log-with", "run_folder"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -23,38 +16,27 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def job(rank, *flags):
-    code = train.main([*FLAGS, *flags])
-    folder = max(Path(flags[-1]).iterdir())
-    return code, yaml.safe_load((folder / "config.yaml").read_text()), rows(folder)
-
-
-def start(*flags, world_size=1):
-    return values(run_forked(job, *flags, world_size=world_size))[0]
-
-
 def test_auto_takes_the_largest_micro_batch_of_the_budget_and_changes_no_result():
-    code, config, found = start("--micro-batch-size", "auto", "--memory", "100MiB", "--output", "a")
-    size = config["plan"]["micro_batch_size"]
-    assert code == 0 and config["micro_batch_size"] == "auto"
+    auto, kept, everything = run_fresh(
+        "limited",
+        "recipes",
+        [
+            ["--micro-batch-size", "auto", "--memory", "100MiB"],
+            ["--micro-batch-size", "256", "--memory", "100MiB"],
+            ["--micro-batch-size", "auto"],
+        ],
+    )
+    size = auto[1]["plan"]["micro_batch_size"]
+    assert auto[0] == 0 and auto[1]["micro_batch_size"] == "auto"
     assert size % 32 == 0 and 32 <= size < 256  # of whole ghost batches; all 256 do not fit
-    _, given, truth = start("--micro-batch-size", str(size), "--output", "b")
-    assert given["micro_batch_size"] == size and len(found) == len(truth)
-    for a, b in zip(found, truth, strict=True):  # to the bit, unless the budget was met to the byte
-        assert a == pytest.approx(b, rel=1e-4)
-    bigger = start("--micro-batch-size", "auto", "--memory", "4GiB", "--output", "c")
-    assert bigger[1]["plan"]["micro_batch_size"] == 256
-
-
-def test_a_budget_that_the_plan_exceeds_is_kept_by_smaller_micro_batches():
-    code, config, found = start("--micro-batch-size", "256", "--memory", "100MiB", "--output", "a")
-    assert code == 0 and len(found) == 3  # two updates, one evaluation
-    assert config["plan"]["micro_batch_size"] == 256  # what was asked for
-
-
-def test_auto_without_a_budget_takes_what_is_free():
-    code, config, _ = start("--micro-batch-size", "auto", "--output", "a")
-    assert code == 0 and config["plan"]["micro_batch_size"] == 256
+    # a budget that the plan exceeds is kept by smaller micro-batches
+    assert kept[0] == 0 and kept[1]["plan"]["micro_batch_size"] == 256  # what was asked for
+    # without one, what is free is the budget
+    assert everything[0] == 0 and everything[1]["plan"]["micro_batch_size"] == 256
+    for _, _, lines in (auto, kept):
+        assert len(lines) == len(everything[2]) == 3  # two updates, one evaluation
+        for a, b in zip(lines, everything[2], strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import logging
 import random
-import resource
 import weakref
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from forks import run_forked, values
+from forks import run_forked, run_fresh, values
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils.model_ema import ModelEmaV3
@@ -585,48 +583,11 @@ def test_budgets_on_cuda_cap_the_caching_allocator(monkeypatch):
         pass
 
 
-def under_a_limit(rank, micro, budget_mib, *, fp64=False):
-    """Two updates of a network whose activations are large; logs what happened."""
-    notes = []
-    handler = logging.Handler()
-    handler.emit = lambda record: notes.append(record.getMessage())
-    logging.getLogger("lbaccel").addHandler(handler)
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
-    )  # fmt: skip
-    data = TensorDataset(torch.randn(64, 3, 32, 32), torch.randint(4, (64,)))
-    plan = BatchPlan(global_batch_size=64, micro_batch_size=micro, norm_batch_size=4)
-    large_batch = LargeBatch(Accelerator(cpu=True), plan)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    net, optimizer, loader = large_batch.prepare(net, optimizer, UpdateLoader(data, plan))
-
-    def loss_fn(model, micro_batch):
-        return F.cross_entropy(model(micro_batch[0]), micro_batch[1])
-
-    net(torch.randn(4, 3, 32, 32))  # libraries take what they need once
-    limit = memory_limit(budget_mib * 2**20, torch.device("cpu")) if budget_mib else None
-    if limit is not None:
-        limit.__enter__()
-    losses = []
-    while len(losses) < 2:
-        losses += [large_batch.update(u, loss_fn) for u in loader]
-    if limit is not None:
-        limit.__exit__(None, None, None)
-        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
-    state = {k: v.clone() for k, v in net.state_dict().items()}
-    return [r.loss for r in losses], [r.micro_batch_size for r in losses], notes, state
-
-
 def test_a_real_allocation_failure_is_survived_and_gives_the_same_bits():
-    (found,) = values(run_forked(under_a_limit, 64, 40))
-    losses, sizes, notes, state = found
+    limited, plain = run_fresh("limited", "two_updates", [(64, 40), (None, 0)])
+    losses, sizes, notes, state = limited
     assert sizes[0] < 64 and any("out of memory in update 1" in note for note in notes), notes
-    (truth,) = values(run_forked(under_a_limit, sizes[0], 0))
+    assert losses[0] == plain[0][0]
     if sizes[1] == sizes[0]:
-        assert losses == truth[0]
-        assert_equal(state, truth[3])
-    else:
-        assert losses[0] == truth[0][0]
+        assert losses == plain[0]
+        assert_equal(state, plain[3])
