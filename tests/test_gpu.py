@@ -102,3 +102,54 @@ def test_accumulation_never_waits_for_the_gpu(precision):
             accumulate(model, batches, loss_fn, num_samples=32, scopes=[norm])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masks_are_those_of_the_cpu():
+    from lbaccel.batch import MicroBatch
+    from lbaccel.masks import KeyedRandomness
+
+    masks = []
+    for device in ("cpu", "cuda"):
+        randomness = KeyedRandomness(3, torch.device(device))
+        x = torch.ones(7, 5, 33, device=device)
+        with randomness.update(11), randomness.forward(MicroBatch(4, (7,))):
+            masks.append([F.dropout(x, 0.3).cpu(), F.dropout2d(x[..., None], 0.3).cpu()])
+    for one, other in zip(*masks, strict=True):
+        assert torch.equal(one, other)
+
+
+def under_a_cap(gib, *, micro, auto=False):
+    """Three updates of ResNet-50 at 224 px with the allocator capped; sizes and losses."""
+    from lbaccel.memory.budget import memory_limit
+
+    torch.manual_seed(0)
+    device = torch.device("cuda", 0)
+    model = timm.create_model("resnet50", num_classes=5, drop_rate=0.5)
+    data = TensorDataset(torch.randn(64, 3, 224, 224), torch.randint(5, (64,)))
+    plan = BatchPlan(global_batch_size=64, micro_batch_size=micro, norm_batch_size=4)
+    large_batch = LargeBatch(Accelerator(mixed_precision="bf16"), plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model, optimizer, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
+    with memory_limit(int(gib * 2**30), device):
+        if auto:
+            large_batch.find_micro_batch_size(loader, loss_fn)
+        results = [large_batch.update(u, loss_fn) for _ in range(3) for u in loader]
+        peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    assert peak <= gib * 2**30
+    return results
+
+
+def test_a_real_out_of_memory_under_a_cap_is_survived():
+    results = under_a_cap(2.0, micro=64)
+    assert results[0].num_retries > 0 and results[0].micro_batch_size < 64
+    free = under_a_cap(32.0, micro=64)
+    assert free[0].num_retries == 0
+    assert [r.loss for r in results] == pytest.approx([r.loss for r in free], rel=0.02)
+
+
+def test_auto_finds_a_size_under_a_cap_that_needs_no_retry():
+    results = under_a_cap(2.0, micro=4, auto=True)
+    assert all(r.num_retries == 0 for r in results)
+    assert 4 <= results[0].micro_batch_size < 64
