@@ -16,6 +16,7 @@ from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.launch import rank
+from lbaccel.options import OPTIONS
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
         settings, origins, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
         settings, origins = resolve(settings, origins)
         if show:
-            print(show_settings(settings, origins))
+            print(show_settings({name: settings[name] for name in OPTIONS}, origins))
             return 0
         run(settings, origins)
     except InputError as error:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from forks import run_forked, values
 from runs_of_recipe import BASE, NUM_UPDATES, differences, newest, rows, run, tensors
+from updates import cross_entropy
 
-from lbaccel import InputError, LargeBatch, engine, recipe, train
+from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, engine, recipe, train
 from lbaccel.data.order import samples_at
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings
@@ -504,3 +506,49 @@ def test_every_setting_of_the_contract_is_kept_by_config_yaml():
             assert values_[name] == value, name
     assert recipe.check_numbers(values_)
     assert InputError and engine
+
+
+# -- the user's own loop --------------------------------------------------------------------------
+
+
+class Own:
+    """A loop of one's own: Accelerate, a scheduler, dropout and BatchNorm."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5),
+            torch.nn.Linear(8, 3),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.randn(50, 5), torch.randint(3, (50,)))
+        plan = BatchPlan(global_batch_size=16, micro_batch_size=8, norm_batch_size=4)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        self.accelerator = Accelerator(cpu=True)
+        self.large_batch = LargeBatch(self.accelerator, plan, seed=1)
+        self.net, _, self.loader, self.scheduler = self.large_batch.prepare(
+            net, optimizer, UpdateLoader(data, plan, seed=1), scheduler
+        )
+
+    def updates(self, count):
+        found = []
+        while len(found) < count:
+            for update in self.loader:
+                found.append(self.large_batch.update(update, cross_entropy))
+                if len(found) == count:
+                    break
+        return [(r.loss, r.grad_norm, r.num_updates) for r in found]
+
+
+def test_a_loop_of_ones_own_resumes_through_accelerate_to_the_bit(tmp_path):
+    own = Own()
+    own.updates(2)  # in the middle of an epoch of 4
+    own.accelerator.save_state(str(tmp_path / "state"))
+    truth = own.updates(5)
+    torch.rand(7)  # what is drawn outside has no effect
+    other = Own()
+    other.updates(1)
+    other.accelerator.load_state(str(tmp_path / "state"))
+    assert other.updates(5) == truth
+    for a, b in zip(other.net.parameters(), own.net.parameters(), strict=True):
+        assert torch.equal(a, b)
