@@ -284,13 +284,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                         progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
                         if stop is None:
                             continue
-                        break
-                    seconds = time.perf_counter() - before
-                    metrics = log.after_update(result, lr=lr, seconds=seconds)
-                    if metrics is not None and session.folder is not None:
-                        accelerator.log({**log.where(result), **metrics}, step=result.num_updates)
+                    else:
+                        seconds = time.perf_counter() - before
+                        metrics = log.after_update(result, lr=lr, seconds=seconds)
+                        if metrics is not None and session.folder is not None:
+                            line = {**log.where(result), **metrics}
+                            accelerator.log(line, step=result.num_updates)
                     last = result.num_updates == stop_at
-                    evaluates = log.evaluates(result) and not s["dry_run"]
+                    evaluates = result.applied and log.evaluates(result) and not s["dry_run"]
                     improved = False
                     if evaluates:
                         metrics = validate()

@@ -153,6 +153,7 @@ def _child(function: Any, args: Any, rank: int, world_size: int, port: int, writ
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",  # as accelerate launch sets it; else Accelerate warns
             }
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
