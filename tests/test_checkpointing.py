@@ -106,7 +106,8 @@ def test_the_models_own_hook_keeps_masks_and_statistics(name, options):
 def test_every_timm_family_has_its_hook_or_is_wrapped():
     families = {}
     for name in timm.list_models():
-        families.setdefault(_registry._model_to_module[name], name)
+        if _registry._model_entrypoints[name].__module__.startswith("timm."):  # none of the tests'
+            families.setdefault(_registry._model_to_module[name], name)
     refusing = 0
     for family, name in families.items():
         with torch.device("meta"):

@@ -371,6 +371,20 @@ def test_what_cannot_be_keyed_is_drawn_anew_for_each_micro_batch_update_and_seed
     assert len({str(draw) for draw in [*first, *other]}) == 8
 
 
+def test_what_cannot_be_keyed_depends_on_no_micro_batch_that_ran_before():
+    randomness, (first, second) = KeyedRandomness(0, CPU), cut(4, 4)
+
+    def draws(*micro_batches):
+        with randomness.update(0):
+            for micro_batch in micro_batches:
+                with randomness.forward(micro_batch):
+                    drawn = (torch.rand(2).tolist(), random.random(), np.random.rand())
+        return drawn
+
+    assert draws(second) == draws(first, second) == draws(first, first, second)
+    assert draws(first) != draws(second)  # as two ranks begin
+
+
 def test_functions_are_put_back_where_a_forward_fails():
     plain = (F.dropout, DropPath.forward, PatchDropout.forward, StochasticDepth.forward)
     randomness = KeyedRandomness(0, CPU)

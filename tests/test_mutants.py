@@ -212,7 +212,7 @@ MUTANTS = {
         "masks.py",
         "seed_generators(int(seed), self.device)",
         "pass",
-        "tests/test_oom.py tests/test_masks.py",
+        "tests/test_masks.py::test_what_cannot_be_keyed_depends_on_no_micro_batch_that_ran_before",
     ),
     "the failed attempt's frames live on": (
         "memory/oom.py",
@@ -230,7 +230,7 @@ MUTANTS = {
         "data/loader.py",
         "self._drawn = HALF_READ",
         "self._drawn = index",
-        "tests/test_oom.py::test_workers_load_the_samples_of_the_smaller_plan",
+        "tests/data/test_loader.py::test_an_update_that_was_read_in_part_is_read_anew_from_its_start",
     ),
     "a search that leaves gradients behind": (
         "engine.py",

@@ -108,6 +108,15 @@ def test_going_on_after_a_break_and_after_a_half_read_update():
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_update_that_was_read_in_part_is_read_anew_from_its_start(workers):
+    truth = [data for _, data in UpdateLoader(Noisy(), plan_of()).peek()]
+    loader = UpdateLoader(Noisy(), plan_of(), num_workers=workers)
+    next(iter(loader.peek()))
+    again = [data for _, data in loader.peek().recut(4)]
+    assert len(truth) == 2 and all(torch.equal(a, b) for a, b in zip(again, truth, strict=True))
+
+
 def test_state_is_where_the_next_update_starts():
     loader = UpdateLoader(Noisy(), plan_of())
     next(iter(loader))
