@@ -127,7 +127,7 @@ class KeyedRandomness:
         common = batch or (rows == 1 and samples > 1)
         if not common and (rows == 0 or rows % samples):
             return None
-        call = self._call_number()
+        call = self.call_number()
         if common:
             h = torch.full((1,), _signed(self._base()), dtype=torch.int64, device=x.device)
             return _chain(_chain(h, ALL_SAMPLES), call)
@@ -147,7 +147,7 @@ class KeyedRandomness:
     def _base(self) -> int:
         return int(keyed_hash(self.seed, MASKS, self._update))
 
-    def _call_number(self) -> int:
+    def call_number(self) -> int:
         token = int(torch.randint(2**62, (), device="cpu"))
         if token not in self._calls:
             if self._recomputing:
