@@ -345,6 +345,20 @@ def test_an_expandable_segment_gives_back_whole_pages_and_fills_the_hole():
     assert (allocator.allocated, allocator.reserved) == (56 * MIB, 62 * MIB)
 
 
+def test_of_a_hole_behind_a_free_block_only_the_pages_needed_are_mapped():
+    # four pages of 20 MiB: 5, 70 and 5 in use. Of the 70 the pages [20, 60) go back; 25 MiB from
+    # 5 on need [20, 40) of them: 62 of 80 MiB, where the whole hole would make 82.
+    allocator, (_, middle, _) = after(
+        5 * MIB, 70 * MIB, 5 * MIB, expandable_segments=True, capacity=80 * MIB
+    )
+    allocator.free(middle)
+    allocator.malloc(MIB)
+    assert allocator.reserved == 42 * MIB
+    allocator.malloc(25 * MIB)
+    assert (allocator.allocated, allocator.reserved) == (36 * MIB, 62 * MIB)
+    assert allocator.num_retries == 1
+
+
 # ---- events ----
 
 

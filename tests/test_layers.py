@@ -25,7 +25,7 @@ LEVELS = [
     },
     {"memory"},
     {"accumulation", "preflight", "checkpoints", "settings"},
-    {"data", "attempt"},
+    {"data", "attempt", "planning"},
     {"engine", "evaluation", "tracking"},
     {"runs"},
     {"compare", "plots", "recipe", "resume", "run_log", "signals", "verification"},

@@ -1,0 +1,1 @@
+"""Planning: what an update needs, known before it runs."""

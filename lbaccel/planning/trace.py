@@ -1,0 +1,192 @@
+"""What an update allocates and frees, in executed order, recorded on tensors without memory.
+
+A `Recorder` sees every kernel call of forward, backward and step (torch's dispatch order) and every
+storage that is made or dropped. Run on fake tensors it costs neither memory nor a device; the
+sizes are those of the real run, since a storage's size follows from shapes and dtypes alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Role = Literal["weights", "gradients", "optimizer", "activations"]
+
+Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
+"""(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One call: what it costs, not what it computes.
+
+    `flops` counts a multiply-add as two; `num_bytes` is what its tensors hold together, 0 for a
+    view; `workspace` is allocated inside and freed again.
+    """
+
+    name: str  # such as "aten.convolution"
+    flops: int
+    num_bytes: int
+    workspace: int
+    dtype: torch.dtype | None
+    channels_last: bool
+    depthwise: bool = False
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Storage `id` appears."""
+
+    id: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Free:
+    """Storage `id` goes."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of the update that has a name, such as the start of a block's backward."""
+
+    name: str
+
+
+Event = Kernel | Allocate | Free | Mark
+
+
+@dataclass
+class Trace:
+    """Events in executed order, and what the storages are."""
+
+    events: list[Event] = field(default_factory=list)
+    roles: dict[int, Role] = field(default_factory=dict)  # of those that are no activations
+
+    def peak(self) -> int:
+        """Most bytes live at one time, workspaces included."""
+        return max((live for _, live in self.live()), default=0)
+
+    def live(self) -> Iterable[tuple[int, int]]:
+        """(number of the event, bytes live) after each event; at a kernel with its workspace."""
+        sizes: dict[int, int] = {}
+        now = 0
+        for i, event in enumerate(self.events):
+            if isinstance(event, Allocate):
+                sizes[event.id] = event.num_bytes
+                now += event.num_bytes
+                yield i, now
+            elif isinstance(event, Free):
+                now -= sizes.pop(event.id)
+            elif isinstance(event, Kernel) and event.workspace:
+                yield i, now + event.workspace
+
+    def breakdown(self) -> dict[str, int]:
+        """Bytes by role at the peak, and the workspace there; they add up to `peak()`."""
+        at, _ = max(self.live(), key=lambda found: found[1], default=(-1, 0))
+        sizes: dict[int, int] = {}
+        for event in self.events[: at + 1]:
+            if isinstance(event, Allocate):
+                sizes[event.id] = event.num_bytes
+            elif isinstance(event, Free):
+                sizes.pop(event.id)
+        found: Counter[str] = Counter(weights=0, gradients=0, optimizer=0, activations=0)
+        for key, num_bytes in sizes.items():
+            found[self.roles.get(key, "activations")] += num_bytes
+        last = self.events[at] if at >= 0 else None
+        return {**found, "workspace": last.workspace if isinstance(last, Kernel) else 0}
+
+    def kernels(self) -> Iterable[Kernel]:
+        """The calls that do something, in order."""
+        return (event for event in self.events if isinstance(event, Kernel))
+
+
+class Recorder(TorchDispatchMode):
+    """Records into `trace` while it is entered."""
+
+    def __init__(self, workspace: Workspace | None = None) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._workspace = workspace
+        self._live: dict[int, tuple[int, Any]] = {}  # address of a storage: its number, its watch
+        self._count = 0
+
+    def watch(self, tensor: Tensor, role: Role | None = None) -> int:
+        """Record the storage of `tensor`, once, and return its number."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._live:
+            number, events = self._count, self.trace.events
+            self._count += 1
+
+            def gone(_: Any) -> None:
+                del self._live[address]
+                events.append(Free(number))
+
+            self._live[address] = number, weakref.ref(storage, gone)
+            events.append(Allocate(number, storage.nbytes()))
+        number = self._live[address][0]
+        if role is not None:
+            self.trace.roles[number] = role
+        return number
+
+    def mark(self, name: str) -> None:
+        """Put a named point into the trace."""
+        self.trace.events.append(Mark(name))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
+        before = self._count
+        for tensor in tensors:
+            self.watch(tensor)
+        if not func.is_view and func.namespace != "prim":
+            self.trace.events.append(self._kernel(func, args, kwargs, out, tensors))
+        return out
+
+    def _kernel(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any, tensors: list[Tensor]
+    ) -> Kernel:
+        name = str(func._overloadpacket)
+        inputs = [t for t in _flat(args) if isinstance(t, Tensor)]
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
+        main = inputs[0] if inputs else (tensors[0] if tensors else None)
+        distinct = {id(t): t for t in (*inputs, *tensors)}
+        return Kernel(
+            name=name,
+            flops=int(flops),
+            num_bytes=sum(t.numel() * t.element_size() for t in distinct.values()),
+            workspace=self._workspace(name, args, kwargs, out) if self._workspace else 0,
+            dtype=main.dtype if main is not None else None,
+            channels_last=main is not None
+            and main.ndim == 4
+            and main.is_contiguous(memory_format=torch.channels_last)
+            and not main.is_contiguous(),
+            depthwise=name.startswith("aten.convolution") and _groups(name, args) > 1,
+        )
+
+
+def _groups(name: str, args: tuple[Any, ...]) -> int:
+    return args[9] if name.endswith("_backward") else args[8]
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value

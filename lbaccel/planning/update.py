@@ -1,0 +1,178 @@
+"""One real update on fake tensors: forward, loss, backward, accumulation, clipping, step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn import functional as F
+
+from lbaccel import accumulation
+from lbaccel.accumulation import LossFn
+from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.masks import KeyedRandomness
+from lbaccel.memory.reserve import state_like
+from lbaccel.normalization import convert_batch_norm
+from lbaccel.planning.trace import Recorder, Trace, Workspace
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+MakeBatch = Callable[[int], Any]
+"""Number of samples -> a micro-batch of so many, made with torch's factory functions."""
+
+
+def image_batch(num_channels: int, img_size: int, memory_format: str = "contiguous") -> MakeBatch:
+    """Micro-batches as the recipe's loader gives them: float32 images and int64 classes."""
+
+    def make(num_samples: int) -> tuple[Tensor, Tensor]:
+        images = torch.empty(num_samples, num_channels, img_size, img_size)
+        if memory_format == "channels_last":
+            images = images.to(memory_format=torch.channels_last)
+        return images, torch.zeros(num_samples, dtype=torch.long)
+
+    return make
+
+
+def classification_loss(model: Any, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of (images, classes)."""
+    images, targets = micro_batch
+    return F.cross_entropy(model(images), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is trained, for the tracer: nothing here is run or changed."""
+
+    model: nn.Module  # on any device, "meta" included
+    make_batch: MakeBatch
+    loss_fn: LossFn = classification_loss
+    optimizer: torch.optim.Optimizer | None = None  # over the parameters of `model`
+    clips: bool = False
+
+
+def trace_update(
+    network: Network,
+    plan: BatchPlan,
+    *,
+    precision: Precision = "fp32",
+    workspace: Workspace | None = None,
+    change: Callable[[nn.Module, Recorder], object] | None = None,
+) -> Trace:
+    """Run an update of `plan` on fake tensors and record it; no memory, no device, no change.
+
+    At most two micro-steps are run: from the second on they are alike.
+
+    Args:
+        network: model, data and optimizer.
+        plan: the largest micro-batches of its first rank are run.
+        precision: of the forward pass, by autocast.
+        workspace: of a kernel, see `Workspace`.
+        change: done to the fake copy of the model before it runs, such as checkpointing.
+
+    Raises:
+        Exception: whatever the model raises on fake tensors.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    states = [] if network.optimizer is None else state_like(network.optimizer)
+    recorder = Recorder(workspace)
+    with mode, ExitStack() as around:
+        model = _fake_copy(network.model)
+        norm = convert_batch_norm(model, plan.norm_batch_size)
+        randomness = KeyedRandomness(0, torch.device("cpu"))
+        randomness.call_number = _outside(randomness.call_number)
+        if change is not None:
+            change(model, recorder)
+        if precision in AUTOCAST:
+            _autocast_forward(model, AUTOCAST[precision])
+        model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for tensor in (*model.parameters(), *model.buffers()):
+            recorder.watch(tensor, "weights")
+        around.enter_context(recorder)
+        held = [torch.empty_like(state, device="cpu") for _, state in states]
+        for tensor in held:
+            recorder.watch(tensor, "optimizer")
+        norm.begin()
+        with randomness.update(0), _cast_weights_once(precision):
+            accumulation.accumulate(
+                model,
+                _batches(network.make_batch, plan, recorder),
+                network.loss_fn,
+                num_samples=plan.global_batch_size,
+                scopes=(norm, randomness),
+            )
+        for parameter in parameters:
+            if parameter.grad is not None:
+                recorder.watch(parameter.grad, "gradients")
+        recorder.mark("commit")
+        total = accumulation.gradient_norm(parameters)
+        if network.clips:
+            accumulation.clip_gradients(parameters, total, 1.0)
+        norm.commit()
+    return recorder.trace
+
+
+def _batches(
+    make: MakeBatch, plan: BatchPlan, recorder: Recorder
+) -> Iterator[tuple[MicroBatch, Any]]:
+    for number, micro_batch in enumerate(plan.partition()[:2]):
+        recorder.mark(f"micro-step {number}")
+        yield micro_batch, make(micro_batch.num_samples)
+
+
+def _fake_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are fake CPU tensors; the model keeps its own."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="cpu")
+    return copy.deepcopy(model, memo)
+
+
+def _outside(call: Callable[[], int]) -> Callable[[], int]:
+    """`call` on real tensors: a fake one has no value to read."""
+
+    def real() -> int:
+        with unset_fake_temporarily():
+            return call()
+
+    return real
+
+
+def _autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `accelerator.prepare` does: the forward under autocast, its outputs in float32."""
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return _to_float(plain(*args, **kwargs))
+
+    model.forward = forward
+
+
+def _to_float(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _to_float(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to_float(item) for item in value)
+    return value
+
+
+@contextmanager
+def _cast_weights_once(precision: str) -> Iterator[None]:
+    """Keep autocast's cast weights over the micro-steps, as `LargeBatch` does."""
+    with torch.autocast("cpu", enabled=False, dtype=torch.bfloat16):
+        yield
+
+
+__all__: Sequence[str] = ("Network", "classification_loss", "image_batch", "trace_update")
