@@ -148,6 +148,7 @@ class KeyedRandomness:
         return int(keyed_hash(self.seed, MASKS, self._update))
 
     def call_number(self) -> int:
+        """Number of this call among the micro-batch's, the same in forward and recompute."""
         token = int(torch.randint(2**62, (), device="cpu"))
         if token not in self._calls:
             if self._recomputing:

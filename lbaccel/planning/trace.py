@@ -150,7 +150,6 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
-        before = self._count
         for tensor in tensors:
             self.watch(tensor)
         if not func.is_view and func.namespace != "prim":
