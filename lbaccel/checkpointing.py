@@ -7,9 +7,10 @@ update's own backward sets, and torch restores the random state (`preserve_rng_s
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -80,6 +81,68 @@ def apply_activation_checkpointing(
         if not type(module).__name__.startswith("Checkpointed"):
             module.__class__ = _checkpointed(type(module), _is_flat(module))
     return Checkpointing(False, tuple(chosen))
+
+
+def apply_segments(model: nn.Module, segments: Sequence[Sequence[str]]) -> Checkpointing:
+    """Recompute runs of modules of `model`, each run as one, in place.
+
+    A segment keeps its first module's input and is recomputed whole in the backward pass (Chen et
+    al. 2016, algorithm 1, with segments of any length). Its modules must run one after the other,
+    each on the output of the last and with nothing else reading what lies between, as the planner
+    finds them; a module that runs on anything else is an error when it does.
+
+    Args:
+        model: the network, unwrapped.
+        segments: names of modules in order of execution, as `named_modules()` has them.
+
+    Raises:
+        InputError: an unknown name, an empty segment, or a module in two of them.
+    """
+    modules = dict(model.named_modules())
+    names = [name for segment in segments for name in segment]
+    wrong = [name for name in names if not name or name not in modules]
+    if wrong or len(set(names)) < len(names) or not all(segments):
+        raise InputError(
+            f"segments={[list(s) for s in segments]}: "
+            + (f"{wrong} are no modules." if wrong else "each names modules, each of them once.")
+        )
+    for segment in segments:
+        run = _Segment(tuple(segment), [modules[name] for name in segment])
+        for position, name in enumerate(segment):
+            modules[name].forward = partial(run.forward, position)  # type: ignore[method-assign]
+    return Checkpointing(False, tuple(" .. ".join(dict.fromkeys((s[0], s[-1]))) for s in segments))
+
+
+class _Segment:
+    """Modules whose first one runs them all under `checkpoint`; the others hand the result on."""
+
+    def __init__(self, names: tuple[str, ...], modules: list[nn.Module]) -> None:
+        self.names, self.modules = names, modules
+        self._running = False
+        self._result: Any = None  # a weak reference to what the first module returned
+
+    def forward(self, position: int, x: Any) -> Any:
+        module = self.modules[position]
+        if self._running or not torch.is_grad_enabled():
+            return type(module).forward(module, x)
+        if position == 0:
+            out = checkpoint(self._run, x, use_reentrant=False)
+            self._result = weakref.ref(out)
+            return out
+        if self._result is None or self._result() is not x:
+            raise InputError(
+                f"{self.names[position]!r} did not run on the output of "
+                f"{self.names[position - 1]!r}, so the segment {list(self.names)} is no chain of "
+                "this model. Give the segments that lbaccel plan finds."
+            )
+        return x
+
+    def _run(self, x: Any) -> Any:
+        self._running = True
+        try:
+            return _call_in_turn(self.modules, x)
+        finally:
+            self._running = False
 
 
 def _own_hook(model: nn.Module) -> bool:

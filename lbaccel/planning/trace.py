@@ -61,6 +61,7 @@ class Mark:
     """A point of the update that has a name, such as the start of a block's backward."""
 
     name: str
+    num_bytes: int = 0  # of the tensor that it is about, if any
 
 
 Event = Kernel | Allocate | Free | Mark
@@ -75,25 +76,27 @@ class Trace:
 
     def peak(self) -> int:
         """Most bytes live at one time, workspaces included."""
-        return max((live for _, live in self.live()), default=0)
+        return max(self.live_before()[1], default=0)
 
-    def live(self) -> Iterable[tuple[int, int]]:
-        """(number of the event, bytes live) after each event; at a kernel with its workspace."""
+    def live_before(self) -> tuple[list[int], list[int]]:
+        """For each event: bytes live when it comes, and the most while it happens."""
         sizes: dict[int, int] = {}
-        now = 0
-        for i, event in enumerate(self.events):
+        now, settled, most = 0, [], []
+        for event in self.events:
+            settled.append(now)
             if isinstance(event, Allocate):
                 sizes[event.id] = event.num_bytes
                 now += event.num_bytes
-                yield i, now
             elif isinstance(event, Free):
                 now -= sizes.pop(event.id)
-            elif isinstance(event, Kernel) and event.workspace:
-                yield i, now + event.workspace
+            inside = event.workspace if isinstance(event, Kernel) else 0
+            most.append(max(settled[-1], now + inside))
+        return settled, most
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by role at the peak, and the workspace there; they add up to `peak()`."""
-        at, _ = max(self.live(), key=lambda found: found[1], default=(-1, 0))
+        most = self.live_before()[1]
+        at = max(range(len(most)), key=most.__getitem__, default=-1)
         sizes: dict[int, int] = {}
         for event in self.events[: at + 1]:
             if isinstance(event, Allocate):
@@ -120,6 +123,8 @@ class Recorder(TorchDispatchMode):
         self._workspace = workspace
         self._live: dict[int, tuple[int, Any]] = {}  # address of a storage: its number, its watch
         self._count = 0
+        self.num_kernels = 0
+        self.on_kernel: Callable[[list[Tensor]], object] | None = None  # called with what it reads
 
     def watch(self, tensor: Tensor, role: Role | None = None) -> int:
         """Record the storage of `tensor`, once, and return its number."""
@@ -140,14 +145,17 @@ class Recorder(TorchDispatchMode):
             self.trace.roles[number] = role
         return number
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str, num_bytes: int = 0) -> None:
         """Put a named point into the trace."""
-        self.trace.events.append(Mark(name))
+        self.trace.events.append(Mark(name, num_bytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.on_kernel is not None:
+            self.on_kernel([t for t in _flat(args) if isinstance(t, Tensor)])
+        self.num_kernels += 1
         out = func(*args, **kwargs)
         tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
         for tensor in tensors:
