@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from lbaccel.planning.chain import ChainCost, Unit
 
-MOST_LABELS = 1024  # of a front; more are thinned, which can only cost time and never the budget
+MOST_LABELS = 256  # of a front; more are thinned, which can only cost time and never the budget
 
 Run = tuple[int, int]  # first and last unit
 
@@ -93,7 +93,9 @@ def _choices(
     chain: ChainCost, units: Sequence[Unit], forward_seconds: Sequence[float], at: int
 ) -> list[tuple[int | None, int, int, float]]:
     """(last unit of the run or None, need, keeps, seconds) of what can be done with unit `at`."""
-    found = [(None, _need(chain, at, None), _keeps(chain, at, None), 0.0)]
+    found: list[tuple[int | None, int, int, float]] = [
+        (None, _need(chain, at, None), _keeps(chain, at, None), 0.0)
+    ]
     if not units[at].starts:
         return found
     seconds = 0.0

@@ -38,7 +38,8 @@ class Kernel:
     workspace: int
     dtype: torch.dtype | None
     channels_last: bool
-    depthwise: bool = False
+    depthwise: bool = False  # a convolution with as many groups as channels, or nearly
+    pointwise: bool = False  # a convolution of 1 x 1
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,19 @@ class Recorder(TorchDispatchMode):
             and main.ndim == 4
             and main.is_contiguous(memory_format=torch.channels_last)
             and not main.is_contiguous(),
-            depthwise=name.startswith("aten.convolution") and _groups(name, args) > 1,
+            **_shape_of_convolution(name, args),
         )
 
 
-def _groups(name: str, args: tuple[Any, ...]) -> int:
-    return args[9] if name.endswith("_backward") else args[8]
+def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, bool]:
+    if not name.startswith("aten.convolution"):
+        return {}
+    backward = name.endswith("_backward")
+    weight, groups = args[2 if backward else 1], args[9 if backward else 8]
+    return {
+        "depthwise": groups > 1,
+        "pointwise": groups == 1 and weight.shape[2:].numel() == 1,
+    }
 
 
 def _flat(value: Any) -> Iterable[Any]:

@@ -28,13 +28,11 @@ MakeBatch = Callable[[int], Any]
 """Number of samples -> a micro-batch of so many, made with torch's factory functions."""
 
 
-def image_batch(num_channels: int, img_size: int, memory_format: str = "contiguous") -> MakeBatch:
+def image_batch(num_channels: int, img_size: int) -> MakeBatch:
     """Micro-batches as the recipe's loader gives them: float32 images and int64 classes."""
 
     def make(num_samples: int) -> tuple[Tensor, Tensor]:
         images = torch.empty(num_samples, num_channels, img_size, img_size)
-        if memory_format == "channels_last":
-            images = images.to(memory_format=torch.channels_last)
         return images, torch.zeros(num_samples, dtype=torch.long)
 
     return make
@@ -55,6 +53,7 @@ class Network:
     loss_fn: LossFn = classification_loss
     optimizer: torch.optim.Optimizer | None = None  # over the parameters of `model`
     clips: bool = False
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
 
 
 def trace_update(
@@ -83,7 +82,7 @@ def trace_update(
     states = [] if network.optimizer is None else state_like(network.optimizer)
     recorder = Recorder(workspace)
     with mode, ExitStack() as around:
-        model = _fake_copy(network.model)
+        model = _fake_copy(network.model, network.memory_format)
         norm = convert_batch_norm(model, plan.norm_batch_size)
         randomness = KeyedRandomness(0, torch.device("cpu"))
         randomness.call_number = _outside(randomness.call_number)
@@ -104,7 +103,7 @@ def trace_update(
             accumulation.accumulate(
                 model,
                 _batches(network.make_batch, plan, recorder),
-                network.loss_fn,
+                _loss_in_layout(network),
                 num_samples=plan.global_batch_size,
                 scopes=(norm, randomness),
             )
@@ -119,6 +118,27 @@ def trace_update(
     return recorder.trace
 
 
+def _loss_in_layout(network: Network) -> LossFn:
+    """The loss on images of the network's layout, turned where the recipe turns them."""
+    if network.memory_format == "contiguous":
+        return network.loss_fn
+
+    def loss_fn(model: Any, micro_batch: Any) -> Any:
+        return network.loss_fn(model, _to_channels_last(micro_batch))
+
+    return loss_fn
+
+
+def _to_channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+    if isinstance(value, dict):
+        return {key: _to_channels_last(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to_channels_last(item) for item in value)
+    return value
+
+
 def _batches(
     make: MakeBatch, plan: BatchPlan, recorder: Recorder
 ) -> Iterator[tuple[MicroBatch, Any]]:
@@ -127,13 +147,16 @@ def _batches(
         yield micro_batch, make(micro_batch.num_samples)
 
 
-def _fake_copy(model: nn.Module) -> nn.Module:
+def _fake_copy(model: nn.Module, memory_format: str) -> nn.Module:
     """A copy whose parameters and buffers are fake CPU tensors; the model keeps its own."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="cpu")
+
+    def fake(t: Tensor) -> Tensor:
+        turned = memory_format == "channels_last" and t.ndim == 4
+        layout = torch.channels_last if turned else torch.preserve_format
+        return torch.empty_like(t, device="cpu", memory_format=layout)
+
+    memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(fake(p), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
 

@@ -141,3 +141,18 @@ _CPU_RULES: dict[str, Callable[[Any, Any], int]] = {
     "mean": _sum_in_float,
     "cat": _cat,
 }
+
+
+def cuda_workspace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes of `Workspace` for CUDA's kernels: an estimate that no device has confirmed yet.
+
+    cuDNN's convolutions on tensor cores turn plain half-precision tensors into channels-last ones
+    and back; a kernel of mixed dtypes casts in registers and takes nothing.
+    """
+    if not name.startswith("aten.convolution"):
+        return 0
+    backward = name.endswith("_backward")
+    tensors = [t for t in (args[:3] if backward else (*args[:2], out)) if isinstance(t, Tensor)]
+    if tensors[0].dtype == torch.float32 or any(_is_nhwc(t) for t in tensors):
+        return 0
+    return sum(t.nbytes for t in tensors)

@@ -1,0 +1,160 @@
+"""Devices that a plan can be made for: what a datasheet says, or what `lbaccel calibrate` measured.
+
+A rate is a number of operations or bytes a second; a multiply-add counts as two operations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbaccel.errors import InputError
+
+GIB = 2**30
+# What torch takes outside its allocator: 0.3 to 0.5 GiB, kernels loaded lazily (pytorch #86509).
+CUDA_CONTEXT = int(0.45 * GIB)
+# What real kernels reach of a datasheet's numbers; calibration replaces it.
+FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.75
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates and sizes of one device.
+
+    `flops` has "fp32", "tf32" and "half"; `rates` is what a calibration found, by class of kernel
+    (see `kernel_class`), in operations or bytes a second, and goes before `flops`.
+    """
+
+    name: str
+    kind: str  # "cuda" or "cpu"
+    memory: int | None  # bytes; None: the host's
+    flops: Mapping[str, float]
+    bandwidth: float  # bytes a second of its own memory
+    launch_seconds: float  # of a kernel that does nothing
+    host_bandwidth: float = 25e9  # bytes a second to and from the host, PCIe 4 x16
+    link_bandwidth: float = 25e9  # bytes a second to the other devices
+    source: str = "datasheet"
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def context(self) -> int:
+        """Bytes that the runtime takes outside torch's allocator."""
+        return CUDA_CONTEXT if self.kind == "cuda" else 0
+
+    @property
+    def library_workspace(self) -> int:
+        """Bytes that cuBLAS holds: two handles of 8.125 MiB, of 32 MiB on Hopper."""
+        if self.kind != "cuda":
+            return 0
+        return 2 * (32 * 2**20 if self.name.startswith(("H100", "H200")) else 8320 * 2**10)
+
+
+def _card(
+    name: str, gib: float, fp32: float, tf32: float, half: float, bandwidth: float
+) -> tuple[str, Device]:
+    flops = {"fp32": fp32 * 1e12, "tf32": tf32 * 1e12, "half": half * 1e12}
+    return name, Device(name, "cuda", int(gib * GIB), flops, bandwidth * 1e9, 5e-6)
+
+
+# TFLOP/s without sparsity (half: bf16 or fp16 with fp32 sums) and GB/s, of the makers' datasheets.
+CARDS: dict[str, Device] = dict(
+    (
+        _card("GTX 1080 Ti", 11, 11.3, 11.3, 11.3, 484),
+        _card("RTX 2080 Ti", 11, 13.4, 13.4, 53.8, 616),
+        _card("RTX 3060", 12, 12.7, 12.7, 25.5, 360),
+        _card("RTX 3070", 8, 20.3, 20.3, 40.6, 448),
+        _card("RTX 3080", 10, 29.8, 29.8, 59.5, 760),
+        _card("RTX 3090", 24, 35.6, 35.6, 71.2, 936),
+        _card("RTX 4060", 8, 15.1, 15.1, 30.2, 272),
+        _card("RTX 4070", 12, 29.1, 29.1, 58.3, 504),
+        _card("RTX 4070 Ti SUPER", 16, 44.1, 44.1, 88.2, 672),
+        _card("RTX 4080", 16, 48.7, 48.7, 97.5, 717),
+        _card("RTX 4090", 24, 82.6, 82.6, 165.2, 1008),
+        _card("RTX 5090", 32, 104.8, 104.8, 209.5, 1792),
+        _card("RTX A4000", 16, 19.2, 38.3, 76.7, 448),
+        _card("RTX A6000", 48, 38.7, 77.4, 154.8, 768),
+        _card("T4", 16, 8.1, 8.1, 65.0, 320),
+        _card("V100", 16, 15.7, 15.7, 125.0, 900),
+        _card("A10", 24, 31.2, 62.5, 125.0, 600),
+        _card("A100-40GB", 40, 19.5, 156.0, 312.0, 1555),
+        _card("A100-80GB", 80, 19.5, 156.0, 312.0, 2039),
+        _card("L4", 24, 30.3, 60.0, 121.0, 300),
+        _card("L40S", 48, 91.6, 183.0, 362.0, 864),
+        _card("H100", 80, 67.0, 494.0, 989.0, 3350),
+        _card("H200", 141, 67.0, 494.0, 989.0, 4800),
+    )
+)
+
+# A CPU core with AVX-512 and two memory channels; `lbaccel calibrate` replaces it.
+CPU = Device(
+    "cpu",
+    "cpu",
+    None,
+    {"fp32": 60e9, "tf32": 60e9, "half": 150e9},
+    8e9,
+    6e-6,
+    source="built in",
+    rates={},
+)
+
+
+def find_device(name: str, calibration: Path | None = None) -> Device:
+    """The device of that name: "cpu", a card of the table, or one that was calibrated.
+
+    Raises:
+        InputError: an unknown name; the text has the nearest ones.
+    """
+    found = read_calibration(calibration).get(_key(name)) if calibration is not None else None
+    if found is not None:
+        return found
+    if _key(name) == "cpu":
+        return CPU
+    names = {_key(card): device for card, device in CARDS.items()}
+    whole = [card for card in names if card == _key(name)]
+    inside = sorted((card for card in names if card in _key(name)), key=len)  # "nvidia h100 80gb"
+    if whole or inside:
+        return names[(whole or inside)[-1]]
+    near = difflib.get_close_matches(_key(name), list(names), n=3, cutoff=0.4)
+    known = [names[card].name for card in near] or sorted(CARDS)
+    raise InputError(
+        f"device={name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(known)}, cpu. "
+        "On the device itself `lbaccel calibrate` measures it."
+    )
+
+
+def _key(name: str) -> str:
+    words = name.lower().replace("nvidia", " ").replace("geforce", " ").replace("tesla", " ")
+    return " ".join(words.replace("-", " ").replace("_", " ").split())
+
+
+def read_calibration(path: Path) -> dict[str, Device]:
+    """The devices of a file that `write_calibration` wrote; none where there is no file.
+
+    Raises:
+        InputError: a file that is something else.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {_key(name): Device(**fields) for name, fields in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"calibration={path} can't be read: {error}. Remove it, or run lbaccel calibrate."
+        ) from error
+
+
+def write_calibration(path: Path, device: Device) -> None:
+    """Add `device` to the file, in place of one of its name."""
+    kept = {d.name: d for d in read_calibration(path).values()} | {device.name: device}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: _fields(d) for name, d in kept.items()}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _fields(device: Device) -> dict[str, Any]:
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(device).items()}

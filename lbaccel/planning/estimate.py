@@ -1,0 +1,213 @@
+"""Peak bytes and seconds of one candidate plan, from a trace of its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lbaccel.batch import BatchPlan
+from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.memory.reserve import state_like
+from lbaccel.planning.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
+from lbaccel.planning.cuda_allocator import replay
+from lbaccel.planning.devices import BANDWIDTH_SHARE, Device
+from lbaccel.planning.time_model import seconds
+from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
+from lbaccel.planning.update import Network, Precision, trace_update
+from lbaccel.planning.workspace import cpu_workspace, cuda_workspace
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+Segments = tuple[tuple[str, ...], ...]
+Checkpointing = Literal["none", "full"] | Segments
+
+BUCKET = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a plan chooses."""
+
+    micro_batch_size: int
+    memory_format: MemoryFormat = "contiguous"
+    checkpointing: Checkpointing = "none"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate costs."""
+
+    peak: int  # bytes, all of `breakdown`
+    traced: int  # bytes that the trace alone has
+    breakdown: dict[str, int]
+    micro_step_seconds: float
+    commit_seconds: float  # once an update: norm, clipping, step, reduction
+    chain: ChainCost | None  # where nothing is recomputed
+    forward_seconds: tuple[float, ...]  # of the chain's units
+
+
+class Estimator:
+    """Traces candidates of one network, precision and device, each of them once.
+
+    Args:
+        network: what is trained.
+        plan: the contract; its micro-batch is replaced by a candidate's.
+        device: whose rates, workspaces and allocator count.
+        precision: of the forward pass.
+    """
+
+    def __init__(
+        self, network: Network, plan: BatchPlan, device: Device, precision: Precision
+    ) -> None:
+        self.network, self.plan, self.device = network, plan, device
+        self.precision: Precision = precision
+        self._known: dict[Candidate, Estimate] = {}
+        self._units: list[Unit] | None = None
+        self.num_traces = 0
+        parameters = [p for p in network.model.parameters() if p.requires_grad]
+        self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
+        self.gradient_bytes = sum(p.nbytes for p in parameters)
+        optimizer = network.optimizer
+        self.state_bytes = (
+            0 if optimizer is None else sum(s.nbytes for _, s in state_like(optimizer))
+        )
+        self._largest = max((p.nbytes for p in parameters), default=0)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The chain of the network, found in one trace."""
+        if self._units is None:
+            finders: list[ChainFinder] = []
+
+            def find(model: nn.Module, recorder: Recorder) -> None:
+                finders.append(ChainFinder(model, recorder))
+
+            size = self.plan.group_size
+            self._trace(Candidate(size), find, steps=1)
+            self._units = finders[0].units()
+        return self._units
+
+    def estimate(self, candidate: Candidate) -> Estimate:
+        """Bytes and seconds of `candidate`."""
+        if candidate not in self._known:
+            self._known[candidate] = self._estimate(candidate)
+        return self._known[candidate]
+
+    def _estimate(self, candidate: Candidate) -> Estimate:
+        plain = candidate.checkpointing == "none"
+
+        def change(model: nn.Module, recorder: Recorder) -> None:
+            if candidate.checkpointing == "full":
+                apply_activation_checkpointing(model)
+            elif plain:
+                mark_units(model, recorder, self.units)
+            else:
+                apply_segments(model, candidate.checkpointing)
+
+        trace = self._trace(candidate, change)
+        channels_last = candidate.memory_format == "channels_last"
+        breakdown = self._breakdown(trace)
+        micro, commit, forward = _phases(trace, len(self.units) if plain else 0)
+
+        def timed(kernels: Sequence[Kernel]) -> float:
+            return seconds(kernels, self.device, channels_last=channels_last)
+
+        moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
+        step = moved / (self.device.bandwidth * BANDWIDTH_SHARE)
+        world = self.plan.world_size
+        reduction = 2 * self.gradient_bytes * (world - 1) / world / self.device.link_bandwidth
+        return Estimate(
+            peak=sum(breakdown.values()),
+            traced=trace.peak(),
+            breakdown=breakdown,
+            micro_step_seconds=timed(micro),
+            commit_seconds=timed(commit) + step + reduction,
+            chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
+            forward_seconds=tuple(timed(kernels) for kernels in forward),
+        )
+
+    def _trace(
+        self, candidate: Candidate, change: Callable[[nn.Module, Recorder], Any], steps: int = 2
+    ) -> Trace:
+        self.num_traces += 1
+        size = candidate.micro_batch_size
+        share = self.plan.num_groups(self.plan.global_batch_size) // self.plan.world_size
+        steps = min(steps, -(-share * self.plan.group_size // size))
+        plan = replace(
+            self.plan, micro_batch_size=size, world_size=1, global_batch_size=max(steps, 1) * size
+        )
+        workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
+        network = replace(self.network, memory_format=candidate.memory_format)
+        return trace_update(
+            network, plan, precision=self.precision, workspace=workspace, change=change
+        )
+
+    def _breakdown(self, trace: Trace) -> dict[str, int]:
+        """Bytes by part; they add up to the peak."""
+        found = trace.breakdown()
+        held = sum(found.values())
+        # The step has its own temporaries, at a time when the activations are gone.
+        step = self.weight_bytes + self.gradient_bytes + self.state_bytes
+        step += self.gradient_bytes if self.device.kind == "cuda" else 2 * self._largest
+        if step > held:
+            found = {
+                "weights": self.weight_bytes,
+                "gradients": self.gradient_bytes,
+                "optimizer": self.state_bytes,
+                "activations": 0,
+                "workspace": step - self.weight_bytes - self.gradient_bytes - self.state_bytes,
+            }
+        if self.plan.world_size > 1:  # DDP's buckets, and that of the update's own reduction
+            found["gradients"] += self.gradient_bytes + min(BUCKET, self.gradient_bytes)
+        found |= {"allocator": 0, "context": 0}
+        if self.device.kind == "cuda":
+            allocator = replay(_requests(trace))
+            found["allocator"] = max(0, allocator.peak_reserved - sum(found.values()))
+            found["workspace"] += self.device.library_workspace
+            found["context"] = self.device.context
+        return found
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def _phases(trace: Trace, num_units: int) -> tuple[list[Kernel], list[Kernel], list[list[Kernel]]]:
+    """The kernels of the last micro-step, of the commit, and of each unit's forward in it."""
+    micro: list[Kernel] = []
+    commit: list[Kernel] = []
+    forward: list[list[Kernel]] = [[] for _ in range(num_units)]
+    into, unit = commit, None
+    for event in trace.events:
+        if isinstance(event, Mark):
+            word, _, number = event.name.partition(" ")
+            if word == "micro-step":
+                micro = into = []
+                forward = [[] for _ in range(num_units)]
+            elif word == "commit":
+                commit = into = []
+            elif word == "forward":
+                unit = int(number)
+            elif word == "end":
+                unit = None
+        elif isinstance(event, Kernel):
+            into.append(event)
+            if unit is not None and into is micro:
+                forward[unit].append(event)
+    return micro, commit, forward
+
+
+def _requests(trace: Trace) -> list[tuple[int, int]]:
+    """The trace as the allocator sees it: workspaces come and go."""
+    found: list[tuple[int, int]] = []
+    for event in trace.events:
+        if isinstance(event, Allocate):
+            found.append((event.id, event.num_bytes))
+        elif isinstance(event, Free):
+            found.append((event.id, -1))
+        elif isinstance(event, Kernel) and event.workspace:
+            found += [(-1, event.workspace), (-1, -1)]
+    return found

@@ -1,0 +1,290 @@
+"""The fastest candidate whose predicted peak fits, for one contract on one device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lbaccel.planning.chain import ChainCost, UnitCost
+from lbaccel.planning.estimate import (
+    Candidate,
+    Checkpointing,
+    Estimate,
+    Estimator,
+    MemoryFormat,
+    Segments,
+)
+from lbaccel.planning.segments import Run, best_runs, extra_seconds
+
+FASTER = 0.97  # another layout must be this much faster to be taken
+# The smallest micro-batch within this of the best time: a CPU's caches like it small.
+PLATEAU = {"cpu": 1.02, "cuda": 1.0}
+LADDER = 1.25
+TRACED = 16  # samples of a first trace, where groups are smaller
+MOST_TRIES = 4  # traces of one search
+SLACK = 0.03  # of the budget: near enough
+WORTH = 0.98  # recompute for a larger micro-batch must promise this much
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pinned:
+    """What the user has decided; None leaves it to the search."""
+
+    micro_batch_size: int | None = None
+    memory_format: MemoryFormat | None = None
+    checkpointing: Checkpointing | None = None  # "none" or "full"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate, what it costs, and the seconds of an update of this rank."""
+
+    candidate: Candidate
+    estimate: Estimate
+    seconds: float
+    fits: bool
+
+
+class Search:
+    """Looks for the fastest candidate at most `budget` bytes large.
+
+    Args:
+        estimator: of the network and the contract.
+        budget: bytes of one device.
+        pinned: what is not to be chosen.
+    """
+
+    def __init__(self, estimator: Estimator, budget: int, pinned: Pinned) -> None:
+        self.estimator, self.budget, self.pinned = estimator, budget, pinned
+        plan = estimator.plan
+        self.unit = plan.group_size
+        groups = plan.num_groups(plan.global_batch_size)
+        self.most = -(-groups // plan.world_size) * self.unit
+        small = self.unit if self.unit > 4 else min(-(-TRACED // self.unit) * self.unit, self.most)
+        self._sizes = (small, min(2 * small, self.most))
+
+    def run(self) -> Choice:
+        """The fastest plan that fits, or else the smallest there is (`fits` False)."""
+        layout = self.pinned.memory_format or self._faster_layout()
+        if self.pinned.checkpointing == "full":
+            found = self._fitting(layout, "full")
+        else:
+            found = self._fitting(layout, "none")
+            if self.pinned.checkpointing is None:
+                found = self._with_segments(layout, found)
+        return found or self._smallest(layout)
+
+    def choice(self, candidate: Candidate) -> Choice:
+        """What `candidate` comes to."""
+        estimate = self.estimator.estimate(candidate)
+        steps = self._steps(candidate.micro_batch_size)
+        seconds = steps * estimate.micro_step_seconds + estimate.commit_seconds
+        return Choice(candidate, estimate, seconds, estimate.peak <= self.budget)
+
+    def _steps(self, size: int) -> int:
+        return -(-self.most // size)
+
+    def _faster_layout(self) -> MemoryFormat:
+        plain, turned = (
+            self.choice(Candidate(self._sizes[0], layout)).seconds
+            for layout in ("contiguous", "channels_last")
+        )
+        return "channels_last" if turned < FASTER * plain else "contiguous"
+
+    def _lines(self, layout: MemoryFormat, how: Checkpointing) -> tuple[Estimate, Estimate]:
+        a, b = self._sizes
+        first = self.estimator.estimate(Candidate(a, layout, how))
+        return first, self.estimator.estimate(Candidate(b, layout, how))
+
+    def _seconds(self, layout: MemoryFormat, how: Checkpointing, size: int) -> float:
+        """Seconds of an update by the line through two traces."""
+        first, second = self._lines(layout, how)
+        step = _line(self._sizes, first.micro_step_seconds, second.micro_step_seconds, size)
+        return self._steps(size) * step + first.commit_seconds
+
+    def _ladder(self, most: int) -> list[int]:
+        """Sizes from `most` down, in whole groups, each as even as its number of steps allows."""
+        sizes, size = [], most
+        while size > self.unit:
+            sizes.append(self._even(size))
+            size = min(math.floor(size / LADDER / self.unit) * self.unit, size - self.unit)
+        return sorted({*sizes, self.unit}, reverse=True)
+
+    def _even(self, size: int) -> int:
+        """The least size with as many micro-steps as `size` has."""
+        groups = self.most // self.unit
+        return -(-groups // self._steps(size)) * self.unit
+
+    def _fitting(self, layout: MemoryFormat, how: Checkpointing) -> Choice | None:
+        """The fastest micro-batch that fits, all else given; None where none does."""
+        pinned = self.pinned.micro_batch_size
+        if pinned is not None:
+            choice = self.choice(Candidate(pinned, layout, how))
+            return choice if choice.fits else None
+        largest = self._largest(layout, how)
+        if largest is None:
+            return None
+        ladder = self._ladder(largest)
+        best = min(self._seconds(layout, how, size) for size in ladder)
+        plateau = PLATEAU[self.estimator.device.kind]
+        size = min(s for s in ladder if self._seconds(layout, how, s) <= plateau * best)
+        choice = self.choice(Candidate(size, layout, how))
+        return choice if choice.fits else self.choice(Candidate(largest, layout, how))
+
+    def _largest(self, layout: MemoryFormat, how: Checkpointing) -> int | None:
+        """The largest micro-batch that fits, or nearly, confirmed by a trace of its own.
+
+        The peak is nearly a line in the size; a secant between a size that fits and one that does
+        not finds where it crosses the budget.
+        """
+        a, b = self._sizes
+        first, second = self._lines(layout, how)
+        known = {a: first.peak, b: second.peak}
+        slope = max((second.peak - first.peak) / (b - a) if b > a else 0.0, 1.0)
+        size = self._whole(a + (self.budget - first.peak) / slope)
+        for _ in range(MOST_TRIES):
+            if size < self.unit:
+                break
+            known[size] = self.choice(Candidate(size, layout, how)).estimate.peak
+            fitting = [s for s, peak in known.items() if peak <= self.budget]
+            above = [s for s, peak in known.items() if peak > self.budget]
+            low, high = max(fitting, default=0), min(above, default=self.most + self.unit)
+            slack = self.budget - known.get(low, 0)
+            if high - low <= self.unit or (low and slack < SLACK * self.budget):
+                break
+            at = low or high
+            slope = max((known[size] - known[a]) / (size - a), 1.0) if size != a else slope
+            guess = self._whole(at + (self.budget - known[at]) / slope)
+            size = min(max(guess, low + self.unit), high - self.unit)
+        fitting = [s for s, peak in known.items() if peak <= self.budget]
+        return max(fitting, default=None)
+
+    def _whole(self, size: float) -> int:
+        """The nearest size below that is whole groups, at most the rank's share."""
+        return min(math.floor(size / self.unit) * self.unit, self.most)
+
+    def _with_segments(self, layout: MemoryFormat, found: Choice | None) -> Choice | None:
+        """A better choice with recompute, or `found`: accumulating comes before recomputing."""
+        if not self.estimator.units:
+            return found
+        pinned = self.pinned.micro_batch_size
+        if found is not None:
+            if pinned is not None:
+                return found
+            floor = self._seconds(layout, "none", self.most)
+            if floor > WORTH * found.seconds:
+                return found
+        sizes = [pinned] if pinned is not None else self._ladder(self.most)
+        promised = [(self._promised(layout, size, found), size) for size in sizes]
+        for seconds, size in sorted(promised):
+            if seconds == math.inf:
+                break
+            choice = self._recomputed(layout, size, self.budget)
+            if choice is not None and (found is None or choice.seconds < WORTH * found.seconds):
+                return choice
+        return found
+
+    def _promised(self, layout: MemoryFormat, size: int, found: Choice | None) -> float:
+        """Seconds of an update with the best segments at `size`, untraced; inf: none is better."""
+        plain = self._seconds(layout, "none", size)
+        limit = WORTH * found.seconds if found is not None else math.inf
+        if plain >= limit:
+            return math.inf
+        chain, forward = self._chain(layout, size)
+        runs = best_runs(chain, self.estimator.units, forward, self._target(layout))
+        if runs is None:
+            return math.inf
+        seconds = plain + self._steps(size) * extra_seconds(forward, runs)
+        return seconds if seconds < limit else math.inf
+
+    def _target(self, layout: MemoryFormat, budget: int | None = None) -> int:
+        """The budget less what lies around the trace, such as the runtime's context."""
+        around = self._lines(layout, "none")[0]
+        return (self.budget if budget is None else budget) - (around.peak - around.traced)
+
+    def _recomputed(self, layout: MemoryFormat, size: int, budget: int) -> Choice | None:
+        """The best segments at `size`, confirmed by a trace.
+
+        The chain's own figures leave out what lies around the trace (allocator, context), so the
+        target moves by what the traces of its plans miss the budget by.
+        """
+        chain, forward = self._chain(layout, size)
+        target, best = self._target(layout, budget), None
+        for _ in range(MOST_TRIES):
+            runs = best_runs(chain, self.estimator.units, forward, target)
+            if runs is None:
+                break
+            choice = self.choice(Candidate(size, layout, self._names(runs)))
+            room = budget - choice.estimate.peak
+            if room >= 0 and (best is None or choice.seconds < best.seconds):
+                best = choice
+            if best is not None and (room < 0 or room < SLACK * budget):
+                break
+            target += room
+        return best
+
+    def _names(self, runs: list[Run]) -> Checkpointing:
+        units = self.estimator.units
+        names: Segments = tuple(tuple(u.name for u in units[a : b + 1]) for a, b in runs)
+        return names or "none"
+
+    def _chain(self, layout: MemoryFormat, size: int) -> tuple[ChainCost, list[float]]:
+        """The chain's costs at `size`, on the line through two traces."""
+        first, second = self._lines(layout, "none")
+        assert first.chain is not None and second.chain is not None
+        units = []
+        for one, two in zip(first.chain.units, second.chain.units, strict=True):
+            fields = {
+                key: math.ceil(_line(self._sizes, value, getattr(two, key), size))
+                for key, value in vars(one).items()
+            }
+            units.append(UnitCost(**fields))
+        around = {
+            key: math.ceil(
+                _line(self._sizes, getattr(first.chain, key), getattr(second.chain, key), size)
+            )
+            for key in ("before", "head", "elsewhere")
+        }
+        forward = [
+            _line(self._sizes, one, two, size)
+            for one, two in zip(first.forward_seconds, second.forward_seconds, strict=True)
+        ]
+        return ChainCost(tuple(units), **around), forward
+
+    def cost_of_share(self, layout: MemoryFormat, size: int, share: float) -> tuple[int, float]:
+        """(bytes saved, extra seconds a micro-step) of recompute to `share` of the activations."""
+        chain, forward = self._chain(layout, size)
+        first, second = self._lines(layout, "none")
+        peak = _line(self._sizes, first.peak, second.peak, size)
+        budget = chain.before + share * (peak - chain.before)
+        runs = best_runs(chain, self.estimator.units, forward, int(budget))
+        if runs is None:
+            return 0, 0.0
+        return int(peak - budget), extra_seconds(forward, runs)
+
+    def _smallest(self, layout: MemoryFormat) -> Choice:
+        """The plan of the least peak: one group at a time, and as much recompute as helps."""
+        size = self.pinned.micro_batch_size or self.unit
+        how = self.pinned.checkpointing
+        if how is not None:
+            return self.choice(Candidate(size, layout, how))
+        found = [self.choice(Candidate(size, layout, how)) for how in ("none", "full")]
+        best = min(found, key=lambda choice: choice.estimate.peak)
+        if not self.estimator.units:
+            return best
+        chain, forward = self._chain(layout, size)
+        low, high, runs = 0, best.estimate.peak, None
+        while high - low > 0.01 * high:
+            middle = (low + high) // 2
+            fitting = best_runs(chain, self.estimator.units, forward, middle)
+            low, high = (middle, high) if fitting is None else (low, middle)
+            runs = fitting or runs
+        if runs is not None:
+            found.append(self.choice(Candidate(size, layout, self._names(runs))))
+        return min(found, key=lambda choice: choice.estimate.peak)
+
+
+def _line(sizes: tuple[int, int], first: float, second: float, size: float) -> float:
+    """The straight line through two points, at `size`."""
+    a, b = sizes
+    return first if a == b else first + (second - first) * (size - a) / (b - a)

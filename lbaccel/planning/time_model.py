@@ -1,0 +1,60 @@
+"""Seconds of a kernel, a micro-step and an update on a device: a roofline with launch costs.
+
+Williams, Waterman and Patterson 2009: a kernel takes max(operations / rate, bytes / bandwidth), and
+here the time of its launch on top. Rates are a calibration's, by class of kernel, or a datasheet's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from lbaccel.planning.devices import BANDWIDTH_SHARE, FLOP_SHARE, Device
+from lbaccel.planning.trace import Kernel
+
+HALF = (torch.bfloat16, torch.float16)
+_NORMS = ("batch_norm", "layer_norm", "group_norm")
+
+
+def kernel_class(kernel: Kernel, *, channels_last: bool) -> str:
+    """The class whose rate a kernel has, such as "conv/fp32/channels_last".
+
+    >>> kernel = Kernel("aten.mm", 2, 4, 0, torch.float32, False)
+    >>> kernel_class(kernel, channels_last=True)
+    'matmul/fp32'
+    """
+    dtype = "half" if kernel.dtype in HALF else "fp32"
+    name = kernel.name.removeprefix("aten.")
+    layout = "channels_last" if channels_last else "contiguous"
+    if name.startswith("convolution"):
+        kind = "depthwise" if kernel.depthwise else "pointwise" if kernel.pointwise else "conv"
+        return f"{kind}{'_backward' if name.endswith('backward') else ''}/{dtype}/{layout}"
+    if kernel.flops:
+        return f"matmul/{dtype}"
+    if any(norm in name for norm in _NORMS):
+        return f"norm{'_backward' if name.endswith('backward') else ''}/{dtype}/{layout}"
+    return f"elementwise/{dtype}"
+
+
+def kernel_seconds(kernel: Kernel, device: Device, *, channels_last: bool) -> float:
+    """Seconds of one call."""
+    if kernel.num_bytes == 0:
+        return 0.0
+    found = device.rates.get(kernel_class(kernel, channels_last=channels_last))
+    moved = kernel.num_bytes / (device.bandwidth * BANDWIDTH_SHARE)
+    if found is None:
+        half = kernel.dtype in HALF
+        is_conv = kernel.name.startswith("aten.convolution")
+        rate = device.flops["half" if half else "tf32" if is_conv else "fp32"] * FLOP_SHARE
+        work = kernel.flops / rate
+        if is_conv and not channels_last and device.kind == "cuda":
+            moved *= 1.5  # cuDNN turns plain tensors and back (timm's RTX 3090 results: 1.3 to 1.5)
+        return device.launch_seconds + max(work, moved)
+    work = (kernel.flops or kernel.num_bytes) / found
+    return device.launch_seconds + (max(work, moved / 4) if kernel.flops else work)
+
+
+def seconds(kernels: Iterable[Kernel], device: Device, *, channels_last: bool) -> float:
+    """Seconds of these calls, one after the other."""
+    return sum(kernel_seconds(k, device, channels_last=channels_last) for k in kernels)
