@@ -11,9 +11,10 @@ from lbaccel.errors import InputError, RunFailed
 
 USAGE = """usage: lbaccel COMMAND ...
 
-  train     train or finetune a timm backbone at a global batch that does not fit
-  compare   finished runs side by side: what differed, and what came of it
-  verify    a gradient check: is an update of this model the same however it is cut?
+  train      train or finetune a timm backbone at a global batch that does not fit
+  compare    finished runs side by side: what differed, and what came of it
+  verify     a gradient check: is an update of this model the same however it is cut?
+  calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
 """
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _compare(arguments)
     if command == "verify":
         return _verify(arguments)
+    if command == "calibrate":
+        return _calibrate(arguments)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -53,6 +56,12 @@ def _verify(arguments: Sequence[str]) -> int:
     from lbaccel.verification import command
 
     return _run("verify", command, arguments)
+
+
+def _calibrate(arguments: Sequence[str]) -> int:
+    from lbaccel.planning import calibrate_command
+
+    return _run("calibrate", calibrate_command, arguments)
 
 
 def _run(name: str, command: Any, arguments: Sequence[str]) -> int:

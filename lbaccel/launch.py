@@ -1,8 +1,12 @@
-"""What the launcher (torchrun, accelerate) told this process: the one place that reads it."""
+"""What the environment tells this process: the one place that reads it.
+
+The ranks are what a launcher (torchrun, accelerate) sets.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -13,3 +17,13 @@ def rank() -> int:
 def local_world_size() -> int:
     """Processes on this machine; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def calibration_file() -> Path:
+    """This user's calibrated devices: $LBACCEL_CALIBRATION, or a file in the folder of caches."""
+    named = os.environ.get("LBACCEL_CALIBRATION")
+    if named:
+        return Path(named).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(caches) if caches else Path.home() / ".cache"
+    return folder / "lbaccel" / "calibration.json"

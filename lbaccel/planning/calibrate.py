@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lbaccel.errors import InputError, check_number
 from lbaccel.planning.devices import Device
 from lbaccel.planning.time_model import kernel_class
-from lbaccel.planning.trace import Recorder
+from lbaccel.planning.trace import Kernel, Recorder
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ def _num_samples(device: torch.device, seconds: float) -> int:
     if device.type == "cpu":
         return min(max(int(seconds), 1), 8)
     free, _ = torch.cuda.mem_get_info(device)
-    return min(max(free // 2**28, 8), 64)  # the probes hold 0.15 GiB a sample
+    return min(max(free // 2**28, 8), 64)  # the probes hold 0.2 GiB a sample
 
 
 def _measure(probes: list[_Probe], device: torch.device, deadline: float) -> dict[_Probe, float]:
@@ -127,15 +127,19 @@ def _measure(probes: list[_Probe], device: torch.device, deadline: float) -> dic
     least: dict[_Probe, float] = {}
     calls: dict[_Probe, Call | None] = {}
     started: set[str] = set()
+
+    def late(probe: _Probe) -> bool:
+        return probe.name in started and time.perf_counter() > deadline
+
     for _ in range(_MAX_ROUNDS):
         marks: list[tuple[_Probe, Any, Any]] = []
         for probe in probes:
-            if probe.name in started and time.perf_counter() > deadline:
+            if late(probe):
                 continue
             if probe not in calls:
                 calls[probe] = _warm(probe)
             call = calls[probe]
-            if call is not None:
+            if call is not None and not late(probe):
                 started.add(probe.name)
                 start = _now(device)
                 call()
@@ -174,14 +178,14 @@ def _probes(device: torch.device, num_samples: int) -> list[_Probe]:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
     found: dict[str, list[_Probe]] = defaultdict(list)
-    for dtype in (torch.float32, half):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            for build in _builds(num_samples):
-                name, work = _name_and_work(build, dtype, layout)
-                if layout is torch.channels_last and not name.endswith("channels_last"):
-                    continue  # its class has no layout
-                here = partial(build, partial(_tensor, device, dtype, layout))
-                found[name].append(_Probe(name, work, here))
+    for build in _builds(num_samples):
+        for dtype in (torch.float32, half):
+            kernel = _kernel(build, dtype)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                name = kernel_class(kernel, channels_last=layout is torch.channels_last)
+                if layout is torch.contiguous_format or name.endswith("channels_last"):
+                    here = partial(build, partial(_tensor, device, dtype, layout))
+                    found[name].append(_Probe(name, kernel.flops or kernel.num_bytes, here))
     make = partial(_tensor, device, torch.float32, torch.contiguous_format)
     add = partial(_call, make, aten.add, (_LARGE,), (_LARGE,))
     ordered = [_Probe("launch", _LAUNCHES, partial(_launches, make))]
@@ -191,15 +195,14 @@ def _probes(device: torch.device, num_samples: int) -> list[_Probe]:
     return ordered
 
 
-def _name_and_work(build: Any, dtype: torch.dtype, layout: torch.memory_format) -> tuple[str, int]:
-    """The class and the work that the tracer finds."""
+def _kernel(build: Callable[[Make], Call], dtype: torch.dtype) -> Kernel:
+    """What the tracer sees of a call."""
     with FakeTensorMode():
-        call = build(partial(_tensor, torch.device("cpu"), dtype, layout))
+        make = partial(_tensor, torch.device("cpu"), dtype, torch.contiguous_format)
+        call = build(make)
         with Recorder() as recorder:
             call()
-    kernel = max(recorder.trace.kernels(), key=lambda k: k.flops or k.num_bytes)
-    name = kernel_class(kernel, channels_last=layout is torch.channels_last)
-    return name, kernel.flops or kernel.num_bytes
+    return max(recorder.trace.kernels(), key=lambda k: k.flops or k.num_bytes)
 
 
 def _tensor(

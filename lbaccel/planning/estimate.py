@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class Estimator:
     ) -> None:
         self.network, self.plan, self.device = network, plan, device
         self.precision: Precision = precision
-        self._known: dict[Candidate, Estimate] = {}
+        self._known: dict[tuple[Candidate, int], Estimate] = {}
         self._units: list[Unit] | None = None
         self.num_traces = 0
         parameters = [p for p in network.model.parameters() if p.requires_grad]
@@ -90,13 +91,34 @@ class Estimator:
             self._units = finders[0].units()
         return self._units
 
+    def of_world(self, world_size: int) -> Estimator:
+        """The same on another number of devices; what was traced is shared."""
+        other = copy.copy(self)
+        other.plan = replace(self.plan, world_size=world_size)
+        return other
+
     def estimate(self, candidate: Candidate) -> Estimate:
         """Bytes and seconds of `candidate`."""
-        if candidate not in self._known:
-            self._known[candidate] = self._estimate(candidate)
-        return self._known[candidate]
+        size = candidate.micro_batch_size
+        groups = -(-self.plan.num_groups(self.plan.global_batch_size) // self.plan.world_size)
+        steps = min(2, -(-groups * self.plan.group_size // size))  # from the second on all alike
+        if (candidate, steps) not in self._known:
+            self._known[candidate, steps] = self._estimate(candidate, steps)
+        found, world = self._known[candidate, steps], self.plan.world_size
+        if world == 1:
+            return found
+        # DDP holds the gradients once more in its buckets, and the update's own reduction one.
+        buckets = self.gradient_bytes + min(BUCKET, self.gradient_bytes)
+        breakdown = found.breakdown | {"gradients": found.breakdown["gradients"] + buckets}
+        reduction = 2 * self.gradient_bytes * (world - 1) / world / self.device.link_bandwidth
+        return replace(
+            found,
+            peak=found.peak + buckets,
+            breakdown=breakdown,
+            commit_seconds=found.commit_seconds + reduction,
+        )
 
-    def _estimate(self, candidate: Candidate) -> Estimate:
+    def _estimate(self, candidate: Candidate, steps: int) -> Estimate:
         plain = candidate.checkpointing == "none"
 
         def change(model: nn.Module, recorder: Recorder) -> None:
@@ -107,7 +129,7 @@ class Estimator:
             else:
                 apply_segments(model, candidate.checkpointing)
 
-        trace = self._trace(candidate, change)
+        trace = self._trace(candidate, change, steps)
         channels_last = candidate.memory_format == "channels_last"
         breakdown = self._breakdown(trace)
         micro, commit, forward = _phases(trace, len(self.units) if plain else 0)
@@ -117,27 +139,23 @@ class Estimator:
 
         moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
         step = moved / (self.device.bandwidth * BANDWIDTH_SHARE)
-        world = self.plan.world_size
-        reduction = 2 * self.gradient_bytes * (world - 1) / world / self.device.link_bandwidth
         return Estimate(
             peak=sum(breakdown.values()),
             traced=trace.peak(),
             breakdown=breakdown,
             micro_step_seconds=timed(micro),
-            commit_seconds=timed(commit) + step + reduction,
+            commit_seconds=timed(commit) + step,
             chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
             forward_seconds=tuple(timed(kernels) for kernels in forward),
         )
 
     def _trace(
-        self, candidate: Candidate, change: Callable[[nn.Module, Recorder], Any], steps: int = 2
+        self, candidate: Candidate, change: Callable[[nn.Module, Recorder], Any], steps: int
     ) -> Trace:
         self.num_traces += 1
         size = candidate.micro_batch_size
-        share = self.plan.num_groups(self.plan.global_batch_size) // self.plan.world_size
-        steps = min(steps, -(-share * self.plan.group_size // size))
         plan = replace(
-            self.plan, micro_batch_size=size, world_size=1, global_batch_size=max(steps, 1) * size
+            self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size
         )
         workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
         network = replace(self.network, memory_format=candidate.memory_format)
@@ -160,8 +178,6 @@ class Estimator:
                 "activations": 0,
                 "workspace": step - self.weight_bytes - self.gradient_bytes - self.state_bytes,
             }
-        if self.plan.world_size > 1:  # DDP's buckets, and that of the update's own reduction
-            found["gradients"] += self.gradient_bytes + min(BUCKET, self.gradient_bytes)
         found |= {"allocator": 0, "context": 0}
         if self.device.kind == "cuda":
             allocator = replay(_requests(trace))

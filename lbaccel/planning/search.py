@@ -14,7 +14,7 @@ from lbaccel.planning.estimate import (
     MemoryFormat,
     Segments,
 )
-from lbaccel.planning.segments import Run, best_runs, extra_seconds
+from lbaccel.planning.segments import Run, best_runs, extra_seconds, predicted_peak
 
 FASTER = 0.97  # another layout must be this much faster to be taken
 # The smallest micro-batch within this of the best time: a CPU's caches like it small.
@@ -255,12 +255,12 @@ class Search:
         """(bytes saved, extra seconds a micro-step) of recompute to `share` of the activations."""
         chain, forward = self._chain(layout, size)
         first, second = self._lines(layout, "none")
-        peak = _line(self._sizes, first.peak, second.peak, size)
-        budget = chain.before + share * (peak - chain.before)
-        runs = best_runs(chain, self.estimator.units, forward, int(budget))
+        peak = _line(self._sizes, first.traced, second.traced, size)
+        budget = int(chain.before + share * (peak - chain.before))
+        runs = best_runs(chain, self.estimator.units, forward, budget)
         if runs is None:
             return 0, 0.0
-        return int(peak - budget), extra_seconds(forward, runs)
+        return int(peak) - predicted_peak(chain, runs), extra_seconds(forward, runs)
 
     def _smallest(self, layout: MemoryFormat) -> Choice:
         """The plan of the least peak: one group at a time, and as much recompute as helps."""

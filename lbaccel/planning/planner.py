@@ -1,0 +1,392 @@
+"""`lbaccel.plan`: does this batch fit, and what is the fastest way to fit it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lbaccel.batch import BatchPlan, NormBatchSize
+from lbaccel.errors import InputError, check_whole
+from lbaccel.launch import calibration_file
+from lbaccel.memory.budget import default_budget, parse_memory
+from lbaccel.models import create_backbone
+from lbaccel.normalization import has_batch_norm
+from lbaccel.optimizers import create_optimizer
+from lbaccel.planning.devices import GIB, Device, find_device
+from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat
+from lbaccel.planning.levers import Lever, levers
+from lbaccel.planning.search import Choice, Pinned, Search
+from lbaccel.planning.update import (
+    LossFn,
+    MakeBatch,
+    Network,
+    Precision,
+    classification_loss,
+    image_batch,
+)
+from lbaccel.scaling import choose_rule, scale_lr
+
+WORLD_SIZES = (1, 2, 4, 8)
+NORM_BATCH_SIZE = 32
+IMAGENET = 1_281_167
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """The same contract on another number of devices."""
+
+    world_size: int
+    micro_batch_size: int
+    peak_gib: float
+    seconds_per_update: float
+    hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a contract fits: what was chosen, what it costs, and what else there is.
+
+    Floats are in GiB and seconds. `batch` is the `BatchPlan` that `LargeBatch` takes, `segments`
+    what `apply_segments` takes.
+    """
+
+    model: str
+    device: Device
+    budget_gib: float
+    fits: bool
+    batch: BatchPlan
+    activation_checkpointing: Literal["none", "full", "segments"]
+    segments: tuple[tuple[str, ...], ...]
+    units: int  # of the chain that was found
+    memory_format: MemoryFormat
+    precision: Precision
+    optimizer: str
+    lr: float
+    predicted_peak_gib: float
+    predicted_seconds_per_update: float
+    breakdown: Mapping[str, float]
+    levers: Sequence[Lever] = ()
+    alternatives: Sequence[Alternative] = ()
+    num_updates: int = 0
+    why: str = ""  # where it does not fit
+    zero_stage: int = 0
+    offload: str = "none"
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one forward of one rank."""
+        return self.batch.micro_batch_size
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches an update of one rank."""
+        return self.batch.gradient_accumulation_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        found: dict[str, Any] = {
+            "model": self.model,
+            "device": {"name": self.device.name, "rates": self.device.source},
+            "budget_gib": self.budget_gib,
+            "fits": self.fits,
+            "global_batch_size": self.batch.global_batch_size,
+            "world_size": self.batch.world_size,
+            "norm_batch_size": self.batch.norm_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "activation_checkpointing": {
+                "policy": self.activation_checkpointing,
+                "segments": [list(segment) for segment in self.segments],
+            },
+            "memory_format": self.memory_format,
+            "zero_stage": self.zero_stage,
+            "offload": self.offload,
+            "precision": self.precision,
+            "optimizer": self.optimizer,
+            "lr": self.lr,
+            "predicted_peak_gib": self.predicted_peak_gib,
+            "predicted_seconds_per_update": self.predicted_seconds_per_update,
+            "breakdown": dict(self.breakdown),
+            "levers": [vars(lever) for lever in self.levers],
+            "alternatives": [vars(alternative) for alternative in self.alternatives],
+            "notes": list(self.notes),
+        }
+        if not self.fits:
+            found["nearest"] = {
+                "memory_gib": self.predicted_peak_gib,
+                "micro_batch_size": self.micro_batch_size,
+                "activation_checkpointing": found["activation_checkpointing"],
+                "why": self.why,
+            }
+        return found
+
+
+def plan(
+    model: str | nn.Module,
+    *,
+    global_batch_size: int,
+    img_size: int | None = None,
+    memory: str | int | None = None,
+    world_size: int = 1,
+    device: str | Device | None = None,
+    precision: Precision = "fp32",
+    optimizer: str | torch.optim.Optimizer = "sgd",
+    norm_batch_size: NormBatchSize = None,
+    num_classes: int = 1000,
+    mix_pairs: bool = False,
+    clip_grad_norm: bool = True,
+    micro_batch_size: int | None = None,
+    activation_checkpointing: Literal["none", "full"] | None = None,
+    memory_format: MemoryFormat | None = None,
+    make_batch: MakeBatch | None = None,
+    loss_fn: LossFn | None = None,
+    num_samples: int = IMAGENET,
+    epochs: float = 90.0,
+    compare: bool = True,
+) -> Plan:
+    """The fastest plan for a global batch that fits in `memory`, without running anything.
+
+    One update is traced on fake tensors: no memory, no device, nothing of the model changes. Where
+    nothing fits, `fits` is False and the plan is the nearest one that there is.
+
+    Args:
+        model: a name of timm's, or any module.
+        global_batch_size: samples an update, over all ranks.
+        img_size: pixels a side of the images; default: the model's.
+        memory: bytes of each device, or text such as "8GiB"; default: the device's, or what is
+            free on this host for the CPU.
+        world_size: data-parallel processes.
+        device: a name such as "RTX 4090" or "cpu"; default: the GPU at hand, else the CPU.
+        precision: of the forward pass.
+        optimizer: a name of timm's, or an optimizer over the module's parameters.
+        norm_batch_size: see `BatchPlan`; by default 32 for a network with BatchNorm.
+        num_classes: outputs of a model given by name.
+        mix_pairs: see `BatchPlan`.
+        clip_grad_norm: whether the gradient is clipped.
+        micro_batch_size: pins it; None chooses.
+        activation_checkpointing: pins it to no recompute, or to the model's own blocks.
+        memory_format: pins it.
+        make_batch: number of samples -> a micro-batch, for what is no image classification.
+        loss_fn: (model, micro-batch) -> loss, as `LargeBatch.update` takes it.
+        num_samples: of the training set, for hours; default: ImageNet-1k.
+        epochs: of the run, for hours.
+        compare: fill in `levers` and `alternatives`; without, the plan takes half the time.
+
+    Raises:
+        InputError: sizes that are none, a budget below the weights, an unknown device, or a model
+            that can't be traced.
+
+    >>> found = plan("resnet10t", img_size=64, global_batch_size=256, memory="1GiB", device="cpu",
+    ...              num_classes=10, compare=False)
+    >>> found.fits, found.micro_batch_size % 32, found.batch.global_batch_size
+    (True, 0, 256)
+    """
+    check_whole("global_batch_size", global_batch_size)
+    check_whole("world_size", world_size)
+    chosen = _device(device)
+    budget = _budget(memory, chosen)
+    network, name, size = _network(
+        model,
+        img_size=img_size,
+        num_classes=num_classes,
+        optimizer=optimizer,
+        make_batch=make_batch,
+        loss_fn=loss_fn or classification_loss,
+        clips=clip_grad_norm,
+    )
+    if norm_batch_size is None and has_batch_norm(network.model):
+        norm_batch_size = min(NORM_BATCH_SIZE, global_batch_size)
+    unit = norm_batch_size if isinstance(norm_batch_size, int) else 2 if mix_pairs else 1
+    batch = BatchPlan(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size or unit,
+        world_size=world_size,
+        norm_batch_size=norm_batch_size,
+        mix_pairs=mix_pairs,
+    )
+    estimator = Estimator(network, batch, chosen, precision)
+    if estimator.weight_bytes > budget:
+        raise InputError(
+            f"memory={budget / GIB:.2f} GiB is below the weights of {name} alone, "
+            f"{estimator.weight_bytes / GIB:.2f} GiB. Use more memory or a smaller model."
+        )
+    pinned = Pinned(
+        micro_batch_size=batch.largest_micro_batch() if micro_batch_size is not None else None,
+        memory_format=memory_format,
+        checkpointing=activation_checkpointing,
+    )
+    search = Search(estimator, budget, pinned)
+    try:
+        choice = search.run()
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise InputError(_untraceable(name, size, error)) from error
+    return _plan(
+        search,
+        choice,
+        name=name,
+        optimizer=optimizer,
+        num_samples=num_samples,
+        epochs=epochs,
+        compare=compare,
+    )
+
+
+def _plan(
+    search: Search,
+    choice: Choice,
+    *,
+    name: str,
+    optimizer: Any,
+    num_samples: int,
+    epochs: float,
+    compare: bool,
+) -> Plan:
+    estimator, candidate, estimate = search.estimator, choice.candidate, choice.estimate
+    batch = replace(estimator.plan, micro_batch_size=candidate.micro_batch_size)
+    optimizer_name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
+    how: Checkpointing = candidate.checkpointing
+    rule, _ = choose_rule(optimizer_name)
+    num_updates = math.ceil(num_samples * epochs / batch.global_batch_size)
+    notes = []
+    if how != "none" and not isinstance(how, str) and len(estimator.units) < 4:
+        notes.append("the blocks of this network are no chain: whole stages are recomputed")
+    if estimator.device.source != "calibrated":
+        notes.append(
+            f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
+            "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
+        )
+    return Plan(
+        model=name,
+        device=estimator.device,
+        budget_gib=search.budget / GIB,
+        fits=choice.fits,
+        batch=batch,
+        activation_checkpointing=how if isinstance(how, str) else "segments",
+        segments=() if isinstance(how, str) else how,
+        units=len(estimator.units),
+        memory_format=candidate.memory_format,
+        precision=estimator.precision,
+        optimizer=optimizer_name,
+        lr=scale_lr(
+            0.1 if rule == "linear" else 1e-3,
+            base_batch_size=256,
+            global_batch_size=batch.global_batch_size,
+            rule=rule,
+        ),
+        predicted_peak_gib=estimate.peak / GIB,
+        predicted_seconds_per_update=choice.seconds,
+        breakdown={part: num_bytes / GIB for part, num_bytes in estimate.breakdown.items()},
+        levers=levers(search, choice) if compare else (),
+        alternatives=_alternatives(search, choice, num_updates) if compare else (),
+        num_updates=num_updates,
+        why="" if choice.fits else _why(search, choice),
+        notes=tuple(notes),
+    )
+
+
+def _device(device: str | Device | None) -> Device:
+    if isinstance(device, Device):
+        return device
+    if device is None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return find_device(device, calibration_file())
+
+
+def _budget(memory: str | int | None, device: Device) -> int:
+    if isinstance(memory, str):
+        return parse_memory(memory)
+    if memory is not None:
+        return memory
+    return device.memory or default_budget(torch.device("cpu"))
+
+
+def _network(
+    model: str | nn.Module,
+    *,
+    img_size: int | None,
+    num_classes: int,
+    optimizer: Any,
+    make_batch: MakeBatch | None,
+    loss_fn: LossFn,
+    clips: bool,
+) -> tuple[Network, str, int | None]:
+    """The network, its name, and the size of its images."""
+    if isinstance(model, str):
+        name = model
+        with torch.device("meta"):
+            model = create_backbone(name, num_classes=num_classes, img_size=img_size)
+    else:
+        name = type(model).__name__
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = img_size or (config.get("input_size") or (3, None, None))[-1]
+    if make_batch is None:
+        if size is None:
+            raise InputError(f"{name} does not say which images it takes. Give img_size=224.")
+        check_whole("img_size", size)
+        make_batch = image_batch((config.get("input_size") or (3,))[0], size)
+    if isinstance(optimizer, str):
+        optimizer = create_optimizer(model, optimizer, lr=0.1, weight_decay=1e-4)
+    return (
+        Network(
+            model=model, make_batch=make_batch, loss_fn=loss_fn, optimizer=optimizer, clips=clips
+        ),
+        name,
+        size,
+    )
+
+
+def _untraceable(name: str, size: int | None, error: Exception) -> str:
+    kernel = getattr(error, "func", None)
+    what = f"the operator {kernel}" if kernel is not None else type(error).__name__
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    return (
+        f"{name} at {size} px can't be traced on tensors without values: {what}: {reason}. If the "
+        "size is right, let a real run measure it: lbaccel train --micro-batch-size auto."
+    )
+
+
+def _why(search: Search, choice: Choice) -> str:
+    parts = choice.estimate.breakdown
+    fixed = sum(parts[key] for key in ("weights", "gradients", "optimizer", "context"))
+    size = choice.candidate.micro_batch_size
+    what = f"{size} samples" if search.unit == 1 else f"one group of {size} samples"
+    return (
+        f"{what} with all the recompute that helps needs {choice.estimate.peak / GIB:.2f} GiB, "
+        f"{fixed / GIB:.2f} of it whatever the batch; the budget is {search.budget / GIB:.2f} GiB"
+    )
+
+
+def _alternatives(search: Search, choice: Choice, num_updates: int) -> list[Alternative]:
+    """The same contract on 1, 2, 4 and 8 such devices, with the micro-batch chosen or less."""
+    found = []
+    estimator, candidate = search.estimator, choice.candidate
+    for world in WORLD_SIZES:
+        if estimator.plan.global_batch_size < world * search.unit:
+            continue
+        batch = replace(
+            estimator.plan, world_size=world, micro_batch_size=candidate.micro_batch_size
+        )
+        size = batch.largest_micro_batch()
+        other = Search(estimator.of_world(world), search.budget, search.pinned)
+        there = other.choice(replace(candidate, micro_batch_size=size))
+        hours = num_updates * there.seconds / 3600
+        found.append(
+            Alternative(
+                world_size=world,
+                micro_batch_size=size,
+                peak_gib=there.estimate.peak / GIB,
+                seconds_per_update=there.seconds,
+                hours=hours,
+                gpu_hours=world * hours,
+            )
+        )
+    return found
