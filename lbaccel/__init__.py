@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lbaccel.batch import BatchPlan, MicroBatch
-    from lbaccel.checkpointing import apply_activation_checkpointing
+    from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
     from lbaccel.normalization import convert_batch_norm, recalibrate
+    from lbaccel.planning.planner import Plan, plan
     from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
@@ -42,6 +43,9 @@ _HOME = {
     "RunFailed": "errors",
     "convert_batch_norm": "normalization",
     "recalibrate": "normalization",
+    "Plan": "planning.planner",
+    "plan": "planning.planner",
+    "apply_segments": "checkpointing",
     "linear_scaling": "scaling",
     "no_scaling": "scaling",
     "scale_lr": "scaling",
@@ -62,18 +66,21 @@ __all__ = [
     "KeyedImages",
     "LargeBatch",
     "MicroBatch",
+    "Plan",
     "RunFailed",
     "Update",
     "UpdateLoader",
     "UpdateResult",
     "UpdateStream",
     "apply_activation_checkpointing",
+    "apply_segments",
     "convert_batch_norm",
     "linear_scaling",
     "lr_scheduler",
     "make_schedule",
     "no_scaling",
     "open_source",
+    "plan",
     "recalibrate",
     "scale_lr",
     "sqrt_scaling",

@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
 
 from lbaccel.errors import InputError, RunFailed
 
 USAGE = """usage: lbaccel COMMAND ...
 
   train      train or finetune a timm backbone at a global batch that does not fit
+  plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
   compare    finished runs side by side: what differed, and what came of it
   verify     a gradient check: is an update of this model the same however it is cut?
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
 """
+
+
+# subcommand: its module, imported when it is called
+COMMANDS = {
+    "calibrate": "planning.calibrate_command",
+    "compare": "compare",
+    "plan": "planning.command",
+    "verify": "verification.command",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lbaccel import train
 
         return train.main(arguments)
-    if command == "compare":
-        return _compare(arguments)
-    if command == "verify":
-        return _verify(arguments)
-    if command == "calibrate":
-        return _calibrate(arguments)
+    if command in COMMANDS:
+        return _run(command, arguments)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -46,26 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _compare(arguments: Sequence[str]) -> int:
-    from lbaccel import compare
-
-    return _run("compare", compare, arguments)
-
-
-def _verify(arguments: Sequence[str]) -> int:
-    from lbaccel.verification import command
-
-    return _run("verify", command, arguments)
-
-
-def _calibrate(arguments: Sequence[str]) -> int:
-    from lbaccel.planning import calibrate_command
-
-    return _run("calibrate", calibrate_command, arguments)
-
-
-def _run(name: str, command: Any, arguments: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str]) -> int:
     """A command of two functions: `add_arguments(parser)` and `run(namespace) -> exit code`."""
+    command = import_module(f"lbaccel.{COMMANDS[name]}")
     parser = argparse.ArgumentParser(prog=f"lbaccel {name}", allow_abbrev=False)
     command.add_arguments(parser)
     try:

@@ -158,7 +158,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             str,
             "none",
             "recompute in the backward pass; no effect on the result",
-            ("none", "full"),
+            ("none", "full", "auto"),
             contract=False,
         ),
         Option(
@@ -166,7 +166,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             str,
             "contiguous",
             "of weights and images",
-            ("contiguous", "channels_last"),
+            ("contiguous", "channels_last", "auto"),
             contract=False,
         ),
         Option(

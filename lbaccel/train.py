@@ -56,8 +56,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from accelerate.utils import set_seed
     from torch.nn import functional as F
 
+    from lbaccel import auto_plan
     from lbaccel.batch import BatchPlan
-    from lbaccel.checkpointing import apply_activation_checkpointing
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
     from lbaccel.data.pipelines import evaluation_batches, training_set
@@ -118,10 +118,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         s, source, num_classes=num_classes, say=say, load_weights=resume_from is None
     )
     model = model.to(dtype)
-    if s["memory_format"] == "channels_last":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if s["activation_checkpointing"] == "full":
-        say(str(apply_activation_checkpointing(model)))
 
     # -- the batch ----------------------------------------------------------------------------
     mixes = bool(s["mixup"] or s["cutmix"])
@@ -130,9 +126,25 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
     auto = s["micro_batch_size"] == "auto"
+    chosen = auto_plan.as_asked(s)
+    if auto_plan.wants_plan(s):
+        chosen = auto_plan.choose(
+            s,
+            model,
+            accelerator=accelerator,
+            norm_batch_size=norm_batch_size,
+            num_samples=num_samples,
+            image_shape=(source.num_channels, preprocessing["img_size"], preprocessing["img_size"]),
+            dtype=dtype,
+            precision=precision,
+            say=say,
+        )
+    model = auto_plan.apply(model, chosen, say=say)
+    searches = auto and chosen.micro_batch_size is None
     plan = BatchPlan(
         global_batch_size=s["global_batch_size"],
-        micro_batch_size=choose_micro_batch_size(s, norm_batch_size=norm_batch_size),
+        micro_batch_size=chosen.micro_batch_size
+        or choose_micro_batch_size(s, norm_batch_size=norm_batch_size),
         world_size=accelerator.num_processes,
         norm_batch_size=norm_batch_size,
         mix_pairs=mixes,
@@ -192,7 +204,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     def loss_fn(model: Any, micro_batch: Any) -> Any:
         images, targets = micro_batch
         images = images.to(dtype)
-        if s["memory_format"] == "channels_last":
+        if chosen.memory_format == "channels_last":
             images = images.to(memory_format=torch.channels_last)
         if targets.is_floating_point():  # soft targets of mixup, smoothed already
             return F.cross_entropy(model(images), targets.to(dtype))
@@ -240,7 +252,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         line = around.enter_context(limit_for(s, accelerator.device, auto=auto))
         if line:
             say(line)
-        if auto:
+        if searches:
             found = large_batch.find_micro_batch_size(loader, loss_fn)
             say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
         if s["dry_run"]:
@@ -251,6 +263,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 "world_size": plan.world_size,
                 "micro_batch_size": large_batch.plan.micro_batch_size,
                 "gradient_accumulation_steps": large_batch.plan.gradient_accumulation_steps,
+                "activation_checkpointing": chosen.checkpointing,
+                "segments": [list(segment) for segment in chosen.segments],
+                "memory_format": chosen.memory_format,
                 "num_updates": num_updates,
                 "norm_batch_size": plan.norm_batch_size,
                 "lr": lr_values.pop("lr"),

@@ -91,7 +91,7 @@ def _table(device: Device) -> str:
     """Aligned lines of class and rate, of this device."""
     rates = {**device.rates, "bandwidth": device.bandwidth}
     wide = max(map(len, rates))
-    lines = [device.name if device.kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"]
+    lines = [device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"]
     for name, rate in rates.items():
         in_bytes = name.startswith(("norm", "elementwise", "bandwidth"))
         lines.append(f"{name:{wide}}  {rate / 1e9:10,.1f} {'GB/s' if in_bytes else 'GFLOP/s'}")

@@ -106,7 +106,8 @@ def lines(found: Plan) -> Iterator[str]:
         "segments": f"{len(found.segments)} segments recomputed: "
         + ", ".join(_span(segment) for segment in found.segments),
     }[found.activation_checkpointing]
-    yield f"plan: {how}; {found.memory_format}; {found.precision}; {found.optimizer}, lr {found.lr:g}"
+    contract = f"{found.precision}; {found.optimizer}, lr {found.lr:g}"
+    yield f"plan: {how}; {found.memory_format}; {contract}"
     yield (
         f"peak {found.predicted_peak_gib:.2f} GiB, "
         f"{found.predicted_seconds_per_update:.3g} s an update, {found.num_updates} updates"

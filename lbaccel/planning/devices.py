@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,13 @@ class Device:
         """Bytes that cuBLAS holds: two handles of 8.125 MiB, of 32 MiB on Hopper."""
         if self.kind != "cuda":
             return 0
-        return 2 * (32 * 2**20 if self.name.startswith(("H100", "H200")) else 8320 * 2**10)
+        hopper = any(card in self.name for card in ("H100", "H200"))
+        return 2 * (32 * 2**20 if hopper else 8320 * 2**10)
+
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes a second that kernels reach: measured, or a share of the datasheet's."""
+        return self.bandwidth * (1.0 if self.source == "calibrated" else BANDWIDTH_SHARE)
 
 
 def _card(
@@ -108,18 +115,18 @@ def find_device(name: str, calibration: Path | None = None) -> Device:
     Raises:
         InputError: an unknown name; the text has the nearest ones.
     """
-    found = read_calibration(calibration).get(_key(name)) if calibration is not None else None
-    if found is not None:
-        return found
-    if _key(name) == "cpu":
-        return CPU
-    names = {_key(card): device for card, device in CARDS.items()}
-    whole = [card for card in names if card == _key(name)]
-    inside = sorted((card for card in names if card in _key(name)), key=len)  # "nvidia h100 80gb"
-    if whole or inside:
-        return names[(whole or inside)[-1]]
-    near = difflib.get_close_matches(_key(name), list(names), n=3, cutoff=0.4)
-    known = [names[card].name for card in near] or sorted(CARDS)
+    calibrated = {} if calibration is None else read_calibration(calibration)
+    cards = {_key(card): device for card, device in CARDS.items()}
+    for names in (calibrated, {**cards, "cpu": CPU}):
+        if _key(name) in names:
+            return names[_key(name)]
+    # "NVIDIA H100 80GB HBM3" is an H100, and "H100" is what was calibrated under that name.
+    for names in (calibrated, cards):
+        alike = [known for known in names if known in _key(name) or _key(name) in known]
+        if alike and _key(name):
+            return names[max(alike, key=len)]
+    near = difflib.get_close_matches(_key(name), list(cards), n=3, cutoff=0.4)
+    known = [cards[card].name for card in near] or sorted(CARDS)
     raise InputError(
         f"device={name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(known)}, cpu. "
         "On the device itself `lbaccel calibrate` measures it."
@@ -144,7 +151,7 @@ def read_calibration(path: Path) -> dict[str, Device]:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"calibration={path} can't be read: {error}. Remove it, or run lbaccel calibrate."
+            f"calibration={path} can't be read: {error}. Remove it and run lbaccel calibrate."
         ) from error
 
 
@@ -153,7 +160,9 @@ def write_calibration(path: Path, device: Device) -> None:
     kept = {d.name: d for d in read_calibration(path).values()} | {device.name: device}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: _fields(d) for name, d in kept.items()}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def _fields(device: Device) -> dict[str, Any]:

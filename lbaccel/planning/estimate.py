@@ -15,7 +15,7 @@ from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.memory.reserve import state_like
 from lbaccel.planning.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cuda_allocator import replay
-from lbaccel.planning.devices import BANDWIDTH_SHARE, Device
+from lbaccel.planning.devices import Device
 from lbaccel.planning.time_model import seconds
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, Precision, trace_update
@@ -138,7 +138,7 @@ class Estimator:
             return seconds(kernels, self.device, channels_last=channels_last)
 
         moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
-        step = moved / (self.device.bandwidth * BANDWIDTH_SHARE)
+        step = moved / self.device.reached_bandwidth
         return Estimate(
             peak=sum(breakdown.values()),
             traced=trace.peak(),

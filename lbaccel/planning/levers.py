@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lbaccel.planning.devices import BANDWIDTH_SHARE, GIB
+from lbaccel.planning.devices import GIB
 from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.search import Choice, Search
 
@@ -133,7 +133,7 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
         yield against(half, "bf16", "another rounding: yours to decide")
     states = estimator.state_bytes
     if states:
-        moved = 1.5 * states / (estimator.device.bandwidth * BANDWIDTH_SHARE)
+        moved = 1.5 * states / estimator.device.reached_bandwidth
         pct = -100 * moved / choice.seconds
         saved = 0.75 * states
         yield Lever(

@@ -293,12 +293,22 @@ def _plan(
     )
 
 
-def _device(device: str | Device | None) -> Device:
-    if isinstance(device, Device):
-        return device
+def device_at_hand(device: torch.device | None = None) -> Device:
+    """The rates of this machine's GPU (or of `device`), else of its CPU.
+
+    Raises:
+        InputError: a card that is neither calibrated nor in the table.
+    """
     if device is None:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return find_device(device, calibration_file())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return find_device(name, calibration_file())
+
+
+def _device(device: str | Device | None) -> Device:
+    if isinstance(device, str):
+        return find_device(device, calibration_file())
+    return device_at_hand() if device is None else device
 
 
 def _budget(memory: str | int | None, device: Device) -> int:

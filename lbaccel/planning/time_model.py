@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lbaccel.planning.devices import BANDWIDTH_SHARE, FLOP_SHARE, Device
+from lbaccel.planning.devices import FLOP_SHARE, Device
 from lbaccel.planning.trace import Kernel
 
 HALF = (torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def kernel_seconds(kernel: Kernel, device: Device, *, channels_last: bool) -> fl
     if kernel.num_bytes == 0:
         return 0.0
     found = device.rates.get(kernel_class(kernel, channels_last=channels_last))
-    moved = kernel.num_bytes / (device.bandwidth * BANDWIDTH_SHARE)
+    moved = kernel.num_bytes / device.reached_bandwidth
     if found is None:
         half = kernel.dtype in HALF
         is_conv = kernel.name.startswith("aten.convolution")

@@ -170,14 +170,13 @@ class Recorder(TorchDispatchMode):
     ) -> Kernel:
         name = str(func._overloadpacket)
         inputs = [t for t in _flat(args) if isinstance(t, Tensor)]
-        count = flop_registry.get(func._overloadpacket)
-        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
+        free = name in _FREE
         main = inputs[0] if inputs else (tensors[0] if tensors else None)
         distinct = {id(t): t for t in (*inputs, *tensors)}
         return Kernel(
             name=name,
-            flops=int(flops),
-            num_bytes=sum(t.numel() * t.element_size() for t in distinct.values()),
+            flops=_flops(func._overloadpacket, name, args, kwargs, out),
+            num_bytes=0 if free else sum(t.numel() * t.element_size() for t in distinct.values()),
             workspace=self._workspace(name, args, kwargs, out) if self._workspace else 0,
             dtype=main.dtype if main is not None else None,
             channels_last=main is not None
@@ -186,6 +185,22 @@ class Recorder(TorchDispatchMode):
             and not main.is_contiguous(),
             **_shape_of_convolution(name, args),
         )
+
+
+# They touch no memory: a view by another name, or storage that nothing has written yet.
+_FREE = frozenset(
+    f"aten.{name}"
+    for name in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh")
+)
+
+
+def _flops(packet: Any, name: str, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    if name == "aten.convolution_backward" and args[9] > 1:
+        # torch's formula takes a grouped convolution's backward for a dense one.
+        grad, weight, wanted = args[0], args[2], args[10]
+        return 2 * grad.numel() * weight.shape[1:].numel() * sum(wanted[:2])
+    count = flop_registry.get(packet)
+    return int(count(*args, **kwargs, out_val=out)) if count is not None else 0
 
 
 def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, bool]:
