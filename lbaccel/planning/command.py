@@ -11,6 +11,7 @@ from typing import Any
 from lbaccel.errors import InputError
 from lbaccel.options import group_samples, samples_or_auto
 from lbaccel.planning.planner import IMAGENET, Plan, plan
+from lbaccel.planning.sweep import plot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
         memory_format=asked(a.memory_format),
         num_samples=a.num_samples,
         epochs=a.epochs,
+        sweeps=a.sweep,
     )
+    if a.plot is not None:
+        title = f"{found.model}, global batch {a.global_batch_size}, {found.device.name}"
+        plot(list(found.points), a.plot, title=title, budget_gib=found.budget_gib)
     if a.json:
         print(json.dumps(found.to_dict()))
     else:
@@ -143,6 +148,21 @@ def lines(found: Plan) -> Iterator[str]:
                     f"{other.gpu_hours:.1f}",
                 )
                 for other in found.alternatives
+            ],
+        )
+    if found.points:
+        yield ""
+        yield from _table(
+            ("peak GiB", "s an update", "micro-batch", "activations kept"),
+            [
+                (
+                    f"{point.peak_gib:.2f}",
+                    f"{point.seconds_per_update:.3g}",
+                    str(point.micro_batch_size),
+                    "the plan" if point.chosen else f"{point.activations_kept:.0%}",
+                )
+                for point in found.points
+                if point.best or point.chosen
             ],
         )
     for note in found.notes:

@@ -117,20 +117,24 @@ def find_device(name: str, calibration: Path | None = None) -> Device:
     """
     calibrated = {} if calibration is None else read_calibration(calibration)
     cards = {_key(card): device for card, device in CARDS.items()}
+    asked = set(_key(name).split())
     for names in (calibrated, {**cards, "cpu": CPU}):
         if _key(name) in names:
             return names[_key(name)]
-    # "NVIDIA H100 80GB HBM3" is an H100, and "H100" is what was calibrated under that name.
-    for names in (calibrated, cards):
-        alike = [known for known in names if known in _key(name) or _key(name) in known]
-        if alike and _key(name):
-            return names[max(alike, key=len)]
+        # "NVIDIA H100 80GB HBM3" is an H100, and "H100" is what was calibrated under that name.
+        alike = [known for known in names if asked and _are_alike(asked, set(known.split()))]
+        if alike:
+            return names[max(alike, key=lambda known: len(asked & set(known.split())))]
     near = difflib.get_close_matches(_key(name), list(cards), n=3, cutoff=0.4)
     known = [cards[card].name for card in near] or sorted(CARDS)
     raise InputError(
         f"device={name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(known)}, cpu. "
         "On the device itself `lbaccel calibrate` measures it."
     )
+
+
+def _are_alike(asked: set[str], known: set[str]) -> bool:
+    return known <= asked or (asked <= known and any(c.isdigit() for w in asked for c in w))
 
 
 def _key(name: str) -> str:

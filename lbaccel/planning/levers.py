@@ -50,16 +50,15 @@ def _of_the_plan(search: Search, choice: Choice) -> Iterator[Lever]:
             "the first to pull",
         )
     if candidate.checkpointing == "none":
-        steps = -(-search.most // size)
-        for share in (0.75, 0.5) if search.estimator.units else ():
-            saved, extra = search.cost_of_share(candidate.memory_format, size, share)
-            if saved:
-                name = f"recompute to {share:.0%} of the activations"
+        kept = search.predicted(candidate.memory_format, size, 1.0)
+        for share in (0.75, 0.5):
+            less = search.predicted(candidate.memory_format, size, share)
+            if kept is not None and less is not None:
                 yield lever(
-                    name,
-                    saved,
-                    choice.seconds + steps * extra,
-                    "when batches of one group do not fit",
+                    f"recompute to {share:.0%} of the activations",
+                    kept[0] - less[0],
+                    choice.seconds + less[1] - kept[1],
+                    "when one group alone does not fit",
                 )
         full = search.choice(replace(candidate, checkpointing="full"))
         yield lever(

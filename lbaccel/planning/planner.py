@@ -21,6 +21,7 @@ from lbaccel.planning.devices import GIB, Device, find_device
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat
 from lbaccel.planning.levers import Lever, levers
 from lbaccel.planning.search import Choice, Pinned, Search
+from lbaccel.planning.sweep import Point, sweep
 from lbaccel.planning.update import (
     LossFn,
     MakeBatch,
@@ -77,6 +78,7 @@ class Plan:
     why: str = ""  # where it does not fit
     zero_stage: int = 0
     offload: str = "none"
+    points: Sequence[Point] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -118,6 +120,8 @@ class Plan:
             "alternatives": [vars(alternative) for alternative in self.alternatives],
             "notes": list(self.notes),
         }
+        if self.points:
+            found["sweep"] = [vars(point) for point in self.points]
         if not self.fits:
             found["nearest"] = {
                 "memory_gib": self.predicted_peak_gib,
@@ -150,6 +154,7 @@ def plan(
     num_samples: int = IMAGENET,
     epochs: float = 90.0,
     compare: bool = True,
+    sweeps: bool = False,
 ) -> Plan:
     """The fastest plan for a global batch that fits in `memory`, without running anything.
 
@@ -178,6 +183,7 @@ def plan(
         num_samples: of the training set, for hours; default: ImageNet-1k.
         epochs: of the run, for hours.
         compare: fill in `levers` and `alternatives`; without, the plan takes half the time.
+        sweeps: fill in `points`, the frontier of time against memory.
 
     Raises:
         InputError: sizes that are none, a budget below the weights, an unknown device, or a model
@@ -237,6 +243,7 @@ def plan(
         num_samples=num_samples,
         epochs=epochs,
         compare=compare,
+        sweeps=sweeps,
     )
 
 
@@ -249,6 +256,7 @@ def _plan(
     num_samples: int,
     epochs: float,
     compare: bool,
+    sweeps: bool,
 ) -> Plan:
     estimator, candidate, estimate = search.estimator, choice.candidate, choice.estimate
     batch = replace(estimator.plan, micro_batch_size=candidate.micro_batch_size)
@@ -288,6 +296,7 @@ def _plan(
         levers=levers(search, choice) if compare else (),
         alternatives=_alternatives(search, choice, num_updates) if compare else (),
         num_updates=num_updates,
+        points=_points(search, choice) if sweeps else (),
         why="" if choice.fits else _why(search, choice),
         notes=tuple(notes),
     )
@@ -373,6 +382,13 @@ def _why(search: Search, choice: Choice) -> str:
         f"{what} with all the recompute that helps needs {choice.estimate.peak / GIB:.2f} GiB, "
         f"{fixed / GIB:.2f} of it whatever the batch; the budget is {search.budget / GIB:.2f} GiB"
     )
+
+
+def _points(search: Search, choice: Choice) -> list[Point]:
+    candidate, peak = choice.candidate, choice.estimate.peak / GIB
+    kept = 1.0 if candidate.checkpointing == "none" else 0.0
+    chosen = Point(candidate.micro_batch_size, kept, peak, choice.seconds, chosen=True)
+    return sweep(search, candidate.memory_format, chosen)
 
 
 def _alternatives(search: Search, choice: Choice, num_updates: int) -> list[Alternative]:

@@ -251,16 +251,30 @@ class Search:
         ]
         return ChainCost(tuple(units), **around), forward
 
-    def cost_of_share(self, layout: MemoryFormat, size: int, share: float) -> tuple[int, float]:
-        """(bytes saved, extra seconds a micro-step) of recompute to `share` of the activations."""
-        chain, forward = self._chain(layout, size)
+    def sizes(self) -> list[int]:
+        """The micro-batches of a sweep, the rank's whole share first."""
+        return self._ladder(self.most)[::3]
+
+    def predicted(self, layout: MemoryFormat, size: int, share: float) -> tuple[int, float] | None:
+        """(peak bytes, seconds of an update), untraced, with `share` of the activations kept.
+
+        None where no recompute brings them down so far.
+        """
         first, second = self._lines(layout, "none")
-        peak = _line(self._sizes, first.traced, second.traced, size)
-        budget = int(chain.before + share * (peak - chain.before))
+        peak = _line(self._sizes, first.peak, second.peak, size)
+        plain = self._seconds(layout, "none", size)
+        if share >= 1:
+            return int(peak), plain
+        if not self.estimator.units:
+            return None
+        chain, forward = self._chain(layout, size)
+        traced = _line(self._sizes, first.traced, second.traced, size)
+        budget = int(chain.before + share * (traced - chain.before))
         runs = best_runs(chain, self.estimator.units, forward, budget)
         if runs is None:
-            return 0, 0.0
-        return int(peak) - predicted_peak(chain, runs), extra_seconds(forward, runs)
+            return None
+        saved = traced - predicted_peak(chain, runs)
+        return int(peak - saved), plain + self._steps(size) * extra_seconds(forward, runs)
 
     def _smallest(self, layout: MemoryFormat) -> Choice:
         """The plan of the least peak: one group at a time, and as much recompute as helps."""
