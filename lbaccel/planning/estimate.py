@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,11 @@ from lbaccel.planning.workspace import cpu_workspace, cuda_workspace
 MemoryFormat = Literal["contiguous", "channels_last"]
 Segments = tuple[tuple[str, ...], ...]
 Checkpointing = Literal["none", "full"] | Segments
+
+
+class _ForwardDone(Exception):
+    """Ends a trace after its first forward."""
+
 
 BUCKET = 25 * 2**20
 
@@ -86,8 +92,16 @@ class Estimator:
             def find(model: nn.Module, recorder: Recorder) -> None:
                 finders.append(ChainFinder(model, recorder))
 
-            size = self.plan.group_size
-            self._trace(Candidate(size), find, steps=1)
+            # A forward is enough, so its loss ends the trace.
+            loss_fn = self.network.loss_fn
+
+            def stop(model: Any, micro_batch: Any) -> Any:
+                loss_fn(model, micro_batch)
+                raise _ForwardDone
+
+            with suppress(_ForwardDone):
+                network = replace(self.network, loss_fn=stop)
+                self._trace(Candidate(self.plan.group_size), find, 1, network)
             self._units = finders[0].units()
         return self._units
 
@@ -150,7 +164,11 @@ class Estimator:
         )
 
     def _trace(
-        self, candidate: Candidate, change: Callable[[nn.Module, Recorder], Any], steps: int
+        self,
+        candidate: Candidate,
+        change: Callable[[nn.Module, Recorder], Any],
+        steps: int,
+        network: Network | None = None,
     ) -> Trace:
         self.num_traces += 1
         size = candidate.micro_batch_size
@@ -158,7 +176,7 @@ class Estimator:
             self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size
         )
         workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
-        network = replace(self.network, memory_format=candidate.memory_format)
+        network = replace(network or self.network, memory_format=candidate.memory_format)
         return trace_update(
             network, plan, precision=self.precision, workspace=workspace, change=change
         )

@@ -121,9 +121,19 @@ class Search:
         if pinned is not None:
             choice = self.choice(Candidate(pinned, layout, how))
             return choice if choice.fits else None
-        largest = self._largest(layout, how)
-        if largest is None:
-            return None
+        a, b = self._sizes
+        first, second = self._lines(layout, how)
+        slope = max((second.peak - first.peak) / (b - a) if b > a else 0.0, 1.0)
+        guess = self._whole(a + (self.budget - first.peak) / slope)
+        if guess >= self.unit:
+            choice = self._fastest_below(layout, how, guess)
+            if choice.fits and choice.candidate.micro_batch_size < self._even(guess):
+                return choice  # not bound by memory
+        largest = self._largest(layout, how, guess)
+        return None if largest is None else self._fastest_below(layout, how, largest)
+
+    def _fastest_below(self, layout: MemoryFormat, how: Checkpointing, largest: int) -> Choice:
+        """The fastest size of the ladder below `largest`, by the line through two traces."""
         ladder = self._ladder(largest)
         best = min(self._seconds(layout, how, size) for size in ladder)
         plateau = PLATEAU[self.estimator.device.kind]
@@ -131,7 +141,7 @@ class Search:
         choice = self.choice(Candidate(size, layout, how))
         return choice if choice.fits else self.choice(Candidate(largest, layout, how))
 
-    def _largest(self, layout: MemoryFormat, how: Checkpointing) -> int | None:
+    def _largest(self, layout: MemoryFormat, how: Checkpointing, guess: int) -> int | None:
         """The largest micro-batch that fits, or nearly, confirmed by a trace of its own.
 
         The peak is nearly a line in the size; a secant between a size that fits and one that does
@@ -141,7 +151,7 @@ class Search:
         first, second = self._lines(layout, how)
         known = {a: first.peak, b: second.peak}
         slope = max((second.peak - first.peak) / (b - a) if b > a else 0.0, 1.0)
-        size = self._whole(a + (self.budget - first.peak) / slope)
+        size = guess
         for _ in range(MOST_TRIES):
             if size < self.unit:
                 break
