@@ -16,14 +16,14 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_auto_takes_the_largest_micro_batch_of_the_budget_and_changes_no_result():
+def test_auto_plans_for_the_budget_and_changes_no_result():
     auto, kept, everything = run_fresh(
         "limited",
         "recipes",
         [
             ["--micro-batch-size", "auto", "--memory", "100MiB"],
             ["--micro-batch-size", "256", "--memory", "100MiB"],
-            ["--micro-batch-size", "auto"],
+            ["--micro-batch-size", "auto", "--activation-checkpointing", "auto"],
         ],
     )
     size = auto[1]["plan"]["micro_batch_size"]
@@ -31,8 +31,9 @@ def test_auto_takes_the_largest_micro_batch_of_the_budget_and_changes_no_result(
     assert size % 32 == 0 and 32 <= size < 256  # of whole ghost batches; all 256 do not fit
     # a budget that the plan exceeds is kept by smaller micro-batches
     assert kept[0] == 0 and kept[1]["plan"]["micro_batch_size"] == 256  # what was asked for
-    # without one, what is free is the budget
-    assert everything[0] == 0 and everything[1]["plan"]["micro_batch_size"] == 256
+    # without one, what is free is the budget, and nothing needs recompute
+    assert everything[0] == 0 and everything[1]["plan"]["activation_checkpointing"] == "none"
+    assert everything[1]["plan"]["micro_batch_size"] >= size
     for _, _, lines in (auto, kept):
         assert len(lines) == len(everything[2]) == 3  # two updates, one evaluation
         for a, b in zip(lines, everything[2], strict=True):

@@ -339,6 +339,8 @@ def _network(
     clips: bool,
 ) -> tuple[Network, str, int | None]:
     """The network, its name, and the size of its images."""
+    if img_size is not None:
+        check_whole("img_size", img_size)
     if isinstance(model, str):
         name = model
         with torch.device("meta"):
@@ -350,7 +352,6 @@ def _network(
     if make_batch is None:
         if size is None:
             raise InputError(f"{name} does not say which images it takes. Give img_size=224.")
-        check_whole("img_size", size)
         make_batch = image_batch((config.get("input_size") or (3,))[0], size)
     if isinstance(optimizer, str):
         optimizer = create_optimizer(model, optimizer, lr=0.1, weight_decay=1e-4)
