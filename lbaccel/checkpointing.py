@@ -7,7 +7,6 @@ update's own backward sets, and torch restores the random state (`preserve_rng_s
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -91,12 +90,16 @@ def apply_segments(model: nn.Module, segments: Sequence[Sequence[str]]) -> Check
     each on the output of the last and with nothing else reading what lies between, as the planner
     finds them; a module that runs on anything else is an error when it does.
 
+    Hooks of a module inside a segment see a stand-in of its output's shape; those of a segment's
+    last module see the output.
+
     Args:
         model: the network, unwrapped.
         segments: names of modules in order of execution, as `named_modules()` has them.
 
     Raises:
-        InputError: an unknown name, an empty segment, or a module in two of them.
+        InputError: an unknown name, an empty segment, or a module in two of them, also of those
+            applied before.
     """
     modules = dict(model.named_modules())
     names = [name for segment in segments for name in segment]
@@ -106,6 +109,9 @@ def apply_segments(model: nn.Module, segments: Sequence[Sequence[str]]) -> Check
             f"segments={[list(s) for s in segments]}: "
             + (f"{wrong} are no modules." if wrong else "each names modules, each of them once.")
         )
+    taken = [name for name in names if isinstance(vars(modules[name]).get("forward"), partial)]
+    if taken:
+        raise InputError(f"segments: {taken} are in segments of this model already.")
     for segment in segments:
         run = _Segment(tuple(segment), [modules[name] for name in segment])
         for position, name in enumerate(segment):
@@ -114,35 +120,52 @@ def apply_segments(model: nn.Module, segments: Sequence[Sequence[str]]) -> Check
 
 
 class _Segment:
-    """Modules whose first one runs them all under `checkpoint`; the others hand the result on."""
+    """Modules whose first one runs them all under `checkpoint`; the last one returns the result.
+
+    Between them goes a stand-in of the true output's shape, all NaN: whatever reads its values,
+    against the rule, ends in a loss that is not finite and never in a wrong one.
+    """
 
     def __init__(self, names: tuple[str, ...], modules: list[nn.Module]) -> None:
         self.names, self.modules = names, modules
-        self._running = False
-        self._result: Any = None  # a weak reference to what the first module returned
+        self._shapes: list[tuple[Any, ...]] = []
+        self._result: Any = None  # from the first module's call to the last one's
+        self._handed_on: Any = None
 
-    def forward(self, position: int, x: Any) -> Any:
+    def forward(self, position: int, *args: Any, **kwargs: Any) -> Any:
         module = self.modules[position]
-        if self._running or not torch.is_grad_enabled():
-            return type(module).forward(module, x)
+        if not torch.is_grad_enabled():
+            return type(module).forward(module, *args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise InputError(
+                f"{self.names[position]!r} runs on {len(args)} arguments and {sorted(kwargs)}: a "
+                "segment is made of modules that take one tensor. Leave it out of the segments."
+            )
+        (x,) = args
         if position == 0:
-            out = checkpoint(self._run, x, use_reentrant=False)
-            self._result = weakref.ref(out)
-            return out
-        if self._result is None or self._result() is not x:
+            self._result = checkpoint(self._run, x, use_reentrant=False)
+        elif x is not self._handed_on:
             raise InputError(
                 f"{self.names[position]!r} did not run on the output of "
                 f"{self.names[position - 1]!r}, so the segment {list(self.names)} is no chain of "
                 "this model. Give the segments that lbaccel plan finds."
             )
-        return x
+        out = self._result
+        if position + 1 < len(self.modules):
+            nothing = torch.full((), math.nan, dtype=out.dtype, device=out.device)
+            out = nothing.expand(self._shapes[position])
+        else:
+            self._result = None
+        self._handed_on = out if position + 1 < len(self.modules) else None
+        return out
 
     def _run(self, x: Any) -> Any:
-        self._running = True
-        try:
-            return _call_in_turn(self.modules, x)
-        finally:
-            self._running = False
+        shapes = []
+        for module in self.modules:
+            x = type(module).forward(module, x)
+            shapes.append(tuple(x.shape))
+        self._shapes = shapes
+        return x
 
 
 def _own_hook(model: nn.Module) -> bool:

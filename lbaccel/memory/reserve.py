@@ -49,6 +49,18 @@ def state_like(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The optimizer's state, or meta tensors like what its first step will make.
+
+    Counters of steps are left out.
+    """
+    if not optimizer.state:
+        return [state for _, state in state_like(optimizer)]
+    states = (s for s in optimizer.state.values() if isinstance(s, dict))
+    values = (value for state in states for value in state.values())
+    return [value for value in values if isinstance(value, Tensor) and value.ndim > 0]
+
+
 class Reservation:
     """Memory of the size of the optimizer's state, so that activations can't take it first."""
 

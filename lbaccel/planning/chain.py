@@ -59,6 +59,7 @@ class _Call:
     output: Tensor | None = None  # where it gives one tensor and nothing else
     children: list[_Call] = field(default_factory=list)
     spoils: bool = False  # writes into its input
+    start: int = 0  # kernels run when it was called
     end: int = 0  # kernels run when it returned
 
 
@@ -70,19 +71,25 @@ class ChainFinder:
         self._stack: list[_Call] = []
         self._roots: list[_Call] = []
         self._num_calls: Counter[str] = Counter()
-        self._last_read: dict[int, int] = {}
+        self._reads: dict[int, list[int]] = {}  # address: numbers of the kernels that read it
         self._versions: dict[int, int] = {}
         recorder.on_kernel = self._note_reads
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._before, name))
+            module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
             module.register_forward_hook(self._after)
 
     def units(self) -> list[Unit]:
         """The finest chain in order of execution, of modules that run once a forward."""
         found = list(self._expand(self._roots[0]))
+        links = [self._is_linked(found, i) for i in range(len(found))]
+        starts = [not call.spoils for call in found]
+        for i in reversed(range(len(found) - 1)):
+            # What hands its input on begins no run whose next module writes into it.
+            handed_on = _address(found[i].input) == _address(found[i].output)
+            starts[i] = starts[i] and not (handed_on and links[i] and not starts[i + 1])
         return [
-            Unit(call.name, links=self._is_linked(found, i), starts=not call.spoils)
-            for i, call in enumerate(found)
+            Unit(call.name, links=link, starts=start)
+            for call, link, start in zip(found, links, starts, strict=True)
         ]
 
     def _expand(self, call: _Call) -> Iterator[_Call]:
@@ -94,7 +101,7 @@ class ChainFinder:
             and children[0].input is call.input
             and children[-1].output is call.output
             and all(self._is_linked(children, i) for i in range(len(children) - 1))
-            and self._read_by(children, 0, _address(call.input))
+            and self._read_by(children, 0, _address(call.input), call.start)
         )
         if whole or call.name == "":
             for child in children:
@@ -110,17 +117,23 @@ class ChainFinder:
     def _is_linked(self, chain: Sequence[_Call], i: int) -> bool:
         if i + 1 == len(chain) or chain[i + 1].input is not chain[i].output:
             return False
-        return self._read_by(chain, i + 1, _address(chain[i].output))
+        return self._read_by(chain, i + 1, _address(chain[i].output), chain[i].end)
 
-    def _read_by(self, chain: Sequence[_Call], reader: int, address: int) -> bool:
-        """Nothing reads the storage after `chain[reader]`, and those that it is handed on to."""
+    def _read_by(self, chain: Sequence[_Call], reader: int, address: int, since: int) -> bool:
+        """From kernel `since` on, `chain[reader]` alone reads it, or whom it hands it on to."""
+        readers = [chain[reader]]
         while reader + 1 < len(chain) and _address(chain[reader].output) == address:
             reader += 1  # a module that works in place hands the same storage on
-        return self._last_read.get(address, -1) <= chain[reader].end
+            readers.append(chain[reader])
+        return all(
+            any(call.start <= read < call.end for call in readers)
+            for read in self._reads.get(address, ())
+            if read >= since
+        )
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        call = _Call(name)
-        if len(args) == 1 and isinstance(args[0], Tensor):
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        call = _Call(name, start=self._recorder.num_kernels)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             call.input = args[0]
             self._versions[id(call)] = args[0]._version
         (self._stack[-1].children if self._stack else self._roots).append(call)
@@ -138,7 +151,7 @@ class ChainFinder:
     def _note_reads(self, tensors: Sequence[Tensor]) -> None:
         if self._stack:  # of the forward, and of nothing outside the model
             for tensor in tensors:
-                self._last_read[_address(tensor)] = self._recorder.num_kernels
+                self._reads.setdefault(_address(tensor), []).append(self._recorder.num_kernels)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lbaccel.batch import BatchPlan
 from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
-from lbaccel.memory.reserve import state_like
+from lbaccel.memory.reserve import state_tensors
 from lbaccel.planning.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cuda_allocator import replay
 from lbaccel.planning.devices import Device
@@ -79,7 +79,7 @@ class Estimator:
         self.gradient_bytes = sum(p.nbytes for p in parameters)
         optimizer = network.optimizer
         self.state_bytes = (
-            0 if optimizer is None else sum(s.nbytes for _, s in state_like(optimizer))
+            0 if optimizer is None else sum(s.nbytes for s in state_tensors(optimizer))
         )
         self._largest = max((p.nbytes for p in parameters), default=0)
 

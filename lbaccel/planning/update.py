@@ -17,7 +17,7 @@ from lbaccel import accumulation
 from lbaccel.accumulation import LossFn
 from lbaccel.batch import BatchPlan, MicroBatch
 from lbaccel.masks import KeyedRandomness
-from lbaccel.memory.reserve import state_like
+from lbaccel.memory.reserve import state_tensors
 from lbaccel.normalization import convert_batch_norm
 from lbaccel.planning.trace import Recorder, Trace, Workspace
 
@@ -79,9 +79,11 @@ def trace_update(
         Exception: whatever the model raises on fake tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    states = [] if network.optimizer is None else state_like(network.optimizer)
+    states = [] if network.optimizer is None else state_tensors(network.optimizer)
     recorder = Recorder(workspace)
     with mode, ExitStack() as around:
+        if torch.get_default_device().type != "cpu":
+            around.enter_context(torch.device("cpu"))
         model = _fake_copy(network.model, network.memory_format)
         norm = convert_batch_norm(model, plan.norm_batch_size)
         randomness = KeyedRandomness(0, torch.device("cpu"))
@@ -95,7 +97,7 @@ def trace_update(
         for tensor in (*model.parameters(), *model.buffers()):
             recorder.watch(tensor, "weights")
         around.enter_context(recorder)
-        held = [torch.empty_like(state, device="cpu") for _, state in states]
+        held = [torch.empty_like(state, device="cpu") for state in states]
         for tensor in held:
             recorder.watch(tensor, "optimizer")
         norm.begin()
@@ -156,6 +158,12 @@ def _fake_copy(model: nn.Module, memory_format: str) -> nn.Module:
         return torch.empty_like(t, device="cpu", memory_format=layout)
 
     memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
+    memo |= {
+        id(value): fake(value)
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    }
     memo |= {id(p): nn.Parameter(fake(p), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 BLOCK = 16  # channels of oneDNN's blocked layouts (nChw16c) with AVX-512
 # oneDNN's own buffers for one call: transposed rows, partial sums of a weight's gradient.
+_ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
 SCRATCHPAD_BF16 = 384 * 2**10
 
 
@@ -25,16 +26,19 @@ def cpu_workspace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     if rule is not None:
         return rule(args, out)
     if isinstance(out, Tensor) and out.ndim > 0:
-        return _casts(args, out)
+        return _casts(name.removeprefix("aten."), args, out)
     return 0
 
 
-def _casts(args: tuple[Any, ...], out: Tensor) -> int:
+def _casts(name: str, args: tuple[Any, ...], out: Tensor) -> int:
     """TensorIterator copies operands that are not of the common dtype (scalars are free)."""
-    operands = [t for t in args if isinstance(t, Tensor) and t.ndim > 0 and t.is_floating_point()]
+    operands = [t for t in args if isinstance(t, Tensor) and t.ndim > 0]
+    if name.rstrip("_") not in _ARITHMETIC:
+        operands = [t for t in operands if t.is_floating_point()]
     if len(operands) < 2 or not out.is_floating_point():
         return 0
-    common = max((t.dtype for t in operands), key=lambda dtype: dtype.itemsize)
+    floats = [t.dtype for t in operands if t.is_floating_point()] or [out.dtype]
+    common = max(floats, key=lambda dtype: dtype.itemsize)
     cast = [t.numel() * common.itemsize for t in operands if t.dtype != common]
     result = out.numel() * common.itemsize if out.dtype != common else 0
     return sum(cast) + result
