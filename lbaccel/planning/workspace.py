@@ -73,10 +73,17 @@ def _uses_onednn(x: Tensor, weight: Tensor, stride: Any, groups: int) -> bool:
     return not (is_pointwise and groups == 1)
 
 
+def _pixels_weight(x: Tensor, weight: Tensor) -> int:
+    """Images of one pixel, 16 or more, are a matrix product on a copy of the weight."""
+    return weight.nbytes if x.shape[0] >= BLOCK and x.shape[2:].numel() == 1 else 0
+
+
 def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
     x, weight, _, stride = args[:4]
-    if x.ndim != 4 or not _uses_onednn(x, weight, stride, args[8]):
+    if x.ndim != 4:
         return 0
+    if not _uses_onednn(x, weight, stride, args[8]):
+        return _pixels_weight(x, weight)
     if _is_nhwc(x) or _is_nhwc(out):
         return weight.nbytes
     result = _blocked(out)
@@ -87,8 +94,10 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
 def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
     grad, x, weight, _, stride = args[:5]
     groups = args[9]
-    if x.ndim != 4 or not _uses_onednn(x, weight, stride, groups):
+    if x.ndim != 4:
         return 0
+    if not _uses_onednn(x, weight, stride, groups):
+        return _pixels_weight(x, weight)
     grad_x, grad_weight = out[0], out[1]
     made = sum(t.nbytes for t in (grad_x, grad_weight) if t is not None)
     kept = grad_x.nbytes if grad_x is not None else 0
@@ -109,7 +118,10 @@ def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
         return kept + 3 * weight.nbytes - made + scratch
     data = _blocked(grad) + weight.nbytes + _blocked(x)
     back = _blocked(x) * (2 if low and depthwise else 1) + x.nbytes
-    back += 0 if depthwise else _blocked(grad)
+    if math.prod(weight.shape[2:]) == 1 and groups == 1:
+        back = 3 * _blocked(x)  # strided: through one more copy
+    elif not depthwise:
+        back += _blocked(grad)
     weights = kept + _blocked(x) + _blocked(grad) + sums + (weight.nbytes if low else 0)
     steps = (data, back) if grad_x is not None else ()
     return max(*steps, weights, kept + 2 * weight.nbytes) - made + scratch
