@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbaccel.errors import InputError, check_number
@@ -92,7 +92,7 @@ def calibrate(device: torch.device, *, seconds: float = 10.0) -> Device:
         memory=torch.cuda.get_device_properties(device).total_memory if is_cuda else None,
         flops=_flops(best),
         bandwidth=rates.pop("bandwidth"),
-        launch_seconds=launch,
+        launch_seconds=_overhead() if device.type == "cpu" else launch,
         source="calibrated",
         rates=rates,
     )
@@ -117,7 +117,7 @@ def _flops(best: Mapping[str, float]) -> dict[str, float]:
 
 def _num_samples(device: torch.device, seconds: float) -> int:
     if device.type == "cpu":
-        return min(max(int(seconds), 1), 8)
+        return min(max(int(2 * seconds), 1), 16)  # from 16 on, oneDNN runs every convolution
     free, _ = torch.cuda.mem_get_info(device)
     return min(max(free // 2**28, 8), 64)  # the probes hold 0.2 GiB a sample
 
@@ -180,9 +180,9 @@ def _probes(device: torch.device, num_samples: int) -> list[_Probe]:
     found: dict[str, list[_Probe]] = defaultdict(list)
     for build in _builds(num_samples):
         for dtype in (torch.float32, half):
-            kernel = _kernel(build, dtype)
             for layout in (torch.contiguous_format, torch.channels_last):
-                name = kernel_class(kernel, channels_last=layout is torch.channels_last)
+                kernel = _kernel(build, dtype, layout)
+                name = kernel_class(kernel)
                 if layout is torch.contiguous_format or name.endswith("channels_last"):
                     here = partial(build, partial(_tensor, device, dtype, layout))
                     found[name].append(_Probe(name, kernel.flops or kernel.num_bytes, here))
@@ -195,10 +195,31 @@ def _probes(device: torch.device, num_samples: int) -> list[_Probe]:
     return ordered
 
 
-def _kernel(build: Callable[[Make], Call], dtype: torch.dtype) -> Kernel:
+def _overhead() -> float:
+    """Seconds that a kernel of a real update costs besides its work: Python, autograd.
+
+    On a GPU they pass while it works on what was launched before.
+    """
+    blocks = [(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(16)]
+    model, x = nn.Sequential(*[layer for block in blocks for layer in block]), torch.randn(2, 8)
+
+    def run() -> float:
+        before = time.perf_counter()
+        model(x).sum().backward()
+        return time.perf_counter() - before
+
+    with Recorder() as recorder:
+        run()
+    count = sum(kernel.num_bytes > 0 for kernel in recorder.trace.kernels())
+    return min(run() for _ in range(20)) / count
+
+
+def _kernel(
+    build: Callable[[Make], Call], dtype: torch.dtype, layout: torch.memory_format
+) -> Kernel:
     """What the tracer sees of a call."""
     with FakeTensorMode():
-        make = partial(_tensor, torch.device("cpu"), dtype, torch.contiguous_format)
+        make = partial(_tensor, torch.device("cpu"), dtype, layout)
         call = build(make)
         with Recorder() as recorder:
             call()

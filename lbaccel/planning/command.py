@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--json", action="store_true", help="one JSON object, GiB and seconds")
     shown.add_argument("--sweep", action="store_true", help="the frontier of time against memory")
     shown.add_argument("--plot", type=Path, metavar="F", help="draw the sweep (.png, .svg, .pdf)")
+    shown.add_argument(
+        "--report", type=Path, metavar="F", help="run two updates here; plan and measurement (JSON)"
+    )
 
 
 def _group(text: str) -> Any:
@@ -67,6 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     a = arguments
     if a.plot is not None and not a.sweep:
         raise InputError("--plot draws a sweep. Add --sweep, or leave it out.")
+    if a.report is not None:
+        from lbaccel.planning.report import check_report, write_report  # they need accelerate
+
+        check_report(a.report)
 
     def asked(value: Any) -> Any:
         return None if value == "auto" else value
@@ -96,6 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict()))
     else:
         print("\n".join(lines(found)))
+    if a.report is not None:
+        _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
+        print(line, file=sys.stderr if a.json else sys.stdout)
     return 0 if found.fits else 1
 
 

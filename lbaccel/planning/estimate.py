@@ -144,12 +144,11 @@ class Estimator:
                 apply_segments(model, candidate.checkpointing)
 
         trace = self._trace(candidate, change, steps)
-        channels_last = candidate.memory_format == "channels_last"
         breakdown = self._breakdown(trace)
         micro, commit, forward = _phases(trace, len(self.units) if plain else 0)
 
         def timed(kernels: Sequence[Kernel]) -> float:
-            return seconds(kernels, self.device, channels_last=channels_last)
+            return seconds(kernels, self.device)
 
         moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
         step = moved / self.device.reached_bandwidth

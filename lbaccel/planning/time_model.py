@@ -17,16 +17,15 @@ HALF = (torch.bfloat16, torch.float16)
 _NORMS = ("batch_norm", "layer_norm", "group_norm")
 
 
-def kernel_class(kernel: Kernel, *, channels_last: bool) -> str:
+def kernel_class(kernel: Kernel) -> str:
     """The class whose rate a kernel has, such as "conv/fp32/channels_last".
 
-    >>> kernel = Kernel("aten.mm", 2, 4, 0, torch.float32, False)
-    >>> kernel_class(kernel, channels_last=True)
+    >>> kernel_class(Kernel("aten.mm", 2, 4, 0, torch.float32, False))
     'matmul/fp32'
     """
     dtype = "half" if kernel.dtype in HALF else "fp32"
     name = kernel.name.removeprefix("aten.")
-    layout = "channels_last" if channels_last else "contiguous"
+    layout = "channels_last" if kernel.channels_last else "contiguous"
     if name.startswith("convolution"):
         kind = "depthwise" if kernel.depthwise else "pointwise" if kernel.pointwise else "conv"
         return f"{kind}{'_backward' if name.endswith('backward') else ''}/{dtype}/{layout}"
@@ -37,24 +36,24 @@ def kernel_class(kernel: Kernel, *, channels_last: bool) -> str:
     return f"elementwise/{dtype}"
 
 
-def kernel_seconds(kernel: Kernel, device: Device, *, channels_last: bool) -> float:
+def kernel_seconds(kernel: Kernel, device: Device) -> float:
     """Seconds of one call."""
     if kernel.num_bytes == 0:
         return 0.0
-    found = device.rates.get(kernel_class(kernel, channels_last=channels_last))
+    found = device.rates.get(kernel_class(kernel))
     moved = kernel.num_bytes / device.reached_bandwidth
     if found is None:
         half = kernel.dtype in HALF
         is_conv = kernel.name.startswith("aten.convolution")
         rate = device.flops["half" if half else "tf32" if is_conv else "fp32"] * FLOP_SHARE
         work = kernel.flops / rate
-        if is_conv and not channels_last and device.kind == "cuda":
+        if is_conv and not kernel.channels_last and device.kind == "cuda":
             moved *= 1.5  # cuDNN turns plain tensors and back (timm's RTX 3090 results: 1.3 to 1.5)
         return device.launch_seconds + max(work, moved)
     work = (kernel.flops or kernel.num_bytes) / found
     return device.launch_seconds + (max(work, moved / 4) if kernel.flops else work)
 
 
-def seconds(kernels: Iterable[Kernel], device: Device, *, channels_last: bool) -> float:
+def seconds(kernels: Iterable[Kernel], device: Device) -> float:
     """Seconds of these calls, one after the other."""
-    return sum(kernel_seconds(k, device, channels_last=channels_last) for k in kernels)
+    return sum(kernel_seconds(kernel, device) for kernel in kernels)

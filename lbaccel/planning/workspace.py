@@ -66,8 +66,11 @@ def _blocked_weight(weight: Tensor, groups: int) -> int:
 
 
 def _uses_onednn(x: Tensor, weight: Tensor, stride: Any, groups: int) -> bool:
-    """Plain 1x1 convolutions in float32 are matrix products on the tensors as they are."""
-    if x.dtype != torch.float32:
+    """Plain 1x1 convolutions in float32 are matrix products on the tensors as they are.
+
+    In one thread and below 16 samples, that is (ATen's ConvParams::use_mkldnn).
+    """
+    if x.dtype != torch.float32 or x.shape[0] >= 16 or torch.get_num_threads() > 1:
         return True
     is_pointwise = math.prod(weight.shape[2:]) == 1 and all(s == 1 for s in stride)
     return not (is_pointwise and groups == 1)
