@@ -70,7 +70,7 @@ def test_a_rate_is_the_work_of_all_shapes_over_their_time_without_the_launches(m
     monkeypatch.setattr(module, "_now", lambda device: float(next(ticks)))  # each call takes 1 s
     monkeypatch.setattr(module, "_num_samples", lambda device, seconds: 1)
     monkeypatch.setattr(module, "_MAX_ROUNDS", 1)
-    monkeypatch.setattr(module, "_overhead", lambda: 0.25)
+    monkeypatch.setattr(module, "_overhead", lambda device: 0.25)
     found = calibrate(torch.device("cpu"), seconds=1000)
     launch = 1 / module._LAUNCHES
     assert found.launch_seconds == 0.25

@@ -92,7 +92,7 @@ def calibrate(device: torch.device, *, seconds: float = 10.0) -> Device:
         memory=torch.cuda.get_device_properties(device).total_memory if is_cuda else None,
         flops=_flops(best),
         bandwidth=rates.pop("bandwidth"),
-        launch_seconds=_overhead() if device.type == "cpu" else launch,
+        launch_seconds=_overhead(device),
         source="calibrated",
         rates=rates,
     )
@@ -195,13 +195,11 @@ def _probes(device: torch.device, num_samples: int) -> list[_Probe]:
     return ordered
 
 
-def _overhead() -> float:
-    """Seconds that a kernel of a real update costs besides its work: Python, autograd.
-
-    On a GPU they pass while it works on what was launched before.
-    """
+def _overhead(device: torch.device) -> float:
+    """Seconds that a kernel of a real update costs the host: Python, autograd, dispatch."""
     blocks = [(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(16)]
-    model, x = nn.Sequential(*[layer for block in blocks for layer in block]), torch.randn(2, 8)
+    model = nn.Sequential(*[layer for block in blocks for layer in block]).to(device)
+    x = torch.randn(2, 8, device=device)
 
     def run() -> float:
         before = time.perf_counter()

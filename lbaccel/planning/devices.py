@@ -35,7 +35,7 @@ class Device:
     memory: int | None  # bytes; None: the host's
     flops: Mapping[str, float]
     bandwidth: float  # bytes a second of its own memory
-    launch_seconds: float  # of a kernel that does nothing
+    launch_seconds: float  # of a kernel on the host: Python, autograd, dispatch
     host_bandwidth: float = 25e9  # bytes a second to and from the host, PCIe 4 x16
     link_bandwidth: float = 25e9  # bytes a second to the other devices
     source: str = "datasheet"
@@ -64,7 +64,7 @@ def _card(
     name: str, gib: float, fp32: float, tf32: float, half: float, bandwidth: float
 ) -> tuple[str, Device]:
     flops = {"fp32": fp32 * 1e12, "tf32": tf32 * 1e12, "half": half * 1e12}
-    return name, Device(name, "cuda", int(gib * GIB), flops, bandwidth * 1e9, 5e-6)
+    return name, Device(name, "cuda", int(gib * GIB), flops, bandwidth * 1e9, 10e-6)
 
 
 # TFLOP/s without sparsity (half: bf16 or fp16 with fp32 sums) and GB/s, of the makers' datasheets.

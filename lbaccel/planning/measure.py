@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
-# The one look upward of this folder: what is measured is the public update, not a likeness of it.
-from lbaccel import LargeBatch, Update
 from lbaccel.accumulation import LossFn
 from lbaccel.batch import BatchPlan, MicroBatch
 from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.data.loader import Update
+from lbaccel.engine import LargeBatch
 from lbaccel.errors import InputError, RunFailed, check_whole
 from lbaccel.memory.budget import default_budget
 from lbaccel.optimizers import create_optimizer

@@ -1,7 +1,9 @@
 """Seconds of a kernel, a micro-step and an update on a device: a roofline with launch costs.
 
-Williams, Waterman and Patterson 2009: a kernel takes max(operations / rate, bytes / bandwidth), and
-here the time of its launch on top. Rates are a calibration's, by class of kernel, or a datasheet's.
+Williams, Waterman and Patterson 2009: a kernel takes max(operations / rate, bytes / bandwidth).
+On a CPU its launch (Python, autograd, dispatch) comes on top; a GPU works while the host launches,
+so that many small kernels take the time of their launches. Rates are a calibration's or a
+datasheet's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from lbaccel.planning.devices import FLOP_SHARE, Device
 from lbaccel.planning.trace import Kernel
 
+GPU_START = 2e-6  # of a kernel that the GPU has in its queue
 HALF = (torch.bfloat16, torch.float16)
 _NORMS = ("batch_norm", "layer_norm", "group_norm")
 
@@ -37,7 +40,7 @@ def kernel_class(kernel: Kernel) -> str:
 
 
 def kernel_seconds(kernel: Kernel, device: Device) -> float:
-    """Seconds of one call."""
+    """Seconds of one call's work, without its launch."""
     if kernel.num_bytes == 0:
         return 0.0
     found = device.rates.get(kernel_class(kernel))
@@ -49,11 +52,16 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
         work = kernel.flops / rate
         if is_conv and not kernel.channels_last and device.kind == "cuda":
             moved *= 1.5  # cuDNN turns plain tensors and back (timm's RTX 3090 results: 1.3 to 1.5)
-        return device.launch_seconds + max(work, moved)
+        return max(work, moved)
     work = (kernel.flops or kernel.num_bytes) / found
-    return device.launch_seconds + (max(work, moved / 4) if kernel.flops else work)
+    return max(work, moved / 4) if kernel.flops else work
 
 
 def seconds(kernels: Iterable[Kernel], device: Device) -> float:
     """Seconds of these calls, one after the other."""
-    return sum(kernel_seconds(kernel, device) for kernel in kernels)
+    work, count = 0.0, 0
+    for kernel in kernels:
+        work += kernel_seconds(kernel, device)
+        count += kernel.num_bytes > 0
+    launches = count * device.launch_seconds
+    return max(work + count * GPU_START, launches) if device.kind == "cuda" else work + launches

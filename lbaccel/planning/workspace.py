@@ -110,7 +110,7 @@ def _convolution_backward(args: tuple[Any, ...], out: Any) -> int:
     sums = weight.nbytes * (2 if low else 1)
     scratch = SCRATCHPAD_BF16 if low else 0
     # An image of one pixel lies in both layouts, and the channels-last one is taken.
-    one_pixel = math.prod(grad.shape[2:]) == 1 and math.prod(weight.shape[2:]) > 1
+    one_pixel = math.prod(grad.shape[2:]) == 1 and math.prod(x.shape[2:]) > 1
     if _is_nhwc(x) or _is_nhwc(grad) or one_pixel:
         if groups > 1:
             large = not depthwise or math.prod(weight.shape[2:]) > 9
