@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
     from lbaccel.normalization import convert_batch_norm, recalibrate
-    from lbaccel.planning.planner import Plan, plan
+    from lbaccel.planning.plan import Plan
+    from lbaccel.planning.planner import plan
     from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
@@ -43,7 +44,7 @@ _HOME = {
     "RunFailed": "errors",
     "convert_batch_norm": "normalization",
     "recalibrate": "normalization",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "plan": "planning.planner",
     "apply_segments": "checkpointing",
     "linear_scaling": "scaling",

@@ -11,7 +11,8 @@ from typing import Any
 
 from lbaccel.errors import InputError
 from lbaccel.options import group_samples, samples_or_auto
-from lbaccel.planning.planner import IMAGENET, Plan, plan
+from lbaccel.planning.plan import Plan
+from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.sweep import plot
 
 

@@ -31,7 +31,8 @@ from lbaccel.errors import InputError, RunFailed, check_whole
 from lbaccel.memory.budget import default_budget
 from lbaccel.optimizers import create_optimizer
 from lbaccel.planning.devices import GIB
-from lbaccel.planning.planner import Plan, device_at_hand
+from lbaccel.planning.plan import Plan
+from lbaccel.planning.planner import device_at_hand
 from lbaccel.planning.update import MakeBatch, classification_loss
 
 LR = 1e-6  # the cost of a step does not depend on it, and the loss stays finite

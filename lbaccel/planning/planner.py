@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,8 @@ from lbaccel.normalization import has_batch_norm
 from lbaccel.optimizers import create_optimizer
 from lbaccel.planning.devices import GIB, Device, find_device
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat
-from lbaccel.planning.levers import Lever, levers
+from lbaccel.planning.levers import levers
+from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
 from lbaccel.planning.sweep import Point, sweep
 from lbaccel.planning.update import (
@@ -35,101 +35,6 @@ from lbaccel.scaling import choose_rule, scale_lr
 WORLD_SIZES = (1, 2, 4, 8)
 NORM_BATCH_SIZE = 32
 IMAGENET = 1_281_167
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alternative:
-    """The same contract on another number of devices."""
-
-    world_size: int
-    micro_batch_size: int
-    peak_gib: float
-    seconds_per_update: float
-    hours: float
-    gpu_hours: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a contract fits: what was chosen, what it costs, and what else there is.
-
-    Floats are in GiB and seconds. `batch` is the `BatchPlan` that `LargeBatch` takes, `segments`
-    what `apply_segments` takes.
-    """
-
-    model: str
-    device: Device
-    budget_gib: float
-    fits: bool
-    batch: BatchPlan
-    activation_checkpointing: Literal["none", "full", "segments"]
-    segments: tuple[tuple[str, ...], ...]
-    units: int  # of the chain that was found
-    memory_format: MemoryFormat
-    precision: Precision
-    optimizer: str
-    lr: float
-    predicted_peak_gib: float
-    predicted_seconds_per_update: float
-    breakdown: Mapping[str, float]
-    levers: Sequence[Lever] = ()
-    alternatives: Sequence[Alternative] = ()
-    num_updates: int = 0
-    why: str = ""  # where it does not fit
-    zero_stage: int = 0
-    offload: str = "none"
-    points: Sequence[Point] = ()
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples of one forward of one rank."""
-        return self.batch.micro_batch_size
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches an update of one rank."""
-        return self.batch.gradient_accumulation_steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
-        found: dict[str, Any] = {
-            "model": self.model,
-            "device": {"name": self.device.name, "rates": self.device.source},
-            "budget_gib": self.budget_gib,
-            "fits": self.fits,
-            "global_batch_size": self.batch.global_batch_size,
-            "world_size": self.batch.world_size,
-            "norm_batch_size": self.batch.norm_batch_size,
-            "micro_batch_size": self.micro_batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "activation_checkpointing": {
-                "policy": self.activation_checkpointing,
-                "segments": [list(segment) for segment in self.segments],
-            },
-            "memory_format": self.memory_format,
-            "zero_stage": self.zero_stage,
-            "offload": self.offload,
-            "precision": self.precision,
-            "optimizer": self.optimizer,
-            "lr": self.lr,
-            "predicted_peak_gib": self.predicted_peak_gib,
-            "predicted_seconds_per_update": self.predicted_seconds_per_update,
-            "breakdown": dict(self.breakdown),
-            "levers": [vars(lever) for lever in self.levers],
-            "alternatives": [vars(alternative) for alternative in self.alternatives],
-            "notes": list(self.notes),
-        }
-        if self.points:
-            found["sweep"] = [vars(point) for point in self.points]
-        if not self.fits:
-            found["nearest"] = {
-                "memory_gib": self.predicted_peak_gib,
-                "micro_batch_size": self.micro_batch_size,
-                "activation_checkpointing": found["activation_checkpointing"],
-                "why": self.why,
-            }
-        return found
 
 
 def plan(

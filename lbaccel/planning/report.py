@@ -22,7 +22,7 @@ from lbaccel.planning.measure import (
     predicted_peaks,
     random_images,
 )
-from lbaccel.planning.planner import Plan
+from lbaccel.planning.plan import Plan
 from lbaccel.run_folder import atomic_write_text, strict_json, versions
 
 
