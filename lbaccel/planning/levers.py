@@ -75,7 +75,7 @@ def _of_the_plan(search: Search, choice: Choice) -> Iterator[Lever]:
 
 
 def _fused_step(search: Search, choice: Choice) -> Lever:
-    """A fused step reads each tensor once; a loop over parameters about twice (Adam: three times)."""
+    """A fused step reads each tensor once, a loop over parameters about twice."""
     estimator = search.estimator
     moved = 2 * estimator.weight_bytes + estimator.gradient_bytes + 2 * estimator.state_bytes
     step = moved / estimator.device.reached_bandwidth
