@@ -17,8 +17,7 @@ from lbaccel.planning.estimate import (
 from lbaccel.planning.segments import Run, best_runs, extra_seconds, predicted_peak
 
 FASTER = 0.97  # another layout must be this much faster to be taken
-# The smallest micro-batch within this of the best time: a CPU's caches like it small.
-PLATEAU = {"cpu": 1.02, "cuda": 1.0}
+PLATEAU = 1.02  # the largest micro-batch within this of the best time is taken
 LADDER = 1.25
 TRACED = 16  # samples of a first trace, where groups are smaller
 MOST_TRIES = 4  # traces of one search
@@ -77,7 +76,7 @@ class Search:
     def choice(self, candidate: Candidate) -> Choice:
         """What `candidate` comes to."""
         estimate = self.estimator.estimate(candidate)
-        steps = self._steps(candidate.micro_batch_size)
+        steps = self.most / min(candidate.micro_batch_size, self.most)  # the last may be short
         seconds = steps * estimate.micro_step_seconds + estimate.commit_seconds
         return Choice(candidate, estimate, seconds, estimate.peak <= self.budget)
 
@@ -99,8 +98,10 @@ class Search:
     def _seconds(self, layout: MemoryFormat, how: Checkpointing, size: int) -> float:
         """Seconds of an update by the line through two traces."""
         first, second = self._lines(layout, how)
-        step = _line(self._sizes, first.micro_step_seconds, second.micro_step_seconds, size)
-        return self._steps(size) * step + first.commit_seconds
+        seconds = (first.micro_step_seconds, second.micro_step_seconds)
+        launch = max(0.0, _line(self._sizes, *seconds, 0))  # of a micro-step without samples
+        work = _line(self._sizes, *seconds, self.most) - _line(self._sizes, *seconds, 0)
+        return self._steps(size) * launch + work + first.commit_seconds
 
     def _ladder(self, most: int) -> list[int]:
         """Sizes from `most` down, in whole groups, each as even as its number of steps allows."""
@@ -133,13 +134,21 @@ class Search:
         return None if largest is None else self._fastest_below(layout, how, largest)
 
     def _fastest_below(self, layout: MemoryFormat, how: Checkpointing, largest: int) -> Choice:
-        """The fastest size of the ladder below `largest`, by the line through two traces."""
+        """The fastest size of the ladder below `largest`, by the line through two traces.
+
+        Of sizes that are about as fast the largest: what the model leaves out falls with it.
+        """
         ladder = self._ladder(largest)
         best = min(self._seconds(layout, how, size) for size in ladder)
-        plateau = PLATEAU[self.estimator.device.kind]
-        size = min(s for s in ladder if self._seconds(layout, how, s) <= plateau * best)
-        choice = self.choice(Candidate(size, layout, how))
-        return choice if choice.fits else self.choice(Candidate(largest, layout, how))
+        size = max(s for s in ladder if self._seconds(layout, how, s) <= PLATEAU * best)
+        if not self.choice(Candidate(size, layout, how)).fits:
+            size = largest
+        # The line can miss what large tensors cost, so what was traced decides.
+        sizes = {size, *(traced for traced in self._sizes if traced <= size)}
+        choices = [self.choice(Candidate(s, layout, how)) for s in sizes]
+        least = min(choice.seconds for choice in choices)
+        alike = [choice for choice in choices if choice.seconds <= PLATEAU * least]
+        return max(alike, key=lambda choice: choice.candidate.micro_batch_size)
 
     def _largest(self, layout: MemoryFormat, how: Checkpointing, guess: int) -> int | None:
         """The largest micro-batch that fits, or nearly, confirmed by a trace of its own.

@@ -15,6 +15,7 @@ import torch
 from lbaccel.planning.devices import FLOP_SHARE, Device
 from lbaccel.planning.trace import Kernel
 
+MMAP_THRESHOLD = 32 * 2**20  # glibc takes larger blocks from the system each time (mallopt(3))
 GPU_START = 2e-6  # of a kernel that the GPU has in its queue
 HALF = (torch.bfloat16, torch.float16)
 _NORMS = ("batch_norm", "layer_norm", "group_norm")
@@ -54,7 +55,18 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
             moved *= 1.5  # cuDNN turns plain tensors and back (timm's RTX 3090 results: 1.3 to 1.5)
         return max(work, moved)
     work = (kernel.flops or kernel.num_bytes) / found
-    return max(work, moved / 4) if kernel.flops else work
+    if device.kind != "cpu":
+        return max(work, moved) if kernel.flops else work
+    half = "half" if kernel.dtype in HALF else "fp32"
+    cached = device.rates.get(f"elementwise/{half}", device.reached_bandwidth)
+    if kernel.flops:
+        # Rates are those of large images; weights are turned for each call, whatever its samples.
+        turns = 6 if kernel.name.endswith("backward") else 2
+        work = max(work, kernel.num_bytes / cached) + turns * kernel.weight_bytes / cached
+    if kernel.new_bytes > MMAP_THRESHOLD:
+        # What a sum of two large tensors takes beyond its traffic is the new one's page faults.
+        work += kernel.new_bytes * max(0.0, 3 / device.reached_bandwidth - 3 / cached)
+    return work
 
 
 def seconds(kernels: Iterable[Kernel], device: Device) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,8 @@ class Kernel:
     channels_last: bool
     depthwise: bool = False  # a convolution with as many groups as channels, or nearly
     pointwise: bool = False  # a convolution of 1 x 1
+    weight_bytes: int = 0  # of a convolution
+    new_bytes: int = 0  # of the largest storage that it made
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,13 @@ class Recorder(TorchDispatchMode):
         self.num_kernels += 1
         out = func(*args, **kwargs)
         tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
-        for tensor in tensors:
-            self.watch(tensor)
+        seen = self._count
+        numbers = [self.watch(tensor) for tensor in tensors]
         if not func.is_view and func.namespace != "prim":
-            self.trace.events.append(self._kernel(func, args, kwargs, out, tensors))
+            made = (t for t, n in zip(tensors, numbers, strict=True) if n >= seen)
+            largest = max((t.untyped_storage().nbytes() for t in made), default=0)
+            kernel = self._kernel(func, args, kwargs, out, tensors)
+            self.trace.events.append(replace(kernel, new_bytes=largest) if largest else kernel)
         return out
 
     def _kernel(
@@ -203,7 +208,7 @@ def _flops(packet: Any, name: str, args: tuple[Any, ...], kwargs: Any, out: Any)
     return int(count(*args, **kwargs, out_val=out)) if count is not None else 0
 
 
-def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, bool]:
+def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, Any]:
     if not name.startswith("aten.convolution"):
         return {}
     backward = name.endswith("_backward")
@@ -211,6 +216,7 @@ def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, bool]:
     return {
         "depthwise": groups > 1,
         "pointwise": groups == 1 and weight.shape[2:].numel() == 1,
+        "weight_bytes": weight.numel() * weight.element_size(),
     }
 
 
