@@ -196,6 +196,7 @@ def test_same_seed_same_bits_and_another_seed_another_run():
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow
 def test_twenty_updates_in_fp64_agree_within_a_control_run_under_every_plan():
     flags = "--precision fp64 --epochs 8 --max-updates 20 --global-batch-size 96 --eval-every 99"
     flags = [*flags.split(), "--base-lr", "0.05"]

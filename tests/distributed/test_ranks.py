@@ -51,6 +51,7 @@ def test_two_ranks_give_the_update_of_one_process():
     check(launch(2, FAST), 2)
 
 
+@pytest.mark.slow
 def test_three_ranks_with_a_filler_give_the_update_of_one_process():
     check(launch(3, "resnet10t"), 3)
 
