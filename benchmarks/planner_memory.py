@@ -48,7 +48,7 @@ from lbaccel.planning import trace, update, workspace
 REPORT = Path(__file__).parents[1] / "docs/results/planner_memory.md"
 STEPS = 2
 CNN, FIXED_INPUT = 128, 224  # pixels
-# The rules of `cpu_workspace` were read off the first, and no rule was fitted to the second.
+# The convolutions' rules of `cpu_workspace` were read off the first.
 FITTED = {
     "resnet50": CNN,
     "convnext_tiny": CNN,
@@ -346,7 +346,7 @@ def report(path: Path) -> str:
 
 {where["date"]}. {where["CPU"]} ({where["flags"]}), one thread. Python {where["python"]}, torch
 {where["torch"]}, timm {where["timm"]}, accelerate {where["accelerate"]}, oneDNN {where["oneDNN"]}.
-Seed 0, one run a case: the bytes do not depend on values.
+Seed 0, one run a case.
 
 {len(rows)} of {len(all_cases())} cases: {len(NETWORKS)} networks ({CNN} px, transformers and mixer
 {FIXED_INPUT} px, 1,000 classes) x activation checkpointing (none, full) x SGD with momentum, AdamW
@@ -362,8 +362,8 @@ absolute values; bold: misses the goal. The updates took {updates:.0f} s togethe
 
 {table(errors, list(parts))}
 
-"Fitted" families are those that the rules of `lbaccel/planning/workspace.py` were read off
-({", ".join(FITTED)}).
+"Fitted" families are those that the convolutions' rules of `lbaccel/planning/workspace.py` were
+read off ({", ".join(FITTED)}).
 
 {head}
 {by_network}
@@ -395,11 +395,10 @@ def main() -> int:
         run(arguments.results, only=arguments.only)
         return 0
     text = report(arguments.results)
-    start = text.index("## With the workspace rules")
-    print(text[start:])
     kept = REPORT.read_text() if REPORT.exists() else ""
     mark = "## Notes"  # written by hand, and kept
     REPORT.write_text(text + (f"\n{kept[kept.index(mark) :]}" if mark in kept else ""))
+    print(text[text.index("## With the workspace rules") :])
     return 0
 
 

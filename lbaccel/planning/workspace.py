@@ -2,7 +2,7 @@
 
 The rules for CPUs are ATen's and oneDNN's (3.x, AVX-512): a convolution copies plain tensors into
 blocked layouts and back, a kernel of mixed dtypes casts first. They were read off the allocator's
-own events on one half of the model families and checked on the other (docs/results/planner.md).
+own events on one half of the model families and checked on the other (docs/results/planner_memory.md).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 16  # channels of oneDNN's blocked layouts (nChw16c) with AVX-512
-# oneDNN's own buffers for one call: transposed rows, partial sums of a weight's gradient.
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
+# oneDNN's own buffers for one call: transposed rows, partial sums of a weight's gradient.
 SCRATCHPAD_BF16 = 384 * 2**10
 
 
