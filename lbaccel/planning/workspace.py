@@ -2,7 +2,8 @@
 
 The rules for CPUs are ATen's and oneDNN's (3.x, AVX-512): a convolution copies plain tensors into
 blocked layouts and back, a kernel of mixed dtypes casts first. They were read off the allocator's
-own events on one half of the model families and checked on the other (docs/results/planner_memory.md).
+own events on one half of the model families and checked on the other: see
+docs/results/planner_memory.md.
 """
 
 from __future__ import annotations
