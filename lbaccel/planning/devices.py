@@ -96,16 +96,53 @@ CARDS: dict[str, Device] = dict(
     )
 )
 
-# A CPU core with AVX-512 and two memory channels; `lbaccel calibrate` replaces it.
+# One core of an AMD EPYC with AVX-512, as `lbaccel calibrate` found it; your own replaces it.
 CPU = Device(
     "cpu",
     "cpu",
     None,
-    {"fp32": 60e9, "tf32": 60e9, "half": 150e9},
-    8e9,
-    6e-6,
+    {"fp32": 100e9, "tf32": 100e9, "half": 300e9},
+    9e9,
+    6.4e-06,
     source="built in",
-    rates={},
+    rates={
+        "conv/fp32/contiguous": 1.4e11,
+        "conv/fp32/channels_last": 2e11,
+        "conv/half/contiguous": 4e11,
+        "conv/half/channels_last": 4.7e11,
+        "conv_backward/fp32/contiguous": 2.1e11,
+        "conv_backward/fp32/channels_last": 2.3e11,
+        "conv_backward/half/contiguous": 3.7e11,
+        "conv_backward/half/channels_last": 4.2e11,
+        "pointwise/fp32/contiguous": 5.8e10,
+        "pointwise/fp32/channels_last": 9.9e10,
+        "pointwise/half/contiguous": 1.3e11,
+        "pointwise/half/channels_last": 4e11,
+        "pointwise_backward/fp32/contiguous": 1e11,
+        "pointwise_backward/fp32/channels_last": 1.4e11,
+        "pointwise_backward/half/contiguous": 1.9e11,
+        "pointwise_backward/half/channels_last": 3.7e11,
+        "depthwise/fp32/contiguous": 1.7e10,
+        "depthwise/fp32/channels_last": 3.5e10,
+        "depthwise/half/contiguous": 4.9e10,
+        "depthwise/half/channels_last": 1e11,
+        "depthwise_backward/fp32/contiguous": 7.3e09,
+        "depthwise_backward/fp32/channels_last": 2e10,
+        "depthwise_backward/half/contiguous": 1e10,
+        "depthwise_backward/half/channels_last": 1.7e10,
+        "norm/fp32/contiguous": 3.7e09,
+        "norm/fp32/channels_last": 4.3e09,
+        "norm/half/contiguous": 1.3e10,
+        "norm/half/channels_last": 1.4e10,
+        "norm_backward/fp32/contiguous": 8e09,
+        "norm_backward/fp32/channels_last": 6e09,
+        "norm_backward/half/contiguous": 7.2e09,
+        "norm_backward/half/channels_last": 1.3e10,
+        "elementwise/fp32": 1.5e10,
+        "elementwise/half": 1.9e10,
+        "matmul/fp32": 1.1e11,
+        "matmul/half": 3.4e11,
+    },
 )
 
 
