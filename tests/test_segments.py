@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,12 +137,12 @@ def test_a_budget_is_met_to_the_byte(case, data):
 
 @settings(deadline=None, max_examples=150)
 @given(chains(), st.integers(2, 4), st.data())
-def test_thinned_fronts_cost_time_and_never_the_budget(case, most_labels, data):
+def test_thinned_fronts_cost_time_and_never_the_budget(case, most_plans, data):
     chain, units, seconds = case
     peaks = {tuple(r): simulated_peak(chain, r) for r in all_segmentations(units)}
     budget = data.draw(st.sampled_from(sorted(set(peaks.values())))) + data.draw(st.integers(-1, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "MOST_LABELS", most_labels)
+        patch.setattr(segments, "MOST_PLANS", most_plans)
         found = best_runs(chain, units, seconds, budget)
     fitting = [runs for runs, peak in peaks.items() if peak <= budget]
     assert (found is None) == (not fitting)  # the plan that keeps least is never thinned out
@@ -168,7 +169,7 @@ def test_thinning_of_a_long_chain_keeps_a_real_plan(seed, monkeypatch):
     plain, best = predicted_peak(chain, []), chain.before
     budget = best + (plain - best) * 2 // 3
     whole = best_runs(chain, units, seconds, budget)
-    monkeypatch.setattr(segments, "MOST_LABELS", 8)
+    monkeypatch.setattr(segments, "MOST_PLANS", 8)
     thinned = best_runs(chain, units, seconds, budget)
     assert whole is not None and thinned is not None
     assert simulated_peak(chain, thinned) <= budget and simulated_peak(chain, whole) <= budget
@@ -176,12 +177,14 @@ def test_thinning_of_a_long_chain_keeps_a_real_plan(seed, monkeypatch):
 
 
 def test_a_front_is_thinned_to_the_number_asked_for_with_both_ends(monkeypatch):
-    labels = [segments._Label(i, float(100 - i), None, None) for i in range(101)]
+    kept = np.arange(101)
+    front = segments._Front(kept, 100.0 - kept, kept, kept > 50, kept)
     for most in (2, 3, 64, 100, 101, 102):
-        monkeypatch.setattr(segments, "MOST_LABELS", most)
-        kept = segments._thinned(labels)
-        assert len(kept) == min(most, len(labels)) == len({label.kept for label in kept})
-        assert kept[0] is labels[0] and kept[-1] is labels[-1]
+        monkeypatch.setattr(segments, "MOST_PLANS", most)
+        thinned = segments._thinned(front)
+        assert len(thinned.kept) == min(most, 101) == len(set(thinned.kept.tolist()))
+        assert thinned.kept[0] == 0 and thinned.kept[-1] == 100
+        assert (thinned.seconds == 100.0 - thinned.kept).all()
 
 
 def test_a_chain_that_fits_as_it_is_recomputes_nothing():

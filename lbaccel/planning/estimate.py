@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,10 +26,6 @@ Segments = tuple[tuple[str, ...], ...]
 Checkpointing = Literal["none", "full"] | Segments
 
 
-class _ForwardDone(Exception):
-    """Ends a trace after its first forward."""
-
-
 BUCKET = 25 * 2**20
 
 
@@ -50,10 +45,20 @@ class Estimate:
     peak: int  # bytes, all of `breakdown`
     traced: int  # bytes that the trace alone has
     breakdown: dict[str, int]
+    first_step_seconds: float  # of the first micro-step, which has nothing to add its gradient to
     micro_step_seconds: float
     commit_seconds: float  # once an update: norm, clipping, step, reduction
     chain: ChainCost | None  # where nothing is recomputed
     forward_seconds: tuple[float, ...]  # of the chain's units
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A first look at a network: one contiguous micro-step without recompute."""
+
+    units: list[Unit]  # its chain
+    seconds: float
+    by_layout: float  # of them in kernels that a memory format can make faster
 
 
 class Estimator:
@@ -72,7 +77,7 @@ class Estimator:
         self.network, self.plan, self.device = network, plan, device
         self.precision: Precision = precision
         self._known: dict[tuple[Candidate, int], Estimate] = {}
-        self._units: list[Unit] | None = None
+        self._surveys: dict[int, Survey] = {}
         self.num_traces = 0
         parameters = [p for p in network.model.parameters() if p.requires_grad]
         self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
@@ -85,25 +90,24 @@ class Estimator:
 
     @property
     def units(self) -> list[Unit]:
-        """The chain of the network, found in one trace."""
-        if self._units is None:
+        """The chain of the network."""
+        known = next(iter(self._surveys.values()), None)
+        return (known or self.survey(self.plan.group_size)).units
+
+    def survey(self, size: int) -> Survey:
+        """A first look at the network, at a micro-batch of `size`."""
+        if size not in self._surveys:
             finders: list[ChainFinder] = []
 
             def find(model: nn.Module, recorder: Recorder) -> None:
                 finders.append(ChainFinder(model, recorder))
 
-            # A forward is enough, so its loss ends the trace.
-            loss_fn = self.network.loss_fn
-
-            def stop(model: Any, micro_batch: Any) -> Any:
-                loss_fn(model, micro_batch)
-                raise _ForwardDone
-
-            with suppress(_ForwardDone):
-                network = replace(self.network, loss_fn=stop)
-                self._trace(Candidate(self.plan.group_size), find, 1, network)
-            self._units = finders[0].units()
-        return self._units
+            kernels = _phases(self._trace(Candidate(size), find, 1), 0).first
+            turned = [k for k in kernels if "convolution" in k.name or "batch_norm" in k.name]
+            self._surveys[size] = Survey(
+                finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
+            )
+        return self._surveys[size]
 
     def of_world(self, world_size: int) -> Estimator:
         """The same on another number of devices; what was traced is shared."""
@@ -145,7 +149,7 @@ class Estimator:
 
         trace = self._trace(candidate, change, steps)
         breakdown = self._breakdown(trace)
-        micro, commit, forward = _phases(trace, len(self.units) if plain else 0)
+        phases = _phases(trace, len(self.units) if plain else 0)
 
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
@@ -156,10 +160,11 @@ class Estimator:
             peak=sum(breakdown.values()),
             traced=trace.peak(),
             breakdown=breakdown,
-            micro_step_seconds=timed(micro),
-            commit_seconds=timed(commit) + step,
+            first_step_seconds=timed(phases.first),
+            micro_step_seconds=timed(phases.micro),
+            commit_seconds=timed(phases.commit) + step,
             chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
-            forward_seconds=tuple(timed(kernels) for kernels in forward),
+            forward_seconds=tuple(timed(kernels) for kernels in phases.forward),
         )
 
     def _trace(
@@ -167,7 +172,6 @@ class Estimator:
         candidate: Candidate,
         change: Callable[[nn.Module, Recorder], Any],
         steps: int,
-        network: Network | None = None,
     ) -> Trace:
         self.num_traces += 1
         size = candidate.micro_batch_size
@@ -175,7 +179,7 @@ class Estimator:
             self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size
         )
         workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
-        network = replace(network or self.network, memory_format=candidate.memory_format)
+        network = replace(self.network, memory_format=candidate.memory_format)
         return trace_update(
             network, plan, precision=self.precision, workspace=workspace, change=change
         )
@@ -208,29 +212,37 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def _phases(trace: Trace, num_units: int) -> tuple[list[Kernel], list[Kernel], list[list[Kernel]]]:
-    """The kernels of the last micro-step, of the commit, and of each unit's forward in it."""
-    micro: list[Kernel] = []
-    commit: list[Kernel] = []
-    forward: list[list[Kernel]] = [[] for _ in range(num_units)]
-    into, unit = commit, None
+@dataclass
+class _Phases:
+    """The kernels of a trace: of its first and last micro-step, and of its commit."""
+
+    first: list[Kernel]
+    micro: list[Kernel]
+    commit: list[Kernel]
+    forward: list[list[Kernel]]  # of each unit, in the last micro-step
+
+
+def _phases(trace: Trace, num_units: int) -> _Phases:
+    found = _Phases([], [], [], [])
+    into, unit = found.commit, None
     for event in trace.events:
         if isinstance(event, Mark):
             word, _, number = event.name.partition(" ")
             if word == "micro-step":
-                micro = into = []
-                forward = [[] for _ in range(num_units)]
+                found.micro = into = []
+                found.first = found.first or into
+                found.forward = [[] for _ in range(num_units)]
             elif word == "commit":
-                commit = into = []
+                found.commit = into = []
             elif word == "forward":
                 unit = int(number)
             elif word == "end":
                 unit = None
         elif isinstance(event, Kernel):
             into.append(event)
-            if unit is not None and into is micro:
-                forward[unit].append(event)
-    return micro, commit, forward
+            if unit is not None and into is found.micro:
+                found.forward[unit].append(event)
+    return found
 
 
 def _requests(trace: Trace) -> list[tuple[int, int]]:

@@ -84,11 +84,12 @@ class Search:
         return -(-self.most // size)
 
     def _faster_layout(self) -> MemoryFormat:
-        plain, turned = (
-            self.choice(Candidate(self._sizes[0], layout)).seconds
-            for layout in ("contiguous", "channels_last")
-        )
-        return "channels_last" if turned < FASTER * plain else "contiguous"
+        size = self._sizes[0]
+        plain = self.estimator.survey(size)
+        if plain.by_layout < (1 - FASTER) * plain.seconds:
+            return "contiguous"  # however fast the other is, it can't gain that much
+        turned = self.estimator.estimate(Candidate(size, "channels_last")).first_step_seconds
+        return "channels_last" if turned < FASTER * plain.seconds else "contiguous"
 
     def _lines(self, layout: MemoryFormat, how: Checkpointing) -> tuple[Estimate, Estimate]:
         a, b = self._sizes

@@ -17,22 +17,28 @@ Beaumont et al. 2019 (arXiv 1911.13214) for runs that are recomputed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lbaccel.planning.chain import ChainCost, Unit
 
-MOST_LABELS = 256  # of a front; more are thinned, which can only cost time and never the budget
+MOST_PLANS = 256  # of a front; more are thinned, which can only cost time and never the budget
 
 Run = tuple[int, int]  # first and last unit
 
 
 @dataclass(frozen=True)
-class _Label:
-    kept: int
-    seconds: float
-    run: Run | None  # the choice that ended here
-    before: _Label | None
+class _Front:
+    """The plans for the units before one that no other beats, in order of bytes kept."""
+
+    kept: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+    starts: NDArray[np.int64]  # where the last choice of each began
+    runs: NDArray[np.bool_]  # and whether it was a run
+    before: NDArray[np.int64]  # which plan of the front there it goes on from
 
 
 def predicted_peak(chain: ChainCost, runs: Sequence[Run]) -> int:
@@ -41,8 +47,8 @@ def predicted_peak(chain: ChainCost, runs: Sequence[Run]) -> int:
     by_start = dict(runs)
     while at < len(chain.units):
         last = by_start.get(at)
-        peak = max(peak, kept + _need(chain, at, last))
-        kept += _keeps(chain, at, last)
+        need, keeps = next(cost[1:] for cost in _costs(chain, at) if cost[0] == last)
+        peak, kept = max(peak, kept + need), kept + keeps
         at = at + 1 if last is None else last + 1
     return max(peak, kept + chain.head)
 
@@ -66,76 +72,97 @@ def best_runs(
     n = len(units)
     if chain.elsewhere > budget:
         return None
-    fronts: list[list[_Label]] = [[] for _ in range(n + 1)]
-    fronts[0] = [_Label(chain.before, 0.0, None, None)]
+    start = _Front(
+        np.array([chain.before]), np.zeros(1), np.zeros(1, int), np.zeros(1, bool), np.zeros(1, int)
+    )
+    arriving: list[list[_Front]] = [[] for _ in range(n + 1)]
+    fronts: list[_Front] = []
     for at in range(n):
-        front = fronts[at] = _thinned(_front(fronts[at]))
+        front = start if at == 0 else _thinned(_best(arriving[at]))
+        fronts.append(front)
         for last, need, keeps, seconds in _choices(chain, units, forward_seconds, at):
-            run = None if last is None else (at, last)
-            target = fronts[at + 1 if last is None else last + 1]
-            for label in front:  # in order of bytes kept
-                if label.kept + need > budget:
-                    break
-                target.append(_Label(label.kept + keeps, label.seconds + seconds, run, label))
-    done = [label for label in fronts[n] if label.kept + chain.head <= budget]
-    if not done:
-        return None
-    label: _Label | None = min(done, key=lambda found: (found.seconds, found.kept))
-    runs = []
-    while label is not None:
-        if label.run is not None:
-            runs.append(label.run)
-        label = label.before
-    return runs[::-1]
+            fitting = int(np.searchsorted(front.kept, budget - need, side="right"))
+            if fitting:
+                arriving[at + 1 if last is None else last + 1].append(
+                    _Front(
+                        front.kept[:fitting] + keeps,
+                        front.seconds[:fitting] + seconds,
+                        np.full(fitting, at),
+                        np.full(fitting, last is not None),
+                        np.arange(fitting),
+                    )
+                )
+    end = start if n == 0 else _best(arriving[n])
+    fitting = int(np.searchsorted(end.kept, budget - chain.head, side="right"))
+    return _runs([*fronts, end], fitting - 1) if fitting else None
+
+
+def _runs(fronts: Sequence[_Front], plan: int) -> list[Run]:
+    """The runs of a plan of the last front, read backwards; on a front more bytes cost less."""
+    found, at = [], len(fronts) - 1
+    while at > 0:
+        front = fronts[at]
+        start = int(front.starts[plan])
+        if front.runs[plan]:
+            found.append((start, at - 1))
+        at, plan = start, int(front.before[plan])
+    return found[::-1]
 
 
 def _choices(
     chain: ChainCost, units: Sequence[Unit], forward_seconds: Sequence[float], at: int
-) -> list[tuple[int | None, int, int, float]]:
-    """(last unit of the run or None, need, keeps, seconds) of what can be done with unit `at`."""
-    found: list[tuple[int | None, int, int, float]] = [
-        (None, _need(chain, at, None), _keeps(chain, at, None), 0.0)
-    ]
-    if not units[at].starts:
-        return found
+) -> Iterator[tuple[int | None, int, int, float]]:
+    """`_costs` of what is allowed with unit `at`, and the seconds of its recompute."""
     seconds = 0.0
-    for last in range(at, len(units)):
-        seconds += forward_seconds[last]
-        found.append((last, _need(chain, at, last), _keeps(chain, at, last), seconds))
-        if not units[last].links:
-            break
-    return found
+    for last, need, keeps in _costs(chain, at):
+        if last is not None:
+            if not units[at].starts or (last > at and not units[last - 1].links):
+                return
+            seconds += forward_seconds[last]
+        yield last, need, keeps, seconds
 
 
-def _need(chain: ChainCost, first: int, last: int | None) -> int:
-    """Most bytes beyond what is kept before unit `first`, while it or its run is computed."""
-    if last is None:
-        return max(chain.units[first].forward, chain.units[first].backward)
-    result, inside, most = chain.units[last].output, 0, 0
-    for unit in chain.units[first : last + 1]:
-        most = max(most, inside + max(unit.forward + result, unit.backward))
+def _costs(chain: ChainCost, at: int) -> Iterator[tuple[int | None, int, int]]:
+    """(last unit, need, keeps) of unit `at` without recompute (None), then of each run from it.
+
+    `need` is the most beyond what is kept before, while the unit or its run is computed.
+    """
+    unit = chain.units[at]
+    yield None, max(unit.forward, unit.backward), unit.saved + unit.gap
+    inside = forward = backward = 0
+    for last in range(at, len(chain.units)):
+        unit = chain.units[last]
+        forward = max(forward, inside + unit.forward)
+        backward = max(backward, inside + unit.backward)
         inside += unit.saved
-    return most
+        yield last, max(forward + unit.output, backward), unit.output + unit.gap
 
 
-def _keeps(chain: ChainCost, first: int, last: int | None) -> int:
-    if last is None:
-        return chain.units[first].saved + chain.units[first].gap
-    return chain.units[last].output + chain.units[last].gap
+def _best(parts: Sequence[_Front]) -> _Front:
+    """The plans of `parts` that no other beats in both, in order of bytes kept."""
+    if not parts:
+        none = np.zeros(0, int)
+        return _Front(none, np.zeros(0), none, np.zeros(0, bool), none)
+    whole = _Front(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in _Front.__annotations__
+        )
+    )
+    order = np.lexsort((whole.seconds, whole.kept))
+    seconds = whole.seconds[order]
+    faster = np.ones(len(order), bool)
+    faster[1:] = seconds[1:] < np.minimum.accumulate(seconds)[:-1]
+    return _taken(whole, order[faster])
 
 
-def _front(labels: list[_Label]) -> list[_Label]:
-    """The labels that no other beats in both, in order of bytes kept."""
-    front: list[_Label] = []
-    for label in sorted(labels, key=lambda found: (found.kept, found.seconds)):
-        if not front or label.seconds < front[-1].seconds:
-            front.append(label)
-    return front
-
-
-def _thinned(front: list[_Label]) -> list[_Label]:
-    """At most `MOST_LABELS`, evenly; each is a real plan, so its figures stay exact."""
-    if len(front) <= MOST_LABELS:
+def _thinned(front: _Front) -> _Front:
+    """At most `MOST_PLANS`, evenly; each is a real plan, so its figures stay exact."""
+    length = len(front.kept)
+    if length <= MOST_PLANS:
         return front
-    step = (len(front) - 1) / (MOST_LABELS - 1)
-    return [front[round(i * step)] for i in range(MOST_LABELS)]
+    return _taken(front, np.linspace(0, length - 1, MOST_PLANS).round().astype(int))
+
+
+def _taken(front: _Front, which: NDArray[np.int64]) -> _Front:
+    return _Front(*(getattr(front, name)[which] for name in _Front.__annotations__))
