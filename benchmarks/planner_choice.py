@@ -41,8 +41,8 @@ from lbaccel import BatchPlan, LargeBatch
 from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.data.loader import Update
 from lbaccel.normalization import has_batch_norm
+from lbaccel.planning.devices import device_at_hand
 from lbaccel.planning.estimate import Candidate, Estimator
-from lbaccel.planning.planner import device_at_hand
 from lbaccel.planning.search import Pinned, Search
 from lbaccel.planning.update import Network, image_batch
 

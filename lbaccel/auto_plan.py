@@ -16,8 +16,9 @@ from lbaccel.errors import InputError
 from lbaccel.launch import local_world_size
 from lbaccel.memory.budget import default_budget, parse_memory
 from lbaccel.planning.calibrate import calibrate
-from lbaccel.planning.devices import Device
-from lbaccel.planning.planner import device_at_hand, plan
+from lbaccel.planning.devices import Device, device_at_hand
+from lbaccel.planning.estimate import Untraceable
+from lbaccel.planning.planner import plan
 
 Say = Callable[[str], object]
 CHOSEN = ("micro_batch_size", "activation_checkpointing", "memory_format")
@@ -118,12 +119,13 @@ def _plan(
             activation_checkpointing=asked("activation_checkpointing"),
             memory_format=asked("memory_format"),
             make_batch=make_batch,
+            observes=False,
             compare=False,
         )
-    except InputError as error:
-        if "can't be traced" not in str(error):
-            return None, "", str(error)
+    except Untraceable as error:
         return as_asked(s), f"no plan: {error} Micro-batches are tried out.", None
+    except InputError as error:
+        return None, "", str(error)
     if not found.fits:
         text = f"no plan fits in the memory: {found.why}."
         return None, "", f"{text} Give more --memory, or a smaller model or image."

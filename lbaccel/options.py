@@ -241,6 +241,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "optimizer": (
         Option("optimizer", str, "sgd", "any name of timm.optim (sgd is Nesterov's)"),
+        Option(
+            "fused_optimizer",
+            str,
+            "auto",
+            "torch's step in one kernel; auto: where it has one, not in fp16",
+            ("auto", "no"),
+            contract=False,
+        ),
         Option("momentum", float, 0.9, "of SGD and its kin"),
         Option(
             "weight_decay",

@@ -26,7 +26,7 @@ from lbaccel.models import (
     preprocessing,
     read_weights,
 )
-from lbaccel.optimizers import create_optimizer
+from lbaccel.optimizers import create_optimizer, has_fused_step
 from lbaccel.scaling import choose_rule, explain_lr, scale_lr
 from lbaccel.schedules import Schedule, extend_schedule, make_schedule
 from lbaccel.stream import UpdateStream
@@ -226,8 +226,25 @@ def _short(value: Any) -> str:
     return str(value)
 
 
+def takes_fused_step(s: Mapping[str, Any], accelerator: Any, precision: str) -> bool:
+    """Whether the optimizer's step is torch's fused one; DeepSpeed and FSDP step in their own."""
+    plain = accelerator.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU")
+    device_type = accelerator.device.type
+    return (
+        plain
+        and s["fused_optimizer"] == "auto"
+        and has_fused_step(s["optimizer"], device_type=device_type, precision=precision)
+    )
+
+
 def build_optimizer(
-    s: Mapping[str, Any], model: nn.Module, *, plan: BatchPlan, stream: UpdateStream, say: Say
+    s: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    plan: BatchPlan,
+    stream: UpdateStream,
+    fused: bool = False,
+    say: Say,
 ) -> tuple[torch.optim.Optimizer, Schedule, dict[str, Any]]:
     """The optimizer at the scaled learning rate, the schedule, and the values they were made of."""
     name = s["optimizer"].lower()
@@ -258,6 +275,7 @@ def build_optimizer(
         momentum=s["momentum"],
         decay_all=s["decay_all"],
         layer_decay=s["layer_decay"],
+        fused=fused,
     )
     for group in optimizer.param_groups:  # timm's own schedulers would apply it
         group["lr"] *= group.get("lr_scale", 1.0)

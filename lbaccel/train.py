@@ -73,6 +73,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         choose_micro_batch_size,
         choose_norm_batch_size,
         limit_for,
+        takes_fused_step,
     )
     from lbaccel.run_log import RunLog
     from lbaccel.run_session import Session, find_checkpoint
@@ -179,7 +180,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     stop_at = min(num_updates, s["max_updates"] or num_updates)
 
     # -- learning rate, optimizer, schedule ---------------------------------------------------
-    optimizer, schedule, lr_values = build_optimizer(s, model, plan=plan, stream=stream, say=say)
+    optimizer, schedule, lr_values = build_optimizer(
+        s,
+        model,
+        plan=plan,
+        stream=stream,
+        fused=takes_fused_step(s, accelerator, precision),
+        say=say,
+    )
     scheduler = lr_scheduler(
         optimizer, schedule, samples_per_update=lambda update: stream.span(update)[1]
     )

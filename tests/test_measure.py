@@ -16,7 +16,8 @@ from lbaccel.errors import InputError, RunFailed
 from lbaccel.models import create_backbone
 from lbaccel.planning import measure as module
 from lbaccel.planning.devices import CARDS
-from lbaccel.planning.measure import measure, predicted_peaks, random_images
+from lbaccel.planning.measure import measure, predicted_peaks
+from lbaccel.planning.network import random_images
 from lbaccel.planning.planner import plan
 from lbaccel.planning.report import as_report
 

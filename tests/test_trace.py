@@ -4,7 +4,7 @@ import copy
 import gc
 import random
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import numpy as np
 import pytest
@@ -57,10 +57,20 @@ def plan_of(model, num_samples, num_micro_steps=2):
     )
 
 
-def traced(model, make_batch, num_samples, optimizer=sgd, precision="fp32", num_micro_steps=2):
+def traced(
+    model,
+    make_batch,
+    num_samples,
+    optimizer=sgd,
+    precision="fp32",
+    num_micro_steps=2,
+    device_type="cpu",
+):
     network = Network(model=model, make_batch=make_batch, optimizer=optimizer(model), clips=True)
     plan = plan_of(model, num_samples, num_micro_steps)
-    return trace_update(network, plan, precision=precision, workspace=cpu_workspace)
+    return trace_update(
+        network, plan, precision=precision, device_type=device_type, workspace=cpu_workspace
+    )
 
 
 def allocated_at_peak(model, make_batch, num_samples, optimizer):
@@ -284,9 +294,10 @@ def test_the_same_update_traces_the_same_whatever_the_random_state():
     assert traced(model, vectors, 8).events == first.events
 
 
-def live_at_the_loss(model, make_batch, num_samples, precision="fp32"):
+def live_at_the_loss(model, make_batch, num_samples, precision="fp32", **options):
     """Bytes live when the cross-entropy is taken: all that forward saved is there."""
-    trace = traced(model, make_batch, num_samples, precision=precision, num_micro_steps=1)
+    options |= {"precision": precision, "num_micro_steps": 1}
+    trace = traced(model, make_batch, num_samples, **options)
     names = [event.name if isinstance(event, Kernel) else None for event in trace.events]
     return trace.live_before()[0][names.index("aten.nll_loss_forward")]
 
@@ -343,6 +354,46 @@ def test_autocast_halves_what_each_layer_saves_and_keeps_the_cast_weights():
     float_bytes, half_bytes = depth * 4, 2 + (depth - 1) * 2 + 4
     casts = 2 * sum(p.numel() for p in model.parameters())
     assert in_half - in_float == num_samples * width * (half_bytes - float_bytes) + casts
+
+
+def test_autocast_on_cuda_normalises_in_float32_where_the_cpus_keeps_bfloat16():
+    num_samples, width = 128, 64
+    model = nn.Sequential(nn.Linear(64, width), nn.LayerNorm(width), nn.Linear(width, 10))
+    on_cpu, on_cuda = (
+        live_at_the_loss(model, vectors, num_samples, "bf16", device_type=kind)
+        for kind in ("cpu", "cuda")
+    )
+    # The norm's input, mean and deviation are kept in 4 bytes in place of 2; its output is cast
+    # for the next layer.
+    assert on_cuda - on_cpu == num_samples * (width + 2) * 2
+    plain = [
+        live_at_the_loss(mlp(nn.ReLU()), vectors, num_samples, "bf16", device_type=kind)
+        for kind in ("cpu", "cuda")
+    ]
+    assert plain[0] == plain[1]  # products are bfloat16 on both
+
+
+def runs_sorted(events):
+    """The events, those of each run of frees in order of their storages."""
+    runs = groupby(events, key=lambda event: isinstance(event, Free))
+    return [
+        e for _, run in runs for e in sorted(run, key=lambda e: e.id if isinstance(e, Free) else 0)
+    ]
+
+
+def test_batch_norms_that_repeat_leave_the_trace_that_each_by_itself_would(monkeypatch):
+    model = timm.create_model("resnet10t", num_classes=10)
+    network = Network(model=model, make_batch=images, optimizer=sgd(model))
+    plan = BatchPlan(global_batch_size=24, micro_batch_size=12, norm_batch_size=4)
+    for options in ({}, {"precision": "bf16"}):
+        found = trace_update(network, plan, workspace=cpu_workspace, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("lbaccel.planning.trace._REPEATED", frozenset())
+            each = trace_update(network, plan, workspace=cpu_workspace, **options)
+        norms = [k for k in found.kernels() if "batch_norm" in k.name]
+        assert len(norms) > 2 * 3 * 10 and found.roles == each.roles
+        # What is dropped at once (autocast's casts) goes in any order.
+        assert runs_sorted(found.events) == runs_sorted(each.events)
 
 
 def test_only_two_micro_steps_run_whatever_their_number():

@@ -37,7 +37,8 @@ from lbaccel import Plan, plan  # noqa: E402
 from lbaccel.memory.oom import is_out_of_memory  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
 from lbaccel.planning.devices import GIB  # noqa: E402
-from lbaccel.planning.measure import measure, random_images  # noqa: E402
+from lbaccel.planning.measure import measure  # noqa: E402
+from lbaccel.planning.network import random_images  # noqa: E402
 from lbaccel.planning.report import as_report  # noqa: E402
 
 PX, GLOBAL = 224, 8192

@@ -31,7 +31,8 @@ from children import append, cuda_or_exit, read, results_file, run_each  # noqa:
 
 from lbaccel import plan  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
-from lbaccel.planning.measure import measure, random_images  # noqa: E402
+from lbaccel.planning.measure import measure  # noqa: E402
+from lbaccel.planning.network import random_images  # noqa: E402
 from lbaccel.planning.report import as_report  # noqa: E402
 
 PX = 224

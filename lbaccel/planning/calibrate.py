@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbaccel.errors import InputError, check_number
 from lbaccel.planning.devices import Device
-from lbaccel.planning.time_model import kernel_class
+from lbaccel.planning.time_model import FEW, kernel_class
 from lbaccel.planning.trace import Kernel, Recorder
 
 aten = torch.ops.aten
@@ -152,6 +152,11 @@ def _measure(probes: list[_Probe], device: torch.device, deadline: float) -> dic
     return least
 
 
+def host_seconds() -> float:
+    """A clock for work on the CPU: of one thread the process's own, which no neighbour moves."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def _warm(probe: _Probe) -> Call | None:
     """The call, made once; None where the device has no such kernel in half precision."""
     try:
@@ -166,7 +171,7 @@ def _warm(probe: _Probe) -> Call | None:
 
 def _now(device: torch.device) -> Any:
     if device.type == "cpu":
-        return time.perf_counter()
+        return host_seconds()
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
@@ -202,9 +207,9 @@ def _overhead(device: torch.device) -> float:
     x = torch.randn(2, 8, device=device)
 
     def run() -> float:
-        before = time.perf_counter()
+        before = host_seconds()
         model(x).sum().backward()
-        return time.perf_counter() - before
+        return host_seconds() - before
 
     with Recorder() as recorder:
         run()
@@ -237,13 +242,14 @@ def _builds(n: int) -> Iterator[Callable[[Make], Call]]:
     def call(op: Any, *arguments: Any) -> Callable[[Make], Call]:
         return lambda make: _call(make, op, *arguments)
 
-    for inputs, outputs, kernel, stride, groups, side in _CONVOLUTIONS:
+    few = [(min(n, FEW // 2), shape) for shape in _CONVOLUTIONS if shape[2] == 1]
+    for b, (inputs, outputs, kernel, stride, groups, side) in [(n, c) for c in _CONVOLUTIONS] + few:
         out = (side - 1) // stride + 1
-        x, weight = (n, inputs, side, side), (outputs, inputs // groups, kernel, kernel)
+        x, weight = (b, inputs, side, side), (outputs, inputs // groups, kernel, kernel)
         how = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
         mask = [inputs != 3, True, False]  # images have no gradient
         yield call(aten.convolution, x, weight, None, *how)
-        yield call(aten.convolution_backward, (n, outputs, out, out), x, weight, None, *how, mask)
+        yield call(aten.convolution_backward, (b, outputs, out, out), x, weight, None, *how, mask)
     for channels, side in _MAPS:
         x = (n, channels, side, side)
         yield from (partial(_batch_norm, x, False), partial(_batch_norm, x, True))

@@ -123,7 +123,8 @@ def lines(found: Plan) -> Iterator[str]:
         "segments": f"{len(found.segments)} segments recomputed: "
         + ", ".join(_span(segment) for segment in found.segments),
     }[found.activation_checkpointing]
-    contract = f"{found.precision}; {found.optimizer}, lr {found.lr:g}"
+    fused = " fused" if found.fused_optimizer else ""
+    contract = f"{found.precision}; {found.optimizer}{fused}, lr {found.lr:g}"
     yield f"plan: {how}; {found.memory_format}; {contract}"
     yield (
         f"peak {found.predicted_peak_gib:.2f} GiB, "

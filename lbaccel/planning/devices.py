@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lbaccel.errors import InputError
+from lbaccel.launch import calibration_file
 
 GIB = 2**30
 # What torch takes outside its allocator: 0.3 to 0.5 GiB, kernels loaded lazily (pytorch #86509).
 CUDA_CONTEXT = int(0.45 * GIB)
-# What real kernels reach of a datasheet's numbers; calibration replaces it.
-FLOP_SHARE, BANDWIDTH_SHARE = 0.5, 0.75
+# What real kernels reach of a datasheet's numbers (an RTX 3090 in timm's published results);
+# calibration replaces it.
+FLOP_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,18 @@ def find_device(name: str, calibration: Path | None = None) -> Device:
         f"device={name!r} is not known. {'Nearest' if near else 'Known'}: {', '.join(known)}, cpu. "
         "On the device itself `lbaccel calibrate` measures it."
     )
+
+
+def device_at_hand(device: torch.device | None = None) -> Device:
+    """The rates of this machine's GPU (or of `device`), else of its CPU.
+
+    Raises:
+        InputError: a card that is neither calibrated nor in the table.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return find_device(name, calibration_file())
 
 
 def _are_alike(asked: set[str], known: set[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import nn
 
 from lbaccel.batch import BatchPlan
 from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.errors import InputError
 from lbaccel.memory.reserve import state_tensors
 from lbaccel.planning.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cuda_allocator import replay
@@ -74,6 +76,7 @@ class Estimator:
     def __init__(
         self, network: Network, plan: BatchPlan, device: Device, precision: Precision
     ) -> None:
+        self.observe: Callable[[Candidate, int], Estimate] | None = None
         self.network, self.plan, self.device = network, plan, device
         self.precision: Precision = precision
         self._known: dict[tuple[Candidate, int], Estimate] = {}
@@ -86,16 +89,22 @@ class Estimator:
         self.state_bytes = (
             0 if optimizer is None else sum(s.nbytes for s in state_tensors(optimizer))
         )
+        groups = [] if optimizer is None else optimizer.param_groups
+        self.steps_fused = bool(groups) and all(group.get("fused") for group in groups)
         self._largest = max((p.nbytes for p in parameters), default=0)
 
     @property
     def units(self) -> list[Unit]:
         """The chain of the network."""
+        if self.observe is not None:
+            return []
         known = next(iter(self._surveys.values()), None)
         return (known or self.survey(self.plan.group_size)).units
 
     def survey(self, size: int) -> Survey:
         """A first look at the network, at a micro-batch of `size`."""
+        if self.observe is not None:
+            return Survey([], self.estimate(Candidate(size)).first_step_seconds, math.inf)
         if size not in self._surveys:
             finders: list[ChainFinder] = []
 
@@ -121,7 +130,7 @@ class Estimator:
         groups = -(-self.plan.num_groups(self.plan.global_batch_size) // self.plan.world_size)
         steps = min(2, -(-groups * self.plan.group_size // size))  # from the second on all alike
         if (candidate, steps) not in self._known:
-            self._known[candidate, steps] = self._estimate(candidate, steps)
+            self._known[candidate, steps] = (self.observe or self._estimate)(candidate, steps)
         found, world = self._known[candidate, steps], self.plan.world_size
         if world == 1:
             return found
@@ -154,18 +163,22 @@ class Estimator:
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
 
-        moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
-        step = moved / self.device.reached_bandwidth
         return Estimate(
             peak=sum(breakdown.values()),
             traced=trace.peak(),
             breakdown=breakdown,
             first_step_seconds=timed(phases.first),
             micro_step_seconds=timed(phases.micro),
-            commit_seconds=timed(phases.commit) + step,
+            commit_seconds=timed(phases.commit) + self.step_seconds(),
             chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
             forward_seconds=tuple(timed(kernels) for kernels in phases.forward),
         )
+
+    def step_seconds(self, *, fused: bool | None = None) -> float:
+        """Of the optimizer's step: a fused one reads each tensor once, a loop about twice."""
+        moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes
+        passes = 1 if (self.steps_fused if fused is None else fused) else 2
+        return passes * moved / self.device.reached_bandwidth
 
     def _trace(
         self,
@@ -180,9 +193,19 @@ class Estimator:
         )
         workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
         network = replace(self.network, memory_format=candidate.memory_format)
-        return trace_update(
-            network, plan, precision=self.precision, workspace=workspace, change=change
-        )
+        try:
+            return trace_update(
+                network,
+                plan,
+                precision=self.precision,
+                device_type=self.device.kind,
+                workspace=workspace,
+                change=change,
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            raise Untraceable(error) from error
 
     def _breakdown(self, trace: Trace) -> dict[str, int]:
         """Bytes by part; they add up to the peak."""
@@ -190,7 +213,8 @@ class Estimator:
         held = sum(found.values())
         # The step has its own temporaries, at a time when the activations are gone.
         step = self.weight_bytes + self.gradient_bytes + self.state_bytes
-        step += self.gradient_bytes if self.device.kind == "cuda" else 2 * self._largest
+        if not self.steps_fused:
+            step += self.gradient_bytes if self.device.kind == "cuda" else 2 * self._largest
         if step > held:
             found = {
                 "weights": self.weight_bytes,
@@ -210,6 +234,20 @@ class Estimator:
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+class Untraceable(InputError):
+    """A model that does not run on tensors without values; `reason` names the operator."""
+
+    def __init__(self, error: Exception) -> None:
+        kernel = getattr(error, "func", None)
+        what = f"the operator {kernel}" if kernel is not None else type(error).__name__
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        self.reason = f"the model can't be traced on tensors without values: {what}: {reason}."
+        super().__init__(
+            f"{self.reason} Plan on the device itself, for that device: there real micro-batches "
+            "measure it."
+        )
 
 
 @dataclass

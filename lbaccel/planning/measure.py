@@ -30,9 +30,8 @@ from lbaccel.engine import LargeBatch
 from lbaccel.errors import InputError, RunFailed, check_whole
 from lbaccel.memory.budget import default_budget
 from lbaccel.optimizers import create_optimizer
-from lbaccel.planning.devices import GIB
+from lbaccel.planning.devices import GIB, device_at_hand
 from lbaccel.planning.plan import Plan
-from lbaccel.planning.planner import device_at_hand
 from lbaccel.planning.update import MakeBatch, classification_loss
 
 LR = 1e-6  # the cost of a step does not depend on it, and the loss stays finite
@@ -63,16 +62,6 @@ def predicted_peaks(plan: Plan) -> tuple[float, float | None]:
     if plan.device.kind == "cpu":
         return reserved, None
     return reserved - plan.breakdown.get("allocator", 0.0), reserved
-
-
-def random_images(num_channels: int, img_size: int) -> MakeBatch:
-    """As `image_batch`, with values: a kernel on zeros may be faster than one on images."""
-
-    def make(num_samples: int) -> tuple[Tensor, Tensor]:
-        images = torch.randn(num_samples, num_channels, img_size, img_size)
-        return images, torch.zeros(num_samples, dtype=torch.long)
-
-    return make
 
 
 def measure(
@@ -110,6 +99,7 @@ def measure(
 
     >>> from lbaccel import plan
     >>> from lbaccel.models import create_backbone
+    >>> from lbaccel.planning.network import random_images
     >>> found = plan("resnet10t", img_size=64, global_batch_size=64, memory="1GiB", device="cpu",
     ...              num_classes=10, micro_batch_size=32, compare=False)
     >>> model = create_backbone("resnet10t", num_classes=10)
@@ -236,7 +226,9 @@ class _Run:
             mixed_precision="no" if plan.precision == "fp32" else plan.precision,
         )
         self.large_batch = LargeBatch(accelerator, self.batch, clip_grad_norm=clip_grad_norm)
-        steps = create_optimizer(trained, optimizer, lr=LR, weight_decay=1e-4)
+        steps = create_optimizer(
+            trained, optimizer, lr=LR, weight_decay=1e-4, fused=plan.fused_optimizer
+        )
         self.model, _, _ = self.large_batch.prepare(trained.train(), steps, [])
         tensors = (*self.model.parameters(), *self.model.buffers())
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}

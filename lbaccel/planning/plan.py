@@ -45,6 +45,7 @@ class Plan:
     memory_format: MemoryFormat
     precision: Precision
     optimizer: str
+    fused_optimizer: bool
     lr: float
     predicted_peak_gib: float
     predicted_seconds_per_update: float
@@ -89,6 +90,7 @@ class Plan:
             "offload": self.offload,
             "precision": self.precision,
             "optimizer": self.optimizer,
+            "fused_optimizer": self.fused_optimizer,
             "lr": self.lr,
             "predicted_peak_gib": self.predicted_peak_gib,
             "predicted_seconds_per_update": self.predicted_seconds_per_update,

@@ -15,20 +15,18 @@ from lbaccel.launch import calibration_file
 from lbaccel.memory.budget import default_budget, parse_memory
 from lbaccel.models import create_backbone
 from lbaccel.normalization import has_batch_norm
-from lbaccel.optimizers import create_optimizer
-from lbaccel.planning.devices import GIB, Device, find_device
-from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat
+from lbaccel.planning.devices import GIB, Device, device_at_hand, find_device
+from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
 from lbaccel.planning.levers import levers
+from lbaccel.planning.network import image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
 from lbaccel.planning.sweep import Point, sweep
 from lbaccel.planning.update import (
     LossFn,
     MakeBatch,
-    Network,
     Precision,
     classification_loss,
-    image_batch,
 )
 from lbaccel.scaling import choose_rule, scale_lr
 
@@ -58,6 +56,7 @@ def plan(
     loss_fn: LossFn | None = None,
     num_samples: int = IMAGENET,
     epochs: float = 90.0,
+    observes: bool = True,
     compare: bool = True,
     sweeps: bool = False,
 ) -> Plan:
@@ -87,12 +86,13 @@ def plan(
         loss_fn: (model, micro-batch) -> loss, as `LargeBatch.update` takes it.
         num_samples: of the training set, for hours; default: ImageNet-1k.
         epochs: of the run, for hours.
+        observes: where the model can't be traced, run real micro-batches on the device at hand.
         compare: fill in `levers` and `alternatives`; without, the plan takes half the time.
         sweeps: fill in `points`, the frontier of time against memory.
 
     Raises:
         InputError: sizes that are none, a budget below the weights, an unknown device, or a model
-            that can't be traced.
+            that can't be traced (`Untraceable`), with no such device at hand.
 
     >>> found = plan("resnet10t", img_size=64, global_batch_size=256, memory="1GiB", device="cpu",
     ...              num_classes=10, compare=False)
@@ -103,7 +103,7 @@ def plan(
     check_whole("world_size", world_size)
     chosen = _device(device)
     budget = _budget(memory, chosen)
-    network, name, size = _network(
+    network, name = network_of(
         model,
         img_size=img_size,
         num_classes=num_classes,
@@ -111,6 +111,8 @@ def plan(
         make_batch=make_batch,
         loss_fn=loss_fn or classification_loss,
         clips=clip_grad_norm,
+        device=chosen,
+        precision=precision,
     )
     if norm_batch_size is None and has_batch_norm(network.model):
         norm_batch_size = min(NORM_BATCH_SIZE, global_batch_size)
@@ -134,16 +136,32 @@ def plan(
         checkpointing=activation_checkpointing,
     )
     search = Search(estimator, budget, pinned)
+    notes: tuple[str, ...] = ()
     try:
         choice = search.run()
-    except (InputError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise InputError(_untraceable(name, size, error)) from error
+    except Untraceable as error:
+        if not observes or not isinstance(optimizer, str) or not _is_at_hand(chosen):
+            raise
+        from lbaccel.planning.observe import observer  # it needs accelerate
+
+        if isinstance(model, str):
+            model = create_backbone(name, num_classes=num_classes, img_size=img_size)
+        estimator.observe = observer(
+            estimator,
+            model,
+            make_batch or random_images(*image_shape(model, img_size)),
+            loss_fn=network.loss_fn,
+            optimizer=optimizer,
+            clip_grad_norm=clip_grad_norm,
+        )
+        choice = search.run()
+        notes = (f"{error.reason} Real micro-batches on {chosen.name} measured this plan.",)
+        compare = False  # other devices and precisions can't be measured here
     return _plan(
         search,
         choice,
         name=name,
+        notes=notes,
         optimizer=optimizer,
         num_samples=num_samples,
         epochs=epochs,
@@ -157,6 +175,7 @@ def _plan(
     choice: Choice,
     *,
     name: str,
+    notes: tuple[str, ...],
     optimizer: Any,
     num_samples: int,
     epochs: float,
@@ -169,11 +188,11 @@ def _plan(
     how: Checkpointing = candidate.checkpointing
     rule, _ = choose_rule(optimizer_name)
     num_updates = math.ceil(num_samples * epochs / batch.global_batch_size)
-    notes = []
+    said = list(notes)
     if how != "none" and not isinstance(how, str) and len(estimator.units) < 4:
-        notes.append("the blocks of this network are no chain: whole stages are recomputed")
-    if estimator.device.source != "calibrated":
-        notes.append(
+        said.append("the blocks of this network are no chain: whole stages are recomputed")
+    if estimator.device.source != "calibrated" and estimator.observe is None:
+        said.append(
             f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
             "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
         )
@@ -189,6 +208,7 @@ def _plan(
         memory_format=candidate.memory_format,
         precision=estimator.precision,
         optimizer=optimizer_name,
+        fused_optimizer=estimator.steps_fused,
         lr=scale_lr(
             0.1 if rule == "linear" else 1e-3,
             base_batch_size=256,
@@ -203,20 +223,8 @@ def _plan(
         num_updates=num_updates,
         points=_points(search, choice) if sweeps else (),
         why="" if choice.fits else _why(search, choice),
-        notes=tuple(notes),
+        notes=tuple(said),
     )
-
-
-def device_at_hand(device: torch.device | None = None) -> Device:
-    """The rates of this machine's GPU (or of `device`), else of its CPU.
-
-    Raises:
-        InputError: a card that is neither calibrated nor in the table.
-    """
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return find_device(name, calibration_file())
 
 
 def _device(device: str | Device | None) -> Device:
@@ -225,58 +233,18 @@ def _device(device: str | Device | None) -> Device:
     return device_at_hand() if device is None else device
 
 
+def _is_at_hand(device: Device) -> bool:
+    return device.kind == "cpu" or (
+        torch.cuda.is_available() and torch.cuda.get_device_name() == device.name
+    )
+
+
 def _budget(memory: str | int | None, device: Device) -> int:
     if isinstance(memory, str):
         return parse_memory(memory)
     if memory is not None:
         return memory
     return device.memory or default_budget(torch.device("cpu"))
-
-
-def _network(
-    model: str | nn.Module,
-    *,
-    img_size: int | None,
-    num_classes: int,
-    optimizer: Any,
-    make_batch: MakeBatch | None,
-    loss_fn: LossFn,
-    clips: bool,
-) -> tuple[Network, str, int | None]:
-    """The network, its name, and the size of its images."""
-    if img_size is not None:
-        check_whole("img_size", img_size)
-    if isinstance(model, str):
-        name = model
-        with torch.device("meta"):
-            model = create_backbone(name, num_classes=num_classes, img_size=img_size)
-    else:
-        name = type(model).__name__
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    size = img_size or (config.get("input_size") or (3, None, None))[-1]
-    if make_batch is None:
-        if size is None:
-            raise InputError(f"{name} does not say which images it takes. Give img_size=224.")
-        make_batch = image_batch((config.get("input_size") or (3,))[0], size)
-    if isinstance(optimizer, str):
-        optimizer = create_optimizer(model, optimizer, lr=0.1, weight_decay=1e-4)
-    return (
-        Network(
-            model=model, make_batch=make_batch, loss_fn=loss_fn, optimizer=optimizer, clips=clips
-        ),
-        name,
-        size,
-    )
-
-
-def _untraceable(name: str, size: int | None, error: Exception) -> str:
-    kernel = getattr(error, "func", None)
-    what = f"the operator {kernel}" if kernel is not None else type(error).__name__
-    reason = " ".join(str(error).split())[:200].rstrip(".")
-    return (
-        f"{name} at {size} px can't be traced on tensors without values: {what}: {reason}. If the "
-        "size is right, let a real run measure it: lbaccel train --micro-batch-size auto."
-    )
 
 
 def _why(search: Search, choice: Choice) -> str:

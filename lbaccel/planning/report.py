@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lbaccel import __version__
 from lbaccel.errors import InputError, RunFailed
@@ -20,8 +19,8 @@ from lbaccel.planning.measure import (
     check_measurable,
     measure,
     predicted_peaks,
-    random_images,
 )
+from lbaccel.planning.network import image_shape, random_images
 from lbaccel.planning.plan import Plan
 from lbaccel.run_folder import atomic_write_text, strict_json, versions
 
@@ -87,8 +86,8 @@ def write_report(
             "Give more --memory, or a smaller --micro-batch-size."
         )
     model = create_backbone(plan.model, num_classes=num_classes, img_size=img_size)
-    channels, size = _image_shape(model, img_size)
-    measured = measure(plan, model, random_images(channels, size), optimizer=plan.optimizer)
+    images = random_images(*image_shape(model, img_size))
+    measured = measure(plan, model, images, optimizer=plan.optimizer)
     found = as_report(plan, measured)
     try:
         atomic_write_text(path, strict_json(found, indent=1) + "\n")
@@ -97,12 +96,6 @@ def write_report(
             f"report={str(path)!r} can't be written: {error.strerror or error}. Name another file."
         ) from error
     return found, f"{_line(found)}; written to {path}"
-
-
-def _image_shape(model: nn.Module, img_size: int | None) -> tuple[int, int]:
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    channels, *sides = config.get("input_size") or (3, 224, 224)
-    return channels, img_size or sides[-1]
 
 
 def as_report(plan: Plan, measured: Measured) -> dict[str, Any]:

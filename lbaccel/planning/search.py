@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lbaccel.errors import InputError
 from lbaccel.planning.chain import ChainCost, UnitCost
 from lbaccel.planning.estimate import (
     Candidate,
@@ -79,6 +80,13 @@ class Search:
         steps = self.most / min(candidate.micro_batch_size, self.most)  # the last may be short
         seconds = steps * estimate.micro_step_seconds + estimate.commit_seconds
         return Choice(candidate, estimate, seconds, estimate.peak <= self.budget)
+
+    def with_every_block(self, candidate: Candidate) -> list[Choice]:
+        """`candidate` with the model's own blocks recomputed; none for a model that has none."""
+        try:
+            return [self.choice(replace(candidate, checkpointing="full"))]
+        except InputError:
+            return []
 
     def _steps(self, size: int) -> int:
         return -(-self.most // size)
@@ -302,7 +310,8 @@ class Search:
         how = self.pinned.checkpointing
         if how is not None:
             return self.choice(Candidate(size, layout, how))
-        found = [self.choice(Candidate(size, layout, how)) for how in ("none", "full")]
+        plain = Candidate(size, layout)
+        found = [self.choice(plain), *self.with_every_block(plain)]
         best = min(found, key=lambda choice: choice.estimate.peak)
         if not self.estimator.units:
             return best

@@ -16,6 +16,7 @@ from lbaccel.planning.devices import FLOP_SHARE, Device
 from lbaccel.planning.trace import Kernel
 
 MMAP_THRESHOLD = 32 * 2**20  # glibc takes larger blocks from the system each time (mallopt(3))
+FEW = 16  # samples from which ATen gives a pointwise convolution to oneDNN in one thread
 GPU_START = 2e-6  # of a kernel that the GPU has in its queue
 HALF = (torch.bfloat16, torch.float16)
 _NORMS = ("batch_norm", "layer_norm", "group_norm")
@@ -32,6 +33,8 @@ def kernel_class(kernel: Kernel) -> str:
     layout = "channels_last" if kernel.channels_last else "contiguous"
     if name.startswith("convolution"):
         kind = "depthwise" if kernel.depthwise else "pointwise" if kernel.pointwise else "conv"
+        if kind == "pointwise" and dtype == "fp32" and kernel.num_samples < FEW:
+            kind = "pointwise_few"
         return f"{kind}{'_backward' if name.endswith('backward') else ''}/{dtype}/{layout}"
     if kernel.flops:
         return f"matmul/{dtype}"
@@ -44,16 +47,19 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
     """Seconds of one call's work, without its launch."""
     if kernel.num_bytes == 0:
         return 0.0
-    found = device.rates.get(kernel_class(kernel))
+    name = kernel_class(kernel)
+    found = device.rates.get(name) or device.rates.get(name.replace("_few", ""))
     moved = kernel.num_bytes / device.reached_bandwidth
     if found is None:
         half = kernel.dtype in HALF
         is_conv = kernel.name.startswith("aten.convolution")
         rate = device.flops["half" if half else "tf32" if is_conv else "fp32"] * FLOP_SHARE
-        work = kernel.flops / rate
-        if is_conv and not kernel.channels_last and device.kind == "cuda":
-            moved *= 1.5  # cuDNN turns plain tensors and back (timm's RTX 3090 results: 1.3 to 1.5)
-        return max(work, moved)
+        turns = 0.0
+        tensor_cores = half or device.flops["tf32"] > device.flops["fp32"]
+        if is_conv and tensor_cores and not (kernel.channels_last or kernel.depthwise):
+            # Tensor cores take channels-last alone: cuDNN turns what it reads and writes.
+            turns = 2 * (kernel.num_bytes - kernel.weight_bytes) / device.reached_bandwidth
+        return max(kernel.flops / rate, moved) + turns
     work = (kernel.flops or kernel.num_bytes) / found
     if device.kind != "cpu":
         return max(work, moved) if kernel.flops else work

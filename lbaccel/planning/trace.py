@@ -42,6 +42,7 @@ class Kernel:
     depthwise: bool = False  # a convolution with as many groups as channels, or nearly
     pointwise: bool = False  # a convolution of 1 x 1
     weight_bytes: int = 0  # of a convolution
+    num_samples: int = 0  # likewise
     new_bytes: int = 0  # of the largest storage that it made
 
 
@@ -248,6 +249,7 @@ def _shape_of_convolution(name: str, args: tuple[Any, ...]) -> dict[str, Any]:
         "depthwise": groups > 1,
         "pointwise": groups == 1 and weight.shape[2:].numel() == 1,
         "weight_bytes": weight.numel() * weight.element_size(),
+        "num_samples": args[0].shape[0],
     }
 
 

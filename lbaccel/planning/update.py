@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from lbaccel import accumulation
 from lbaccel.accumulation import LossFn
@@ -61,6 +63,7 @@ def trace_update(
     plan: BatchPlan,
     *,
     precision: Precision = "fp32",
+    device_type: str = "cpu",
     workspace: Workspace | None = None,
     change: Callable[[nn.Module, Recorder], object] | None = None,
 ) -> Trace:
@@ -72,6 +75,7 @@ def trace_update(
         network: model, data and optimizer.
         plan: the largest micro-batches of its first rank are run.
         precision: of the forward pass, by autocast.
+        device_type: "cpu" or "cuda", whose autocast rules hold; the tensors are the CPU's.
         workspace: of a kernel, see `Workspace`.
         change: done to the fake copy of the model before it runs, such as checkpointing.
 
@@ -91,7 +95,7 @@ def trace_update(
         if change is not None:
             change(model, recorder)
         if precision in AUTOCAST:
-            _autocast_forward(model, AUTOCAST[precision])
+            _autocast_forward(model, AUTOCAST[precision], device_type)
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
@@ -178,15 +182,44 @@ def _outside(call: Callable[[], int]) -> Callable[[], int]:
     return real
 
 
-def _autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
+def _autocast_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> None:
     """What `accelerator.prepare` does: the forward under autocast, its outputs in float32."""
     plain = model.forward
+    rules = _FloatOnCuda if device_type == "cuda" else nullcontext
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast("cpu", dtype=dtype), rules():
             return _to_float(plain(*args, **kwargs))
 
     model.forward = forward
+
+
+_FLOAT_ON_CUDA = frozenset(
+    getattr(home, name)
+    for name in (
+        *("layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "softplus", "normalize"),
+        *("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss"),
+        *("exp", "expm1", "log", "log1p", "log2", "log10", "pow", "rsqrt", "reciprocal", "norm"),
+        *("sum", "prod", "cumsum", "cumprod", "cosine_similarity", "__pow__", "__rtruediv__"),
+    )
+    for home in (torch, Tensor, F)
+    if hasattr(home, name)
+)
+
+
+class _FloatOnCuda(TorchFunctionMode):
+    """CUDA's autocast computes these in float32, where the CPU's leaves the dtype as it is.
+
+    pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FLOAT_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _to_float, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _to_float(value: Any) -> Any:
