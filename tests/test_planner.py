@@ -177,6 +177,20 @@ def test_any_module_is_planned_and_left_as_it_is():
     assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
 
 
+def test_alternatives_fit_too_though_more_devices_hold_ddps_buckets():
+    asked = CONTRACT | {"global_batch_size": 512}
+    options = {"device": "RTX 3060", "norm_batch_size": 1, "optimizer": "adamw"}
+    asked |= {"img_size": 64}
+    exact = plan(
+        "resnet10t", memory="4GiB", micro_batch_size=100, compare=False, **options, **asked
+    )
+    found = plan("resnet10t", memory=int(exact.predicted_peak_gib * 2**30) + 1, **options, **asked)
+    assert found.fits
+    for other in found.alternatives:
+        assert other.peak_gib <= found.budget_gib, other
+        assert other.micro_batch_size <= found.micro_batch_size
+
+
 def test_a_module_without_blocks_has_levers_and_a_nearest_plan_too():
     ids = {"make_batch": lambda n: (torch.zeros(n, 7).long(), torch.zeros(n).long())}
     contract = {"global_batch_size": 64, "device": "cpu", "img_size": None, **ids}

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch
+from lbaccel.checkpointing import apply_activation_checkpointing
 from lbaccel.data.loader import Update
 from lbaccel.masks import CALLS_AT_ONCE
 from lbaccel.normalization import has_batch_norm
@@ -371,6 +372,18 @@ def test_autocast_on_cuda_normalises_in_float32_where_the_cpus_keeps_bfloat16():
         for kind in ("cpu", "cuda")
     ]
     assert plain[0] == plain[1]  # products are bfloat16 on both
+
+
+def test_recompute_keeps_cudas_autocast_rules():
+    model = timm.create_model("convnext_atto", num_classes=10)
+    network = Network(model=model, make_batch=images)
+    for kind in ("cpu", "cuda"):
+        options = {"precision": "bf16", "device_type": kind}
+        plain, recomputed = (
+            trace_update(network, plan_of(model, 4), change=change, **options).peak()
+            for change in (None, lambda model, _: apply_activation_checkpointing(model))
+        )
+        assert recomputed < plain  # and torch's check of what is recomputed did not stop it
 
 
 def runs_sorted(events):

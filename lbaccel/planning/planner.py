@@ -277,12 +277,12 @@ def _alternatives(search: Search, choice: Choice, num_updates: int) -> list[Alte
         )
         size = batch.largest_micro_batch()
         other = Search(estimator.of_world(world), search.budget, search.pinned)
-        there = other.choice(replace(candidate, micro_batch_size=size))
+        there = other.alike(replace(candidate, micro_batch_size=size))
         hours = num_updates * there.seconds / 3600
         found.append(
             Alternative(
                 world_size=world,
-                micro_batch_size=size,
+                micro_batch_size=there.candidate.micro_batch_size,
                 peak_gib=there.estimate.peak / GIB,
                 seconds_per_update=there.seconds,
                 hours=hours,

@@ -14,6 +14,7 @@ from lbaccel.planning.estimate import (
     Estimator,
     MemoryFormat,
     Segments,
+    Untraceable,
 )
 from lbaccel.planning.segments import Run, best_runs, extra_seconds, predicted_peak
 
@@ -85,8 +86,17 @@ class Search:
         """`candidate` with the model's own blocks recomputed; none for a model that has none."""
         try:
             return [self.choice(replace(candidate, checkpointing="full"))]
+        except Untraceable:
+            raise
         except InputError:
             return []
+
+    def alike(self, candidate: Candidate) -> Choice:
+        """`candidate`, in smaller micro-batches where it does not fit; itself where none does."""
+        asked = self.choice(candidate)
+        if asked.fits or self.pinned.micro_batch_size is not None:
+            return asked
+        return self._fitting(candidate.memory_format, candidate.checkpointing) or asked
 
     def _steps(self, size: int) -> int:
         return -(-self.most // size)

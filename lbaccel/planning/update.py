@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lbaccel import accumulation
@@ -95,7 +95,9 @@ def trace_update(
         if change is not None:
             change(model, recorder)
         if precision in AUTOCAST:
-            _autocast_forward(model, AUTOCAST[precision], device_type)
+            _autocast_forward(model, AUTOCAST[precision])
+            if device_type == "cuda":  # around the backward pass too, which may recompute
+                around.enter_context(_float_on_cuda())
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
@@ -182,44 +184,56 @@ def _outside(call: Callable[[], int]) -> Callable[[], int]:
     return real
 
 
-def _autocast_forward(model: nn.Module, dtype: torch.dtype, device_type: str) -> None:
+def _autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
     """What `accelerator.prepare` does: the forward under autocast, its outputs in float32."""
     plain = model.forward
-    rules = _FloatOnCuda if device_type == "cuda" else nullcontext
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", dtype=dtype), rules():
+        with torch.autocast("cpu", dtype=dtype):
             return _to_float(plain(*args, **kwargs))
 
     model.forward = forward
 
 
-_FLOAT_ON_CUDA = frozenset(
-    getattr(home, name)
-    for name in (
-        *("layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "softplus", "normalize"),
-        *("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss"),
-        *("exp", "expm1", "log", "log1p", "log2", "log10", "pow", "rsqrt", "reciprocal", "norm"),
-        *("sum", "prod", "cumsum", "cumprod", "cosine_similarity", "__pow__", "__rtruediv__"),
-    )
-    for home in (torch, Tensor, F)
-    if hasattr(home, name)
+_FLOAT_ON_CUDA = (
+    *("layer_norm", "group_norm", "softmax", "log_softmax", "softmin", "softplus", "normalize"),
+    *("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss", "l1_loss"),
+    *("exp", "expm1", "log", "log1p", "log2", "log10", "pow", "rsqrt", "reciprocal", "norm"),
+    *("sum", "prod", "cumsum", "cumprod", "cosine_similarity", "__pow__", "__rpow__"),
 )
 
 
-class _FloatOnCuda(TorchFunctionMode):
+@contextmanager
+def _float_on_cuda() -> Iterator[None]:
     """CUDA's autocast computes these in float32, where the CPU's leaves the dtype as it is.
 
-    pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
+    pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32". The functions are
+    replaced meanwhile: a torch function mode is off in what a backward pass recomputes.
     """
+    missing = object()
+    homes: tuple[Any, ...] = (torch, Tensor, F)
+    found = [(home, name) for home in homes for name in _FLOAT_ON_CUDA if hasattr(home, name)]
+    kept = [(home, name, vars(home).get(name, missing)) for home, name in found]
+    for home, name in found:
+        setattr(home, name, _in_float(getattr(home, name)))
+    try:
+        yield
+    finally:
+        for home, name, value in kept:
+            if value is missing:  # inherited
+                delattr(home, name)
+            else:
+                setattr(home, name, value)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FLOAT_ON_CUDA and torch.is_autocast_enabled("cpu"):
+
+def _in_float(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _to_float, (args, kwargs))
-        return func(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    return cast
 
 
 def _to_float(value: Any) -> Any:
