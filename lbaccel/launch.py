@@ -27,3 +27,9 @@ def calibration_file() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME")
     folder = Path(caches) if caches else Path.home() / ".cache"
     return folder / "lbaccel" / "calibration.json"
+
+
+def launcher_variables() -> dict[str, str]:
+    """What accelerate's and DeepSpeed's launchers would find here before they set their own."""
+    prefixes = ("ACCELERATE_", "FSDP_", "DS_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
