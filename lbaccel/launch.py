@@ -29,7 +29,6 @@ def calibration_file() -> Path:
     return folder / "lbaccel" / "calibration.json"
 
 
-def launcher_variables() -> dict[str, str]:
-    """What accelerate's and DeepSpeed's launchers would find here before they set their own."""
-    prefixes = ("ACCELERATE_", "FSDP_", "DS_")
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+def variables(*starts: str) -> dict[str, str]:
+    """The variables whose names start so: what launchers, builds and trackers would find here."""
+    return {name: value for name, value in os.environ.items() if name.startswith(starts)}

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, patch_environment
 
+from lbaccel.configs.claims import Script
 from lbaccel.configs.launcher import launch
 from lbaccel.configs.make import deepspeed_config
-from lbaccel.configs.resolve import Script, read_json, resolve
+from lbaccel.configs.resolve import read_json, resolve
 from lbaccel.errors import InputError
 
 ROOT = Path(__file__).parent.parent

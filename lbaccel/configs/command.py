@@ -14,7 +14,7 @@ from lbaccel.batch import BatchPlan
 from lbaccel.configs.launcher import Launch, Row
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
-from lbaccel.launch import launcher_variables
+from lbaccel.launch import variables
 from lbaccel.planning.command import add_plan_arguments
 
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
@@ -95,14 +95,15 @@ def _copy(a: argparse.Namespace) -> int:
 
 
 def _validate(a: argparse.Namespace) -> int:
+    from lbaccel.configs.claims import Script
     from lbaccel.configs.launcher import launch
-    from lbaccel.configs.resolve import Script, read_json, resolve
+    from lbaccel.configs.resolve import read_json, resolve
 
     yaml_file, json_file = _files(a.files)
     flags = shlex.split(a.launch)
     if yaml_file is not None and a.world_size is not None:
         flags += ["--num_processes", str(a.world_size)]
-    environment = launcher_variables()
+    environment = variables("ACCELERATE_", "FSDP_", "DS_")
     started: Launch | None = None
     if yaml_file is not None:
         started = launch(yaml_file, flags=flags, environment=environment)
@@ -121,7 +122,9 @@ def _validate(a: argparse.Namespace) -> int:
     if json_file is not None or (started and started.distributed_type == "DEEPSPEED"):
         script = Script(
             micro_batch_size=plan.micro_batch_size,
-            gradient_accumulation_steps=a.accelerator_steps or plan.gradient_accumulation_steps,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps
+            if a.accelerator_steps is None
+            else a.accelerator_steps,
             mixed_precision={"fp32": "no"}.get(a.precision, a.precision),
         )
         resolved = resolve(
