@@ -348,8 +348,8 @@ MUTANTS = {
     ),
     "the environment's accumulation steps are not seen": (
         "configs/resolve.py",
-        "accelerators = int(steps)",
-        "pass",
+        "with clear_environment(), patch_environment(**variables):",
+        "with clear_environment():",
         "tests/test_resolve.py",
     ),
     "accelerate may replace the optimizer under offload": (
