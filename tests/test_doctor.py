@@ -142,7 +142,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"yaml": named().replace("processes: 2", "processes: 1"), "ds": json_of(2)},
         {"yaml": named().replace("processes: 2", "processes: 1"), "ds": json_of(2, "optimizer")},
     ),
-    "unresolved": ({"ds": json_of(train_batch_size=7)}, {"ds": json_of()}),
+    "unresolved": (
+        {"ds": json_of(train_batch_size=7, train_micro_batch_size_per_gpu="4")},
+        {"ds": json_of(train_batch_size=7)},
+    ),
     "ragged-tail": (
         {"script": script_of("with accelerator.accumulate(model):", "    pass")},
         {"script": script_of(LBACCEL)},
@@ -331,6 +334,17 @@ def test_lbaccels_own_loop_is_clean_under_every_shipped_config(look, monkeypatch
         assert diagnose(facts) == [], path.name
 
 
+def test_a_batch_in_numbers_is_judged_where_the_plan_is_known(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json_of(train_batch_size=256)))
+    good = Environment(packages=GOOD, **GPUS)
+    # 256 = 4 x 32 x 2
+    sizes = {"global_batch_size": 256, "micro_batch_size": 4, "world_size": 2}
+    assert diagnose(gather(good, json_path=path, **sizes)) == []
+    (finding,) = diagnose(gather(good, json_path=path, **{**sizes, "global_batch_size": 512}))
+    assert finding.check == "unresolved" and "256 is not 4 x 64 x 2 = 512" in finding.found
+
+
 def test_a_script_is_read_and_never_run(tmp_path):
     path = tmp_path / "train.py"
     path.write_text("raise SystemExit('run!')\naccelerator.accumulate(x)\n")
@@ -386,6 +400,7 @@ def test_exit_codes_are_0_clean_1_with_findings_2_for_bad_input(
         (["--model", "resnet5000"], "is no timm model"),
         (["--global-batch-size", "64"], "Add --model"),
         (["--model", "resnet10t", "--global-batch-size", "0"], "global_batch_size=0"),
+        (["--model", "resnet10t", "--memory", "8GiB"], "--memory is for a plan"),
     ],
 )
 def test_bad_input_is_answered(arguments, said, good_machine, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lbaccel.batch import BatchPlan
 from lbaccel.configs.shipped import find
 from lbaccel.doctor.checks import CHECKS, diagnose
 from lbaccel.doctor.environment_checks import builds
@@ -51,17 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     a = arguments
     if a.global_batch_size is not None and a.model is None and a.script is None:
         raise InputError("--global-batch-size plans for a network. Add --model resnet50, say.")
+    for name in ("micro_batch_size", "world_size", "memory", "device", "img_size"):
+        if a.global_batch_size is None and getattr(a, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is for a plan. Add --global-batch-size 4096, say.")
     script = None if a.script is None else read_script(a.script)
     model = a.model or (script.model_name if script else None)
-    micro = a.micro_batch_size or 32
-    steps = 1
-    if a.global_batch_size is not None:
-        batch = BatchPlan(
-            global_batch_size=a.global_batch_size,
-            micro_batch_size=micro,
-            world_size=a.world_size or 1,
-        )
-        steps = batch.gradient_accumulation_steps
     yaml_path, json_path = _config(a.config)
     facts = gather(
         this_environment(),
@@ -70,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         script=script,
         model=model,
         has_batch_norm=None if model is None else _has_batch_norm(model, a.img_size),
-        micro_batch_size=micro,
-        steps=steps,
+        global_batch_size=a.global_batch_size,
+        micro_batch_size=a.micro_batch_size,
+        world_size=a.world_size,
     )
     findings = diagnose(facts)
     says = list(_says(a, facts))
@@ -104,7 +99,7 @@ def _says(a: argparse.Namespace, facts: Facts) -> Iterator[str]:
         yield from _operators(facts)
     if facts.model is None or a.global_batch_size is None:
         return
-    world = a.world_size or (facts.launch.world_size if facts.launch else 1)
+    world = facts.launch.world_size if facts.launch else a.world_size or 1
     found = plan(
         facts.model,
         global_batch_size=a.global_batch_size,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import yaml
 
+from lbaccel.batch import BatchPlan
 from lbaccel.configs.claims import Script as Said
 from lbaccel.configs.launcher import Launch, launch, read_yaml
-from lbaccel.configs.refusals import flat
+from lbaccel.configs.refusals import BATCH_KEYS, flat
 from lbaccel.configs.resolve import Resolved, read_json, resolve
 from lbaccel.doctor.script import Script
 from lbaccel.errors import InputError
@@ -147,10 +148,14 @@ def gather(
     script: Script | None = None,
     model: str | None = None,
     has_batch_norm: bool | None = None,
-    micro_batch_size: int = 32,
-    steps: int = 1,
+    global_batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    world_size: int | None = None,
 ) -> Facts:
     """Read what is given; the JSON that the YAML names is read too.
+
+    The sizes are the plan's; where one is missing, a `train_batch_size` that depends on it is not
+    judged. `world_size` is by default the YAML's, else 1.
 
     Raises:
         InputError: files that can't be read.
@@ -162,7 +167,8 @@ def gather(
             read_yaml(yaml_path)
             kept = ("ACCELERATE_", "FSDP_")
             inherited = {k: v for k, v in environment.variables.items() if k.startswith(kept)}
-            started = launch(yaml_path, environment=inherited)
+            flags = () if world_size is None else ("--num_processes", str(world_size))
+            started = launch(yaml_path, flags=flags, environment=inherited)
         named = (raw.get("deepspeed_config") or {}).get("deepspeed_config_file")
         if json_path is None and named is not None:
             json_path = Path(named)
@@ -170,10 +176,22 @@ def gather(
         config = read_json(json_path)
     resolved = None
     if config is not None or (started and started.distributed_type == "DEEPSPEED"):
+        world = started.world_size if started else world_size or 1
+        said, judged = Said(micro_batch_size=1, gradient_accumulation_steps=1), config
+        if global_batch_size is not None and micro_batch_size is not None:
+            plan = BatchPlan(
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                world_size=world,
+            )
+            steps = plan.gradient_accumulation_steps
+            said = Said(micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps)
+        elif config is not None and "auto" in map(config.get, BATCH_KEYS[:2]):
+            judged = {**config, "train_batch_size": "auto"}
         resolved = resolve(
-            config,
-            Said(micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps),
-            world_size=started.world_size if started else 1,
+            judged,
+            said,
+            world_size=world,
             launch=started,
             environment={},
         )
