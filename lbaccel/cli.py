@@ -13,6 +13,8 @@ USAGE = """usage: lbaccel COMMAND ...
 
   train      train or finetune a timm backbone at a global batch that does not fit
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
+  configs    the launcher's files: list, copy, explain, or make them for a plan
+  doctor     what is known to go wrong with this environment, config and script
   compare    finished runs side by side: what differed, and what came of it
   verify     a gradient check: is an update of this model the same however it is cut?
   calibrate  what this machine's device reaches in each class of kernel, for plans
@@ -25,6 +27,8 @@ lbaccel COMMAND --help says more.
 COMMANDS = {
     "calibrate": "planning.calibrate_command",
     "compare": "compare",
+    "configs": "configs.command",
+    "doctor": "doctor.command",
     "plan": "planning.command",
     "verify": "verification.command",
 }

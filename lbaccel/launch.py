@@ -27,3 +27,8 @@ def calibration_file() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME")
     folder = Path(caches) if caches else Path.home() / ".cache"
     return folder / "lbaccel" / "calibration.json"
+
+
+def variables(*starts: str) -> dict[str, str]:
+    """The variables whose names start so: what launchers, builds and trackers would find here."""
+    return {name: value for name, value in os.environ.items() if name.startswith(starts)}

@@ -340,6 +340,30 @@ MUTANTS = {
         "torch.arange(len(labels) - 1 - start, len(labels) - 1 - start - size, -1)",
         "tests/data/test_augment.py",
     ),
+    "accumulation steps that are not the plan's are taken": (
+        "configs/command.py",
+        "if steps != plan.gradient_accumulation_steps:",
+        "if False:",
+        "tests/test_configs_command.py",
+    ),
+    "the environment's accumulation steps are not seen": (
+        "configs/resolve.py",
+        "with clear_environment(), patch_environment(**variables):",
+        "with clear_environment():",
+        "tests/test_resolve.py",
+    ),
+    "accelerate may replace the optimizer under offload": (
+        "configs/make.py",
+        '"zero_force_ds_cpu_optimizer": False',
+        '"zero_force_ds_cpu_optimizer": True',
+        "tests/test_resolve.py",
+    ),
+    "a hidden size is asked of a timm model": (
+        "configs/make.py",
+        '"stage3_prefetch_bucket_size": BUCKET',
+        '"stage3_prefetch_bucket_size": "auto"',
+        "tests/test_resolve.py",
+    ),
     "the user's random state is moved": (
         "data/loader.py",
         "generator.set_state(state[0])",
@@ -355,6 +379,8 @@ def test_a_mutant_is_noticed(name, tmp_path):
     file, right, naive, tests = MUTANTS[name]
     shutil.copytree(ROOT / "lbaccel", tmp_path / "lbaccel")
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    for folder in ("accelerate_configs", "ds_configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "lbaccel" / file
     source = path.read_text()

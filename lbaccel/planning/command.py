@@ -17,7 +17,19 @@ from lbaccel.planning.sweep import plot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The contract, then what pins a part of the plan."""
+    """The contract, what pins a part of the plan, and the output."""
+    add_plan_arguments(parser)
+    shown = parser.add_argument_group("output")
+    shown.add_argument("--json", action="store_true", help="one JSON object, GiB and seconds")
+    shown.add_argument("--sweep", action="store_true", help="the frontier of time against memory")
+    shown.add_argument("--plot", type=Path, metavar="F", help="draw the sweep (.png, .svg, .pdf)")
+    shown.add_argument(
+        "--report", type=Path, metavar="F", help="run two updates here; plan and measurement (JSON)"
+    )
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a plan is asked for."""
     contract = parser.add_argument_group("the contract")
     contract.add_argument("--model", required=True, help="any timm model")
     contract.add_argument("--img-size", type=int, metavar="S", help="default: the model's")
@@ -39,13 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pins.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto"
-    )
-    shown = parser.add_argument_group("output")
-    shown.add_argument("--json", action="store_true", help="one JSON object, GiB and seconds")
-    shown.add_argument("--sweep", action="store_true", help="the frontier of time against memory")
-    shown.add_argument("--plot", type=Path, metavar="F", help="draw the sweep (.png, .svg, .pdf)")
-    shown.add_argument(
-        "--report", type=Path, metavar="F", help="run two updates here; plan and measurement (JSON)"
     )
 
 
@@ -77,10 +82,31 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_report(a.report)
 
+    found = find_plan(a, sweeps=a.sweep)
+    if a.plot is not None:
+        title = f"{found.model}, global batch {a.global_batch_size}, {found.device.name}"
+        plot(list(found.points), a.plot, title=title, budget_gib=found.budget_gib)
+    if a.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print("\n".join(lines(found)))
+    if a.report is not None:
+        _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
+        print(line, file=sys.stderr if a.json else sys.stdout)
+    return 0 if found.fits else 1
+
+
+def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
+    """The plan for the arguments of `add_plan_arguments`.
+
+    Raises:
+        InputError: see `plan`.
+    """
+
     def asked(value: Any) -> Any:
         return None if value == "auto" else value
 
-    found = plan(
+    return plan(
         a.model,
         global_batch_size=a.global_batch_size,
         img_size=a.img_size,
@@ -96,19 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
         memory_format=asked(a.memory_format),
         num_samples=a.num_samples,
         epochs=a.epochs,
-        sweeps=a.sweep,
+        sweeps=sweeps,
     )
-    if a.plot is not None:
-        title = f"{found.model}, global batch {a.global_batch_size}, {found.device.name}"
-        plot(list(found.points), a.plot, title=title, budget_gib=found.budget_gib)
-    if a.json:
-        print(json.dumps(found.to_dict()))
-    else:
-        print("\n".join(lines(found)))
-    if a.report is not None:
-        _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
-        print(line, file=sys.stderr if a.json else sys.stdout)
-    return 0 if found.fits else 1
 
 
 def lines(found: Plan) -> Iterator[str]:

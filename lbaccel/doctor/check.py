@@ -1,0 +1,32 @@
+"""One check: a pure function of the facts, with what is known of its consequence and its cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from lbaccel.doctor.facts import Facts, Finding
+
+Look = Callable[[Facts], Iterable[tuple[str, str]]]
+"""Facts -> (where, what was found) of each case."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to look for. `consequence` is measured, unless it says that it was read."""
+
+    name: str
+    consequence: str
+    fix: str
+    look: Look
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        """The findings of this check."""
+        for where, found in self.look(facts):
+            yield Finding(
+                check=self.name,
+                where=where,
+                found=found,
+                consequence=self.consequence,
+                fix=self.fix,
+            )

@@ -1,0 +1,18 @@
+"""All settings are in pyproject.toml; here is only what it can't say.
+
+The launcher's files stand once, at the top of the repository, where `accelerate launch` is run
+from; a wheel carries them inside the package, for `lbaccel configs cp`.
+"""
+
+from setuptools import find_packages, setup
+
+SHIPPED = {"accelerate_configs": "*.yaml", "ds_configs": "*.json"}
+
+setup(
+    packages=[*find_packages(include=["lbaccel*"]), *(f"lbaccel.{folder}" for folder in SHIPPED)],
+    package_dir={f"lbaccel.{folder}": folder for folder in SHIPPED},
+    package_data={
+        "lbaccel": ["py.typed"],
+        **{f"lbaccel.{folder}": [files] for folder, files in SHIPPED.items()},
+    },
+)
