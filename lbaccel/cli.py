@@ -15,6 +15,7 @@ USAGE = """usage: lbaccel COMMAND ...
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
   compare    finished runs side by side: what differed, and what came of it
   verify     a gradient check: is an update of this model the same however it is cut?
+  replicate  a recipe made for many GPUs, as the contract of one card
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
@@ -26,6 +27,7 @@ COMMANDS = {
     "calibrate": "planning.calibrate_command",
     "compare": "compare",
     "plan": "planning.command",
+    "replicate": "replication.command",
     "verify": "verification.command",
 }
 

@@ -30,7 +30,7 @@ LEVELS = [
     {"engine", "evaluation", "tracking"},
     {"planning", "runs"},
     {"auto_plan", "compare", "plots", "recipe", "resume", "run_log", "signals", "verification"},
-    {"run_session"},
+    {"run_session", "replication"},
     {"train"},
     {"cli"},
     {"__main__"},
