@@ -242,10 +242,9 @@ class _Study:
             self._row("statistics", "of rank 0", "its ghost batches alone, in order", errors[0])
         ]
         if len(errors) > 1:
-            which = f"of ranks 1 to {len(errors) - 1}, the worst"
-            rows.append(
-                self._row("statistics", which, "their ghost batches alone", max(errors[1:]))
-            )
+            others = "of the other rank" if len(errors) == 2 else "of the other ranks, the worst"
+            worst = max(errors[1:])
+            rows.append(self._row("statistics", others, "its ghost batches alone", worst))
             error = self._buffers(_mean(ours), _mean(theirs))
             which = "mean over the ranks (timm's dist_bn=reduce)"
             rows.append(self._row("statistics", which, "mean of these", error))
