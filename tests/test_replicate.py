@@ -466,6 +466,8 @@ def test_plain_numbers():
         ("--gpus 4 a.yaml", "--gpus 4 contradicts num_processes: 8"),
         ("a.yaml --per-gpu-batch 8", "--per-gpu-batch 8 contradicts a.yaml with ds.json"),
         ("total.json --gpus 4", "train_batch_size 100 in total.json is not"),
+        ("typed.yaml --gpus 4", "typed.yaml holds a value of another type"),
+        ("block.yaml --gpus 4", "block.yaml holds a value of another type"),
         ("timm.yaml --gpus 4 --epochs 3", "--epochs 3: timm.yaml says it itself"),
     ],
 )
@@ -478,6 +480,8 @@ def test_a_source_of_no_use_says_what_to_type(flags, words, capsys):
     Path("short.yaml").write_text("batch_size: 8\nopt: sgd\n")
     Path("total.json").write_text(json.dumps(JSON | {"train_batch_size": 100}))
     Path("timm.yaml").write_text(yaml.safe_dump(TIMM))
+    Path("typed.yaml").write_text(yaml.safe_dump(TIMM | {"lr": "fast"}))
+    Path("block.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: ds.json\n")
     assert main(["replicate", "--no-plan", *shlex.split(flags)]) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: "), error

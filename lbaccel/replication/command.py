@@ -118,7 +118,15 @@ def read_source(a: argparse.Namespace) -> Recipe:
     if not words:
         return read_plain(said, gpus=a.gpus)
     if len(words) == 1 and not words[0].startswith("-"):
-        return _read_file(Path(words[0]), said, a)
+        try:
+            return _read_file(Path(words[0]), said, a)
+        except InputError:
+            raise
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{words[0]} holds a value of another type than its script writes: {error}. "
+                "Correct it."
+            ) from error
     if Path(words[0]).suffix in (".yaml", ".yml", ".json", ".txt"):
         raise InputError(
             f"two sources: {words[0]} and {' '.join(words[1:])[:60]}. Give one, and leave out --."
