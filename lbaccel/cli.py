@@ -17,6 +17,7 @@ USAGE = """usage: lbaccel COMMAND ...
   doctor     what is known to go wrong with this environment, config and script
   compare    finished runs side by side: what differed, and what came of it
   verify     a gradient check: is an update of this model the same however it is cut?
+  replicate  a recipe made for many GPUs, as the contract of one card
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
@@ -30,6 +31,7 @@ COMMANDS = {
     "configs": "configs.command",
     "doctor": "doctor.command",
     "plan": "planning.command",
+    "replicate": "replication.command",
     "verify": "verification.command",
 }
 

@@ -147,6 +147,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             ("per_ghost", "per_update"),
         ),
         Option(
+            "bn_momentum",
+            float,
+            None,
+            "share of the newest statistic at each move of BatchNorm's running statistics",
+            shown="the model's",
+        ),
+        Option(
             "last_update",
             str,
             "wrap",
@@ -238,6 +245,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             shown="none",
         ),
         Option("gamma", float, 0.1, "factor at each step"),
+        Option("final_lr", float, 0.0, "learning rate at the end of a cosine"),
     ),
     "optimizer": (
         Option("optimizer", str, "sgd", "any name of timm.optim (sgd is Nesterov's)"),

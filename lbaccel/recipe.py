@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch import BatchPlan, NormBatchSize
 from lbaccel.data.sources import ImageArray, Source
@@ -52,11 +53,14 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay"):
         if s[name] is not None and not 0 <= s[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must be in 0..1, below 1.")
-    for name in ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs"):
+    from_zero = ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs", "final_lr")
+    for name in from_zero:
         if s[name] is not None and not 0 <= s[name] < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must be a number from 0 on.")
     if s["seed"] >= 2**31:
         raise InputError(f"--seed {s['seed']} must be below 2^31.")
+    if s["bn_momentum"] is not None and not 0 < s["bn_momentum"] <= 1:
+        raise InputError(f"--bn-momentum {s['bn_momentum']} must be above 0 and at most 1.")
     if s["layer_decay"] is not None and not 0 < s["layer_decay"] <= 1:
         raise InputError(f"--layer-decay {s['layer_decay']} must be above 0 and at most 1.")
     for name in ("mean", "std"):
@@ -94,6 +98,11 @@ def _check_schedule(s: Mapping[str, Any]) -> None:
         raise InputError(
             f"{flag} does not read --milestones {shown}. Use --schedule multistep, or "
             "leave them out."
+        )
+    if s["final_lr"] and schedule != "cosine":
+        raise InputError(
+            f"{flag} does not read --final-lr {s['final_lr']:g}. Use --schedule cosine, or leave "
+            "it out."
         )
     if schedule == "step" and len(given) != 1:
         raise InputError(f"{flag} needs one --milestones, its period in epochs: --milestones 50.")
@@ -176,6 +185,8 @@ def build_model(
         drop_rate=s["drop_rate"],
         drop_path=s["drop_path"],
     )
+    if s["bn_momentum"] is not None:
+        _set_bn_momentum(model, s["bn_momentum"], s["model"])
     if size is None:
         size, origin = resolve_model_data_config(model)["input_size"][-1], "the model's"
     stem = "native"
@@ -203,6 +214,14 @@ def build_model(
     say(f"images: {size} px ({origin}), {shown}")
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": s["model"], "num_classes": num_classes}
+
+
+def _set_bn_momentum(model: nn.Module, momentum: float, name: str) -> None:
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if not layers:
+        raise InputError(f"--bn-momentum {momentum:g}: {name} has no BatchNorm. Leave it out.")
+    for layer in layers:
+        layer.momentum = momentum
 
 
 def _try_images(model: nn.Module, name: str, *, num_channels: int, size: int) -> None:
@@ -319,6 +338,7 @@ def build_schedule(
             start=s["warmup_start"],
             milestones=s["milestones"],
             gamma=s["gamma"],
+            final_lr=s["final_lr"],
         )
 
     extensions = s.get("extensions", [])
@@ -330,7 +350,7 @@ def build_schedule(
         if s["schedule"] != "cosine" or how == "stretch":
             schedule = ending_at(after)  # steps and constants do not know the run's end
         elif how is not None:
-            schedule = extend_schedule(schedule, how=how, **longer)
+            schedule = extend_schedule(schedule, how=how, final=s["final_lr"] / peak_lr, **longer)
         else:
             here = end(min(before, after))
             rates = [f(here) * peak_lr for f in (schedule, ending_at(after))]
@@ -340,9 +360,9 @@ def build_schedule(
             )
             if after > before:
                 text += (
-                    f"--extend restart (a new cosine from {peak_lr:.4g} at epoch {before:g} to 0 "
-                    f"at {after:g}), --extend constant (stays at {schedule(last) * peak_lr:.4g}, "
-                    "that of the last update), or "
+                    f"--extend restart (a new cosine from {peak_lr:.4g} at epoch {before:g} to "
+                    f"{s['final_lr']:.4g} at {after:g}), --extend constant (stays at "
+                    f"{schedule(last) * peak_lr:.4g}, that of the last update), or "
                 )
             raise InputError(
                 f"{text}--extend stretch (the cosine of {after:g} epochs from here on: at epoch "

@@ -271,18 +271,19 @@ def make_schedule(
 
 
 def extend_schedule(
-    schedule: Schedule, *, how: str, before: float, after: float, last: float
+    schedule: Schedule, *, how: str, before: float, after: float, last: float, final: float = 0.0
 ) -> Schedule:
     """Go on past the end of a schedule that ends: its values up to `before` stay as they are.
 
-    "restart": a new cosine from 1 at `before` to 0 at `after` (Loshchilov and Hutter 2017, a warm
-    restart); "constant": what the last update of the schedule had.
+    "restart": a new cosine from 1 at `before` to `final` at `after` (Loshchilov and Hutter 2017, a
+    warm restart); "constant": what the last update of the schedule had.
 
     Args:
         schedule: the one that ends at `before`.
         before: samples at its end.
         after: samples at the new end.
         last: samples seen at the start of its last update.
+        final: multiplier at the new end, for "restart".
 
     Raises:
         InputError: another word for `how`.
@@ -299,7 +300,7 @@ def extend_schedule(
             return schedule(samples_seen)
         if how == "constant":
             return schedule(last)
-        return cosine(samples_seen - before, total_samples=after - before)
+        return cosine(samples_seen - before, total_samples=after - before, final=final)
 
     return extended
 

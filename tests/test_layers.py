@@ -40,7 +40,7 @@ LEVELS = [
         "signals",
         "verification",
     },
-    {"doctor", "run_session"},
+    {"doctor", "replication", "run_session"},
     {"train"},
     {"cli"},
     {"__main__"},

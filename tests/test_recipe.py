@@ -128,6 +128,34 @@ def test_warmup_from_zero_rises_by_update_and_max_updates_keeps_the_schedule():
     assert [row["update"] for row in rows(folder, "val/top1")] == [4]  # the last one, always
 
 
+def test_a_cosine_ends_at_the_final_rate_and_so_does_a_restart():
+    text = "--epochs 2 --warmup none --base-lr 0.1 --base-batch-size 512 --final-lr 0.02"
+    folder = finish(*text.split(), "--eval-every", 9)
+    end = 6 * 512  # 2 epochs, the last update completed
+    truth = [0.02 + 0.08 * (1 + math.cos(math.pi * 512 * u / end)) / 2 for u in range(6)]
+    assert values(folder, "optim/lr") == pytest.approx(truth, rel=1e-12)
+    code, _ = run("--resume", folder, "--epochs", 4, "--extend", "restart")
+    assert code == 0
+    last = 12 * 512
+    later = [
+        0.02 + 0.08 * (1 + math.cos(math.pi * (512 * u - end) / (last - end))) / 2
+        for u in range(6, 12)
+    ]
+    assert values(folder, "optim/lr")[6:] == pytest.approx(later, rel=1e-12)
+
+
+def test_a_bn_momentum_is_that_of_every_layer():
+    """One update of one ghost batch: r = (1 - m) r0 + m s, so r - r0 is proportional to m."""
+    moved = []
+    for momentum in (0.1, 0.025):
+        text = f"--max-updates 1 --precision fp64 --bn-momentum {momentum}"
+        text += " --global-batch-size 64 --norm-batch-size 64"
+        weights = load_file(finish(*text.split()) / "checkpoints" / "best" / "model.safetensors")
+        moved.append(torch.cat([v for k, v in weights.items() if k.endswith("running_mean")]))
+    torch.testing.assert_close(moved[0], 4 * moved[1], rtol=1e-9, atol=1e-12)
+    assert moved[0].abs().max() > 0
+
+
 def test_evaluation_comes_when_the_asked_part_of_an_epoch_is_seen():
     # 2 updates of 719 are an epoch. In floats 3 * 0.1 epochs are not 0.3: no double evaluation.
     folder = finish("--global-batch-size", 719, "--epochs", 3, "--eval-every", 1.5)
@@ -409,6 +437,12 @@ def test_a_batch_above_a_tiny_set_runs_without_another_flag_and_its_norm_is_chec
         ("--mixup nan", "--mixup nan must be"),
         ("--cutmix inf", "--cutmix inf must be"),
         ("--weight-decay nan", "--weight-decay nan must be"),
+        ("--bn-momentum 0", "--bn-momentum 0.0 must be above 0 and at most 1"),
+        ("--bn-momentum nan", "--bn-momentum nan must be above 0"),
+        ("--model test_vit --img-size 16 --bn-momentum 0.1", "test_vit has no BatchNorm"),
+        ("--final-lr -1", "--final-lr -1.0 must be"),
+        ("--schedule constant --final-lr 0.1", "--schedule constant does not read --final-lr 0.1"),
+        ("--final-lr 9", "final_lr=9.0 is not a finite number"),
         ("--layer-decay 0", "--layer-decay 0.0 must be above 0"),
         ("--layer-decay nan", "--layer-decay nan must be above 0"),
         ("--base-lr inf", "--base-lr inf must be"),

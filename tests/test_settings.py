@@ -64,6 +64,7 @@ def test_the_flags_of_the_issue_are_all_there():
     --auto-augment --activation-checkpointing --memory-format --precision --clip-grad-norm
     --ema-decay --seed --output --log-every --eval-every --checkpoint-every --keep --dry-run
     --log-with --wandb-project --wandb-group --wandb-name --wandb-tags --wandb-mode --decay-all
+    --bn-momentum --final-lr
     """
     assert {flag[2:].replace("-", "_") for flag in asked.split()} <= set(OPTIONS)
 

@@ -125,7 +125,7 @@ class Certificate:
             return f"NOT EQUIVALENT: {count['fail']} of {total} plans give another update."
         if not count["pass"]:
             return f"NOT EQUIVALENT: none of the {total} plans could run, so nothing is shown."
-        worst = f"largest relative error {_number(self.largest_relative_error)}"
+        worst = f"largest relative error {error_text(self.largest_relative_error)}"
         if count["not run"]:
             return (
                 f"EQUIVALENT for the {count['pass']} of {total} plans that ran ({worst}); "
@@ -152,7 +152,8 @@ def number_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _number(value: float | None) -> str:
+def error_text(value: float | None) -> str:
+    """A relative error in the table."""
     return "-" if value is None else ("0" if value == 0 else f"{value:.1e}")
 
 
@@ -165,7 +166,7 @@ def _table(cells: Sequence[Cell]) -> list[str]:
         errors = (cell.loss_error, cell.gradient_error, cell.buffer_error)
         recompute = "yes" if cell.checkpointing else "no"
         verdict = cell.verdict if cell.verdict == "pass" else cell.verdict.upper()
-        row = [cell.partition, str(cell.ranks), recompute, *map(_number, errors), kept, verdict]
+        row = [cell.partition, str(cell.ranks), recompute, *map(error_text, errors), kept, verdict]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

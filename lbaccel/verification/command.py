@@ -15,18 +15,23 @@ from torch.nn import functional as F
 from lbaccel.errors import InputError, RunFailed, check_number, check_whole
 from lbaccel.models import SMALL_IMAGE, create_backbone
 from lbaccel.options import group_samples
+from lbaccel.verification.against import verify_against_ddp
 from lbaccel.verification.verify import verify
 
 NUM_SAMPLES = 11  # prime: every cut is ragged
 NUM_CLASSES = 10
 NOISE = 0.05
+GPUS = 4
+PER_GPU_BATCH = 4
+OF_DDP = ("gpus", "per_gpu_batch", "accumulation", "sync_bn", "uneven")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `lbaccel verify`."""
     parser.description = (
         "Prove that an update of a model is the same however its batch is cut: whole, in micro-"
-        "batches, recomputed, and on two ranks; or name the layer and the cause where it is not."
+        "batches, recomputed, and on two ranks; or name the layer and the cause where it is not. "
+        "With --against ddp: that one process does the update of several GPUs under DDP."
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="any timm model")
     parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
@@ -56,6 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=1e-12, help="relative (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON alone")
+    ddp = parser.add_argument_group("against real DistributedDataParallel")
+    ddp.add_argument("--against", choices=("ddp",), help="compare with ranks under DDP")
+    ddp.add_argument("--gpus", type=int, metavar="W", help=f"ranks (default: {GPUS})")
+    ddp.add_argument(
+        "--per-gpu-batch",
+        type=int,
+        metavar="B",
+        help=f"samples of a rank's micro-batch (default: {PER_GPU_BATCH})",
+    )
+    ddp.add_argument("--accumulation", type=int, metavar="K", help="micro-batches a rank (1)")
+    ddp.add_argument("--sync-bn", action="store_true", help="BatchNorm over all ranks")
+    ddp.add_argument("--uneven", action="store_true", help="the last rank's last one is halved")
 
 
 def _norm_batch_size(text: str) -> Any:
@@ -82,10 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("img_size", "num_classes"):
         if getattr(a, name) is not None:
             check_whole(name, getattr(a, name))
+    typed = [f"--{name.replace('_', '-')}" for name in OF_DDP if getattr(a, name)]
+    if typed and a.against is None:
+        raise InputError(f"{typed[0]} is of --against ddp. Add that, or leave it out.")
     torch.manual_seed(a.seed)
     model, size, num_classes = _build(a)
     if not a.pretrained and a.checkpoint is None:
         _add_noise(model, a.seed)
+    if a.against == "ddp":
+        return _against_ddp(a, model, size, num_classes)
     n = a.norm_batch_size
     num_samples = max(3 * n - 1, NUM_SAMPLES) if isinstance(n, int) else NUM_SAMPLES
     certificate = verify(
@@ -97,6 +119,36 @@ def run(arguments: argparse.Namespace) -> int:
         tolerance=a.tolerance,
         name=a.model,
         data=f"{num_samples} random images of {size} px, {_weights(a)}",
+        say=_progress,
+    )
+    _progress("")
+    print(certificate.to_json() if a.json else certificate)
+    return 0 if certificate.equivalent else 1
+
+
+def _against_ddp(a: argparse.Namespace, model: nn.Module, size: int, num_classes: int) -> int:
+    gpus, per_gpu = (
+        default if value is None else value
+        for value, default in ((a.gpus, GPUS), (a.per_gpu_batch, PER_GPU_BATCH))
+    )
+    accumulation = 1 if a.accumulation is None else a.accumulation
+    sizes = {"--gpus": gpus, "--per-gpu-batch": per_gpu, "--accumulation": accumulation}
+    for name, value in sizes.items():
+        check_whole(name, value)
+    num_samples = gpus * per_gpu * accumulation
+    certificate = verify_against_ddp(
+        model,
+        _cross_entropy,
+        _samples(num_samples, size, num_classes, a.seed),
+        gpus=gpus,
+        accumulation=accumulation,
+        sync_bn=a.sync_bn,
+        uneven=a.uneven,
+        norm_batch_size=a.norm_batch_size,
+        seed=a.seed,
+        tolerance=a.tolerance,
+        name=a.model,
+        data=f"random images of {size} px, {_weights(a)}",
         say=_progress,
     )
     _progress("")

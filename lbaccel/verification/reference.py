@@ -123,7 +123,7 @@ def _run_ghost_batches_in_turn(
         for layer, calls in seen.items():
             for ghost in range(len(sizes)):
                 for moments in calls:
-                    _move(layer, *moments[ghost])
+                    move_running(layer, *moments[ghost])
 
     return move
 
@@ -149,7 +149,8 @@ def _in_turn(layer: Any, name: str, sizes: Any, num_samples: int, calls: Any) ->
     return forward
 
 
-def _move(layer: Any, mean: Tensor, variance: Tensor) -> None:
+def move_running(layer: Any, mean: Tensor, variance: Tensor) -> None:
+    """The textbook's rule, r <- (1 - m) r + m s, with the unbiased variance."""
     if layer.running_mean is None:
         return
     layer.num_batches_tracked += 1

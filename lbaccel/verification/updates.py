@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,15 @@ def planned(
     *,
     rank: int = 0,
     checkpointing: bool = False,
+    only: Sequence[MicroBatch] | None = None,
 ) -> Result:
     """The update of one rank under a plan, out of the pieces that `LargeBatch.update` is made of.
 
-    With several ranks the default process group must run.
+    With several ranks the default process group must run. With `only` the update is made of these
+    micro-batches, in one process.
     """
+    partition = plan.partition(rank) if only is None else only
+    num_samples = task.num_samples if only is None else sum(m.num_samples for m in only)
     model = float64_copy(task.model)
     if checkpointing:
         apply_activation_checkpointing(model, task.blocks)
@@ -90,9 +94,9 @@ def planned(
         try:
             sums = accumulation.accumulate(
                 model,
-                micro_batches(task, plan.partition(rank)),
+                micro_batches(task, partition),
                 task.loss_fn,
-                num_samples=task.num_samples,
+                num_samples=num_samples,
                 scopes=scopes_of(task, norm, randomness),
             )
         except Exception as raised:
@@ -107,7 +111,7 @@ def planned(
         parameters,
         agreement.present,
         world_size=plan.world_size,
-        divisor=agreement.weight / task.num_samples if sums.own_weights else 1.0,
+        divisor=agreement.weight / num_samples if sums.own_weights else 1.0,
     )
     norm.commit(accumulation.gather_rows if plan.world_size > 1 else None)
     return result_of(model, agreement.loss, before)
