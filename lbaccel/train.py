@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import InputError, RunFailed
-from lbaccel.launch import rank
+from lbaccel.errors import InputError, RankFailed, RunFailed
+from lbaccel.launch import asks_for_deepspeed, rank
 from lbaccel.options import OPTIONS
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedType, set_seed
     from torch.nn import functional as F
 
     from lbaccel import auto_plan
@@ -82,10 +81,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     s = check_numbers(settings)
     precision = s["precision"]
-    accelerator = Accelerator(
-        cpu=not _has_accelerator(),
-        mixed_precision={"fp32": "no", "fp64": "no"}.get(precision, precision),
-    )
+    accelerator = _accelerator({"fp32": "no", "fp64": "no"}.get(precision, precision))
     precision = (
         precision
         or {"no": "fp32"}.get(accelerator.mixed_precision)
@@ -98,6 +94,15 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
+    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if sharded and s["resume"] is not None:
+        raise InputError(
+            "--resume under DeepSpeed or FSDP: their optimizer state is not in lbaccel's "
+            "checkpoints yet. Start from the weights: --checkpoint .../model.safetensors, or "
+            "resume under DDP."
+        )
+    if sharded and not s["dry_run"]:
+        say("checkpoints hold weights only under DeepSpeed and FSDP: a run can't be resumed")
     auto_resume = origins.get("resume") == "auto"
     if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
@@ -212,18 +217,19 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     def validate() -> dict[str, float]:
         metrics = {}
-        for suffix, network in (("", bare_model), ("_ema", ema.module if ema else None)):
-            if network is not None:
-                batches = evaluation_batches(
-                    source.val,
-                    preprocessing=preprocessing,
-                    batch_size=large_batch.plan.micro_batch_size,
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                    num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
-                )
-                found = evaluate(network, batches, accelerator, dtype=dtype)
-                metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
+        with large_batch.whole_model() as whole:
+            for suffix, network in (("", whole), ("_ema", ema.module if ema else None)):
+                if network is not None:
+                    batches = evaluation_batches(
+                        source.val,
+                        preprocessing=preprocessing,
+                        batch_size=large_batch.plan.micro_batch_size,
+                        rank=accelerator.process_index,
+                        world_size=accelerator.num_processes,
+                        num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
+                    )
+                    found = evaluate(network, batches, accelerator, dtype=dtype)
+                    metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
         return metrics
 
     # -- the run on disk ------------------------------------------------------------------------
@@ -237,7 +243,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     }
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    session = Session(accelerator, bare_model, parts, ema=ema)
+    session = Session(
+        accelerator,
+        bare_model,
+        large_batch.whole_model,
+        parts,
+        ema=ema,
+        resumable=not sharded,
+    )
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
         if done > num_updates:
@@ -364,6 +377,26 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     return session.folder
 
 
+def _accelerator(mixed_precision: str | None) -> Any:
+    """The launcher's Accelerator; on CPU ranks under DeepSpeed the backend has to be named."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    on_cpu = not _has_accelerator()
+    if not asks_for_deepspeed():
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    resolved = accelerator.state.mixed_precision
+    if mixed_precision not in (None, resolved):
+        raise InputError(
+            f"--precision {'fp32' if mixed_precision == 'no' else mixed_precision}, and the "
+            f'DeepSpeed JSON says {resolved}. Write "auto" for "enabled" in its sections "bf16" '
+            'and "fp16", or take them out.'
+        )
+    return accelerator
+
+
 def _has_accelerator() -> bool:
     """Whether there is a device to train on; Apple's MPS has no float64, which the sums need."""
     import torch
@@ -375,7 +408,7 @@ def _has_accelerator() -> bool:
 def _fail(error: object, code: int) -> int:
     """Print the message on the first rank, as the last line, and return the exit code."""
     sys.stdout.flush()
-    if rank() == 0:
+    if rank() == 0 or isinstance(error, RankFailed):
         name = {2: "error", 1: "run failed"}.get(code)
         print(f"{name}: {error}" if name else str(error), file=sys.stderr, flush=True)
     return code
