@@ -310,6 +310,42 @@ MUTANTS = {
         "    agreed = stop\n    if False:\n",
         "tests/test_resume.py::test_an_interrupt_on_one_rank_outweighs_a_time_limit_on_another",
     ),
+    "DeepSpeed steps by its own count of micro-steps": (
+        "sharding/zero.py",
+        "            self.engine.set_gradient_accumulation_boundary(True)\n            try:",
+        "            try:",
+        "tests/distributed/test_zero.py",
+    ),
+    "each micro-step is DeepSpeed's last": (
+        "sharding/zero.py",
+        "self.engine.set_gradient_accumulation_boundary(last and not self.droppable)",
+        "pass",
+        "tests/distributed/test_zero.py",
+    ),
+    "DeepSpeed divides by its own number of micro-steps": (
+        "sharding/zero.py",
+        ", scale_wrt_gas=False)",
+        ")",
+        "tests/distributed/test_zero.py",
+    ),
+    "DeepSpeed divides by the number of ranks": (
+        "sharding/zero.py",
+        "self.engine.backward(loss * self._world_size,",
+        "self.engine.backward(loss,",
+        "tests/distributed/test_zero.py",
+    ),
+    "FSDP2 divides by the number of ranks": (
+        "sharding/fsdp.py",
+        "(loss * self._world_size).backward()",
+        "loss.backward()",
+        "tests/distributed/test_fsdp.py",
+    ),
+    "Accelerate clips at 1.0": (
+        "sharding/zero_config.py",
+        '    config["gradient_clipping"] = wanted\n',
+        "",
+        "tests/test_zero_config.py",
+    ),
     "recompute with the spoilt list": (
         "checkpointing.py",
         "return plain(module, *_fresh(args), **_fresh(kwargs))",

@@ -183,18 +183,19 @@ def check_elementwise(optimizer: torch.optim.Optimizer, *, stage: int) -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
-    try:
-        apart = _run(optimizer, values, gradients)
-        flat = _run(
-            optimizer,
-            [torch.cat([v.flatten() for v in values])],
-            [[torch.cat([g.flatten() for g in step])] for step in gradients],
-        )
-        same = torch.allclose(apart, flat, rtol=1e-5, atol=1e-7)
-    except Exception as error:  # such as Muon, which takes matrices only
-        same, reason = False, f" ({type(error).__name__}: {str(error)[:80]})"
-    else:
-        reason = ""
+    same, reason = True, ""
+    for group in range(len(optimizer.param_groups)):  # timm's LARS adapts where it decays only
+        try:
+            apart = _run(optimizer, group, values, gradients)
+            flat = _run(
+                optimizer,
+                group,
+                [torch.cat([v.flatten() for v in values])],
+                [[torch.cat([g.flatten() for g in step])] for step in gradients],
+            )
+            same &= torch.allclose(apart, flat, rtol=1e-5, atol=1e-7)
+        except Exception as error:  # such as Muon, which takes matrices only
+            same, reason = False, f" ({type(error).__name__}: {str(error)[:80]})"
     if not same:
         raise InputError(
             f"{type(optimizer).__name__} under ZeRO-{stage}: it treats each parameter as a whole, "
@@ -205,10 +206,11 @@ def check_elementwise(optimizer: torch.optim.Optimizer, *, stage: int) -> None:
 
 def _run(
     optimizer: torch.optim.Optimizer,
+    number: int,
     values: list[torch.Tensor],
     gradients: list[list[torch.Tensor]],
 ) -> torch.Tensor:
-    """The elements after steps of a copy of `optimizer`, with its first group's settings."""
+    """The elements after steps of a copy of `optimizer`, with the settings of one of its groups."""
     twin = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {
         id(p): torch.empty(0) for group in optimizer.param_groups for p in group["params"]
@@ -222,7 +224,7 @@ def _run(
         twin.__dict__[hooks] = {}
     twin.state = type(optimizer.state)(optimizer.state.default_factory)
     parameters = [nn.Parameter(value.clone()) for value in values]
-    group = {**twin.param_groups[0], "params": parameters}
+    group = {**twin.param_groups[number], "params": parameters}
     group |= {"lr": 0.1, **{key: False for key in ("fused", "foreach") if key in group}}
     twin.param_groups = [group]
     for step in gradients:

@@ -50,7 +50,7 @@ def check(cells: dict[str, float]) -> None:
 
 
 def test_two_ranks_under_zero_2_give_the_update_of_one_process():
-    check(launch(2, "ZeRO-2, SGD;ZeRO-2, clipped")["cells"])
+    check(launch(2, "ZeRO-2, clipped;ZeRO-0, SGD;ZeRO-3, SGD offloaded")["cells"])
 
 
 @pytest.mark.slow
