@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -17,16 +16,15 @@ from lbaccel.batch import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.masks import KeyedRandomness
-from lbaccel.memory.adaptive import AdaptivePlan
+from lbaccel.memory.adaptive import AdaptivePlan, announce
 from lbaccel.memory.micro_batch import largest_that_fits
 from lbaccel.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
 from lbaccel.preflight import check_accelerator
+from lbaccel.sharding.optimizer_state import OptimizerState
 from lbaccel.sharding.prepare import prepare
 from lbaccel.sharding.steps import MicroBatches
 from lbaccel.transaction import Transaction
 from lbaccel.update_result import UpdateResult
-
-logger = logging.getLogger("lbaccel")
 
 
 class LargeBatch:
@@ -234,11 +232,7 @@ class LargeBatch:
         note = self._adaptive.shrink(update=update.index + 1, num_samples=update.num_samples)
         if note is None:
             raise failures.nothing_fits(self.plan, device, update=update.index + 1)
-        self._note(note)
-
-    def _note(self, text: str | None) -> None:
-        if text is not None and self.accelerator.is_main_process:
-            logger.warning(text)
+        announce(note, speak=self.accelerator.is_main_process)
 
     def request_stop(self, reason: Stop = "interrupt") -> None:
         """Ask for the run's end from any rank: `UpdateResult.stop` then tells all of them."""
@@ -267,7 +261,8 @@ class LargeBatch:
             if self._ema is not None:
                 self._ema.update(transaction.sharding.module)
         size = self.plan.micro_batch_size
-        self._note(self._adaptive.after_update(short_of_memory=agreement.short_of_memory))
+        note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
+        announce(note, speak=self.accelerator.is_main_process)
         return UpdateResult(
             applied=step.outcome == "written",
             loss=agreement.loss,
@@ -283,10 +278,13 @@ class LargeBatch:
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """The model with all its weights, for evaluation and for saving; every rank enters it.
 
-        Under ZeRO-3 and FSDP2 it is a plain copy with gathered weights, else the model itself,
-        without DDP's or DeepSpeed's wrapper.
+        Under ZeRO-3 and FSDP2 it is a plain copy with gathered weights.
         """
         return self._ready().sharding.whole()
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's whole state, to be saved and loaded by all ranks together."""
+        return self._ready().sharding.optimizer_state()
 
     def state_dict(self) -> dict[str, int]:
         """The counters."""

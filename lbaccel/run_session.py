@@ -78,10 +78,10 @@ class Session:
         if self.folder is None:
             return
         state = None
+        if self.resumable:  # on every rank: a sharded optimizer gathers its state
+            state = {name: part.state_dict() for name, part in self.parts.items()}
         with self.whole() as whole:
             if self.accelerator.is_main_process:
-                if self.resumable:
-                    state = {name: part.state_dict() for name, part in self.parts.items()}
                 save_checkpoint(
                     self.folder / "checkpoints",
                     update=update,
@@ -94,15 +94,11 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path, *, say: Say) -> int:
-        """Take the state of a checkpoint that `find_checkpoint` gave; its update.
+        """Take the state of a checkpoint, of which `load_weights` took the weights; its update.
 
         Raises:
-            InputError: it does not fit the model, or was saved at another precision.
+            InputError: it was saved at another precision.
         """
-        for stem, owner in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
-            if owner is not None:
-                file = path / f"{stem}.safetensors"
-                load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
         state = read_state(path)
         if state.keys() != self.parts.keys():
             raise InputError(
@@ -215,6 +211,18 @@ def _config(
 ) -> dict[str, Any]:
     saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
     return {**saved, "plan": plan, "origin": origins}
+
+
+def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
+    """Take the weights of a checkpoint that `find_checkpoint` gave, before the model is sharded.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
+    for stem, owner in (("model", model), ("model_ema", ema and ema.module)):
+        if owner is not None:
+            file = path / f"{stem}.safetensors"
+            load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
 
 
 def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:

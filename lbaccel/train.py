@@ -74,7 +74,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         limit_for,
     )
     from lbaccel.run_log import RunLog
-    from lbaccel.run_session import Session, find_checkpoint
+    from lbaccel.run_session import Session, find_checkpoint, load_weights
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.signals import graceful_signals
     from lbaccel.stream import UpdateStream
@@ -94,15 +94,16 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
-    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if sharded and s["resume"] is not None:
+    # DeepSpeed keeps float32 weights beside its bf16 ones, which no checkpoint of ours holds.
+    resumable = accelerator.distributed_type != DistributedType.DEEPSPEED or precision == "fp32"
+    if not resumable and s["resume"] is not None:
         raise InputError(
-            "--resume under DeepSpeed or FSDP: their optimizer state is not in lbaccel's "
-            "checkpoints yet. Start from the weights: --checkpoint .../model.safetensors, or "
-            "resume under DDP."
+            f"--resume under DeepSpeed in {precision}: its float32 weights are not in the "
+            "checkpoints. Start from the weights: --checkpoint .../model.safetensors, or use "
+            "--precision fp32."
         )
-    if sharded and not s["dry_run"]:
-        say("checkpoints hold weights only under DeepSpeed and FSDP: a run can't be resumed")
+    if not resumable and not s["dry_run"]:
+        say(f"checkpoints hold weights only under DeepSpeed in {precision}: no run can be resumed")
     auto_resume = origins.get("resume") == "auto"
     if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
@@ -194,6 +195,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         from timm.utils.model_ema import ModelEmaV3
 
         ema = ModelEmaV3(model, decay=s["ema_decay"])
+    if resume_from is not None:
+        load_weights(resume_from, model, ema=ema)
     large_batch = LargeBatch(
         accelerator,
         plan,
@@ -235,7 +238,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     # -- the run on disk ------------------------------------------------------------------------
     log = RunLog(stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at)
     parts = {
-        "optimizer": optimizer,
+        "optimizer": large_batch.optimizer_state(),
         "scheduler": scheduler,
         "counters": large_batch,
         "loader": loader,
@@ -249,7 +252,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         large_batch.whole_model,
         parts,
         ema=ema,
-        resumable=not sharded,
+        resumable=resumable,
     )
     if resume_from is not None:
         done = session.restore(resume_from, say=say)

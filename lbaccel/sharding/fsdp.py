@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.accumulation import Agreement
 from lbaccel.errors import InputError
+from lbaccel.sharding.optimizer_state import DTensorState, OptimizerState
 from lbaccel.sharding.steps import MicroBatches, Step, filled
 
 
@@ -109,6 +110,10 @@ class FullyShard:
             self.half_stepped = True
             raise
         return Step(grad_norm, "written")
+
+    def optimizer_state(self) -> OptimizerState:
+        """Gathered from the shards, and cut into them."""
+        return DTensorState(self._optimizer.optimizer)
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from lbaccel.batch import BatchPlan
 from lbaccel.errors import InputError
 from lbaccel.sharding.fsdp import FullyShard
+from lbaccel.sharding.optimizer_state import parameters_of
 from lbaccel.sharding.replicated import Replicated
 from lbaccel.sharding.steps import Sharding, skeleton
 from lbaccel.sharding.zero import Zero
@@ -93,11 +94,11 @@ def _prepare_zero(
     empty = skeleton(model) if stage == 3 else None
     # Accelerate would warn that its own number, which nothing reads here, is another one.
     accelerator.gradient_accumulation_steps = config["gradient_accumulation_steps"]
-    given = optimizer
+    given, groups = optimizer, parameters_of(optimizer)
     engine, optimizer = accelerator.prepare(model, optimizer)
     check_engine(engine, given, **settled)
     return (
         engine,
         optimizer,
-        Zero(engine, world_size=accelerator.num_processes, empty=empty),
+        Zero(engine, world_size=accelerator.num_processes, empty=empty, groups=groups),
     )

@@ -14,6 +14,7 @@ from lbaccel import accumulation, failures
 from lbaccel.accumulation import Agreement
 from lbaccel.memory.oom import is_out_of_memory
 from lbaccel.memory.reserve import Reservation
+from lbaccel.sharding.optimizer_state import OptimizerState
 from lbaccel.sharding.steps import MicroBatches, Step
 
 
@@ -116,6 +117,10 @@ class Replicated:
             self.half_stepped = True
             raise
         return Step(grad_norm, "skipped" if self._optimizer.step_was_skipped else "written")
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer itself."""
+        return self._optimizer
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lbaccel.accumulation import Agreement
 from lbaccel.batch import MicroBatch
+from lbaccel.sharding.optimizer_state import OptimizerState
 
 MicroBatches = Iterable[tuple[MicroBatch, Any]]
 
@@ -69,6 +70,10 @@ class Sharding(Protocol):
 
     def whole(self) -> AbstractContextManager[nn.Module]:
         """A module with all weights, which runs without the other ranks; a collective."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state, whole."""
         ...
 
 

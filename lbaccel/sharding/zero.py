@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from lbaccel.accumulation import Agreement
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.sharding.optimizer_state import Groups, OptimizerState, ZeroState
 from lbaccel.sharding.steps import MicroBatches, Step, filled, with_last
 
 
@@ -30,9 +31,13 @@ class Zero:
         engine: what `accelerator.prepare` returned for the model.
         world_size: data-parallel processes.
         empty: `skeleton` of the model from before it was sharded; needed under ZeRO-3.
+        groups: the optimizer's, from before it was prepared.
     """
 
-    def __init__(self, engine: Any, *, world_size: int, empty: nn.Module | None) -> None:
+    def __init__(
+        self, engine: Any, *, world_size: int, empty: nn.Module | None, groups: Groups
+    ) -> None:
+        self._groups = groups
         self.engine, self._world_size, self._empty = engine, world_size, empty
         self.stage = int(engine.zero_optimization_stage())
         self.droppable = self.stage < 3
@@ -177,6 +182,10 @@ class Zero:
             yield
         finally:
             self.engine.optimizer.override_loss_scale(1.0)
+
+    def optimizer_state(self) -> OptimizerState:
+        """Gathered from the parts, and cut into them."""
+        return ZeroState(self.engine, self._groups)
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

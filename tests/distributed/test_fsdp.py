@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import forks
 import pytest
 import torch
@@ -60,7 +62,7 @@ def updates(rank, world_size, dtype):
         yield Update(number, count, [(m, (x[p], y[p])) for m, p in parts])
 
 
-def prepared(optimizer_name, dtype):
+def prepared(optimizer_name, dtype, *, weights=None):
     accelerator = Accelerator(cpu=True)
     plan = BatchPlan(
         global_batch_size=SIZES[0],
@@ -70,6 +72,8 @@ def prepared(optimizer_name, dtype):
     )
     large_batch = LargeBatch(accelerator, plan, clip_grad_norm=CLIP)
     model = make_model(dtype)
+    if weights is not None:  # before it is sharded, as a resume does
+        model.load_state_dict(weights)
     for block in model:
         fully_shard(block)
     fully_shard(model)
@@ -141,6 +145,40 @@ def test_two_sharded_ranks_give_the_update_of_one_process(dtype, tolerance):
                         {k: state[k] for k in keys}, {k: true_state[k] for k in keys}
                     )
                     assert off <= tolerance, (name, keys, off)
+
+
+def moved_run(rank, name):
+    """Two updates sharded, then the third by a plain copy, and by another sharded model."""
+    large_batch, model, loader = prepared(name, torch.float64)
+    *first, third = loader
+    for update in first:
+        large_batch.update(update, loss_fn)
+    weights = {k: v.clone() for k, v in full_state(model).items()}
+    saved = copy.deepcopy(large_batch.optimizer_state().state_dict())
+    plain = make_model(torch.float64)
+    plain.load_state_dict(weights)
+    optimizer = make_optimizer(plain, name)
+    optimizer.load_state_dict(saved)
+
+    again, twin, _ = prepared(name, torch.float64, weights=weights)
+    again.optimizer_state().load_state_dict(saved)
+    result = again.update(third, loss_fn)
+    state = {k: v.clone() for k, v in full_state(twin).items()}
+    return result.loss, result.grad_norm, state, optimizer.state_dict()["state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_sharded_optimizers_state_is_that_of_one_process_and_goes_on_as_such(name):
+    runs = forks.values(forks.run_forked(moved_run, name, world_size=2))
+    true_loss, true_norm, true_state = reference(name)[2]
+    for loss, norm, state, saved in runs:
+        assert loss == pytest.approx(true_loss, rel=1e-12)
+        assert norm == pytest.approx(true_norm, rel=1e-12)
+        assert relative_error(state, true_state) < 1e-12
+        assert sorted(saved) == list(range(len(list(make_model(torch.float64).parameters()))))
+        if name == "adamw":
+            assert {float(entry["step"]) for entry in saved.values()} == {2.0}
 
 
 def nan_run(rank):

@@ -5,6 +5,7 @@ Prints one JSON line on rank 0: {"world_size", "cells": {name: error}, "checks":
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, field
@@ -58,6 +59,14 @@ CASES = {
 }
 
 
+MOVES = [
+    *(("sgd", s, 3 - s) for s in range(4)),
+    ("adamw", 1, 3),
+    ("adamw", 3, 2),
+    ("adamw", 2, 0),
+]
+
+
 def make_model(dtype, *, random=False):
     torch.manual_seed(0)
     rates = {"drop_rate": 0.3, "drop_path_rate": 0.3} if random else {}
@@ -101,6 +110,15 @@ def weighted_loss(model, micro_batch):
 
 def reference(case):
     """(loss, norm, state) of each update of one process in float64; plain torch where it can be."""
+    return train_reference(case)[0]
+
+
+def reference_optimizer(case):
+    """Its optimizer after the last update."""
+    return train_reference(case)[1]
+
+
+def train_reference(case):
     model = make_model(torch.float64, random=case.random)
     optimizer = make_optimizer(model, case.optimizer)
     norm = convert_batch_norm(model, NORM) if case.random else None
@@ -126,7 +144,7 @@ def reference(case):
         optimizer.step()
         state = {k: v.clone() for k, v in model.state_dict().items()}
         history.append((loss, float(grad_norm), state))
-    return history
+    return history, optimizer
 
 
 def ghost_batches_in_turn(model, images, labels, case):
@@ -218,6 +236,62 @@ def cell(case):
     everywhere = torch.tensor(worst, dtype=torch.float64)
     dist.all_reduce(everywhere, dist.ReduceOp.MAX)
     return everywhere.item()
+
+
+def moved(name, before, after):
+    """Two updates under one stage, its state taken into another, and the third: the error.
+
+    Between them lies a state as one process has it: torch's own optimizer takes it, and its
+    tensors are those of the reference.
+    """
+    case = Case(before, name)
+    truth = reference(case)
+    states = []
+    for stage, numbers in ((before, (0, 1)), (after, (2,))):
+        accelerator = make_accelerator(Case(stage))
+        model = make_model(torch.float32)
+        if states:
+            model.load_state_dict(states[0][0])
+        optimizer = make_optimizer(model, name)
+        large_batch = LargeBatch(accelerator, make_plan(accelerator))
+        engine, _, loader = large_batch.prepare(model, optimizer, updates(accelerator))
+        if states:
+            large_batch.optimizer_state().load_state_dict(states[0][1])
+            again = large_batch.optimizer_state().state_dict()
+            same(again, states[0][1])
+        for update in loader:
+            if update.index in numbers:
+                result = large_batch.update(update, mean_loss)
+        states.append(
+            (whole_state(large_batch), copy.deepcopy(large_batch.optimizer_state().state_dict()))
+        )
+        engine.destroy()
+    model = make_model(torch.float64)
+    plain = make_optimizer(model, name)
+    plain.load_state_dict(states[1][1])  # of a plain run, then
+    worst = errors((result.loss, result.grad_norm, states[1][0]), truth[2])
+    true_optimizer = reference_optimizer(case)
+    for p, q in zip(ordered(plain), ordered(true_optimizer), strict=True):
+        assert plain.state[p].keys() == true_optimizer.state[q].keys()
+        for key, value in true_optimizer.state[q].items():
+            off = (plain.state[p][key].double() - value.double()).abs().max()
+            worst = max(worst, float(off / value.double().abs().max()))
+    everywhere = torch.tensor(worst, dtype=torch.float64)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    return everywhere.item()
+
+
+def ordered(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def same(found, saved):
+    assert found["state"].keys() == saved["state"].keys()
+    for number, entry in saved["state"].items():
+        assert entry.keys() == found["state"][number].keys()
+        for key, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found["state"][number][key]))
+    assert found["param_groups"] == saved["param_groups"]
 
 
 class Backward(torch.autograd.Function):
@@ -325,6 +399,9 @@ def main():
         return lost_rank()
     names = CASES if sys.argv[1] == "all" else sys.argv[1].split(";")
     cells = {name: cell(CASES[name]) for name in names}
+    if sys.argv[1] == "all":
+        for name, before, after in MOVES:
+            cells[f"{name}, ZeRO-{before} to ZeRO-{after}"] = moved(name, before, after)
     checks = {}
     if sys.argv[1] == "all" and dist.get_world_size() == 2:
         for stage in (0, 1, 2):
