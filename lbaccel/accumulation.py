@@ -147,7 +147,7 @@ class Agreement:
 
 def agree(
     sums: Sums | None,
-    parameters: list[nn.Parameter],
+    present: Sequence[bool],
     *,
     world_size: int,
     device: torch.device,
@@ -162,7 +162,7 @@ def agree(
 
     Args:
         sums: this rank's sums; None where it failed with `error`.
-        parameters: those that may have a gradient, in the same order on every rank.
+        present: which parameters have a gradient here, in the same order on every rank.
         world_size: data-parallel processes.
         device: where the collective runs.
         stop: this rank wants to end the run after this update.
@@ -177,14 +177,14 @@ def agree(
     ran_out = error is not None and is_out_of_memory(error)
     stops = {None: 0, "time limit": 1, "interrupt": world_size + 1}  # a sum tells which there are
     status = [float(sums is None and not ran_out), float(ran_out), float(stops[stop])]
-    there = [float(p.grad is not None) for p in parameters]
+    there = [float(here) for here in present]
     head = [*status, float(short_of_memory), 0.0, 0.0]
     vector = torch.tensor(head + there, dtype=torch.float64).to(device)
     if sums is not None:
         vector[4], vector[5] = sums.loss, sums.weight
     if world_size > 1:
         dist.all_reduce(vector)
-    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *present = vector.tolist()
+    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *num_present = vector.tolist()
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
         dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
@@ -209,7 +209,7 @@ def agree(
     return Agreement(
         loss / weight,
         weight,
-        tuple(n > 0 for n in present),
+        tuple(n > 0 for n in num_present),
         agreed,
         short_of_memory=num_short > 0,
     )

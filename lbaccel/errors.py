@@ -15,6 +15,10 @@ class RunFailed(RuntimeError):
     """The run could not go on (exit code 1): where it stood, and what was kept."""
 
 
+class RankFailed(RunFailed):
+    """A `RunFailed` that only this rank knows of: it says so itself, whichever rank it is."""
+
+
 def check_whole(name: str, value: object) -> None:
     """Stop at anything but a whole number of at least 1.
 

@@ -19,6 +19,16 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def asks_for_fsdp() -> bool:
+    """Whether FSDP was asked for, by a launcher or by a plugin given to `Accelerator`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def asks_for_deepspeed() -> bool:
+    """Whether a launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def calibration_file() -> Path:
     """This user's calibrated devices: $LBACCEL_CALIBRATION, or a file in the folder of caches."""
     named = os.environ.get("LBACCEL_CALIBRATION")

@@ -8,22 +8,21 @@ from accelerate.utils import DistributedType
 
 from lbaccel.batch import BatchPlan
 from lbaccel.errors import InputError
+from lbaccel.launch import asks_for_fsdp
+
+GLOO = 'Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])'
 
 
 def check_accelerator(accelerator: Accelerator, plan: BatchPlan) -> None:
     """Stop where the accelerator contradicts the plan, or would not do what it says.
 
     Raises:
-        InputError: a distributed type other than one process or DDP, MPS, processes that would not
-            talk to each other, another world size, or accumulation of its own.
+        InputError: a distributed type other than one process, DDP, DeepSpeed or FSDP2; a plugin
+            that was ignored; MPS; processes that would not talk to each other; another world size,
+            or accumulation of its own.
     """
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     kind, processes = accelerator.distributed_type, accelerator.num_processes
-    if kind not in supported:
-        raise InputError(
-            f"distributed_type={kind.value}: this version runs its update in one process and "
-            "under DDP (MULTI_GPU, MULTI_CPU). Use accelerate_configs/multi_gpu.yaml."
-        )
+    _check_kind(accelerator)
     if accelerator.device.type == "mps":
         raise InputError(
             "the device is MPS, which has no float64 for the sums of an update. "
@@ -35,6 +34,11 @@ def check_accelerator(accelerator: Accelerator, plan: BatchPlan) -> None:
             f"{max(processes, world)} processes were started, but Accelerate runs each alone "
             "(DistributedType.NO), so they would not talk. On a CPU use Accelerator(cpu=True)."
         )
+    if world > processes:
+        raise InputError(
+            f"DeepSpeed has {world} processes, but Accelerate believes that each is alone. On "
+            f"CPU ranks name the backend: {GLOO}."
+        )
     if plan.world_size != processes:
         raise InputError(
             f"BatchPlan(world_size={plan.world_size}), but Accelerate runs {processes} "
@@ -45,4 +49,31 @@ def check_accelerator(accelerator: Accelerator, plan: BatchPlan) -> None:
             f"Accelerator(gradient_accumulation_steps="
             f"{accelerator.gradient_accumulation_steps}): the plan derives the number of "
             f"micro-batches ({plan.gradient_accumulation_steps}). Leave that argument out."
+        )
+
+
+def _check_kind(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type
+    supported = (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+    )
+    if kind not in supported:
+        raise InputError(
+            f"distributed_type={kind.value}: lbaccel runs its update in one process, under DDP "
+            "(MULTI_GPU, MULTI_CPU), DeepSpeed and FSDP2. Use accelerate_configs/multi_gpu.yaml."
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError(
+            "FSDP of version 1, which lbaccel does not run. Write fsdp_version: 2 into the "
+            "fsdp_config of the accelerate config, or use DDP."
+        )
+    if kind != DistributedType.FSDP and asks_for_fsdp():
+        raise InputError(
+            f"FSDP was asked for, and Accelerate ignores it on this machine and runs {kind.value}: "
+            "it needs GPUs. Use accelerate_configs/multi_gpu.yaml, ZeRO "
+            "(accelerate_configs/zero2.yaml), or torch's fully_shard(model) without the plugin."
         )

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,30 @@ class Session:
     Args:
         accelerator: the main process writes, all processes read.
         model: unwrapped.
+        whole: gives the model with all its weights, as `LargeBatch.whole_model` does; a collective.
         parts: name to object with `state_dict` and `load_state_dict`: optimizer, scheduler,
             counters, loader, log, and the scaler where there is one.
         ema: an average of the weights with a `module`, or None.
+        resumable: False where `parts` hold a share of the state only: weights are saved alone.
     """
 
     def __init__(
-        self, accelerator: Any, model: Any, parts: Mapping[str, Any], *, ema: Any = None
+        self,
+        accelerator: Any,
+        model: Any,
+        whole: Callable[[], AbstractContextManager[Any]],
+        parts: Mapping[str, Any],
+        *,
+        ema: Any = None,
+        resumable: bool = True,
     ) -> None:
         self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
+        self.whole, self.resumable = whole, resumable
         self.folder: Path | None = None
 
-    def weights(self) -> dict[str, Any]:
+    def weights(self, whole: Any) -> dict[str, Any]:
         """File stem to state_dict."""
-        weights = {"model": self.model.state_dict()}
+        weights = {"model": whole.state_dict()}
         if self.ema is not None:
             weights["model_ema"] = self.ema.module.state_dict()
         return weights
@@ -66,28 +77,28 @@ class Session:
         """Write a checkpoint from the main process; the others wait."""
         if self.folder is None:
             return
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.folder / "checkpoints",
-                update=update,
-                weights=self.weights(),
-                state={name: part.state_dict() for name, part in self.parts.items()},
-                best=best,
-                keep=keep,
-                **described,
-            )
+        state = None
+        if self.resumable:  # on every rank: a sharded optimizer gathers its state
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+        with self.whole() as whole:
+            if self.accelerator.is_main_process:
+                save_checkpoint(
+                    self.folder / "checkpoints",
+                    update=update,
+                    weights=self.weights(whole),
+                    state=state,
+                    best=best,
+                    keep=keep,
+                    **described,
+                )
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path, *, say: Say) -> int:
-        """Take the state of a checkpoint that `find_checkpoint` gave; its update.
+        """Take the state of a checkpoint, of which `load_weights` took the weights; its update.
 
         Raises:
-            InputError: it does not fit the model, or was saved at another precision.
+            InputError: it was saved at another precision.
         """
-        for stem, owner in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
-            if owner is not None:
-                file = path / f"{stem}.safetensors"
-                load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
         state = read_state(path)
         if state.keys() != self.parts.keys():
             raise InputError(
@@ -190,6 +201,8 @@ class Session:
         if newest is None:
             return "No checkpoint was written."
         kept = f"{newest.name} is kept"
+        if not self.resumable:
+            return f"{kept}, with weights only. A new run from them: --checkpoint {newest}"
         return f"{kept}. To go on: lbaccel train --resume {os.fspath(self.folder)}"
 
 
@@ -198,6 +211,18 @@ def _config(
 ) -> dict[str, Any]:
     saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
     return {**saved, "plan": plan, "origin": origins}
+
+
+def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
+    """Take the weights of a checkpoint that `find_checkpoint` gave, before the model is sharded.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
+    for stem, owner in (("model", model), ("model_ema", ema and ema.module)):
+        if owner is not None:
+            file = path / f"{stem}.safetensors"
+            load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
 
 
 def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import InputError, RunFailed
-from lbaccel.launch import rank
+from lbaccel.errors import InputError, RankFailed, RunFailed
+from lbaccel.launch import asks_for_deepspeed, rank
 from lbaccel.options import OPTIONS
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedType, set_seed
     from torch.nn import functional as F
 
     from lbaccel import auto_plan
@@ -76,17 +75,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         takes_fused_step,
     )
     from lbaccel.run_log import RunLog
-    from lbaccel.run_session import Session, find_checkpoint
+    from lbaccel.run_session import Session, find_checkpoint, load_weights
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.signals import graceful_signals
     from lbaccel.stream import UpdateStream
 
     s = check_numbers(settings)
     precision = s["precision"]
-    accelerator = Accelerator(
-        cpu=not _has_accelerator(),
-        mixed_precision={"fp32": "no", "fp64": "no"}.get(precision, precision),
-    )
+    accelerator = _accelerator({"fp32": "no", "fp64": "no"}.get(precision, precision))
     precision = (
         precision
         or {"no": "fp32"}.get(accelerator.mixed_precision)
@@ -99,6 +95,16 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
+    # DeepSpeed keeps float32 weights beside its bf16 ones, which no checkpoint of ours holds.
+    resumable = accelerator.distributed_type != DistributedType.DEEPSPEED or precision == "fp32"
+    if not resumable and s["resume"] is not None:
+        raise InputError(
+            f"--resume under DeepSpeed in {precision}: its float32 weights are not in the "
+            "checkpoints. Start from the weights: --checkpoint .../model.safetensors, or use "
+            "--precision fp32."
+        )
+    if not resumable and not s["dry_run"]:
+        say(f"checkpoints hold weights only under DeepSpeed in {precision}: no run can be resumed")
     auto_resume = origins.get("resume") == "auto"
     if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
@@ -197,6 +203,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         from timm.utils.model_ema import ModelEmaV3
 
         ema = ModelEmaV3(model, decay=s["ema_decay"])
+    if resume_from is not None:
+        load_weights(resume_from, model, ema=ema)
     large_batch = LargeBatch(
         accelerator,
         plan,
@@ -220,24 +228,25 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     def validate() -> dict[str, float]:
         metrics = {}
-        for suffix, network in (("", bare_model), ("_ema", ema.module if ema else None)):
-            if network is not None:
-                batches = evaluation_batches(
-                    source.val,
-                    preprocessing=preprocessing,
-                    batch_size=large_batch.plan.micro_batch_size,
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                    num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
-                )
-                found = evaluate(network, batches, accelerator, dtype=dtype)
-                metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
+        with large_batch.whole_model() as whole:
+            for suffix, network in (("", whole), ("_ema", ema.module if ema else None)):
+                if network is not None:
+                    batches = evaluation_batches(
+                        source.val,
+                        preprocessing=preprocessing,
+                        batch_size=large_batch.plan.micro_batch_size,
+                        rank=accelerator.process_index,
+                        world_size=accelerator.num_processes,
+                        num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
+                    )
+                    found = evaluate(network, batches, accelerator, dtype=dtype)
+                    metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
         return metrics
 
     # -- the run on disk ------------------------------------------------------------------------
     log = RunLog(stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at)
     parts = {
-        "optimizer": optimizer,
+        "optimizer": large_batch.optimizer_state(),
         "scheduler": scheduler,
         "counters": large_batch,
         "loader": loader,
@@ -245,7 +254,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     }
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    session = Session(accelerator, bare_model, parts, ema=ema)
+    session = Session(
+        accelerator,
+        bare_model,
+        large_batch.whole_model,
+        parts,
+        ema=ema,
+        resumable=resumable,
+    )
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
         if done > num_updates:
@@ -372,6 +388,26 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     return session.folder
 
 
+def _accelerator(mixed_precision: str | None) -> Any:
+    """The launcher's Accelerator; on CPU ranks under DeepSpeed the backend has to be named."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    on_cpu = not _has_accelerator()
+    if not asks_for_deepspeed():
+        return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    resolved = accelerator.state.mixed_precision
+    if mixed_precision not in (None, resolved):
+        raise InputError(
+            f"--precision {'fp32' if mixed_precision == 'no' else mixed_precision}, and the "
+            f'DeepSpeed JSON says {resolved}. Write "auto" for "enabled" in its sections "bf16" '
+            'and "fp16", or take them out.'
+        )
+    return accelerator
+
+
 def _has_accelerator() -> bool:
     """Whether there is a device to train on; Apple's MPS has no float64, which the sums need."""
     import torch
@@ -383,7 +419,7 @@ def _has_accelerator() -> bool:
 def _fail(error: object, code: int) -> int:
     """Print the message on the first rank, as the last line, and return the exit code."""
     sys.stdout.flush()
-    if rank() == 0:
+    if rank() == 0 or isinstance(error, RankFailed):
         name = {2: "error", 1: "run failed"}.get(code)
         print(f"{name}: {error}" if name else str(error), file=sys.stderr, flush=True)
     return code

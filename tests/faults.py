@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from lbaccel import accumulation, checkpoints, engine, evaluation, run_session, tracking
 from lbaccel.data import loader
@@ -87,7 +88,7 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "backward": after(torch.Tensor, "backward"),
     "agreement": before(accumulation, "agree"),
     "reduce": before(accumulation, "reduce_gradients"),
-    "optimizer step": before(engine.LargeBatch, "_step"),
+    "optimizer step": before(AcceleratedOptimizer, "step"),
     "commit": before(GhostNorm, "commit"),
     "after the update": after(engine.LargeBatch, "update"),
     "metrics line": half_a_line,

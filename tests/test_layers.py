@@ -25,8 +25,9 @@ LEVELS = [
         "options",
     },
     {"memory"},
-    {"accumulation", "preflight", "checkpoints", "settings"},
-    {"data", "attempt"},
+    {"accumulation", "failures", "preflight", "checkpoints", "settings"},
+    {"data", "sharding", "update_result"},
+    {"transaction"},
     {"engine", "evaluation", "tracking"},
     {"planning", "runs"},
     {

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 # name: (file, the line that is right, the naive line, tests that must notice)
 MUTANTS = {
     "tail divided by the full batch": (
-        "engine.py",
-        "num_samples=update.num_samples,\n                scopes",
-        "num_samples=self.plan.global_batch_size,\n                scopes",
+        "transaction.py",
+        "self._try(micro_batches, loss_fn, update.num_samples)",
+        "self._try(micro_batches, loss_fn, 8)",
         "tests/test_engine.py",
     ),
     "every micro-batch weighs the same": (
@@ -70,21 +70,21 @@ MUTANTS = {
         "tests/test_oom.py::test_a_trial_runs_the_backward_pass_of_two_micro_batches",
     ),
     "clipping skipped": (
-        "engine.py",
-        "if self.clip_grad_norm is not None and finite:",
+        "sharding/replicated.py",
+        "if self._clip_grad_norm is not None and finite:",
         "if False:",
         "tests/test_engine.py",
     ),
     "loss scale not undone before clipping": (
-        "engine.py",
+        "sharding/replicated.py",
         "scaler.unscale_(self._optimizer.optimizer)",
         "pass",
         "tests/test_engine.py",
     ),
     "overflow moves the counters": (
-        "engine.py",
-        "applied = not self._optimizer.step_was_skipped",
-        "applied = True",
+        "sharding/replicated.py",
+        '"skipped" if self._optimizer.step_was_skipped else "written"',
+        '"written"',
         "tests/test_engine.py",
     ),
     "scheduler steps twice": (
@@ -100,15 +100,15 @@ MUTANTS = {
         "tests/test_normalization.py tests/test_engine.py",
     ),
     "not finite is not noticed": (
-        "engine.py",
+        "sharding/replicated.py",
         "if not finite and scaler is None:",
         "if False:",
         "tests/test_engine.py",
     ),
     "weights cast in every micro-batch": (
-        "attempt.py",
-        "with _no_sync(model), _autocast_cache(device.type):",
-        "with _no_sync(model):",
+        "transaction.py",
+        "with self.sharding.around(), _autocast_cache(device.type):",
+        "with self.sharding.around():",
         "tests/test_engine.py",
     ),
     "recompute moves statistics": (
@@ -203,9 +203,9 @@ MUTANTS = {
         "tests/test_oom.py::test_ranks_shrink_together_wherever_one_of_them_runs_out",
     ),
     "statistics of the failed attempt are kept": (
-        "engine.py",
-        "        assert self._model is not None and self.norm is not None\n        self._drop()",
-        "        assert self._model is not None and self.norm is not None",
+        "transaction.py",
+        "        self.drop()\n        device, world_size",
+        "        device, world_size",
         "tests/test_oom.py::test_an_update_that_ran_out_of_memory_is_that_of_a_run_with_smaller_micro_batches",
     ),
     "random state of the failed attempt goes on": (
@@ -234,7 +234,7 @@ MUTANTS = {
     ),
     "a search that leaves gradients behind": (
         "engine.py",
-        "            finally:\n                self._drop()",
+        "            finally:\n                transaction.drop()",
         "            finally:\n                pass",
         "tests/test_oom.py::test_the_search_finds_the_largest_size_and_leaves_everything_as_it_was",
     ),
@@ -245,15 +245,15 @@ MUTANTS = {
         "tests/test_oom.py::test_the_search_finds_the_largest_size_and_leaves_everything_as_it_was",
     ),
     "a step that failed half way is forgotten": (
-        "engine.py",
-        "self._half_stepped = True",
+        "sharding/replicated.py",
+        "self.half_stepped = True",
         "pass",
         "tests/test_oom.py::test_memory_that_runs_out_in_the_optimizers_step_is_never_retried",
     ),
     "no room is kept for the optimizer's state": (
-        "engine.py",
+        "sharding/replicated.py",
         "self._reservation = Reservation(self._optimizer.optimizer)",
-        "self._reservation = Reservation(torch.optim.SGD(self._parameters, lr=1.0))",
+        "self._reservation = Reservation(__import__('torch').optim.SGD(self.parameters, lr=1.0))",
         "tests/test_oom.py::test_room_for_the_state_is_held_until_the_step",
     ),
     "lines of lost updates stay": (
@@ -309,6 +309,42 @@ MUTANTS = {
         "    if stop_sum:\n",
         "    agreed = stop\n    if False:\n",
         "tests/test_resume.py::test_an_interrupt_on_one_rank_outweighs_a_time_limit_on_another",
+    ),
+    "DeepSpeed steps by its own count of micro-steps": (
+        "sharding/zero.py",
+        "            self.engine.set_gradient_accumulation_boundary(True)\n            try:",
+        "            try:",
+        "tests/distributed/test_zero.py",
+    ),
+    "each micro-step is DeepSpeed's last": (
+        "sharding/zero.py",
+        "self.engine.set_gradient_accumulation_boundary(last and not self.droppable)",
+        "pass",
+        "tests/distributed/test_zero.py",
+    ),
+    "DeepSpeed divides by its own number of micro-steps": (
+        "sharding/zero.py",
+        ", scale_wrt_gas=False)",
+        ")",
+        "tests/distributed/test_zero.py",
+    ),
+    "DeepSpeed divides by the number of ranks": (
+        "sharding/zero.py",
+        "self.engine.backward(loss * self._world_size,",
+        "self.engine.backward(loss,",
+        "tests/distributed/test_zero.py",
+    ),
+    "FSDP2 divides by the number of ranks": (
+        "sharding/fsdp.py",
+        "(loss * self._world_size).backward()",
+        "loss.backward()",
+        "tests/distributed/test_fsdp.py",
+    ),
+    "Accelerate clips at 1.0": (
+        "sharding/zero_config.py",
+        '    config["gradient_clipping"] = wanted\n',
+        "",
+        "tests/test_zero_config.py",
     ),
     "recompute with the spoilt list": (
         "checkpointing.py",

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader, attempt
+from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader, transaction
 from lbaccel.memory import oom
 from lbaccel.memory.budget import memory_limit, parse_memory
 from lbaccel.memory.micro_batch import PATIENCE, MicroBatchSize, largest_that_fits
@@ -329,7 +329,7 @@ def test_memory_that_runs_out_in_the_optimizers_step_is_never_retried(monkeypatc
         calls.append(1)
         raise torch.OutOfMemoryError(OUT)
 
-    monkeypatch.setattr(run.large_batch._optimizer, "step", step)
+    monkeypatch.setattr(run.prepared, "step", step)
     with pytest.raises(RunFailed, match=r"inside the optimizer's step.*last checkpoint.*6"):
         run.updates(1, Faults())
     assert len(calls) == 1
@@ -432,7 +432,7 @@ def test_a_size_above_the_ranks_share_shrinks_from_what_really_ran():
 def test_a_thrashing_allocator_makes_the_micro_batch_smaller_before_it_fails(monkeypatch, caplog):
     before_and_after = [(0, 1), (1, 1), (1, 1), (1, 2), (2, 3), (3, 3), (3, 3)]
     retries = iter([count for pair in before_and_after for count in pair])
-    monkeypatch.setattr(attempt, "allocator_retries", lambda device: next(retries))
+    monkeypatch.setattr(transaction, "allocator_retries", lambda device: next(retries))
     results = Run().updates(7, Faults())
     assert [r.micro_batch_size for r in results] == [12] * 5 + [6] * 2
     assert "emptied its cache in 2 updates in a row" in caplog.text
@@ -459,10 +459,10 @@ class Limited(Faults):
 def test_the_search_finds_the_largest_size_and_leaves_everything_as_it_was(limit):
     run, loss_fn = Run(6), Limited(limit)
     run.updates(1, Faults())
-    before, reserved = run.state(), run.large_batch._reservation
+    before, reserved = run.state(), run.large_batch._transaction.sharding._reservation
     assert run.large_batch.find_micro_batch_size(run.loader, loss_fn) == min(24, limit // 3 * 3)
     assert_equal(run.state(), before)
-    assert run.large_batch._reservation is reserved
+    assert run.large_batch._transaction.sharding._reservation is reserved
     (result,) = run.updates(1, loss_fn)
     assert (result.micro_batch_size, result.num_retries) == (min(24, limit // 3 * 3), 0)
 
@@ -548,7 +548,7 @@ def test_room_for_the_state_is_held_until_the_step():
     run, seen = Run(), []
 
     def loss_fn(model, micro_batch):
-        seen.append(run.large_batch._reservation.num_bytes)
+        seen.append(run.large_batch._transaction.sharding._reservation.num_bytes)
         return F.cross_entropy(model(micro_batch[0]), micro_batch[1])
 
     run.updates(2, loss_fn)

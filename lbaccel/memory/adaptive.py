@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from lbaccel.batch import BatchPlan
 from lbaccel.memory.micro_batch import MicroBatchSize
+
+logger = logging.getLogger("lbaccel")
 
 THRASHING = 2  # updates in a row in which the allocator emptied its cache
 
@@ -64,6 +67,12 @@ class AdaptivePlan:
 
     def _set(self, size: int) -> None:
         self.plan = replace(self.plan, micro_batch_size=size)
+
+
+def announce(text: str | None, *, speak: bool) -> None:
+    """Log what an `AdaptivePlan` changed, where it did and this rank is to `speak`."""
+    if text is not None and speak:
+        logger.warning(text)
 
 
 def what_to_try(plan: BatchPlan) -> str:

@@ -101,8 +101,9 @@ def planned(
             )
         except Exception as raised:
             error = raised
+        present = [p.grad is not None for p in parameters]
         agreement = accumulation.agree(
-            sums, parameters, world_size=plan.world_size, device=CPU, error=error
+            sums, present, world_size=plan.world_size, device=CPU, error=error
         )
     if agreement.out_of_memory:
         raise error or RunFailed("memory ran out on the other rank.")

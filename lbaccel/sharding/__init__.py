@@ -1,0 +1,1 @@
+"""Where gradients, weights and optimizer state lie: on every rank, under ZeRO, under FSDP2."""

@@ -1,0 +1,89 @@
+"""DeepSpeed ZeRO-0 to 3 on real gloo ranks: the update of one process, and its transaction.
+
+The ranks are fresh processes: DeepSpeed keeps state of its own, and builds its operators once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="not run: pip install 'lbaccel[deepspeed]'")
+
+TESTS = Path(__file__).parent.parent
+TOLERANCE = 1e-5  # of float32, on weights, buffers, loss and norm
+
+
+def start(world_size: int, what: str, *, script: str = "zero_ranks.py", timeout: float = 600):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(world_size), str(TESTS / "distributed" / script), what]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def launch(world_size: int, what: str, *, script: str = "zero_ranks.py") -> dict:
+    done = start(world_size, what, script=script)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and len(lines) == 1, done.stdout[-3000:] + done.stderr[-6000:]
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    assert result["world_size"] == world_size
+    return result
+
+
+def check(cells: dict[str, float]) -> None:
+    wrong = {name: error for name, error in cells.items() if not error < TOLERANCE}
+    assert cells and not wrong, wrong
+
+
+def test_two_ranks_under_zero_2_give_the_update_of_one_process():
+    check(launch(2, "ZeRO-2, clipped;ZeRO-0, SGD;ZeRO-3, SGD offloaded")["cells"])
+
+
+@pytest.mark.slow
+def test_every_stage_on_two_ranks_gives_the_update_of_one_process_or_nothing():
+    result = launch(2, "all")
+    check(result["cells"])
+    for name, ranks in result["checks"].items():
+        for rank, (raised, kept, retries, micro_batch_size, off) in enumerate(ranks):
+            what = f"{name}, rank {rank}: {raised}"
+            assert off < 1e-6, what
+            if name.startswith("memory"):
+                assert (raised, retries, micro_batch_size) == ("nothing", 1, 3), what
+                continue
+            assert (kept, retries, micro_batch_size) == (True, 0, 6), what
+            assert off == 0.0, what  # the next update is that of a run without faults
+            if name.startswith("nan"):
+                assert "Nothing of this update was written" in raised, what
+            elif rank == 1:
+                assert raised == "ZeroDivisionError: as it happens", what
+            else:
+                assert "rank 1: ZeroDivisionError: as it happens" in raised, what
+
+
+@pytest.mark.slow
+def test_every_stage_on_three_uneven_ranks_gives_the_update_of_one_process():
+    check(launch(3, "all")["cells"])
+
+
+@pytest.mark.slow
+def test_under_zero_3_a_rank_without_memory_says_what_to_type_and_all_ranks_end():
+    done = start(2, "lost rank", timeout=300)
+    assert done.returncode != 0
+    assert re.search(
+        r"RANK 1 RankFailed: memory ran out on rank 1.*--micro-batch-size", done.stdout
+    )
+    assert "RESULT" not in done.stdout
