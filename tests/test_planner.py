@@ -179,7 +179,7 @@ def test_any_module_is_planned_and_left_as_it_is():
 
 def test_alternatives_fit_too_though_more_devices_hold_ddps_buckets():
     asked = CONTRACT | {"global_batch_size": 512}
-    options = {"device": "RTX 3060", "norm_batch_size": 1, "optimizer": "adamw"}
+    options = {"device": "RTX 3060", "norm_batch_size": "frozen", "optimizer": "adamw"}
     asked |= {"img_size": 64}
     exact = plan(
         "resnet10t", memory="4GiB", micro_batch_size=100, compare=False, **options, **asked
@@ -263,9 +263,9 @@ def test_torchs_fused_step_is_taken_where_it_has_one():
         ("lamb", "fp32", "cpu", False),
     ):
         found = plan("resnet10t", memory="4GiB", device=device, optimizer=optimizer,
-                     precision=precision, micro_batch_size=32, **CONTRACT)  # fmt: skip
+                     precision=precision, micro_batch_size=32, memory_format="contiguous",
+                     activation_checkpointing="none", compare=False, **CONTRACT)  # fmt: skip
         assert found.fused_optimizer is found.to_dict()["fused_optimizer"] is fused
-        assert any(lever.name == "fused optimizer" for lever in found.levers) == fused
 
 
 @pytest.mark.slow

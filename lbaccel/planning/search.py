@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lbaccel.errors import InputError
@@ -19,7 +20,9 @@ from lbaccel.planning.estimate import (
 from lbaccel.planning.segments import Run, best_runs, extra_seconds, predicted_peak
 
 FASTER = 0.97  # another layout must be this much faster to be taken
-PLATEAU = 1.02  # the largest micro-batch within this of the best time is taken
+# Of micro-batches whose times are within this, a GPU takes the largest: what the model leaves out
+# falls with the size. A CPU takes the smallest: what it leaves out is how much the caches hold.
+PLATEAU = {"cuda": 1.02, "cpu": 1.03}
 LADDER = 1.25
 TRACED = 16  # samples of a first trace, where groups are smaller
 MOST_TRIES = 4  # traces of one search
@@ -155,19 +158,24 @@ class Search:
     def _fastest_below(self, layout: MemoryFormat, how: Checkpointing, largest: int) -> Choice:
         """The fastest size of the ladder below `largest`, by the line through two traces.
 
-        Of sizes that are about as fast the largest: what the model leaves out falls with it.
+        See `PLATEAU` for sizes that are about as fast.
         """
         ladder = self._ladder(largest)
         best = min(self._seconds(layout, how, size) for size in ladder)
-        size = max(s for s in ladder if self._seconds(layout, how, s) <= PLATEAU * best)
+        plateau = PLATEAU[self.estimator.device.kind]
+        size = self._of_alike(s for s in ladder if self._seconds(layout, how, s) <= plateau * best)
         if not self.choice(Candidate(size, layout, how)).fits:
             size = largest
         # The line can miss what large tensors cost, so what was traced decides.
         sizes = {size, *(traced for traced in self._sizes if traced <= size)}
-        choices = [self.choice(Candidate(s, layout, how)) for s in sizes]
-        least = min(choice.seconds for choice in choices)
-        alike = [choice for choice in choices if choice.seconds <= PLATEAU * least]
-        return max(alike, key=lambda choice: choice.candidate.micro_batch_size)
+        choices = {s: self.choice(Candidate(s, layout, how)) for s in sizes}
+        least = min(choice.seconds for choice in choices.values())
+        return choices[
+            self._of_alike(s for s, found in choices.items() if found.seconds <= plateau * least)
+        ]
+
+    def _of_alike(self, sizes: Iterable[int]) -> int:
+        return min(sizes) if self.estimator.device.kind == "cpu" else max(sizes)
 
     def _largest(self, layout: MemoryFormat, how: Checkpointing, guess: int) -> int | None:
         """The largest micro-batch that fits, or nearly, confirmed by a trace of its own.
