@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbaccel.sharding.precision import autocast
+
 
 @torch.no_grad()
 def evaluate(
@@ -29,7 +31,7 @@ def evaluate(
         for images, labels in batches:
             images = images.to(accelerator.device, dtype, non_blocking=True)
             labels = labels.to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
+            with autocast(accelerator):
                 logits: Tensor = model(images)
             logits = logits.double() if dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(logits, labels, reduction="sum").double()

@@ -29,6 +29,12 @@ def asks_for_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
+def deepspeed_config_file() -> str | None:
+    """The DeepSpeed JSON that a launcher names: a path, or the text itself in base64."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if named == "none" else named
+
+
 def calibration_file() -> Path:
     """This user's calibrated devices: $LBACCEL_CALIBRATION, or a file in the folder of caches."""
     named = os.environ.get("LBACCEL_CALIBRATION")

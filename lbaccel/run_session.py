@@ -49,7 +49,6 @@ class Session:
         parts: name to object with `state_dict` and `load_state_dict`: optimizer, scheduler,
             counters, loader, log, and the scaler where there is one.
         ema: an average of the weights with a `module`, or None.
-        resumable: False where `parts` hold a share of the state only: weights are saved alone.
     """
 
     def __init__(
@@ -60,10 +59,9 @@ class Session:
         parts: Mapping[str, Any],
         *,
         ema: Any = None,
-        resumable: bool = True,
     ) -> None:
         self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
-        self.whole, self.resumable = whole, resumable
+        self.whole = whole
         self.folder: Path | None = None
 
     def weights(self, whole: Any) -> dict[str, Any]:
@@ -77,9 +75,8 @@ class Session:
         """Write a checkpoint from the main process; the others wait."""
         if self.folder is None:
             return
-        state = None
-        if self.resumable:  # on every rank: a sharded optimizer gathers its state
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+        # on every rank: a sharded optimizer gathers its state
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         with self.whole() as whole:
             if self.accelerator.is_main_process:
                 save_checkpoint(
@@ -200,10 +197,8 @@ class Session:
         newest = next(iter(checkpoints_in(self.folder / "checkpoints")), None)
         if newest is None:
             return "No checkpoint was written."
-        kept = f"{newest.name} is kept"
-        if not self.resumable:
-            return f"{kept}, with weights only. A new run from them: --checkpoint {newest}"
-        return f"{kept}. To go on: lbaccel train --resume {os.fspath(self.folder)}"
+        resume = f"lbaccel train --resume {os.fspath(self.folder)}"
+        return f"{newest.name} is kept. To go on: {resume}"
 
 
 def _config(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError, RankFailed, RunFailed
-from lbaccel.launch import asks_for_deepspeed, rank
+from lbaccel.launch import rank
 from lbaccel.options import OPTIONS
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
     import torch
-    from accelerate.utils import DistributedType, set_seed
+    from accelerate.utils import set_seed
     from torch.nn import functional as F
 
     from lbaccel import auto_plan
+    from lbaccel.accelerator import make_accelerator
     from lbaccel.batch import BatchPlan
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
@@ -81,30 +82,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from lbaccel.stream import UpdateStream
 
     s = check_numbers(settings)
-    precision = s["precision"]
-    accelerator = _accelerator({"fp32": "no", "fp64": "no"}.get(precision, precision))
-    precision = (
-        precision
-        or {"no": "fp32"}.get(accelerator.mixed_precision)
-        or (accelerator.mixed_precision)
-    )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise InputError(
-            "the launcher's mixed_precision: fp16 needs a GPU: there is none. Use --precision bf16 "
-            "or fp32."
-        )
+    accelerator, precision = make_accelerator(s["precision"])
     dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
-    # DeepSpeed keeps float32 weights beside its bf16 ones, which no checkpoint of ours holds.
-    resumable = accelerator.distributed_type != DistributedType.DEEPSPEED or precision == "fp32"
-    if not resumable and s["resume"] is not None:
-        raise InputError(
-            f"--resume under DeepSpeed in {precision}: its float32 weights are not in the "
-            "checkpoints. Start from the weights: --checkpoint .../model.safetensors, or use "
-            "--precision fp32."
-        )
-    if not resumable and not s["dry_run"]:
-        say(f"checkpoints hold weights only under DeepSpeed in {precision}: no run can be resumed")
     auto_resume = origins.get("resume") == "auto"
     if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
@@ -254,14 +234,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     }
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    session = Session(
-        accelerator,
-        bare_model,
-        large_batch.whole_model,
-        parts,
-        ema=ema,
-        resumable=resumable,
-    )
+    session = Session(accelerator, bare_model, large_batch.whole_model, parts, ema=ema)
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
         if done > num_updates:
@@ -386,34 +359,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)
     return session.folder
-
-
-def _accelerator(mixed_precision: str | None) -> Any:
-    """The launcher's Accelerator; on CPU ranks under DeepSpeed the backend has to be named."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    on_cpu = not _has_accelerator()
-    if not asks_for_deepspeed():
-        return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision)
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
-    resolved = accelerator.state.mixed_precision
-    if mixed_precision not in (None, resolved):
-        raise InputError(
-            f"--precision {'fp32' if mixed_precision == 'no' else mixed_precision}, and the "
-            f'DeepSpeed JSON says {resolved}. Write "auto" for "enabled" in its sections "bf16" '
-            'and "fp16", or take them out.'
-        )
-    return accelerator
-
-
-def _has_accelerator() -> bool:
-    """Whether there is a device to train on; Apple's MPS has no float64, which the sums need."""
-    import torch
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is not None and device.type != "mps"
 
 
 def _fail(error: object, code: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,7 +105,10 @@ class Transaction:
             for m, data in self.sharding.micro_steps(micro_batches)
         )
         try:
-            with self.sharding.around(), _autocast_cache(device.type):
+            # Weights that each forward gathers anew must not live on in their casts.
+            keeps = self.sharding.droppable
+            cache = _autocast_cache(device.type) if keeps else nullcontext()
+            with self.sharding.around(), cache:
                 sums = accumulation.accumulate(
                     self.model,
                     on_device,

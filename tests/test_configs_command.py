@@ -70,6 +70,27 @@ def test_validate_prints_every_auto_resolved_for_the_plan(in_root, capsys):
     assert '"gradient_clipping": "auto" is 1.0 in a script of your own' in out
 
 
+@pytest.mark.parametrize(
+    ("enabled", "flags", "say"),
+    [
+        ({"bf16": True}, (), "DeepSpeed's own, which rounds"),
+        ({"bf16": "auto"}, ("--precision", "bf16"), "autocast over float32 weights"),
+        ({"bf16": "auto"}, (), None),
+        ({"fp16": True}, (), "lbaccel refuses fp16 under DeepSpeed"),
+        ({"fp16": "auto"}, ("--precision", "fp16"), "lbaccel refuses fp16 under DeepSpeed"),
+    ],
+)
+def test_validate_says_what_16_bits_mean_in_whose_script(enabled, flags, say, tmp_path, capsys):
+    config = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
+    config |= {key: {"enabled": value} for key, value in enabled.items()}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(config))
+    assert configs("validate", path, *flags) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    found = [line for line in notes if "bf16" in line or "fp16" in line]
+    assert len(found) == (say is not None) and all(say in line for line in found)
+
+
 def test_validate_says_that_a_full_rectangle_is_not_the_update(in_root, capsys):
     sizes = ("--micro-batch-size", 121, "--global-batch-size", 8192)
     assert configs("validate", "ds_configs/zero1.json", *sizes) == 0

@@ -126,6 +126,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"ds": json_of(2, "optimizer", zero_force_ds_cpu_optimizer=None)},
         {"ds": json_of(2, "optimizer")},
     ),
+    "bf16-of-deepspeed": (
+        {"ds": json_of(bf16={"enabled": True}), "model": "resnet18"},
+        {"ds": json_of(bf16={"enabled": "auto"}), "model": "resnet18"},
+    ),
     "large-bucket": (
         {"ds": json_of(zero={"reduce_bucket_size": 500_000_000})},
         {"ds": json_of()},

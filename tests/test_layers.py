@@ -31,6 +31,7 @@ LEVELS = [
     {"engine", "evaluation", "tracking"},
     {"planning", "runs"},
     {
+        "accelerator",
         "auto_plan",
         "compare",
         "configs",

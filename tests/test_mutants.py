@@ -330,8 +330,26 @@ MUTANTS = {
     ),
     "DeepSpeed divides by the number of ranks": (
         "sharding/zero.py",
-        "self.engine.backward(loss * self._world_size,",
-        "self.engine.backward(loss,",
+        "divisor /= self._world_size",
+        "pass",
+        "tests/distributed/test_zero.py",
+    ),
+    "bf16 is asked for under DeepSpeed, and float32 runs": (
+        "sharding/prepare.py",
+        "        wrap_forward(model, accelerator)\n",
+        "",
+        "tests/distributed/test_zero.py",
+    ),
+    "DeepSpeed's own bf16 runs": (
+        "sharding/precision.py",
+        '    section["enabled"] = False\n',
+        "",
+        "tests/distributed/test_zero.py tests/test_zero_config.py",
+    ),
+    "casts of weights outlive the forward that gathered them": (
+        "transaction.py",
+        "keeps = self.sharding.droppable",
+        "keeps = True",
         "tests/distributed/test_zero.py",
     ),
     "FSDP2 divides by the number of ranks": (

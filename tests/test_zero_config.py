@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
+
 import pytest
 import timm.optim
 import torch
 from torch import nn
 
 from lbaccel import BatchPlan, InputError
+from lbaccel.sharding.precision import check_precision, float32_inside
 from lbaccel.sharding.steps import filled, skeleton, with_last
 from lbaccel.sharding.zero_config import check_elementwise, settle_config
 
@@ -97,9 +101,70 @@ def test_float64_is_refused_as_deepspeed_sums_in_float32():
         settled(model=nn.Linear(2, 2).double())
 
 
-def test_a_bf16_step_with_nan_is_never_written():
-    config = settled({"bf16": {"enabled": True}})
-    assert config["bf16"]["check_grad_overflow"] is True
+def test_weights_of_16_bits_are_refused():
+    with pytest.raises(InputError, match=r"'weight' is bfloat16.*model\.float\(\)"):
+        settled(model=nn.Linear(2, 2).bfloat16())
+
+
+ON, AUTO_ON = {"enabled": True}, {"enabled": AUTO}
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """Name a JSON as a launcher does."""
+
+    def name(config, *, coded=False):
+        text = json.dumps({"zero_optimization": {"stage": 2}, **config})
+        path = tmp_path / "ds.json"
+        path.write_text(text)
+        named = base64.urlsafe_b64encode(text.encode()).decode() if coded else str(path)
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named)
+
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    return name
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["path", "base64"])
+def test_bf16_that_the_json_itself_enables_is_refused_and_auto_is_autocast(launched, coded):
+    filled = {"bf16": ON, "fp16": {"enabled": False}}
+    launched({"bf16": ON}, coded=coded)
+    with pytest.raises(InputError, match=r'own bf16.*Write "auto".*--mixed_precision bf16'):
+        check_precision(filled)
+    launched({"bf16": AUTO_ON}, coded=coded)
+    check_precision(filled)
+    launched({}, coded=coded)
+    check_precision(filled)
+
+
+def test_bf16_of_a_plugin_made_in_code_is_autocast(launched):
+    check_precision({"bf16": ON})
+
+
+@pytest.mark.parametrize(
+    ("config", "say"),
+    [
+        ({"fp16": ON}, r"fp16 under DeepSpeed.*--precision bf16.*DDP"),
+        ({"torch_autocast": {**ON, "dtype": "bfloat16"}}, r"number of ranks.*section out"),
+        ({"communication_data_type": "bf16"}, r"communication_data_type.*Take it out"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, r"grad_accum_dtype.*Take it out"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, r"buffer_dtype.*Take it out"),
+    ],
+)
+def test_what_would_round_sums_weights_or_buffers_is_refused(launched, config, say):
+    with pytest.raises(InputError, match=say):
+        check_precision(config)
+
+
+def test_sums_in_float32_may_be_said():
+    check_precision({"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}})
+
+
+def test_deepspeed_reads_float32_while_the_accelerator_says_what_was_asked():
+    config = {"bf16": {"enabled": True}}
+    with pytest.raises(ZeroDivisionError), float32_inside(config):
+        assert config["bf16"]["enabled"] is False
+        raise ZeroDivisionError
+    assert config["bf16"]["enabled"] is True
 
 
 ELEMENTWISE = {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lbaccel.batch import BatchPlan
 from lbaccel.configs.launcher import Launch, Row
@@ -16,6 +17,9 @@ from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
 from lbaccel.planning.command import add_plan_arguments
+
+if TYPE_CHECKING:
+    from lbaccel.configs.resolve import Resolved
 
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
 
@@ -138,7 +142,7 @@ def _validate(a: argparse.Namespace) -> int:
         problems += resolved.problems
         if not resolved.problems:
             problems += _against(plan, resolved.batch)
-            notes = list(_notes(plan, resolved.batch, resolved.config))
+            notes = [*_notes(plan, resolved.batch), *_precision(resolved)]
     elif started is not None:
         problems += _fsdp(started)
     print("\n".join(_table(rows)))
@@ -201,7 +205,7 @@ def _against(plan: BatchPlan, batch: tuple[int, int, int]) -> Iterator[str]:
         )
 
 
-def _notes(plan: BatchPlan, batch: tuple[int, int, int], config: object) -> Iterator[str]:
+def _notes(plan: BatchPlan, batch: tuple[int, int, int]) -> Iterator[str]:
     *_, train = batch
     if train != plan.global_batch_size:
         yield (
@@ -212,6 +216,24 @@ def _notes(plan: BatchPlan, batch: tuple[int, int, int], config: object) -> Iter
         '"gradient_clipping": "auto" is 1.0 in a script of your own; lbaccel.train writes its '
         "--clip-grad-norm there, and 0.0 for none"
     )
+
+
+def _precision(resolved: Resolved) -> Iterator[str]:
+    rows = {row.key: row for row in resolved.rows}
+    bf16, fp16 = rows["bf16.enabled"], rows["fp16.enabled"]
+    if bf16.value is True and bf16.decided_by == "JSON":
+        yield (
+            '"bf16": {"enabled": true} in the JSON is DeepSpeed\'s own, which rounds weights and '
+            'sums of gradients: lbaccel refuses it. Type {"enabled": "auto"} there, and '
+            "--mixed_precision bf16"
+        )
+    elif bf16.value is True:
+        yield (
+            "bf16 in a script of your own: DeepSpeed rounds weights and sums of gradients; under "
+            "lbaccel it is autocast over float32 weights, and DeepSpeed is told bf16 false"
+        )
+    if fp16.value is True:
+        yield "lbaccel refuses fp16 under DeepSpeed, which rounds weights. Type bf16 in its place"
 
 
 def _fsdp(started: Launch) -> Iterator[str]:

@@ -96,6 +96,13 @@ def _optimizer_replaced(facts: Facts) -> Cases:
         yield where, 'offload_optimizer without "zero_force_ds_cpu_optimizer": false'
 
 
+def _own_bf16(facts: Facts) -> Cases:
+    lbaccels = facts.script is not None and facts.script.uses_lbaccel
+    if (facts.has_batch_norm or lbaccels) and (facts.json or {}).get("bf16"):
+        if facts.keys.get("bf16.enabled") is True:
+            yield facts.in_json("bf16"), '"bf16": {"enabled": true}'
+
+
 def _bucket(facts: Facts) -> Cases:
     key = "zero_optimization.reduce_bucket_size"
     stage = facts.keys.get("zero_optimization.stage")
@@ -203,6 +210,16 @@ CHECKS = (
         "micro-batches in place of 2.38 (SGD, lr 0.1); with accumulation 4, 20.7 in place of 2.25",
         '"zero_force_ds_cpu_optimizer": false, "zero_allow_untested_optimizer": true',
         _optimizer_replaced,
+    ),
+    Check(
+        "bf16-of-deepspeed",
+        "DeepSpeed rounds weights and sums of gradients to 8 bits: one update of a small BatchNorm "
+        "network is 15 % off that of autocast (buffers too, 0.8 %, with data_types.buffer_dtype "
+        "bf16; without it CPU ranks stop at bf16 weights beside float32 statistics). LargeBatch "
+        "refuses it",
+        '"bf16": {"enabled": "auto"}, and accelerate launch --mixed_precision bf16: autocast over '
+        "float32 weights under LargeBatch",
+        _own_bf16,
     ),
     Check(
         "large-bucket",

@@ -222,7 +222,8 @@ def _precision(content: Mapping[str, Any], json: Mapping[str, Any]) -> list[Row]
     for name in ("bf16", "fp16"):
         enabled = (json.get(name) or {}).get("enabled")
         if enabled is True:
-            return [Row(f"{name}.enabled true", "precision", name, "DeepSpeed's; weights too")]
+            why = "DeepSpeed's own rounds the weights too; lbaccel's is autocast over float32 ones"
+            return [Row(f"{name}.enabled true", "precision", name, why)]
     mixed = content.get("mixed_precision")
     if mixed in ("no", False, None):
         return [] if mixed is None else [Row("mixed_precision 'no'", "precision", "fp32", "as it")]

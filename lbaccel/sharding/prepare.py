@@ -13,10 +13,21 @@ from lbaccel.batch import BatchPlan
 from lbaccel.errors import InputError
 from lbaccel.sharding.fsdp import FullyShard
 from lbaccel.sharding.optimizer_state import parameters_of
+from lbaccel.sharding.precision import (
+    asks_for_bf16,
+    check_precision,
+    float32_inside,
+    wrap_forward,
+)
 from lbaccel.sharding.replicated import Replicated
 from lbaccel.sharding.steps import Sharding, skeleton
 from lbaccel.sharding.zero import Zero
 from lbaccel.sharding.zero_config import check_engine, settle_config
+
+BF16 = (
+    "bf16: autocast over float32 weights and gradients, as without DeepSpeed (whose own bf16, "
+    "which rounds both, is off)"
+)
 
 
 def prepare(
@@ -80,22 +91,24 @@ def _prepare_zero(
 ) -> tuple[Any, Any, Sharding]:
     plugin: Any = accelerator.deepspeed_plugin
     config: dict[str, Any] = plugin.deepspeed_config
+    check_precision(config)
     settled = {"plan": plan, "clip_grad_norm": clip_grad_norm}
     settle_config(config, model, optimizer, **settled)
     stage = int(config["zero_optimization"].get("stage", 0))
-    low = accelerator.state.mixed_precision != "no"
-    if ema is not None and (stage == 3 or low):
-        what = "ZeRO-3: no rank holds the weights" if stage == 3 else "bf16 or fp16: the weights"
+    if ema is not None and stage == 3:
         raise InputError(
-            f"an average of the weights (ema, --ema-decay) under {what} to average"
-            f"{'' if stage == 3 else ' are rounded'}. Leave it out, or use "
-            f"{'ZeRO-2' if stage == 3 else 'float32'}."
+            "an average of the weights (ema, --ema-decay) under ZeRO-3: no rank holds the weights "
+            "to average. Leave it out, or use ZeRO-2."
         )
+    if asks_for_bf16(accelerator):
+        wrap_forward(model, accelerator)
+        accelerator.print(BF16)
     empty = skeleton(model) if stage == 3 else None
     # Accelerate would warn that its own number, which nothing reads here, is another one.
     accelerator.gradient_accumulation_steps = config["gradient_accumulation_steps"]
     given, groups = optimizer, parameters_of(optimizer)
-    engine, optimizer = accelerator.prepare(model, optimizer)
+    with float32_inside(config):
+        engine, optimizer = accelerator.prepare(model, optimizer)
     check_engine(engine, given, **settled)
     return (
         engine,

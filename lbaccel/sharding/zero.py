@@ -41,9 +41,7 @@ class Zero:
         self.engine, self._world_size, self._empty = engine, world_size, empty
         self.stage = int(engine.zero_optimization_stage())
         self.droppable = self.stage < 3
-        self._coalesces = self.stage in (1, 2)
         self._open: AbstractContextManager[Any] | None = None
-        self._scales = engine.fp16_enabled()
         self.half_stepped = False
         self._names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
         self.parameters = [p for p in engine.module.parameters() if p.requires_grad]
@@ -77,15 +75,11 @@ class Zero:
         DeepSpeed's context reduces where it is left, so a dropped attempt stays in it, and the
         next one goes on there.
         """
-        if self._coalesces and self._open is None:
+        if self.stage in (1, 2) and self._open is None:
             context = self.engine.coalesce_grad_reduction()
-            try:
-                context.__enter__()
-            except NotImplementedError:  # DeepSpeed's own bf16 optimizer: reduces at boundaries
-                self._coalesces = False
-            else:
-                self._open = context
-                self._entered[:] = [context]
+            context.__enter__()
+            self._open = context
+            self._entered[:] = [context]
         return nullcontext()
 
     def micro_steps(self, micro_batches: MicroBatches) -> MicroBatches:
@@ -95,8 +89,13 @@ class Zero:
             yield item
 
     def backward(self, loss: Tensor) -> object:
-        """The engine's. It divides by the number of ranks, so the loss is multiplied by it."""
-        return self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        """The engine's, of the loss as it is in one process.
+
+        The engine's reduction divides by the number of ranks. Multiplying the loss by it would
+        make up for that in float32, but let bf16 round each gradient at another place wherever
+        the number is no power of two; so the commit multiplies the gradient instead.
+        """
+        return self.engine.backward(loss, scale_wrt_gas=False)
 
     def present(self) -> list[bool]:
         """Which parameters were given a gradient."""
@@ -105,8 +104,9 @@ class Zero:
     def commit(self, agreement: Agreement, *, divisor: float) -> Step:
         """Reduce what is not yet, and let the engine clip and step."""
         self._check_present(agreement.present)
-        if not math.isfinite(agreement.loss) and not self._scales:
+        if not math.isfinite(agreement.loss):
             return Step(math.nan, "not finite")
+        divisor /= self._world_size  # the engine's reduction divides by it
         if self.droppable:
             self._reduce(divisor)
         optimizer, norm = self.engine.optimizer, None
@@ -123,7 +123,7 @@ class Zero:
                 raise
         self._seen.clear()
         if getattr(optimizer, "overflow", False):  # DeepSpeed has written nothing
-            return Step(math.inf, "skipped" if self._scales else "not finite")
+            return Step(math.inf, "not finite")
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
@@ -147,17 +147,12 @@ class Zero:
     @torch.no_grad()
     def _reduce(self, divisor: float) -> None:
         """One reduction of this rank's whole gradient."""
-        optimizer = self.engine.optimizer
         for parameter in self.parameters:
             if id(parameter) not in self._seen:  # it has one on another rank
                 parameter.grad = torch.zeros_like(parameter)
-        if getattr(optimizer, "use_grad_accum_attribute", False):
-            optimizer.fill_grad_accum_attribute()
-        if divisor != 1.0:
-            for parameter in self.parameters:
-                for grad in (parameter.grad, getattr(parameter, "grad_accum", None)):
-                    if grad is not None:
-                        grad /= divisor
+            elif divisor != 1.0:
+                assert parameter.grad is not None
+                parameter.grad /= divisor
         if self._open is not None:
             context, self._open = self._open, None
             self._entered.clear()
@@ -172,11 +167,6 @@ class Zero:
         if divisor == 1.0:
             yield
             return
-        if self._scales:
-            raise InputError(
-                "a loss function with weights of its own, under ZeRO-3 in fp16: DeepSpeed's loss "
-                "scale can't take the division by their sum too. Use bf16, or ZeRO-2."
-            )
         self.engine.optimizer.override_loss_scale(divisor)
         try:
             yield

@@ -52,13 +52,12 @@ def settle_config(
     _settle_batch(config, plan)
     _settle_clipping(config, clip_grad_norm)
     for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float64:
+        if parameter.dtype != torch.float32:
             raise InputError(
-                f"parameter {name!r} is float64: DeepSpeed sums gradients in float32. Use "
-                "float32 (--precision fp32), or DDP."
+                f"parameter {name!r} is {str(parameter.dtype).removeprefix('torch.')}: under "
+                "DeepSpeed lbaccel keeps weights and sums gradients in float32. Use float32 "
+                "(model.float(), --precision fp32 or bf16), or DDP."
             )
-    if _enabled(config, "bf16"):  # else a step with nan would be written
-        config["bf16"].setdefault("check_grad_overflow", True)
     if stage >= 1:
         check_elementwise(optimizer, stage=stage)
 
@@ -81,6 +80,11 @@ def check_engine(
             f"DeepSpeed runs {type(runs).__name__} where you gave {type(optimizer).__name__}. Set "
             f'"zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON.'
         )
+    if set(engine.get_data_types()) != {torch.float32}:
+        raise RunFailed(
+            f"DeepSpeed keeps weights and gradients in {engine.get_data_types()} where lbaccel "
+            "settled float32."
+        )
     micro, steps = plan.micro_batch_size, plan.gradient_accumulation_steps
     settled = {
         "train_micro_batch_size_per_gpu": (engine.train_micro_batch_size_per_gpu(), micro),
@@ -94,10 +98,6 @@ def check_engine(
                 f"DeepSpeed runs {name}={found} where the plan has {wanted} ({plan}). Write "
                 f'"{name}": "auto" in the DeepSpeed JSON.'
             )
-
-
-def _enabled(config: dict[str, Any], precision: str) -> bool:
-    return str(config.get(precision, {}).get("enabled", False)).lower() == "true"
 
 
 def _check_sections(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,13 @@ FLAGS = [
 ]
 
 
-def write_configs(folder: Path, stage: int) -> Path:
+def write_configs(folder: Path, stage: int, bf16: bool | str = "auto") -> Path:
     ds = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
+        "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1000},
     }
     (folder / "ds.json").write_text(json.dumps(ds))
@@ -51,26 +53,52 @@ def write_configs(folder: Path, stage: int) -> Path:
     return folder / "zero.yaml"
 
 
-def launch(config: Path, num_processes: int, *flags: str, folder: Path) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(num_processes), "--main_process_port", "0"]
+def command(config: Path, num_processes: int, *flags: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launcher += ["--num_processes", str(num_processes), "--main_process_port", "0"]
+    return [*launcher, "-m", "lbaccel.train", *flags]
+
+
+def environment() -> dict[str, str]:
+    ranks = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **ranks}
+
+
+def launch(config: Path, num_processes: int, *flags: str, folder: Path, code: int = 0) -> str:
     done = subprocess.run(
-        [*command, "-m", "lbaccel.train", *flags],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        },
+        command(config, num_processes, *flags),
+        env=environment(),
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+def launch_and_kill(config: Path, num_processes: int, *flags: str, folder: Path, at: str) -> Path:
+    """SIGKILL to all its processes as soon as the checkpoint `at` is there; the run folder."""
+    with (folder / "killed.log").open("w") as log:
+        started = subprocess.Popen(
+            command(config, num_processes, *flags),
+            env=environment(),
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not (found := list(folder.glob(f"runs/*/checkpoints/{at}"))):
+            assert started.poll() is None, (folder / "killed.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    return found[0].parent.parent
 
 
 def metrics(run: Path, key: str) -> list[float]:
@@ -96,3 +124,40 @@ def test_zero_3_trains_as_one_process_does_and_its_checkpoint_goes_on_without_it
     assert losses[:3] == pytest.approx(truth[:3], rel=1e-4)
     assert losses == pytest.approx(truth, rel=0.05)  # float32 trajectories part slowly
     assert metrics(run, "val/top1")[-1] > 80 and torch.isfinite(whole["conv1.0.weight"]).all()
+
+
+@pytest.mark.slow
+def test_a_bf16_run_killed_under_zero_2_goes_on_in_one_process_and_under_zero_3(tmp_path):
+    flags = [*FLAGS, "--epochs", "20", "--precision", "bf16", "--checkpoint-every", "1"]
+    (tmp_path / "2").mkdir()
+    config = write_configs(tmp_path / "2", 2)
+    run = launch_and_kill(config, 2, *flags, folder=tmp_path, at="update_000002")
+    done = max(int(p.name[-6:]) for p in (run / "checkpoints").glob("update_*"))
+    assert train.main(["--resume", str(run), "--max-updates", str(done + 2)]) == 0
+    (tmp_path / "3").mkdir()
+    config = write_configs(tmp_path / "3", 3)
+    more = ("--resume", str(run), "--max-updates", str(done + 4))
+    launch(config, 3, *more, folder=tmp_path)
+    weights = load_file(run / "checkpoints" / "last" / "model.safetensors")
+    floats = [w for w in weights.values() if w.is_floating_point()]
+    assert all(w.dtype == torch.float32 for w in floats)
+    assert not any(torch.equal(w, w.bfloat16().float()) for w in floats if w.ndim > 1)
+
+    plain = ["--max-updates", str(done + 4), "--output", str(tmp_path / "plain")]
+    assert train.main([*flags, *plain]) == 0
+    (truth,) = (tmp_path / "plain").iterdir()
+    losses = metrics(run, "train/loss")
+    assert len(losses) == done + 4
+    assert losses == pytest.approx(metrics(truth, "train/loss"), rel=0.05)
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_bf16_is_refused_with_what_to_type(tmp_path):
+    config = write_configs(tmp_path, 1, bf16=True)
+    said = launch(config, 2, *FLAGS, folder=tmp_path, code=1)  # accelerate launch's own
+    assert 'Write "auto" for "enabled"' in said and "--precision bf16" in said
+    said = launch(
+        write_configs(tmp_path, 1), 2, *FLAGS, "--dry-run", "--precision", "bf16", folder=tmp_path
+    )
+    assert "autocast over float32 weights" in said
+    assert not (tmp_path / "runs").exists()

@@ -1,6 +1,6 @@
 """Run by torchrun: lbaccel's update under DeepSpeed ZeRO against one process in float64.
 
-Prints one JSON line on rank 0: {"world_size", "cells": {name: error}, "checks": {...}}.
+Prints one JSON line on rank 0: {"world_size", "cells": {name: error}, "checks", "own"}.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from deepspeed.utils import logger
+from deepspeed.utils import logger, safe_get_full_fp32_param
+from timm.utils.model_ema import ModelEmaV3
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lbaccel import BatchPlan, LargeBatch, RunFailed, UpdateLoader, apply_activation_checkpointing
-from lbaccel.accumulation import accumulate
+from lbaccel.accumulation import accumulate, gather_rows
 from lbaccel.data.loader import Update
 from lbaccel.masks import KeyedRandomness
 from lbaccel.normalization import convert_batch_norm
@@ -42,6 +43,8 @@ class Case:
     clip: float | None = None
     random: bool = False  # dropout, drop-path and activation checkpointing
     weights: bool = False  # the loss function returns weights of its own
+    bf16: bool = False
+    recompute: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +60,11 @@ CASES = {
     **{f"ZeRO-{s}, overlap": Case(s, zero={"overlap_comm": True}) for s in (1, 2, 3)},
     **{f"ZeRO-{s}, not contiguous": Case(s, zero={"contiguous_gradients": False}) for s in (1, 2)},
 }
+
+
+BF16 = {f"ZeRO-{s}, bf16": Case(s, bf16=True) for s in range(4)}
+BF16["ZeRO-2, bf16, SGD offloaded"] = Case(2, bf16=True, zero=OFFLOAD)
+BF16["ZeRO-3, bf16, recompute"] = Case(3, bf16=True, recompute=True)
 
 
 MOVES = [
@@ -170,6 +178,8 @@ def make_accelerator(case):
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
         "zero_optimization": {
             "stage": case.stage,
             "reduce_bucket_size": 200,  # several buckets
@@ -179,6 +189,7 @@ def make_accelerator(case):
         },
     }
     return Accelerator(
+        mixed_precision="bf16" if case.bf16 else "no",
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
@@ -236,6 +247,127 @@ def cell(case):
     everywhere = torch.tensor(worst, dtype=torch.float64)
     dist.all_reduce(everywhere, dist.ReduceOp.MAX)
     return everywhere.item()
+
+
+def one_process_in_bf16(plan, samples, ranks, *, steps, recompute=False):
+    """Autocast by hand over the micro-batches of `ranks` in turn: (loss, model, gradients seen)."""
+    model = make_model(torch.float32)
+    if recompute:
+        apply_activation_checkpointing(model)
+    norm, seen = convert_batch_norm(model, NORM), []
+
+    def loss_fn(model, micro_batch):
+        seen.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+        images, labels = micro_batch
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(images)
+        return F.cross_entropy(logits.float(), labels)
+
+    parts = [(m, cut(m, *samples)) for rank in ranks for m in plan.partition(rank)]
+    norm.begin()
+    optimizer = make_optimizer(model, "sgd")
+    sums = accumulate(model, parts, loss_fn, num_samples=plan.global_batch_size, scopes=(norm,))
+    norm.commit()
+    if steps:
+        optimizer.step()
+    return float(sums.loss) / plan.global_batch_size, model.state_dict(), seen
+
+
+def apart(found, truth):
+    """|a - b| / |b| of two moves since the start, over all weights; and of each buffer."""
+    start = make_model(torch.float32)
+    weights = {name for name, _ in start.named_parameters()}
+    start = start.state_dict()
+    a, b = (
+        torch.cat([(s[k].double() - start[k].double()).flatten() for k in sorted(weights)])
+        for s in (found, truth)
+    )
+    buffers = [(found[k].double(), truth[k].double()) for k in start if k not in weights]
+    worst = [float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in buffers]
+    return float((a - b).norm() / b.norm()), max(worst)
+
+
+def bf16_cell(case):
+    """Each update, from the same state, against one process: the largest error.
+
+    Before anything is reduced, the gradient of a rank's own micro-batches is that of one process
+    to the bit (under ZeRO-3 each micro-step is reduced).
+    """
+    worst = 0.0
+    for number, count in enumerate(SIZES):
+        accelerator = make_accelerator(case)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        plan, samples = make_plan(accelerator, count), make_samples(number)
+        model, seen = make_model(torch.float32), []
+        if case.recompute:
+            apply_activation_checkpointing(model)
+        large_batch = LargeBatch(accelerator, plan)
+        ema = None if case.stage == 3 else ModelEmaV3(model, decay=0.25)
+        engine, _, _ = large_batch.prepare(model, make_optimizer(model, "sgd"), (), ema=ema)
+        assert accelerator.mixed_precision == "bf16" and not engine.bfloat16_enabled()
+
+        def loss_fn(model, micro_batch, seen=seen, stage=case.stage):
+            grads = () if stage == 3 else [p.grad for p in model.parameters()]
+            seen.append([None if g is None else g.clone() for g in grads])
+            images, labels = micro_batch
+            logits = model(images)
+            assert logits.dtype == torch.float32
+            return F.cross_entropy(logits, labels)
+
+        parts = [(m, cut(m, *samples)) for m in plan.partition(rank)]
+        result = large_batch.update(Update(number, count, parts), loss_fn)
+        with large_batch.whole_model() as network:
+            state = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        assert {v.dtype for v in state.values()} == {torch.float32, torch.int64}
+        options = {"recompute": case.recompute}
+        loss, truth, _ = one_process_in_bf16(plan, samples, range(world), steps=True, **options)
+        if ema is not None:  # of the float32 weights
+            start = make_model(torch.float32).state_dict()
+            for name, average in ema.module.named_parameters():
+                wanted = 0.25 * start[name].double() + 0.75 * state[name].double()
+                assert torch.allclose(average.double(), wanted, rtol=1e-6, atol=1e-7), name
+        worst = max(worst, *apart(state, truth), abs(result.loss / loss - 1))
+        if case.stage < 3:
+            *_, alone = one_process_in_bf16(plan, samples, [rank], steps=False)
+            assert len(seen) == len(alone) == plan.num_micro_steps(count)
+            for ours, theirs in zip(seen[1:], alone[1:], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        engine.destroy()
+    everywhere = torch.tensor(worst, dtype=torch.float64)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    return everywhere.item()
+
+
+def deepspeeds_own_bf16(stage):
+    """What `bf16_cell` bounds, of the naive run: weights (and buffers) cast by DeepSpeed.
+
+    DeepSpeed 0.19.8 leaves buffers float32 unless told; torch's batch norm on a CPU then refuses
+    bf16 weights beside them.
+    """
+    accelerator = make_accelerator(Case(stage, bf16=True))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan, samples = make_plan(accelerator), make_samples(0)
+    model = make_model(torch.float32)
+    norm = convert_batch_norm(model, NORM)
+    config: Any = accelerator.deepspeed_plugin.deepspeed_config
+    config |= {"train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.0}
+    config["data_types"] = {"buffer_dtype": "bf16"}
+    engine, _ = accelerator.prepare(model, make_optimizer(model, "sgd"))
+    parts = [(m, cut(m, *samples)) for m in plan.partition(rank)]
+    norm.begin()
+    for number, (micro_batch, (images, labels)) in enumerate(parts):
+        engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
+        with norm.forward(micro_batch):
+            loss = F.cross_entropy(engine(images.bfloat16()).float(), labels)
+            share = 0 if micro_batch.is_filler else micro_batch.num_samples / plan.global_batch_size
+            engine.backward(loss * share * world, scale_wrt_gas=False)
+    engine.step()
+    norm.commit(gather_rows)
+    found = {k: safe_get_full_fp32_param(p).clone() for k, p in engine.module.named_parameters()}
+    found |= {k: v.clone() for k, v in engine.module.named_buffers()}
+    _, truth, _ = one_process_in_bf16(plan, samples, range(world), steps=True)
+    engine.destroy()
+    return apart(found, truth)
 
 
 def moved(name, before, after):
@@ -397,11 +529,15 @@ def main():
     logger.setLevel("ERROR")
     if sys.argv[1] == "lost rank":
         return lost_rank()
-    names = CASES if sys.argv[1] == "all" else sys.argv[1].split(";")
-    cells = {name: cell(CASES[name]) for name in names}
+    everything = {**CASES, **BF16}
+    names = everything if sys.argv[1] == "all" else sys.argv[1].split(";")
+    cells = {
+        name: (bf16_cell if everything[name].bf16 else cell)(everything[name]) for name in names
+    }
     if sys.argv[1] == "all":
         for name, before, after in MOVES:
             cells[f"{name}, ZeRO-{before} to ZeRO-{after}"] = moved(name, before, after)
+    own = {s: deepspeeds_own_bf16(s) for s in (1, 2)} if sys.argv[1] == "all" else {}
     checks = {}
     if sys.argv[1] == "all" and dist.get_world_size() == 2:
         for stage in (0, 1, 2):
@@ -422,7 +558,7 @@ def main():
             checks[f"nan loss, ZeRO-{stage}"] = recovery(Case(stage), "nan")
             checks[f"nan gradient, ZeRO-{stage}"] = recovery(Case(stage), "nan gradient")
     if dist.get_rank() == 0:
-        line = {"world_size": dist.get_world_size(), "cells": cells, "checks": checks}
+        line = {"world_size": dist.get_world_size(), "cells": cells, "checks": checks, "own": own}
         print("RESULT " + json.dumps(line), flush=True)
     dist.destroy_process_group()
     return None
