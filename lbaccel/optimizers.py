@@ -35,8 +35,10 @@ def has_fused_step(name: str, *, device_type: str, precision: str) -> bool:
     False
     """
     _check_known(name)
-    kind: Any = get_optimizer_info(name.lower()).opt_class
-    fused = kind.__module__.startswith("torch.") and "fused" in inspect.signature(kind).parameters
+    kind: Any = get_optimizer_info(name.lower()).opt_class  # a path where it is another package's
+    if isinstance(kind, str) or not kind.__module__.startswith("torch."):
+        return False
+    fused = "fused" in inspect.signature(kind).parameters
     return fused and precision != "fp16" and device_type in FUSED_ON.get(kind.__name__.lower(), ())
 
 
