@@ -19,6 +19,7 @@ from lbaccel.planning.calibrate import calibrate
 from lbaccel.planning.devices import Device, device_at_hand
 from lbaccel.planning.estimate import Untraceable
 from lbaccel.planning.planner import plan
+from lbaccel.planning.zero_memory import BUCKET, DEEPSPEEDS_BUCKET
 
 Say = Callable[[str], object]
 CHOSEN = ("micro_batch_size", "activation_checkpointing", "memory_format")
@@ -118,6 +119,7 @@ def _plan(
             micro_batch_size=asked("micro_batch_size"),
             activation_checkpointing=asked("activation_checkpointing"),
             memory_format=asked("memory_format"),
+            **_sharding(accelerator),
             make_batch=make_batch,
             observes=False,
             compare=False,
@@ -142,6 +144,25 @@ def _plan(
         f"{found.predicted_peak_gib:.2f} GiB of {found.budget_gib:.2f}"
     )
     return chosen, line, None
+
+
+def _sharding(accelerator: Any) -> dict[str, Any]:
+    """DeepSpeed's stage, offload and bucket, as `plan` takes them; nothing without it."""
+    plugin = accelerator.deepspeed_plugin
+    if plugin is None:
+        return {}
+    zero = plugin.deepspeed_config.get("zero_optimization", {})
+    moved = [
+        name
+        for name, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
+        if (zero.get(key) or {}).get("device", "none") != "none"
+    ]
+    bucket_size = zero.get("reduce_bucket_size", DEEPSPEEDS_BUCKET)
+    return {
+        "zero_stage": int(zero.get("stage", 0)),
+        "offload": "+".join(moved) or "none",
+        "reduce_bucket_size": bucket_size if bucket_size != "auto" else BUCKET,
+    }
 
 
 def _device(device: torch.device) -> Device:

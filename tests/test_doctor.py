@@ -435,7 +435,8 @@ def test_what_zero_can_do_is_said_before_the_run(good_machine, capsys):
     out = capsys.readouterr().out
     assert "builds no operator for this config" in out
     assert "one device: ZeRO-1, 2 and 3 shard nothing" in out
-    assert "optimizer offload saves 0.02 GiB of" in out
+    # 4 bytes x 4.9e6 parameters of state, less a buffer of the largest parameter
+    assert "optimizer offload to the host saves 0.01 GiB of" in out
     assert "no stage divides them" in out
 
 

@@ -58,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     making = actions.add_parser("make", help="the pair of files for a plan", allow_abbrev=False)
     add_plan_arguments(making)
-    zero = making.add_argument_group("the pair")
-    zero.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="default: 1, on one device 0")
-    zero.add_argument(
-        "--offload", choices=("none", "optimizer", "optimizer+parameters"), default="none"
-    )
+    making.description = "Without --zero: what --offload needs, else 1, on one device 0."
     _add_target(making)
 
 
@@ -253,18 +249,17 @@ def _fsdp(started: Launch) -> Iterator[str]:
 def _make(a: argparse.Namespace) -> int:
     from lbaccel.configs.make import choose_stage, launch_command, name_of, pair
     from lbaccel.planning.command import find_plan, lines
-    from lbaccel.planning.zero import explain_zero, gib_saved
+    from lbaccel.planning.zero import explain_zero
 
-    stage = choose_stage(a.zero, a.offload, world_size=a.world_size)
-    found = replace(find_plan(a), zero_stage=stage, offload=a.offload)
-    saved = gib_saved(found, stage=stage, offload=a.offload)
-    needed = found.predicted_peak_gib - saved
+    a.zero = choose_stage(a.zero, a.offload, world_size=a.world_size)
+    found = find_plan(a)
     shown = list(lines(replace(found, levers=(), alternatives=())))
     zero = list(explain_zero(found))
     print("\n".join([*shown, *zero]))
-    if needed > found.budget_gib:
+    if not found.fits:
+        needed = found.predicted_peak_gib
         print(
-            f"does not fit with ZeRO-{stage}, offload {a.offload} either: {needed:.2f} GiB of "
+            f"does not fit with ZeRO-{a.zero}, offload {a.offload}: {needed:.2f} GiB of "
             f"{found.budget_gib:.2f}. Nothing is written. Use --memory {needed:.2f}GiB or more, "
             "more devices, or a smaller --img-size.",
             file=sys.stderr,

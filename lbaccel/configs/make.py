@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from lbaccel.configs.shipped import JSON_FOLDER, YAML_FOLDER
 from lbaccel.errors import InputError
 from lbaccel.planning.plan import Plan
+from lbaccel.planning.zero_memory import BUCKET, STAGES, Offload
 
-Offload = Literal["none", "optimizer", "optimizer+parameters"]
-STAGES = {"none": (0, 1, 2, 3), "optimizer": (2, 3), "optimizer+parameters": (3,)}
-BUCKET = 5_000_000  # elements: 19 MiB in fp32, near DDP's 25 MiB; DeepSpeed's 5e8 takes 1.9 GiB
 WHOLE = 100_000  # elements: smaller tensors stay whole under ZeRO-3
 
 
@@ -98,6 +96,7 @@ def pair(found: Plan, lines: Iterator[str]) -> dict[Path, bytes]:
     comments = "".join(f"# {line}".rstrip() + "\n" for line in lines)
     text = comments + yaml.safe_dump(launcher, sort_keys=False)
     offload: Any = found.offload
+    assert found.zero_stage is not None
     config = json.dumps(deepspeed_config(found.zero_stage, offload), indent=2) + "\n"
     return {
         Path(YAML_FOLDER) / f"{name}.yaml": text.encode(),

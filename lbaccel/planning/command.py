@@ -44,6 +44,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--memory", metavar="SIZE", help="such as 8GiB; default: the device's")
     device.add_argument("--device", metavar="NAME", help="such as 'RTX 4090' or cpu")
     device.add_argument("--world-size", type=int, default=1, metavar="W")
+    device.add_argument(
+        "--zero", type=int, choices=(0, 1, 2, 3), help="plan for DeepSpeed's stage; default: none"
+    )
+    device.add_argument(
+        "--offload", choices=("none", "optimizer", "optimizer+parameters"), default="none"
+    )
     pins = parser.add_argument_group("pins: what is not to be chosen")
     pins.add_argument("--micro-batch-size", type=_size, default="auto", metavar="N")
     pins.add_argument(
@@ -120,6 +126,8 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
         micro_batch_size=asked(a.micro_batch_size),
         activation_checkpointing=asked(a.activation_checkpointing),
         memory_format=asked(a.memory_format),
+        zero_stage=a.zero,
+        offload=a.offload,
         num_samples=a.num_samples,
         epochs=a.epochs,
         sweeps=sweeps,
@@ -140,6 +148,9 @@ def lines(found: Plan) -> Iterator[str]:
     }[found.activation_checkpointing]
     fused = " fused" if found.fused_optimizer else ""
     contract = f"{found.precision}; {found.optimizer}{fused}, lr {found.lr:g}"
+    if found.zero_stage is not None:
+        moved = "" if found.offload == "none" else f", {found.offload} offloaded"
+        how = f"ZeRO-{found.zero_stage}{moved}; {how}"
     yield f"plan: {how}; {found.memory_format}; {contract}"
     yield (
         f"peak {found.predicted_peak_gib:.2f} GiB, "

@@ -22,6 +22,7 @@ from lbaccel.planning.time_model import seconds
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, Precision, trace_update
 from lbaccel.planning.workspace import cpu_workspace, cuda_workspace
+from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Segments = tuple[tuple[str, ...], ...]
@@ -47,6 +48,7 @@ class Estimate:
     peak: int  # bytes, all of `breakdown`
     traced: int  # bytes that the trace alone has
     breakdown: dict[str, int]
+    accumulating: dict[str, int]  # parts at the peak of the micro-steps, the device's own left out
     first_step_seconds: float  # of the first micro-step, which has nothing to add its gradient to
     micro_step_seconds: float
     commit_seconds: float  # once an update: norm, clipping, step, reduction
@@ -78,6 +80,7 @@ class Estimator:
     ) -> None:
         self.observe: Callable[[Candidate, int], Estimate] | None = None
         self.network, self.plan, self.device = network, plan, device
+        self.zero: Zero | None = None  # without: one process, or DDP
         self.precision: Precision = precision
         self._known: dict[tuple[Candidate, int], Estimate] = {}
         self._surveys: dict[int, Survey] = {}
@@ -85,6 +88,7 @@ class Estimator:
         parameters = [p for p in network.model.parameters() if p.requires_grad]
         self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
         self.gradient_bytes = sum(p.nbytes for p in parameters)
+        self._parameter_bytes = sum(p.nbytes for p in network.model.parameters())
         optimizer = network.optimizer
         self.state_bytes = (
             0 if optimizer is None else sum(s.nbytes for s in state_tensors(optimizer))
@@ -124,6 +128,12 @@ class Estimator:
         other.plan = replace(self.plan, world_size=world_size)
         return other
 
+    def under(self, zero: Zero | None) -> Estimator:
+        """The same under a stage of DeepSpeed; what was traced is shared."""
+        other = copy.copy(self)
+        other.zero = zero
+        return other
+
     def estimate(self, candidate: Candidate) -> Estimate:
         """Bytes and seconds of `candidate`."""
         size = candidate.micro_batch_size
@@ -132,6 +142,8 @@ class Estimator:
         if (candidate, steps) not in self._known:
             self._known[candidate, steps] = (self.observe or self._estimate)(candidate, steps)
         found, world = self._known[candidate, steps], self.plan.world_size
+        if self.zero is not None:
+            return self._under_zero(found, self.zero)
         if world == 1:
             return found
         # DDP holds the gradients once more in its buckets, and the update's own reduction one.
@@ -143,6 +155,42 @@ class Estimator:
             peak=found.peak + buckets,
             breakdown=breakdown,
             commit_seconds=found.commit_seconds + reduction,
+        )
+
+    def _under_zero(self, found: Estimate, zero: Zero) -> Estimate:
+        world, device = self.plan.world_size, self.device
+        loop = (
+            1.0 if device.kind == "cuda" else 2.0
+        )  # of a step that is not fused, on a flat vector
+        sizes = Sizes(
+            weights=self.weight_bytes,
+            parameters=self._parameter_bytes,
+            gradients=self.gradient_bytes,
+            states=self.state_bytes,
+            largest=self._largest,
+            temporaries=0.0 if self.steps_fused else loop,
+        )
+        empty = dict.fromkeys(found.breakdown, 0)
+        own = {key: found.breakdown.get(key, 0) for key in ("allocator", "context")}
+        breakdown = empty | held(zero, sizes, found.accumulating, world_size=world) | own
+        if device.kind == "cuda":  # the host's memory is not the device's
+            breakdown["workspace"] += device.library_workspace
+            breakdown.pop("host", None)
+        added = added_seconds(
+            zero,
+            sizes,
+            world_size=world,
+            link=device.link_bandwidth,
+            host=device.host_bandwidth,
+            step=self.step_seconds(),
+        )
+        return replace(
+            found,
+            peak=sum(breakdown.values()),
+            breakdown=breakdown,
+            first_step_seconds=found.first_step_seconds + added.micro_step,
+            micro_step_seconds=found.micro_step_seconds + added.micro_step,
+            commit_seconds=found.commit_seconds + added.commit,
         )
 
     def _estimate(self, candidate: Candidate, steps: int) -> Estimate:
@@ -167,6 +215,7 @@ class Estimator:
             peak=sum(breakdown.values()),
             traced=trace.peak(),
             breakdown=breakdown,
+            accumulating=trace.breakdown(),
             first_step_seconds=timed(phases.first),
             micro_step_seconds=timed(phases.micro),
             commit_seconds=timed(phases.commit) + self.step_seconds(),

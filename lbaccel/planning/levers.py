@@ -8,8 +8,16 @@ from dataclasses import dataclass, replace
 from lbaccel.planning.devices import GIB
 from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.search import Choice, Search
+from lbaccel.planning.zero_memory import BUCKET, Zero
 
 LITTLE = 0.03  # of the peak: not worth a word more
+STAGES = {
+    1: ("ZeRO-1 (optimizer state divided)", "one reduction and one gathering an update"),
+    2: ("ZeRO-2 (lbaccel: as ZeRO-1)", "the gradient is whole on a rank until its one reduction"),
+    3: ("ZeRO-3 (gradients and weights at rest too)", "gathers and reduces in every micro-step"),
+}
+WITHOUT = "without ZeRO"
+OFFLOAD = "optimizer offload to the host"
 
 
 @dataclass(frozen=True)
@@ -83,49 +91,38 @@ def _fused_step(search: Search, choice: Choice) -> Iterator[Lever]:
 
 
 def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
+    """The other stages, and DDP where the plan is under one; each with the plan's micro-batch."""
     estimator = search.estimator
-    world = estimator.plan.world_size
-    gradients, weights, states = (
-        estimator.gradient_bytes,
-        estimator.weight_bytes,
-        estimator.state_bytes,
-    )
+    here, world = estimator.zero, estimator.plan.world_size
     peak = choice.estimate.peak
-    activations = choice.estimate.breakdown["activations"] / peak
-    share = (world - 1) / world
-    link = estimator.device.link_bandwidth
-    steps = -(-search.most // choice.candidate.micro_batch_size)
-    stages = (
-        ("ZeRO-1 (optimizer state divided)", states, 0.0),
-        ("ZeRO-2 (and gradients)", states + gradients, steps * gradients * share / link),
-        (
-            "ZeRO-3 (and weights)",
-            states + gradients + weights,
-            steps * (gradients + 2 * weights) * share / link,
-        ),
-    )
-    for name, divided, seconds in stages:
-        saved = divided * share
-        pct = 100 * seconds / choice.seconds
+    bucket_size = here.bucket_size if here is not None else BUCKET
+
+    def under(zero: Zero | None) -> tuple[int, float]:
+        found = Search(estimator.under(zero), search.budget, search.pinned).choice(choice.candidate)
+        return peak - found.estimate.peak, 100 * (found.seconds / choice.seconds - 1)
+
+    if here is not None:
+        saved, pct = under(None)
+        yield Lever(WITHOUT, saved / GIB, pct, False, _verdict(saved, peak, pct, "no DeepSpeed"))
+    for stage, (name, how) in STAGES.items():
+        if here == Zero(stage, bucket_size=bucket_size):
+            continue
+        saved, pct = under(Zero(stage, bucket_size=bucket_size))
         if world == 1:
             verdict = "one device: there is nothing to divide"
-        elif saved < LITTLE * peak:
-            verdict = f"saves at most {saved / peak:.1%} here: activations are {activations:.0%}"
+            if saved < 0:
+                verdict += f", and DeepSpeed's copies take {-saved / GIB:.2f} GiB more"
+        elif 0 <= saved < LITTLE * peak:
+            activations = choice.estimate.breakdown["activations"] / peak
+            verdict = f"saves {saved / peak:.1%} here: activations are {activations:.0%}"
         else:
-            verdict = _verdict(
-                saved, peak, pct, "paid in every micro-step" if pct else "nearly free"
-            )
+            verdict = _verdict(saved, peak, pct, how)
         yield Lever(name, saved / GIB, pct, False, verdict)
-    moved = (gradients + weights) / estimator.device.host_bandwidth
-    if estimator.device.kind == "cuda":
-        pct = 100 * moved / choice.seconds
-        yield Lever(
-            "optimizer offload to the host",
-            states / GIB,
-            pct,
-            False,
-            _verdict(states, peak, pct, f"paid once an update, over {steps} micro-steps"),
-        )
+    offloaded = Zero(2, "optimizer", bucket_size)
+    if estimator.device.kind == "cuda" and here != offloaded:
+        saved, pct = under(offloaded)
+        how = "under ZeRO-2; the step on the CPU is not in the time"
+        yield Lever(OFFLOAD, saved / GIB, pct, False, _verdict(saved, peak, pct, how))
 
 
 def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
@@ -136,10 +133,12 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
         saved, pct = peak - found.estimate.peak, 100 * (found.seconds / choice.seconds - 1)
         return Lever(name, saved / GIB, pct, True, _verdict(saved, peak, pct, why))
 
-    if estimator.precision == "fp32":
+    if estimator.precision == "fp32" and estimator.zero is None:  # DeepSpeed's is another bf16
         half = Estimator(estimator.network, estimator.plan, estimator.device, "bf16")
         yield against(half, "bf16", "another rounding: yours to decide")
     states = estimator.state_bytes
+    if estimator.zero is not None and estimator.zero.stage:
+        states = choice.estimate.breakdown["optimizer"]  # a rank's part
     if states:
         moved = 1.5 * states / estimator.device.reached_bandwidth
         pct = -100 * moved / choice.seconds
@@ -154,6 +153,7 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
     if isinstance(estimator.plan.norm_batch_size, int):
         plan = replace(estimator.plan, norm_batch_size="frozen")
         frozen = Estimator(estimator.network, plan, estimator.device, estimator.precision)
+        frozen = frozen.under(estimator.zero)
         yield against(frozen, "frozen BatchNorm", "for pretrained weights: any micro-batch then")
 
 
@@ -161,6 +161,8 @@ def _verdict(saved: float, peak: int, pct: float, gain: str) -> str:
     """Plain words of a lever: does it save, what does it cost."""
     if saved < LITTLE * peak:
         text = f"saves {saved / peak:.1%} of the peak" if saved > 0 else "saves no memory"
+        if saved < 0:
+            text = f"takes {-saved / peak:.1%} of the peak more"
         if pct < -1:
             return f"{-pct:.0f} % faster, {text}"
         return f"{text}: leave it"

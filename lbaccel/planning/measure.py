@@ -167,6 +167,11 @@ def check_measurable(plan: Plan) -> None:
         InputError: see `measure`.
     """
     device, batch = plan.device, plan.batch
+    if plan.zero_stage is not None:
+        raise InputError(
+            f"zero_stage={plan.zero_stage}: one process without DeepSpeed is measured. Leave "
+            "--zero out; docs/results/zero_memory.md has measured peaks under each stage."
+        )
     if device.kind == "cuda":
         here = device_at_hand().name if torch.cuda.is_available() else "cpu"
         if here != device.name:

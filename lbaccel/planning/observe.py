@@ -112,6 +112,7 @@ def _estimate(
         peak=sum(breakdown.values()),
         traced=peak,
         breakdown=breakdown,
+        accumulating=fixed | {"activations": activations, "workspace": 0},
         first_step_seconds=micro,
         micro_step_seconds=micro,
         commit_seconds=commit,

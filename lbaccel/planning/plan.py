@@ -54,7 +54,7 @@ class Plan:
     alternatives: Sequence[Alternative] = ()
     num_updates: int = 0
     why: str = ""  # where it does not fit
-    zero_stage: int = 0
+    zero_stage: int | None = None  # of DeepSpeed; None: one process, or DDP
     offload: str = "none"
     points: Sequence[Point] = ()
     notes: Sequence[str] = field(default_factory=tuple)

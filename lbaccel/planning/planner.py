@@ -28,6 +28,7 @@ from lbaccel.planning.update import (
     Precision,
     classification_loss,
 )
+from lbaccel.planning.zero_memory import BUCKET, STAGES, Offload, Zero
 from lbaccel.scaling import choose_rule, scale_lr
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -52,6 +53,9 @@ def plan(
     micro_batch_size: int | None = None,
     activation_checkpointing: Literal["none", "full"] | None = None,
     memory_format: MemoryFormat | None = None,
+    zero_stage: int | None = None,
+    offload: Offload = "none",
+    reduce_bucket_size: int = BUCKET,
     make_batch: MakeBatch | None = None,
     loss_fn: LossFn | None = None,
     num_samples: int = IMAGENET,
@@ -82,6 +86,10 @@ def plan(
         micro_batch_size: pins it; None chooses.
         activation_checkpointing: pins it to no recompute, or to the model's own blocks.
         memory_format: pins it.
+        zero_stage: plan for DeepSpeed's ZeRO-0 to 3, in float32; None: one process, or DDP.
+        offload: what DeepSpeed keeps on the host: "optimizer" (ZeRO-2 and 3) or
+            "optimizer+parameters" (ZeRO-3). With the CPU as device it counts all the same.
+        reduce_bucket_size: elements of DeepSpeed's bucket; default: that of the shipped configs.
         make_batch: number of samples -> a micro-batch, for what is no image classification.
         loss_fn: (model, micro-batch) -> loss, as `LargeBatch.update` takes it.
         num_samples: of the training set, for hours; default: ImageNet-1k.
@@ -125,6 +133,12 @@ def plan(
         mix_pairs=mix_pairs,
     )
     estimator = Estimator(network, batch, chosen, precision)
+    if zero_stage is not None:
+        estimator = estimator.under(Zero(zero_stage, offload, reduce_bucket_size))
+    elif offload != "none":
+        raise InputError(
+            f"offload={offload!r} is DeepSpeed's. Give zero_stage={STAGES[offload][0]}."
+        )
     if estimator.weight_bytes > budget:
         raise InputError(
             f"memory={budget / GIB:.2f} GiB is below the weights of {name} alone, "
@@ -196,6 +210,11 @@ def _plan(
             f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
             "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
         )
+    if estimator.zero is not None and estimator.precision != "fp32":
+        said.append(
+            f"under DeepSpeed this peak is that of float32: its {estimator.precision} holds the "
+            "weights in half precision and a float32 copy of a rank's part, which is not modelled"
+        )
     return Plan(
         model=name,
         device=estimator.device,
@@ -223,6 +242,8 @@ def _plan(
         num_updates=num_updates,
         points=_points(search, choice) if sweeps else (),
         why="" if choice.fits else _why(search, choice),
+        zero_stage=None if estimator.zero is None else estimator.zero.stage,
+        offload="none" if estimator.zero is None else estimator.zero.offload,
         notes=tuple(said),
     )
 
