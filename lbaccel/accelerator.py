@@ -52,6 +52,13 @@ def make_accelerator(precision: str | None) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage; 0 without DeepSpeed too."""
+    plugin: Any = accelerator.deepspeed_plugin
+    config = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    return int(config.get("stage", 0))
+
+
 def _has_accelerator() -> bool:
     """Whether there is a device to train on; Apple's MPS has no float64, which the sums need."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,23 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         InputError: a file that is missing, cut off or changed, by its name; no training state.
     """
+    if STATE not in check_files(path):
+        raise InputError(
+            f"{path} holds weights only, no training state. Start a run from them with "
+            f"--checkpoint {path}/model.safetensors."
+        )
+
+
+def check_files(path: Path, *, names: Collection[str] | None = None) -> tuple[str, ...]:
+    """Compare these files with the manifest, by default all; the names of all that it lists.
+
+    Raises:
+        InputError: a file that is missing, cut off or changed, by its name.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
+        chosen = files if names is None else {name: files[name] for name in names}
+        for name, expected in chosen.items():
             if not (path / name).is_file():
                 raise InputError(f"{path / name} is missing.")
             found = _fingerprint(path / name)
@@ -118,11 +132,7 @@ def check_checkpoint(path: Path) -> None:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path / MANIFEST} is damaged: {error}.") from error
-    if STATE not in files:
-        raise InputError(
-            f"{path} holds weights only, no training state. Start a run from them with "
-            f"--checkpoint {path}/model.safetensors."
-        )
+    return tuple(files)
 
 
 def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:

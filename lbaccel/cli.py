@@ -16,6 +16,7 @@ USAGE = """usage: lbaccel COMMAND ...
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
   compare    finished runs side by side: what differed, and what came of it
+  export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
   replicate  a recipe made for many GPUs, as the contract of one card
   calibrate  what this machine's device reaches in each class of kernel, for plans
@@ -30,6 +31,7 @@ COMMANDS = {
     "compare": "compare",
     "configs": "configs.command",
     "doctor": "doctor.command",
+    "export": "export.command",
     "plan": "planning.command",
     "replicate": "replication.command",
     "verify": "verification.command",

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lbaccel.errors import InputError, RunFailed
 
 SMALL_IMAGE = 64
+# A tensor of this name beside exported weights stops every loader whose network has another stem.
+STEM_MARK = "needs_lbaccel_models_adapt_stem"
 
 
 def create_backbone(
@@ -41,22 +43,13 @@ def create_backbone(
         InputError: an unknown model, or weights that do not fit.
         RunFailed: pretrained weights that can't be downloaded.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        raise InputError(f"model={name!r} is no timm model.{hint} timm.list_models() has them all.")
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": num_channels}
+    options = model_options(
+        name, num_classes=num_classes, num_channels=num_channels, img_size=img_size
+    )
     if drop_rate:
         options["drop_rate"] = drop_rate
     if drop_path:
         options["drop_path_rate"] = drop_path
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # a tag, what follows the dot, that there is none of
-        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-        raise InputError(f"model={name!r}: {error} It has: {', '.join(tags) or 'none'}.") from error
-    if img_size is not None and config is not None and config.fixed_input_size:
-        options["img_size"] = img_size
     weights = None
     if checkpoint is not None:
         weights = read_weights(checkpoint)
@@ -84,6 +77,32 @@ def create_backbone(
         else:
             load_exactly(model, weights, name, checkpoint)
     return model
+
+
+def model_options(
+    name: str, *, num_classes: int, num_channels: int = 3, img_size: int | None = None
+) -> dict[str, Any]:
+    """What timm.create_model needs besides the name; img_size only where it builds the network.
+
+    Raises:
+        InputError: an unknown model or tag.
+
+    >>> model_options("resnet18", num_classes=10, img_size=64)
+    {'num_classes': 10, 'in_chans': 3}
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise InputError(f"model={name!r} is no timm model.{hint} timm.list_models() has them all.")
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": num_channels}
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag, what follows the dot, that there is none of
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise InputError(f"model={name!r}: {error} It has: {', '.join(tags) or 'none'}.") from error
+    if img_size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = img_size
+    return options
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -127,7 +146,8 @@ def load_exactly(
         if key in weights and weights[key].shape != value.shape
     ]
     missing = [key for key in own if key not in weights]
-    extra = [key for key in weights if key not in own]
+    accepted = {*own, *([STEM_MARK] if getattr(model, "small_stem", False) else [])}
+    extra = [key for key in weights if key not in accepted]
     problems = wrong + [f"{key} is missing" for key in missing] + [f"{k} is unknown" for k in extra]
     if problems:
         shown = "; ".join(problems[:3]) + (f"; {len(problems) - 3} more" * (len(problems) > 3))
@@ -168,9 +188,25 @@ def adapt_stem(model: nn.Module) -> str | None:
     no max pooling (He et al. 2016, section 4.2). MobileNetV2: the first convolution and the first
     block with stride have stride 1.
 
+    A file of `lbaccel export` holds the tensor `STEM_MARK` where the network had this stem: it
+    loads after this call, and before it strict loading fails at an unexpected key.
+
     Returns:
         What was done, in words.
     """
+    net: Any = model
+    done = _adapt(net)
+    if done is not None:
+        net.small_stem = True
+        net.register_load_state_dict_pre_hook(_drop_stem_mark)
+    return done
+
+
+def _drop_stem_mark(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.pop(prefix + STEM_MARK, None)
+
+
+def _adapt(model: nn.Module) -> str | None:
     net: Any = model
     if isinstance(model, ResNet) and isinstance(net.maxpool, nn.MaxPool2d):
         if isinstance(net.conv1, nn.Sequential):

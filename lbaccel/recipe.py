@@ -206,6 +206,8 @@ def build_model(
         load_exactly(model, weights, s["model"], path)
     _try_images(model, s["model"], num_channels=source.num_channels, size=size)
     values, origins = preprocessing(model, num_channels=source.num_channels, given=s)
+    if isinstance(source.train, ImageArray):
+        values["crop_pct"] = 1.0  # evaluation takes images in memory whole
     shown = ", ".join(
         f"{key} {_short(values[key])} ({origins[key]})" for key in ("mean", "std", "interpolation")
     )

@@ -148,8 +148,8 @@ def load_run_folder(path: Path) -> Run:
         )
     return Run(
         name=path.resolve().name,
-        config=flatten(_read_mapping(path / "config.yaml")),
-        summary=flatten(_read_mapping(path / "summary.json")),
+        config=flatten(read_mapping(path / "config.yaml")),
+        summary=flatten(read_mapping(path / "summary.json")),
         history=history_of(read_metrics(metrics)),
         source="folder",
     )
@@ -164,7 +164,7 @@ def _what_to_type_instead(path: Path) -> str:
     return "Use the folder that lbaccel.train printed, or a wandb offline-run-... folder."
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds a mapping; {} where there is no such file (a crashed run)."""
     if not path.is_file():
         return {}

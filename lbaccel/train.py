@@ -56,7 +56,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from torch.nn import functional as F
 
     from lbaccel import auto_plan
-    from lbaccel.accelerator import make_accelerator
+    from lbaccel.accelerator import make_accelerator, zero_stage
     from lbaccel.batch import BatchPlan
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
@@ -263,6 +263,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 "activation_checkpointing": chosen.checkpointing,
                 "segments": [list(segment) for segment in chosen.segments],
                 "memory_format": chosen.memory_format,
+                "zero_stage": zero_stage(accelerator),
                 "num_updates": num_updates,
                 "norm_batch_size": plan.norm_batch_size,
                 "lr": lr_values.pop("lr"),

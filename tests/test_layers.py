@@ -42,7 +42,7 @@ LEVELS = [
         "signals",
         "verification",
     },
-    {"doctor", "replication", "run_session"},
+    {"doctor", "export", "replication", "run_session"},
     {"train"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,166 @@
+"""What a run folder and one of its checkpoints say, checked: the source of an export."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lbaccel.checkpoints import MANIFEST, check_files
+from lbaccel.errors import InputError
+from lbaccel.export.model_card import Exported
+from lbaccel.models import model_options
+from lbaccel.options import OPTIONS
+from lbaccel.resume import CONFIG
+from lbaccel.runs import METRICS, Run, flatten, history_of, read_mapping, read_metrics
+from lbaccel.settings import parse
+
+_PREPROCESSING = (
+    *("model", "num_classes", "num_channels", "img_size", "stem"),
+    *("mean", "std", "interpolation", "crop_pct"),
+)
+
+
+def read_exported(
+    run: Path, *, checkpoint: str | None = None, ema: bool = False
+) -> tuple[Exported, dict[str, Tensor]]:
+    """The run in this folder and the weights of one of its checkpoints, by default the best.
+
+    Raises:
+        InputError: no run, no such checkpoint, a damaged one, or no average in it.
+    """
+    if not (run / CONFIG).is_file():
+        raise InputError(_no_run(run))
+    path = _checkpoint(run, checkpoint)
+    stem = "model_ema" if ema else "model"
+    update = _check(path, stem)
+    pre = _json(path / "preprocessing.json", dict)
+    missing = [key for key in _PREPROCESSING if key not in pre]
+    if missing:
+        raise InputError(
+            f"{path / 'preprocessing.json'} has no {', '.join(missing)}: it was written by another "
+            "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
+        )
+    weights = safetensors.torch.load_file(path / f"{stem}.safetensors")
+    dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
+    resumes = run / "resumes.jsonl"
+    exported = Exported(
+        run=_run(run),
+        env=read_mapping(run / "env.json"),
+        resumes=read_metrics(resumes) if resumes.is_file() else [],
+        preprocessing=pre,
+        classes=_json(path / "classes.json", list),
+        update=update,
+        ema=ema,
+        dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
+        options=model_options(
+            pre["model"],
+            num_classes=pre["num_classes"],
+            num_channels=pre["num_channels"],
+            img_size=pre["img_size"],
+        ),
+    )
+    return exported, weights
+
+
+def _run(folder: Path) -> Run:
+    """As `load_run_folder`, but settings are parsed, and metrics need not be there."""
+    raw = read_mapping(folder / CONFIG)
+    where = str(folder / CONFIG)
+    settings = {key: parse(OPTIONS[key], raw[key], where) for key in raw if key in OPTIONS}
+    added = {key: raw[key] for key in ("plan", "extensions") if key in raw}
+    metrics = folder / METRICS
+    return Run(
+        name=folder.resolve().name,
+        config=flatten({**settings, **added}),
+        summary=read_mapping(folder / "summary.json"),
+        history=history_of(read_metrics(metrics)) if metrics.is_file() else {},
+        source="folder",
+    )
+
+
+def _no_run(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: there is no such folder. Give the one that lbaccel train printed."
+    if (path.parent.parent / CONFIG).is_file():
+        return (
+            f"{path} lies in a run folder. Give the run, and the checkpoint by its name: "
+            f"lbaccel export {path.parent.parent} --checkpoint {path.name}"
+        )
+    if _is_deepspeeds(path):
+        return _deepspeed(path)
+    runs = sorted(path.glob(f"*/{CONFIG}")) if path.is_dir() else []
+    hint = f"Give one of the {len(runs)} in it, such as {runs[-1].parent}." if runs else (
+        "Give the folder that lbaccel train printed."
+    )  # fmt: skip
+    return f"{path} is no run folder: it holds no {CONFIG}. {hint}"
+
+
+def _checkpoint(run: Path, name: str | None) -> Path:
+    folder = run / "checkpoints"
+    there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    if name is not None and not re.fullmatch(r"best|last|update_\d+", name):
+        raise InputError(
+            f"--checkpoint {name} is not best, last or one such as update_000500. "
+            f"Here are: {', '.join(there) or 'none'}."
+        )
+    for chosen in [name] if name is not None else ["best", "last"]:
+        if chosen in there:
+            return folder / chosen
+    if not there:
+        raise InputError(
+            f"{run} has no checkpoint: the run ended before its first. Go on with it: "
+            f"lbaccel train --resume {run}"
+        )
+    raise InputError(
+        f"{folder / (name or 'best')} does not exist. Here are: {', '.join(there)}. "
+        f"Use --checkpoint {there[-1]}."
+    )
+
+
+def _check(path: Path, stem: str) -> int:
+    """The checkpoint's update, after its files were compared with the manifest."""
+    others = "Take another one with --checkpoint."
+    if not (path / MANIFEST).is_file() and _is_deepspeeds(path):
+        raise InputError(_deepspeed(path))
+    try:
+        listed = check_files(path, names=())
+        files = (f"{stem}.safetensors", "classes.json", "preprocessing.json")
+        if files[0] in listed:
+            check_files(path, names=files)
+    except InputError as error:
+        raise InputError(f"{error} {others}") from error
+    if files[0] not in listed and stem == "model_ema":
+        raise InputError(
+            f"--ema: {path} has no average of the weights: the run had no --ema-decay. "
+            "Leave --ema out."
+        )
+    if files[0] not in listed:
+        raise InputError(f"{path} holds no {files[0]}. {others}")
+    return int(_json(path / MANIFEST, dict)["update"])
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}). Take another --checkpoint.") from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path} holds no {kind.__name__}. Take another --checkpoint.")
+    return content
+
+
+def _is_deepspeeds(path: Path) -> bool:
+    return any(next(path.glob(f"{sub}*_model_states.pt"), None) for sub in ("", "*/"))
+
+
+def _deepspeed(path: Path) -> str:
+    return (
+        f"{path} holds DeepSpeed's own files, in parts for its ranks. Join them first: "
+        f"python {path}/zero_to_fp32.py {path} OUT --safe_serialization, and load "
+        "OUT/model.safetensors with timm.create_model(..., checkpoint_path=...)."
+    )

@@ -1,0 +1,83 @@
+"""What of a run may be published: its settings and command without paths, trackers or machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from lbaccel.options import OPTIONS
+
+# of one invocation on one machine, or of somebody's account
+_PRIVATE = ("output", "resume", "extend", "max_hours", "dry_run", "log_with")
+_TRACKERS = "wandb"
+_PROGRAMS = {"__main__.py": "lbaccel", "train.py": "lbaccel train"}
+
+
+def without_folders(text: str) -> str:
+    """The last part of a path, or of the path behind `folder:` or `parquet:`; other text as it is.
+
+    >>> without_folders("folder:/home/me/flowers/"), without_folders("resnet50.a1_in1k")
+    ('folder:flowers', 'resnet50.a1_in1k')
+    """
+    form, colon, path = text.partition(":")
+    if not colon or len(form) < 2:  # C:\\data is a path
+        form, colon, path = "", "", text
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "~")]
+    if len(parts) < 2 and not re.search(r"[\\/]", path):
+        return text
+    return form + colon + (parts[-1] if parts else "")
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run's `config.yaml` that another machine can use; paths lose their folders.
+
+    >>> settings({"data": "folder:/data/flowers", "output": "runs", "seed": 3, "wandb_name": "a"})
+    {'data': 'folder:flowers', 'seed': 3}
+    """
+    return {
+        name: without_folders(value) if isinstance(value, str) else value
+        for name, value in config.items()
+        if name in OPTIONS and name not in _PRIVATE and not name.startswith(_TRACKERS)
+    }
+
+
+def settings_yaml(config: Mapping[str, Any]) -> str:
+    """`settings` as the YAML of `lbaccel train --config`."""
+    return yaml.safe_dump(settings(config), sort_keys=False, allow_unicode=True)
+
+
+def command(line: str) -> str:
+    """A command line without flags of `_PRIVATE` and of trackers; paths lose their folders.
+
+    >>> command("/opt/bin/lbaccel train --data folder:/data/flowers --wandb-tags a b --seed 3")
+    'lbaccel train --data folder:flowers --seed 3'
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an open quote: not written by lbaccel
+        return ""
+    if not words:
+        return ""
+    program = without_folders(words[0])
+    kept = shlex.split(_PROGRAMS.get(program, program))
+    return shlex.join([*kept, *_kept(words[1:])])
+
+
+def _kept(words: Iterable[str]) -> list[str]:
+    kept: list[str] = []
+    private = False
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            name = flag[2:].replace("-", "_")
+            private = name in _PRIVATE or name.startswith(_TRACKERS)
+            word = flag + equals + without_folders(value)
+        else:
+            word = without_folders(word)
+        if not private:
+            kept.append(word)
+    return kept
