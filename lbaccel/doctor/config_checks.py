@@ -98,9 +98,8 @@ def _optimizer_replaced(facts: Facts) -> Cases:
 
 def _own_bf16(facts: Facts) -> Cases:
     lbaccels = facts.script is not None and facts.script.uses_lbaccel
-    if (facts.has_batch_norm or lbaccels) and (facts.json or {}).get("bf16"):
-        if facts.keys.get("bf16.enabled") is True:
-            yield facts.in_json("bf16"), '"bf16": {"enabled": true}'
+    if facts.keys.get("bf16.enabled") is True and (facts.has_batch_norm or lbaccels):
+        yield facts.in_json("bf16"), '"bf16": {"enabled": true}'
 
 
 def _bucket(facts: Facts) -> Cases:
