@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -87,7 +87,6 @@ def launch_and_kill(config: Path, num_processes: int, *flags: str, folder: Path,
             cwd=folder,
             stdout=log,
             stderr=log,
-            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300
@@ -96,7 +95,9 @@ def launch_and_kill(config: Path, num_processes: int, *flags: str, folder: Path,
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
+        launcher = psutil.Process(started.pid)  # the ranks have sessions of their own
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
         started.wait()
     return found[0].parent.parent
 
