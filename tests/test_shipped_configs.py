@@ -36,12 +36,14 @@ TYPES = {
 WEIGHTS, GRADIENTS, MOMENTUM = 4, 4, 4
 FOUR_GPUS = 3 / 4
 SAVED = {
-    "zero1": FOUR_GPUS * MOMENTUM,
-    "zero2": FOUR_GPUS * (MOMENTUM + GRADIENTS),
-    "zero3": FOUR_GPUS * (MOMENTUM + GRADIENTS + WEIGHTS),
+    # DDP's buckets are a copy of the gradient, and DeepSpeed has one of a rank's own weights
+    "zero1": FOUR_GPUS * MOMENTUM + GRADIENTS - WEIGHTS / 4,
+    "zero2": FOUR_GPUS * MOMENTUM + GRADIENTS - WEIGHTS / 4,
+    # gathered weights are whole at the peak, and a rank's own part is held twice
+    "zero3": FOUR_GPUS * (MOMENTUM + GRADIENTS) + GRADIENTS - WEIGHTS / 2,
     "fsdp2": FOUR_GPUS * (MOMENTUM + GRADIENTS + WEIGHTS),
     "zero2_offload": MOMENTUM,
-    "zero3_offload": MOMENTUM + WEIGHTS,
+    "zero3_offload": MOMENTUM + GRADIENTS,
 }
 HIDDEN_SIZE_KEYS = (
     "reduce_bucket_size",

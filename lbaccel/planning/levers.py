@@ -117,6 +117,8 @@ def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
             verdict = f"saves {saved / peak:.1%} here: activations are {activations:.0%}"
         else:
             verdict = _verdict(saved, peak, pct, how)
+        if estimator.precision != "fp32":
+            verdict += " (DeepSpeed's bf16 and fp16 hold other bytes: not modelled)"
         yield Lever(name, saved / GIB, pct, False, verdict)
     offloaded = Zero(2, "optimizer", bucket_size)
     if estimator.device.kind == "cuda" and here != offloaded:

@@ -8,9 +8,8 @@ bucket, N ranks; in float32. Read in DeepSpeed's stage_1_and_2.py and stage3.py,
 - ZeRO-1 and 2 alike: W + S/N and a flat copy P/N of the rank's own weights, in float32 too. lbaccel
   reduces once an update, so a rank holds G whole until then; the reduction adds what of B no
   gradient fills, and G/N or the sums of one bucket.
-- ZeRO-3: 2P/N + S/N + G/N + B. Gathered weights stay until the backward pass is over
-  (`stage3_max_reuse_distance` is 1e9 elements), so all P lie there at the peak, and at most three
-  gathers of B + L besides.
+- ZeRO-3: 2P/N + S/N + G/N + B. All gathered weights lie there at the peak, P (measured; a smaller
+  `stage3_max_reuse_distance` changed nothing), and at most three gathers of B + L besides.
 """
 
 from __future__ import annotations
