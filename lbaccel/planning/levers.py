@@ -118,7 +118,7 @@ def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
         else:
             verdict = _verdict(saved, peak, pct, how)
         if estimator.precision != "fp32":
-            verdict += " (DeepSpeed's bf16 and fp16 hold other bytes: not modelled)"
+            verdict += " (with the bytes of float32)"  # DeepSpeed's bf16 is not modelled
         yield Lever(name, saved / GIB, pct, False, verdict)
     offloaded = Zero(2, "optimizer", bucket_size)
     if estimator.device.kind == "cuda" and here != offloaded:
