@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lbaccel import auto_plan, cli
+from lbaccel import auto_plan, cli, plan
 from lbaccel.errors import InputError
 from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
 
@@ -113,3 +113,11 @@ def test_the_command_plans_for_a_stage(capsys):
     out = capsys.readouterr().out
     assert "plan: ZeRO-2, optimizer offloaded; " in out
     assert "without ZeRO " in out and "ZeRO-2 (lbaccel: as ZeRO-1)" in out
+
+
+def test_fp16_is_not_planned_under_a_stage_and_offers_none():
+    given = {"img_size": 64, "global_batch_size": 256, "num_classes": 10, "memory": "4GiB"}
+    given |= {"device": "RTX 4060", "precision": "fp16", "world_size": 2}
+    with pytest.raises(InputError, match=r"precision=fp16 with zero_stage=1.*Use bf16"):
+        plan("resnet10t", zero_stage=1, **given)
+    assert not any("ZeRO" in lever.name for lever in plan("resnet10t", **given).levers)
