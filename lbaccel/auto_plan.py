@@ -19,7 +19,7 @@ from lbaccel.planning.calibrate import calibrate
 from lbaccel.planning.devices import Device, device_at_hand
 from lbaccel.planning.estimate import Untraceable
 from lbaccel.planning.planner import plan
-from lbaccel.planning.zero_memory import BUCKET, DEEPSPEEDS_BUCKET
+from lbaccel.planning.zero_memory import BUCKET, DEEPSPEEDS_BUCKET, STAGES
 
 Say = Callable[[str], object]
 CHOSEN = ("micro_batch_size", "activation_checkpointing", "memory_format")
@@ -158,10 +158,13 @@ def _sharding(accelerator: Any) -> dict[str, Any]:
         if (zero.get(key) or {}).get("device", "none") != "none"
     ]
     bucket_size = zero.get("reduce_bucket_size", DEEPSPEEDS_BUCKET)
+    stage, offload = int(zero.get("stage", 0)), "+".join(moved) or "none"
+    if stage not in STAGES.get(offload, ()):  # one that no plan knows: as if all stayed
+        offload = "none"
     return {
-        "zero_stage": int(zero.get("stage", 0)),
-        "offload": "+".join(moved) or "none",
-        "reduce_bucket_size": bucket_size if bucket_size != "auto" else BUCKET,
+        "zero_stage": stage,
+        "offload": offload,
+        "reduce_bucket_size": BUCKET if bucket_size == "auto" else int(bucket_size),
     }
 
 

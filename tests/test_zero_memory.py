@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from lbaccel import auto_plan, cli, plan
 from lbaccel.errors import InputError
 from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
 
@@ -74,3 +77,47 @@ def test_the_buckets_size_counts():
 def test_an_unknown_offload_is_refused():
     with pytest.raises(InputError, match="offload='nvme'"):
         Zero(3, "nvme")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"stage": 1, "reduce_bucket_size": 7}, (1, "none", 7)),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, (2, "optimizer", 500_000_000)),
+        (
+            {
+                "stage": 3,
+                "reduce_bucket_size": 7,
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "cpu"},
+            },
+            (3, "optimizer+parameters", 7),
+        ),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, (3, "none", 500_000_000)),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, (1, "none", 500_000_000)),
+        ({"stage": 3, "offload_param": {"device": "none"}}, (3, "none", 500_000_000)),
+    ],
+)
+def test_the_recipe_plans_for_the_stage_that_it_runs_under(zero, expected):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    found = auto_plan._sharding(SimpleNamespace(deepspeed_plugin=plugin))
+    assert tuple(found[k] for k in ("zero_stage", "offload", "reduce_bucket_size")) == expected
+    assert auto_plan._sharding(SimpleNamespace(deepspeed_plugin=None)) == {}
+
+
+def test_the_command_plans_for_a_stage(capsys):
+    network = ["--model", "resnet10t", "--img-size", "64", "--num-classes", "10"]
+    sizes = ["--global-batch-size", "256", "--world-size", "4", "--memory", "4GiB"]
+    stage = ["--device", "RTX 4060", "--zero", "2", "--offload", "optimizer"]
+    assert cli.main(["plan", *network, *sizes, *stage]) == 0
+    out = capsys.readouterr().out
+    assert "plan: ZeRO-2, optimizer offloaded; " in out
+    assert "without ZeRO " in out and "ZeRO-2 (lbaccel: as ZeRO-1)" in out
+
+
+def test_fp16_is_not_planned_under_a_stage_and_offers_none():
+    given = {"img_size": 64, "global_batch_size": 256, "num_classes": 10, "memory": "4GiB"}
+    given |= {"device": "RTX 4060", "precision": "fp16", "world_size": 2}
+    with pytest.raises(InputError, match=r"precision=fp16 with zero_stage=1.*Use bf16"):
+        plan("resnet10t", zero_stage=1, **given)
+    assert not any("ZeRO" in lever.name for lever in plan("resnet10t", **given).levers)

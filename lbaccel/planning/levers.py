@@ -94,6 +94,8 @@ def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
     """The other stages, and DDP where the plan is under one; each with the plan's micro-batch."""
     estimator = search.estimator
     here, world = estimator.zero, estimator.plan.world_size
+    if estimator.precision == "fp16":  # lbaccel runs none under DeepSpeed
+        return
     peak = choice.estimate.peak
     bucket_size = here.bucket_size if here is not None else BUCKET
 
@@ -117,8 +119,6 @@ def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
             verdict = f"saves {saved / peak:.1%} here: activations are {activations:.0%}"
         else:
             verdict = _verdict(saved, peak, pct, how)
-        if estimator.precision != "fp32":
-            verdict += " (DeepSpeed's bf16 and fp16 hold other bytes: not modelled)"
         yield Lever(name, saved / GIB, pct, False, verdict)
     offloaded = Zero(2, "optimizer", bucket_size)
     if estimator.device.kind == "cuda" and here != offloaded:
@@ -135,8 +135,9 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
         saved, pct = peak - found.estimate.peak, 100 * (found.seconds / choice.seconds - 1)
         return Lever(name, saved / GIB, pct, True, _verdict(saved, peak, pct, why))
 
-    if estimator.precision == "fp32" and estimator.zero is None:  # DeepSpeed's is another bf16
+    if estimator.precision == "fp32":
         half = Estimator(estimator.network, estimator.plan, estimator.device, "bf16")
+        half = half.under(estimator.zero)
         yield against(half, "bf16", "another rounding: yours to decide")
     states = estimator.state_bytes
     if estimator.zero is not None and estimator.zero.stage:

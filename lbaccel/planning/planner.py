@@ -86,7 +86,7 @@ def plan(
         micro_batch_size: pins it; None chooses.
         activation_checkpointing: pins it to no recompute, or to the model's own blocks.
         memory_format: pins it.
-        zero_stage: plan for DeepSpeed's ZeRO-0 to 3, in float32; None: one process, or DDP.
+        zero_stage: plan for DeepSpeed's ZeRO-0 to 3 (no fp16); None: one process, or DDP.
         offload: what DeepSpeed keeps on the host: "optimizer" (ZeRO-2 and 3) or
             "optimizer+parameters" (ZeRO-3). With the CPU as device it counts all the same.
         reduce_bucket_size: elements of DeepSpeed's bucket; default: that of the shipped configs.
@@ -134,6 +134,11 @@ def plan(
     )
     estimator = Estimator(network, batch, chosen, precision)
     if zero_stage is not None:
+        if precision == "fp16":
+            raise InputError(
+                f"precision=fp16 with zero_stage={zero_stage}: lbaccel runs no fp16 under "
+                "DeepSpeed. Use bf16, or leave zero_stage out."
+            )
         estimator = estimator.under(Zero(zero_stage, offload, reduce_bucket_size))
     elif offload != "none":
         raise InputError(
@@ -209,11 +214,6 @@ def _plan(
         said.append(
             f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
             "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
-        )
-    if estimator.zero is not None and estimator.precision != "fp32":
-        said.append(
-            f"under DeepSpeed this peak is that of float32: its {estimator.precision} holds the "
-            "weights in half precision and a float32 copy of a rank's part, which is not modelled"
         )
     return Plan(
         model=name,
