@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -153,3 +157,18 @@ def test_auto_finds_a_size_under_a_cap_that_needs_no_retry():
     results = under_a_cap(2.0, micro=4, auto=True)
     assert all(r.num_retries == 0 for r in results)
     assert 4 <= results[0].micro_batch_size < 64
+
+
+def test_the_fsdp2_config_trains_digits_and_resumes_without_it(tmp_path):
+    root = Path(__file__).parent.parent
+    train = ["-m", "lbaccel.train", "--data", "digits", "--output", str(tmp_path)]
+    train += ["--global-batch-size", "256", "--log-with", "run_folder"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    launch += ["--config_file", "accelerate_configs/fsdp2.yaml"]
+    subprocess.run([*launch, *train, "--epochs", "1"], cwd=root, check=True, timeout=300)
+    (run_folder,) = tmp_path.iterdir()
+    resumed = ["-m", "lbaccel.train", "--resume", str(run_folder), "--epochs", "2"]
+    resumed += ["--extend", "stretch"]
+    subprocess.run([sys.executable, *resumed], cwd=root, check=True, timeout=300)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["num_updates"] == 12

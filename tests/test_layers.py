@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,37 @@ def test_deepspeed_wandb_and_matplotlib_are_imported_only_where_used():
     for path in modules():
         top = {found.split(".")[0] for found in imports(path, only_top=True)}
         assert not top & {"deepspeed", "wandb", "matplotlib", "transformers"}, path
+
+
+WITHOUT_EXTRAS = """
+import importlib, importlib.metadata, importlib.util, sys
+
+missing = ("deepspeed", "transformers")
+found_spec, version = importlib.util.find_spec, importlib.metadata.version
+
+def find_spec(name, *rest):
+    return None if name.split(".")[0] in missing else found_spec(name, *rest)
+
+def find_version(name):
+    if name in missing:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.util.find_spec, importlib.metadata.version = find_spec, find_version
+sys.modules.update(dict.fromkeys(missing))  # importing them fails
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_a_plain_install_imports_every_module():
+    # Accelerate exports some names only where DeepSpeed is there.
+    names = [
+        ".".join(("lbaccel", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in modules()
+        if path.name != "__main__.py"
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *names], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, HfDeepSpeedConfig, convert_outputs_to_fp32
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 
 from lbaccel.errors import InputError
@@ -47,7 +47,11 @@ def check_precision(config: Mapping[str, Any]) -> None:
             '"enabled": "auto" in the sections "bf16" and "fp16" of the JSON), or fp16 with DDP.'
         )
     named = deepspeed_config_file()
-    given = {} if named is None else HfDeepSpeedConfig(named).config
+    given: Mapping[str, Any] = {}
+    if named is not None:
+        from accelerate.utils import HfDeepSpeedConfig  # it is there where deepspeed is
+
+        given = HfDeepSpeedConfig(named).config
     if _enabled(config, "bf16") and _enabled(given, "bf16"):
         raise InputError(
             '"bf16": {"enabled": true} in the DeepSpeed JSON asks for DeepSpeed\'s own bf16: it '
