@@ -71,7 +71,7 @@ def test_another_stem_is_refused_by_plain_timm_and_loads_as_the_card_says(adapte
     out = tmp_path / "out"
     assert export(adapted, "--to", out) == 0
     for options in ({}, {"num_classes": 3}):  # a new classifier makes timm's loading lenient
-        with pytest.raises(RuntimeError, match="Unknown model .*adapt_stem"):
+        with pytest.raises(RuntimeError, match=r"Unknown model .*adapt_stem"):
             timm.create_model(f"local-dir:{out}", pretrained=True, **options)
     with pytest.raises(RuntimeError, match="needs_lbaccel_models_adapt_stem"):
         timm.create_model("resnet10t", num_classes=10, in_chans=1,

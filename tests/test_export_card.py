@@ -159,8 +159,20 @@ def test_what_the_run_folder_does_not_hold_is_left_out(digits, tmp_path, capsys)
     assert "the run is not finished (no summary" in capsys.readouterr().out
     card = card_of(run / "export")
     assert "**The run is not finished**" in card
-    for word in ("## Metrics", "## Plan", "## Hardware", "weight decay", "seed", "| learning rate",
-                 "updates |", "samples seen", "| 0 |", "None |", "metrics:", "license:"):  # fmt: skip
+    for word in (
+        "## Metrics",
+        "## Plan",
+        "## Hardware",
+        "weight decay",
+        "seed",
+        "| learning rate",
+        "updates |",
+        "samples seen",
+        "| 0 |",
+        "None |",
+        "metrics:",
+        "license:",
+    ):
         assert word not in card, word
     assert "## Contract" in card and "| global batch | 256 samples an update |" in card
 
