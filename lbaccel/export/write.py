@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -128,6 +129,12 @@ def _save(folder: Path, exported: Exported, model: Any, *, license: str | None) 
         model_args={k: v for k, v in exported.options.items() if k != "num_classes"},
         safe_serialization=True,
     )
+    # timm 1.0.31 writes num_classes among the arguments too, beside which transformers 5.23 gives
+    # its own, a TypeError; at the top of the file both read it.
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check(folder: Path, exported: Exported, model: nn.Module) -> None:
