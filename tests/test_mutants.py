@@ -107,8 +107,8 @@ MUTANTS = {
     ),
     "weights cast in every micro-batch": (
         "transaction.py",
-        "with self.sharding.around(), _autocast_cache(device.type):",
-        "with self.sharding.around():",
+        "cache = _autocast_cache(device.type) if keeps else nullcontext()",
+        "cache = nullcontext()",
         "tests/test_engine.py",
     ),
     "recompute moves statistics": (
