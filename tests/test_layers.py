@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 LEVELS = [
     {"errors"},
     {"stream", "duration", "scaling", "keys", "generators", "launch"},
-    {"batch", "schedules"},
+    {"batch", "batch_schedules", "schedules"},
     {
         "masks",
         "schedulers",
@@ -54,6 +54,7 @@ NO_TORCH = (
     "stream",
     "duration",
     "batch",
+    "batch_schedules",
     "scaling",
     "schedules",
     "keys",
