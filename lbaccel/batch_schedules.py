@@ -203,18 +203,8 @@ def segment_updates(
     >>> segment_updates(segments, epochs=200, num_samples=50_000, last_update="wrap")
     [23047, 4688, 625, 129]
     """
-    check_choice("last_update", last_update, choices=("keep", "wrap", "drop"))
     check_segments(segments, epochs=epochs, num_samples=num_samples)
-    sizes = {segment.global_batch_size for segment in segments}
-    if last_update == "drop" and len(sizes) > 1:
-        raise InputError(
-            f"last_update='drop' with batch sizes {', '.join(map(str, sorted(sizes)))}: each would "
-            "leave out other samples, so epochs would differ in length. Use last_update='keep' or "
-            "'wrap'."
-        )
-    samples = num_samples
-    if last_update == "drop":
-        samples = num_samples // max(sizes) * max(sizes)
+    samples = epoch_samples(segments, num_samples=num_samples, last_update=last_update)
     end = max(1, round(Fraction(str(epochs)) * samples))
     starts = [(segment.epoch - 1) * samples for segment in segments]
     counts, position = [], 0
@@ -228,6 +218,24 @@ def segment_updates(
             count = whole_epochs * ceil(Fraction(samples, size)) + ceil(Fraction(rest, size))
         counts.append(count)
     return counts
+
+
+def epoch_samples(segments: Sequence[Segment], *, num_samples: int, last_update: str) -> int:
+    """Samples that an epoch consumes: all of them but under "drop", floor(N / B) B.
+
+    Raises:
+        InputError: an unknown `last_update`, or "drop" with a batch that changes.
+    """
+    check_choice("last_update", last_update, choices=("keep", "wrap", "drop"))
+    sizes = sorted({segment.global_batch_size for segment in segments})
+    if last_update != "drop":
+        return num_samples
+    if len(sizes) > 1:
+        raise InputError(
+            f"last_update='drop' with batch sizes {', '.join(map(str, sizes))}: each would leave "
+            "out other samples, so epochs would differ in length. Use last_update='keep' or 'wrap'."
+        )
+    return num_samples // sizes[0] * sizes[0]
 
 
 def check_segments(segments: Sequence[Segment], *, epochs: float, num_samples: int) -> None:

@@ -12,6 +12,7 @@ from lbaccel.errors import InputError, RunFailed
 USAGE = """usage: lbaccel COMMAND ...
 
   train      train or finetune a timm backbone at a global batch that does not fit
+  schedule   a batch-size schedule: batch, learning rate and updates from each epoch on
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
@@ -34,6 +35,7 @@ COMMANDS = {
     "export": "export.command",
     "plan": "planning.command",
     "replicate": "replication.command",
+    "schedule": "schedule_command",
     "verify": "verification.command",
 }
 

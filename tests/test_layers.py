@@ -19,6 +19,7 @@ LEVELS = [
         "masks",
         "schedulers",
         "run_folder",
+        "schedule_table",
         "normalization",
         "checkpointing",
         "models",
@@ -41,6 +42,7 @@ LEVELS = [
         "recipe",
         "resume",
         "run_log",
+        "schedule_command",
         "signals",
         "verification",
     },
@@ -64,6 +66,8 @@ NO_TORCH = (
     "signals",
     "runs",
     "compare",
+    "schedule_table",
+    "schedule_command",
 )
 
 
