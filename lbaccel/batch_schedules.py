@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 
@@ -18,6 +18,7 @@ RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant")
 MILESTONES = (60, 120, 160)
 FACTORS = {"lrd": (5,), "bsi": (5,), "bsi-doubled-end": (5,), "mixed": (4, 4, 50), "fast": (2,)}
 PAST_MAX = ("drop", "lr")
+MAX_STEPS = 1000  # of "fast" and "instant"
 
 _AT_MILESTONES = ("lrd", "bsi", "bsi-doubled-end", "mixed", "fast")
 _GROWING = ("bsi", "bsi-doubled-end", "mixed", "fast", "instant")
@@ -295,9 +296,22 @@ def _fold(
     states = list(reached.items())
     kept = [states[0], *(new for old, new in pairwise(states) if new[1] != old[1])]
     return tuple(
-        Segment(epoch=epoch, global_batch_size=int(size), lr_factor=float(factor))
+        Segment(epoch=epoch, global_batch_size=int(size), lr_factor=_rounded(factor, epoch))
         for epoch, (size, factor) in kept
     )
+
+
+def _rounded(factor: Fraction, epoch: int) -> float:
+    try:
+        lr_factor = float(factor)
+    except OverflowError:
+        lr_factor = inf
+    if not 0 < lr_factor < inf:
+        raise InputError(
+            f"epoch {epoch} would have {lr_factor} times the first learning rate. "
+            "Use factors nearer to 1."
+        )
+    return lr_factor
 
 
 def _steps_to(largest: int, size: int, growth: float) -> list[Fraction]:
@@ -307,6 +321,11 @@ def _steps_to(largest: int, size: int, growth: float) -> list[Fraction]:
         raise InputError(f"growth={growth!r} does not grow a batch. Use growth > 1, such as 2.")
     steps, reached = [], Fraction(size)
     while reached < largest:
+        if len(steps) == MAX_STEPS:
+            raise InputError(
+                f"growth={growth!r} takes more than {MAX_STEPS} epochs from {size} to {largest} "
+                "samples. Use a larger growth, such as 2."
+            )
         steps.append(factor)
         reached *= factor
     return steps

@@ -158,6 +158,11 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
     )
     if a.past_max == "drop" and a.batch_schedule in KEEPS_FACTORS:
         notes += _lost(segments, build(past_max="lr"))
+    notes += [
+        f"From epoch {row.epoch} on there is no update: the run ends inside one of those before."
+        for row in table.rows
+        if not row.num_updates
+    ]
     return table, notes
 
 
@@ -273,21 +278,17 @@ def headlines(table: ScheduleTable, a: argparse.Namespace) -> Iterator[str]:
     )
     if table.num_updates != table.num_updates_steady:
         share = table.num_updates / table.num_updates_steady
-        yield (
-            f"{share:.4g} of the {table.num_updates_steady} updates of the steady run at "
-            f"{a.global_batch_size}"
-        )
+        yield f"{share:.3g} of the steady run's {table.num_updates_steady}"
 
 
 def lines(table: ScheduleTable, notes: Sequence[str], a: argparse.Namespace) -> Iterator[str]:
     """The schedule for people."""
-    yield from headlines(table, a)
-    yield ""
-    moves = any(row.lr != row.last_lr for row in table.rows)
-    grid = [["epochs", "global batch", "lr", *(["lr at its end"] if moves else []), "updates"]]
+    yield ", ".join(headlines(table, a))
+    last_lr = ["last lr"] if table.moves else []
+    grid = [["epochs", "global batch", "lr", *last_lr, "updates"]]
     lasts = [*(row.epoch - 1 for row in table.rows[1:]), ceil(table.epochs)]
     for row, last in zip(table.rows, lasts, strict=True):
-        rates = [row.lr, row.last_lr] if moves else [row.lr]
+        rates = [row.lr, row.last_lr] if table.moves else [row.lr]
         grid.append(
             [
                 f"{row.epoch}-{last}" if last > row.epoch else str(last),
@@ -299,9 +300,7 @@ def lines(table: ScheduleTable, notes: Sequence[str], a: argparse.Namespace) -> 
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     for cells in grid:
         yield "  ".join(map(str.rjust, cells, widths))
-    if notes:
-        yield ""
-        yield from notes
+    yield from notes
     if a.plot is not None:
         yield f"drawn: {a.plot}"
 
@@ -317,6 +316,7 @@ def as_json(table: ScheduleTable, notes: Sequence[str], a: argparse.Namespace) -
             "segments": [asdict(row) for row in table.rows],
             "num_updates": table.num_updates,
             "num_updates_steady": table.num_updates_steady,
+            "update_ratio": table.num_updates / table.num_updates_steady,
             "notes": list(notes),
         },
         indent=1,
