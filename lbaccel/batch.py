@@ -208,7 +208,14 @@ class BatchPlan:
             equation += "; BatchNorm frozen"
         return equation
 
-    def explain(self, *, num_samples: int, epochs: float, last_update: LastUpdate = "wrap") -> str:
+    def explain(
+        self,
+        *,
+        num_samples: int,
+        epochs: float,
+        last_update: LastUpdate = "wrap",
+        growth: tuple[tuple[int, int], ...] = (),
+    ) -> str:
         """The equation, updates an epoch and in all, and the warnings, as lines of text."""
         if self.global_batch_size > num_samples:
             said = (
@@ -217,14 +224,15 @@ class BatchPlan:
             )
             plan = self.capped(num_samples)
             return f"{said}\n{plan.explain(num_samples=num_samples, epochs=epochs)}"
-        stream = UpdateStream(self.global_batch_size, num_samples, last_update)
+        stream = UpdateStream(self.global_batch_size, num_samples, last_update, growth)
         per_epoch = f"{num_samples / self.global_batch_size:.4g}"
         if last_update != "wrap":
             per_epoch = str(stream.updates_in_epoch(0))
         total = stream.num_updates(epochs)
         lines = [
             str(self),
-            f"updates: {per_epoch} an epoch of {num_samples} samples, {total} in all "
+            f"updates: {per_epoch} an epoch of {num_samples} samples{' at first' * bool(growth)}, "
+            f"{total} in all "
             f"({epochs:g} epochs, last update: {last_update})",
         ]
         warnings = self.warnings(

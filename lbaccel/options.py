@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lbaccel.batch_schedules import PAST_MAX, RULES
+
 
 def switch(text: Any) -> bool:
     """True or False, from text or YAML."""
@@ -159,7 +161,42 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "wrap",
             "an epoch's remainder: into the next epoch, a short update, or left out",
             ("wrap", "keep", "drop"),
+            "wrap; under a batch schedule keep",
         ),
+        Option(
+            "batch_schedule",
+            str,
+            None,
+            "rule by which batch and learning rate change with the epochs; see `lbaccel schedule`",
+            RULES,
+            "the batch stays",
+        ),
+        Option(
+            "factor",
+            numbers,
+            (),
+            "of --batch-schedule: one, or one a milestone",
+            shown="5; mixed 4 4 50; fast 2",
+        ),
+        Option(
+            "max_batch_size",
+            whole,
+            None,
+            "largest batch of --batch-schedule",
+            shown="the training set",
+        ),
+        Option(
+            "past_max",
+            str,
+            "drop",
+            "what of a factor has no room below --max-batch-size is lost, or divides the rate",
+            PAST_MAX,
+        ),
+        Option("growth", float, None, "fast, instant: factor of the batch, an epoch", shown="2"),
+        Option(
+            "lr_growth", float, None, "fast, instant: factor of the rate, an epoch", shown="1.3"
+        ),
+        Option("first_epoch", whole, None, "fast, instant: first larger batch", shown="6"),
         Option(
             "activation_checkpointing",
             str,
@@ -202,7 +239,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "learning rate at --base-batch-size",
             shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001",
         ),
-        Option("base_batch_size", whole, 256, "samples that --base-lr was tuned at"),
+        Option(
+            "base_batch_size",
+            whole,
+            256,
+            "samples that --base-lr was tuned at",
+            shown="256; under a batch schedule the first batch, if --base-lr is given",
+        ),
         Option(
             "lr_scaling",
             str,
@@ -216,6 +259,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "gradual",
             "shape of the warmup",
             ("gradual", "constant", "stairs", "none"),
+            "gradual; under a batch schedule none",
         ),
         Option(
             "warmup_epochs",
@@ -236,13 +280,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "cosine",
             "decay after the warmup",
             ("constant", "cosine", "step", "multistep"),
+            "cosine; under a batch schedule constant",
         ),
         Option(
             "milestones",
             numbers,
             (),
-            "epochs: the period of step, the steps of multistep",
-            shown="none",
+            "epochs: the period of step, the steps of multistep and of --batch-schedule",
+            shown="none; under a batch schedule 60 120 160 of 200, in proportion",
         ),
         Option("gamma", float, 0.1, "factor at each step"),
         Option("final_lr", float, 0.0, "learning rate at the end of a cosine"),

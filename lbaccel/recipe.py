@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch import BatchPlan, NormBatchSize
+from lbaccel.batch_schedules import Segment
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError
+from lbaccel.growth import with_factors
 from lbaccel.launch import local_world_size
 from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
@@ -94,7 +96,7 @@ def _check_schedule(s: Mapping[str, Any]) -> None:
         )
     given, schedule = s["milestones"], s["schedule"]
     flag, shown = f"--schedule {schedule}", " ".join(f"{m:g}" for m in given)
-    if given and schedule in ("constant", "cosine"):
+    if given and schedule in ("constant", "cosine") and s["batch_schedule"] is None:
         raise InputError(
             f"{flag} does not read --milestones {shown}. Use --schedule multistep, or "
             "leave them out."
@@ -264,6 +266,7 @@ def build_optimizer(
     *,
     plan: BatchPlan,
     stream: UpdateStream,
+    segments: Sequence[Segment] = (),
     fused: bool = False,
     say: Say,
 ) -> tuple[torch.optim.Optimizer, Schedule, dict[str, Any]]:
@@ -285,8 +288,12 @@ def build_optimizer(
     warmup_epochs = s["warmup_epochs"]
     if warmup_epochs is None:
         warmup_epochs = 0.0 if s["warmup"] == "none" else min(5.0, s["epochs"] / 4)
-    schedule = build_schedule(
-        s, base_lr=base_lr, peak_lr=peak_lr, warmup_epochs=warmup_epochs, stream=stream
+    schedule = with_factors(
+        build_schedule(
+            s, base_lr=base_lr, peak_lr=peak_lr, warmup_epochs=warmup_epochs, stream=stream
+        ),
+        segments,
+        samples_per_epoch=stream.samples_per_epoch,
     )
     optimizer = create_optimizer(
         model,

@@ -112,8 +112,10 @@ def read_run(run: Path) -> tuple[Settings, dict[str, str]]:
     path = run / CONFIG
     saved = _parsed(read_yaml(path), path)
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    missing = [name for name, option in OPTIONS.items() if option.contract and name not in saved]
     origins, asked = content.get("origin"), content.get("asked")
+    # what a run of an earlier version could not be asked for, it did by default
+    missing = [name for name in ("model", "data", "global_batch_size") if name not in saved]
+    saved = {**{n: option.default for n, option in OPTIONS.items() if option.contract}, **saved}
     if missing or not isinstance(origins, dict) or not isinstance(asked, dict):
         raise InputError(
             f"{path} is not whole: {', '.join([*missing, 'origin', 'asked'])[:80]} is missing. "

@@ -13,6 +13,7 @@ from pathlib import Path
 from lbaccel.batch_schedules import PAST_MAX, RULES, Segment, batch_schedule, epoch_samples
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
+from lbaccel.growth import default_milestones
 from lbaccel.options import start_rate
 from lbaccel.scaling import RULES as LR_RULES
 from lbaccel.scaling import explain_lr, scale_lr
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--global-batch-size", type=int, required=True, metavar="B", help="samples an update, first"
     )
     batch.add_argument(
-        "--milestones", type=float, nargs="+", metavar="E", help="default: 60 120 160"
+        "--milestones",
+        type=float,
+        nargs="+",
+        metavar="E",
+        help="default: 60 120 160 of 200, in proportion",
     )
     batch.add_argument(
         "--factor",
@@ -137,7 +142,7 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
         global_batch_size=a.global_batch_size,
         epochs=epochs,
         num_samples=a.num_samples,
-        milestones=a.milestones,
+        milestones=a.milestones or _milestones(a.batch_schedule, epochs),
         factors=a.factor,
         max_batch_size=a.max_batch_size,
         growth=a.growth,
@@ -181,6 +186,10 @@ def _epochs(a: argparse.Namespace) -> float:
         raise InputError("the run has no length. Use --epochs 200, or --samples for the total.")
     check_number("epochs", a.epochs)
     return a.epochs
+
+
+def _milestones(rule: str, epochs: float) -> tuple[int, ...] | None:
+    return None if rule in ("steady", "instant") else default_milestones(epochs)
 
 
 def _check_ranks(segments: Sequence[Segment], world_size: int) -> None:

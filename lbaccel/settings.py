@@ -102,7 +102,32 @@ def read_settings(
         for name, raw in layer.items():
             values[name] = parse(OPTIONS[name], raw, origin)
             origins[name] = origin
-    return values, origins, show
+    return {**values, **_under_a_batch_schedule(values, origins)}, origins, show
+
+
+def _under_a_batch_schedule(
+    values: Mapping[str, Any], origins: Mapping[str, str]
+) -> dict[str, Any]:
+    """Other defaults with --batch-schedule: its rates are as they are written, nothing decays.
+
+    Raises:
+        InputError: a scaling rule was asked for, and no batch that the rate was tuned at.
+    """
+    if values["batch_schedule"] is None:
+        return {}
+    others = {"schedule": "constant", "warmup": "none", "last_update": "keep"}
+    if origins["warmup_epochs"] != "default":
+        del others["warmup"]
+    if origins["base_lr"] != "default":
+        others["base_batch_size"] = values["global_batch_size"]
+        rule = values["lr_scaling"]
+        if rule not in ("auto", "none") and origins["base_batch_size"] == "default":
+            raise InputError(
+                f"--lr-scaling {rule} with --batch-schedule has no reference batch: say at how "
+                f"many samples --base-lr {values['base_lr']:g} was tuned, --base-batch-size 256, "
+                "or leave --lr-scaling out, where it is the rate of the first batch."
+            )
+    return {name: value for name, value in others.items() if origins[name] == "default"}
 
 
 def show_settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from accelerate.utils import set_seed
     from torch.nn import functional as F
 
-    from lbaccel import auto_plan
+    from lbaccel import auto_plan, growth
     from lbaccel.accelerator import make_accelerator, zero_stage
     from lbaccel.batch import BatchPlan
     from lbaccel.data.augment import GroupMix
@@ -112,11 +112,13 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     norm_batch_size = choose_norm_batch_size(
         s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
+    segments = growth.segments_of(s, num_samples=num_samples, say=say)
+    sizes = growth.sizes(segments)
     auto = s["micro_batch_size"] == "auto"
     chosen = auto_plan.as_asked(s)
     if auto_plan.wants_plan(s):
         chosen = auto_plan.choose(
-            s,
+            {**s, "global_batch_size": max([s["global_batch_size"], *(b for _, b in sizes)])},
             model,
             accelerator=accelerator,
             norm_batch_size=norm_batch_size,
@@ -136,7 +138,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         norm_batch_size=norm_batch_size,
         mix_pairs=mixes,
     )
-    say(plan.explain(num_samples=num_samples, epochs=s["epochs"], last_update=s["last_update"]))
+    say(
+        plan.explain(
+            num_samples=num_samples,
+            epochs=s["epochs"],
+            last_update=s["last_update"],
+            growth=sizes,
+        )
+    )
     plan = plan.capped(num_samples)
     if norm_batch_size == "frozen" and not (s["pretrained"] or s["checkpoint"]):
         say(
@@ -158,6 +167,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         rank=accelerator.process_index,
         seed=s["seed"],
         last_update=s["last_update"],
+        growth=sizes,
         num_workers=s["workers"],
         transform=mix,
     )
@@ -171,9 +181,12 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         model,
         plan=plan,
         stream=stream,
+        segments=segments,
         fused=takes_fused_step(s, accelerator, precision),
         say=say,
     )
+    if segments:
+        say(growth.explain(segments, stream=stream, epochs=s["epochs"], lr=lr_values["lr"]))
     scheduler = lr_scheduler(
         optimizer, schedule, samples_per_update=lambda update: stream.span(update)[1]
     )
@@ -271,6 +284,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             resolved = {**s, **lr_values, "precision": precision, "num_classes": num_classes}
             resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
             resolved["norm_batch_size"] = plan.norm_batch_size
+            resolved["milestones"] = growth.milestones(s)
             if not auto:
                 resolved["micro_batch_size"] = plan.micro_batch_size
             line = session.open(resolved, plan_values, origins)

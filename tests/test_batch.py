@@ -158,6 +158,59 @@ def test_updates_of_a_stream_follow_the_closed_form(batch, more, last, epochs):
         assert {s for _, s in spans} == {batch}
 
 
+def one_by_one(batch, count, last, growth, epochs):
+    """Spans of an independent walk, sample by sample, of what `UpdateStream` computes."""
+    position, spans = 0, []
+    while position < epochs * count:
+        epoch, offset = divmod(position, count)
+        size = [batch, *(s for e, s in growth if e <= epoch)][-1]
+        if last == "keep":
+            size = min(size, count - offset)
+        spans.append((position, size))
+        position += size
+    return spans
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(1, 40), st.sampled_from(["wrap", "keep"]), st.integers(1, 7))
+def test_updates_of_a_growing_batch_lie_where_a_walk_through_the_samples_puts_them(
+    data, count, last, epochs
+):
+    sizes = st.integers(1, count)
+    batch = data.draw(sizes)
+    changes = sorted(data.draw(st.sets(st.integers(1, 6), max_size=4)))
+    growth = tuple((epoch, data.draw(sizes)) for epoch in changes)
+    stream = UpdateStream(batch, count, last, growth)
+    truth = one_by_one(batch, count, last, growth, epochs)
+    assert stream.num_updates(epochs) == stream.first_update(epochs) == len(truth)
+    assert [stream.span(u) for u in range(len(truth))] == truth
+    assert [stream.samples_seen(u) for u in range(len(truth))] == [start for start, _ in truth]
+    for epoch in range(epochs):
+        starts = [start for start, _ in truth if start // count == epoch]
+        assert stream.updates_in_epoch(epoch) == len(starts)
+        assert stream.size_in(epoch) == [batch, *(s for e, s in growth if e <= epoch)][-1]
+    half = data.draw(st.sampled_from([0.5, 0.25]))
+    until = (epochs - 1) * count + round(half * count)
+    whole = one_by_one(batch, count, last, growth, epochs)
+    reaching = [start for start, _ in whole if start < until]
+    assert stream.num_updates(epochs - 1 + half) == max(1, len(reaching))
+
+
+@pytest.mark.parametrize(
+    ("growth", "last", "says"),
+    [
+        (((1, 8),), "drop", "every size would leave out"),
+        (((2, 8), (2, 9)), "keep", "epoch 2 does not come after epoch 2"),
+        (((0, 8),), "wrap", "epoch 0 does not come after"),
+        (((1, 11),), "wrap", "global_batch_size=11 is above the training set's 10"),
+        (((1, 0),), "wrap", "at least 1"),
+    ],
+)
+def test_a_growth_that_can_not_be_is_refused(growth, last, says):
+    with pytest.raises(InputError, match=says):
+        UpdateStream(4, 10, last, growth)
+
+
 def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates():
     assert UpdateStream(100, 1000, "wrap").num_updates(0.25) == 3
     assert UpdateStream(100, 1050, "drop").num_updates(0.5) == 5

@@ -15,6 +15,7 @@ LEVELS = [
     {"errors"},
     {"stream", "duration", "scaling", "keys", "generators", "launch"},
     {"batch", "batch_schedules", "schedules"},
+    {"growth"},
     {
         "masks",
         "schedulers",
@@ -59,6 +60,8 @@ NO_TORCH = (
     "batch_schedules",
     "scaling",
     "schedules",
+    "batch_schedules",
+    "growth",
     "keys",
     "options",
     "settings",

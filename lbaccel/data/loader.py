@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,8 @@ class UpdateLoader:
         rank: this process, below `plan.world_size`.
         seed: of order and augmentation.
         last_update: what becomes of an epoch's remainder: "wrap", "keep" or "drop".
+        growth: where the number of samples an update changes, see `UpdateStream`; sizes above the
+            data set become the whole of it.
         num_workers: processes that load a map-style data set.
         collate_fn: makes a micro-batch of a list of samples.
         transform: (data, micro_batch, indices, epochs) -> data, in the main process.
@@ -77,6 +79,7 @@ class UpdateLoader:
         rank: int = 0,
         seed: int = 0,
         last_update: LastUpdate = "wrap",
+        growth: Sequence[tuple[int, int]] = (),
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         transform: Transform | None = None,
@@ -96,13 +99,24 @@ class UpdateLoader:
         self.plan = plan.capped(len(dataset))
         self.rank = rank
         self.seed = seed
-        self.stream = UpdateStream(self.plan.global_batch_size, len(dataset), last_update)
+        self.stream = UpdateStream(
+            self.plan.global_batch_size,
+            len(dataset),
+            last_update,
+            tuple((epoch, self._checked_size(size)) for epoch, size in growth),
+        )
         self.num_workers = num_workers
         self.collate_fn = collate_fn or default_collate
         self.transform = transform
         self.next_update = 0
         self._batches: Iterator[Any] | None = None
         self._drawn = 0  # the update that `_batches` goes on with
+
+    def _checked_size(self, size: int) -> int:
+        """A size of updates that the ranks can share; at most the data set."""
+        return (
+            replace(self.plan, global_batch_size=size).capped(len(self.dataset)).global_batch_size
+        )
 
     @property
     def epoch(self) -> int:
