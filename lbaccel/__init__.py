@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lbaccel.batch import BatchPlan, MicroBatch
+    from lbaccel.batch_schedules import Segment, batch_schedule, segment_updates
     from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
@@ -31,6 +32,9 @@ __version__ = "0.1.0"
 _HOME = {
     "BatchPlan": "batch",
     "MicroBatch": "batch",
+    "Segment": "batch_schedules",
+    "batch_schedule": "batch_schedules",
+    "segment_updates": "batch_schedules",
     "UpdateStream": "stream",
     "apply_activation_checkpointing": "checkpointing",
     "GroupMix": "data.augment",
@@ -69,12 +73,14 @@ __all__ = [
     "MicroBatch",
     "Plan",
     "RunFailed",
+    "Segment",
     "Update",
     "UpdateLoader",
     "UpdateResult",
     "UpdateStream",
     "apply_activation_checkpointing",
     "apply_segments",
+    "batch_schedule",
     "convert_batch_norm",
     "linear_scaling",
     "lr_scheduler",
@@ -84,6 +90,7 @@ __all__ = [
     "plan",
     "recalibrate",
     "scale_lr",
+    "segment_updates",
     "sqrt_scaling",
     "verify",
 ]

@@ -107,7 +107,7 @@ def batch_schedule(
             is no whole number of samples or larger than the training set; nothing that can grow.
 
     Source: study E, chapters 3 to 5 (a thesis on large and increasing batch sizes); "bsi" and
-    `past_max="lr"` after Smith et al. 2018 (arXiv 1711.00489), sections 4 and 5.1.
+    `past_max="lr"` after Smith et al. 2018 (arXiv 1711.00489).
 
     >>> for segment in batch_schedule(
     ...     "bsi", global_batch_size=2048, factors=4, epochs=200, num_samples=50_000, past_max="lr"
