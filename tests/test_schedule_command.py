@@ -207,7 +207,7 @@ def test_a_run_is_given_in_samples_too(found):
 
 
 def test_a_part_of_an_epoch_ends_in_it(capsys):
-    assert call(BSI | {"epochs": 160.5}) == 0
+    assert call(BSI | {"epochs": 160.5, "milestones": (60, 120, 160)}) == 0
     # 25000 samples of 16000
     assert capsys.readouterr().out.splitlines()[-1].split() == ["160-161", "16000", "0.1", "6"]
 
