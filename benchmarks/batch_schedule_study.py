@@ -5,9 +5,9 @@ python benchmarks/batch_schedule_study.py --cifar10 FOLDER --work FOLDER [--seed
 FOLDER holds CIFAR-10 as the hub's parquet files. 10,000 of its training images (1,000 a class,
 chosen with seed 0) and its test images; timm's test_byobnet at 40 px (3.9 MFLOP a forward) from
 scratch, 30 epochs; otherwise study E: SGD with momentum 0.9, weight decay 5e-4 on everything,
-clipping at 5, ghost batches of 128, the last incomplete batch kept, changes in proportion to 60, 120
-and 160 of 200. Each run is the command that `--dry` prints; one that is done is not run again. The
-result goes to WORK/result.json and, as a table, to the screen.
+clipping at 5, ghost batches of 128, the last incomplete batch kept, changes in proportion to 60,
+120 and 160 of 200. Each run is the command that `--dry` prints; one that is done is not run again.
+The result goes to WORK/result.json and, as a table, to the screen.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 RULES = ("lrd", "bsi")
-FLAGS = """--model test_byobnet --img-size 40 --epochs 30 --global-batch-size 128 --base-lr 0.05
---factor 5 --micro-batch-size 128 --norm-batch-size 128 --optimizer momentum --momentum 0.9
---weight-decay 5e-4 --decay-all --clip-grad-norm 5 --eval-every 1 --keep 1
---log-with run_folder""".split()
+FLAGS = shlex.split("""
+--model test_byobnet --img-size 40 --epochs 30 --global-batch-size 128
+--base-lr 0.05 --factor 5 --micro-batch-size 128 --norm-batch-size 128 --optimizer momentum
+--momentum 0.9 --weight-decay 5e-4 --decay-all --clip-grad-norm 5 --eval-every 1 --keep 1
+--log-with run_folder""")
 
 
 def make_data(cifar10: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -45,6 +46,8 @@ class LargeBatch:
         clip_grad_norm: largest norm of the summed gradient; None does not clip.
         bn_statistics: "per_ghost" or "per_update", see `convert_batch_norm`.
         seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
+        drops: (loss, update) -> whether an update's gradient is dropped, such as `LossDropout`.
+            Statistics, counters and scheduler move; weights, optimizer state and EMA do not.
 
     Raises:
         InputError: the accelerator contradicts the plan, or would not do what it says.
@@ -74,6 +77,7 @@ class LargeBatch:
         clip_grad_norm: float | None = None,
         bn_statistics: BatchNormStatistics = "per_ghost",
         seed: int = 0,
+        drops: Callable[[float, int], bool] | None = None,
     ) -> None:
         check_accelerator(accelerator, plan)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -82,6 +86,7 @@ class LargeBatch:
         self._adaptive = AdaptivePlan(plan)
         self.clip_grad_norm = clip_grad_norm
         self.bn_statistics: BatchNormStatistics = bn_statistics
+        self._drops = drops
         self.num_updates = 0
         self.samples_seen = 0
         self.randomness = KeyedRandomness(seed, accelerator.device)
@@ -131,6 +136,8 @@ class LargeBatch:
             clip_grad_norm=self.clip_grad_norm,
             ema=ema,
         )
+        if self._drops is not None and not sharding.droppable:
+            raise failures.not_dropped()
         self._transaction = Transaction(
             self.accelerator, model, sharding, norm=self.norm, randomness=self.randomness
         )
@@ -163,7 +170,7 @@ class LargeBatch:
                     self._shrink(update)
                     continue
                 return self._commit(
-                    update.num_samples,
+                    update,
                     agreement,
                     num_retries,
                     divisor=agreement.weight / update.num_samples if own_weights else 1.0,
@@ -240,12 +247,16 @@ class LargeBatch:
             self._stop_requested = reason
 
     def _commit(
-        self, num_samples: int, agreement: Agreement, num_retries: int, *, divisor: float
+        self, update: Update, agreement: Agreement, num_retries: int, *, divisor: float
     ) -> UpdateResult:
         transaction = self._ready()
-        step = transaction.commit(
-            agreement, divisor=divisor, plan=self.plan, num_updates=self.num_updates
-        )
+        drops = self._drops is not None and self._drops(agreement.loss, update.index)
+        if drops:
+            step = transaction.commit_statistics()
+        else:
+            step = transaction.commit(
+                agreement, divisor=divisor, plan=self.plan, num_updates=self.num_updates
+            )
         if step.outcome == "not finite":
             raise failures.not_finite(
                 agreement.loss,
@@ -253,12 +264,12 @@ class LargeBatch:
                 num_updates=self.num_updates,
                 samples_seen=self.samples_seen,
             )
-        if step.outcome == "written":
+        if step.outcome in ("written", "dropped"):
             self.num_updates += 1
-            self.samples_seen += num_samples
+            self.samples_seen += update.num_samples
             if self._scheduler is not None:
                 self._scheduler.step()
-            if self._ema is not None:
+            if self._ema is not None and not drops:
                 self._ema.update(transaction.sharding.module)
         size = self.plan.micro_batch_size
         note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
@@ -267,12 +278,13 @@ class LargeBatch:
             applied=step.outcome == "written",
             loss=agreement.loss,
             grad_norm=step.grad_norm,
-            num_samples=num_samples,
+            num_samples=update.num_samples,
             num_updates=self.num_updates,
             samples_seen=self.samples_seen,
             micro_batch_size=size,
             num_retries=num_retries,
             stop=agreement.stop,
+            dropped=drops,
         )
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:

@@ -92,3 +92,11 @@ def not_searched() -> InputError:
         "forward, so one that runs out of memory would leave the others waiting. Give "
         "--micro-batch-size a number (lbaccel plan computes one)."
     )
+
+
+def not_dropped() -> InputError:
+    """Loss dropout where ranks meet within micro-steps."""
+    return InputError(
+        "loss dropout under ZeRO-3 and FSDP2: gradients are reduced in every micro-step there and "
+        "can't be let go. Use ZeRO-0 to 2 or DDP."
+    )

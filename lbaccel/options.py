@@ -326,6 +326,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             shown="no clipping",
         ),
         Option(
+            "loss_dropout",
+            numbers,
+            (),
+            "first and last epoch in which an update of lower loss than the one before is dropped",
+            shown="off",
+        ),
+        Option(
             "ema_decay", float, None, "of an average of the weights, per update", shown="no average"
         ),
     ),

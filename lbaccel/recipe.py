@@ -20,6 +20,7 @@ from lbaccel.duration import Duration
 from lbaccel.errors import InputError
 from lbaccel.growth import with_factors
 from lbaccel.launch import local_world_size
+from lbaccel.loss_dropout import LossDropout
 from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
     SMALL_IMAGE,
@@ -317,6 +318,20 @@ def build_optimizer(
     return optimizer, schedule, values
 
 
+def loss_dropout(s: Mapping[str, Any], stream: UpdateStream) -> LossDropout | None:
+    """What drops updates, if asked for."""
+    epochs = s["loss_dropout"]
+    if not epochs:
+        return None
+    if len(epochs) != 2 or not all(epoch == int(epoch) for epoch in epochs):
+        shown = " ".join(f"{epoch:g}" for epoch in epochs)
+        raise InputError(
+            f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
+            "dropped, numbered from 1, such as --loss-dropout 3 119."
+        )
+    return LossDropout(stream, first_epoch=int(epochs[0]), last_epoch=int(epochs[1]))
+
+
 def build_schedule(
     s: Mapping[str, Any],
     *,
@@ -345,7 +360,7 @@ def build_schedule(
             warmup=s["warmup"],
             warmup_duration=Duration(epochs=warmup_epochs),
             start=s["warmup_start"],
-            milestones=s["milestones"],
+            milestones=s["milestones"] if s["batch_schedule"] is None else (),  # its own
             gamma=s["gamma"],
             final_lr=s["final_lr"],
         )

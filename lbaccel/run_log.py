@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -49,8 +50,10 @@ class RunLog:
             "perf/seconds": self.seconds,
         }
 
-    def after_update(self, result: Any, *, lr: float, seconds: float) -> dict[str, float] | None:
-        """Take an applied update in; the metrics of a line, where one is due."""
+    def after_update(
+        self, result: Any, *, lr: float, seconds: float, more: Mapping[str, float] | None = None
+    ) -> dict[str, float] | None:
+        """Take a counted update in; the metrics of a line, `more` among them, where one is due."""
         self.training_seconds += seconds
         self.window.append((result.loss, result.num_samples))
         if result.num_updates % self.log_every and result.num_updates != self.stop_at:
@@ -59,11 +62,12 @@ class RunLog:
         metrics = {
             "train/loss": sum(loss * n for loss, n in self.window) / weight,
             "optim/lr": lr,
-            "optim/grad_norm": result.grad_norm,
+            **({} if result.dropped else {"optim/grad_norm": result.grad_norm}),
             "batch/global": result.num_samples,
             "batch/micro": result.micro_batch_size,
             "perf/samples_per_second": result.samples_seen / self.training_seconds,
             "memory/peak_gib": peak_gib(),
+            **(more or {}),
         }
         self.window = []
         self.latest |= metrics

@@ -73,6 +73,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         choose_micro_batch_size,
         choose_norm_batch_size,
         limit_for,
+        loss_dropout,
         takes_fused_step,
     )
     from lbaccel.run_log import RunLog
@@ -198,12 +199,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         ema = ModelEmaV3(model, decay=s["ema_decay"])
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
+    drops = loss_dropout(s, stream)
     large_batch = LargeBatch(
         accelerator,
         plan,
         clip_grad_norm=s["clip_grad_norm"],
         bn_statistics=s["bn_statistics"],
         seed=s["seed"],
+        drops=drops,
     )
     bare_model = model
     model, optimizer, loader, scheduler = large_batch.prepare(
@@ -245,6 +248,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         "loader": loader,
         "log": log,
     }
+    if drops is not None:
+        parts["loss_dropout"] = drops
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     session = Session(accelerator, bare_model, large_batch.whole_model, parts, ema=ema)
@@ -307,18 +312,20 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                         large_batch.request_stop("time limit")
                     result = large_batch.update(update, loss_fn)
                     stop = result.stop
-                    if not result.applied:
+                    if not (result.applied or result.dropped):
                         progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
                         if stop is None:
                             continue
                     else:
                         seconds = time.perf_counter() - before
-                        metrics = log.after_update(result, lr=lr, seconds=seconds)
+                        more = {} if drops is None else {"optim/num_dropped": drops.num_dropped}
+                        metrics = log.after_update(result, lr=lr, seconds=seconds, more=more)
                         if metrics is not None and session.folder is not None:
                             line = {**log.where(result), **metrics}
                             accelerator.log(line, step=result.num_updates)
                     last = result.num_updates == stop_at
-                    evaluates = result.applied and log.evaluates(result) and not s["dry_run"]
+                    counted = result.applied or result.dropped
+                    evaluates = counted and log.evaluates(result) and not s["dry_run"]
                     improved = False
                     if evaluates:
                         metrics = validate()

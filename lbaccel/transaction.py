@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -145,12 +146,22 @@ class Transaction:
                 raise
             raise failures.step_ran_out(plan, num_updates=num_updates) from error
         if step.outcome == "written":
-            self.norm.commit(accumulation.gather_rows if plan.world_size > 1 else None)
+            self._commit_statistics()
         elif step.outcome == "skipped" and scaler is not None and scaler.get_scale() < 1.0:
             raise failures.overflow(scaler.get_scale(), num_updates=num_updates)
         if step.outcome != "not finite":
             self.sharding.drop()
         return step
+
+    def commit_statistics(self) -> Step:
+        """Write BatchNorm's statistics alone and let the gradient go."""
+        self._commit_statistics()
+        self.sharding.drop()
+        return Step(math.nan, "dropped")
+
+    def _commit_statistics(self) -> None:
+        several = self.accelerator.num_processes > 1
+        self.norm.commit(accumulation.gather_rows if several else None)
 
 
 def _cut_off(error: BaseException, rank: int) -> BaseException:

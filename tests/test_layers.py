@@ -15,7 +15,7 @@ LEVELS = [
     {"errors"},
     {"stream", "duration", "scaling", "keys", "generators", "launch"},
     {"batch", "batch_schedules", "schedules"},
-    {"growth"},
+    {"growth", "loss_dropout"},
     {
         "masks",
         "schedulers",
@@ -62,6 +62,7 @@ NO_TORCH = (
     "schedules",
     "batch_schedules",
     "growth",
+    "loss_dropout",
     "keys",
     "options",
     "settings",

@@ -24,7 +24,7 @@ class Step:
 
     grad_norm: float  # of the whole gradient, before clipping
     # skipped: an fp16 overflow. Only "written" has moved a weight or the optimizer's state.
-    outcome: Literal["written", "skipped", "not finite"]
+    outcome: Literal["written", "skipped", "not finite", "dropped"]
 
 
 class Sharding(Protocol):

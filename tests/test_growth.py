@@ -1,0 +1,255 @@
+"""Batch-size schedules in the recipe, and loss dropout: what updates hold and what they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from forks import run_forked, values
+from runs_of_recipe import differences, rows, run
+from updates import cross_entropy
+
+from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.loss_dropout import LossDropout
+from lbaccel.recipe import check_numbers
+from lbaccel.settings import read_settings
+from lbaccel.stream import UpdateStream
+
+NUM_TRAIN = 1438
+# 1438 samples in epochs of 12 updates of 128, then 6 of 256, then 3 of 512 (the last one short)
+BSI = "--batch-schedule bsi --global-batch-size 128 --factor 2 --base-lr 0.08 --milestones 2 3"
+SIZES = [128] * 11 + [30] + [256] * 5 + [158] + [512] * 2 + [414]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def logged(folder, key):
+    return [line[key] for line in rows(folder) if key in line]
+
+
+def test_a_growing_batch_is_what_the_schedule_says_in_updates_samples_and_rates(capsys):
+    folder = run(*BSI.split(), "--epochs", 3)
+    assert logged(folder, "batch/global") == SIZES
+    assert logged(folder, "samples_seen")[-1] == sum(SIZES) == 3 * NUM_TRAIN
+    assert set(logged(folder, "optim/lr")) == {0.08}
+    said = capsys.readouterr().out
+    assert "from epoch 2: 256 samples an update, lr 0.08, 6 updates" in said
+    assert "21 in all" in said and json.loads((folder / "summary.json").read_text())["status"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "factors"),
+    [
+        ("--batch-schedule lrd --factor 2", {1: 1, 2: 1 / 2, 3: 1 / 4}),
+        ("--batch-schedule mixed --factor 4 2 2 --milestones 2 3 4", {1: 1, 2: 1 / 4, 3: 1 / 4}),
+        (
+            "--batch-schedule bsi --factor 2 --max-batch-size 320 --past-max lr",
+            {1: 1, 2: 1, 3: 0.625},
+        ),
+    ],
+)
+def test_rates_follow_the_rule_epoch_by_epoch(flags, factors):
+    milestones = [] if "mixed" in flags else ["--milestones", 2, 3]
+    folder = run(
+        "--global-batch-size", 128, "--base-lr", 0.08, *flags.split(), *milestones, "--epochs", 4,
+        "--max-updates", 30,
+    )  # fmt: skip
+    for line in rows(folder):
+        if "optim/lr" in line:
+            seen = line["samples_seen"] - line["batch/global"]
+            assert line["optim/lr"] == pytest.approx(
+                0.08 * factors[min(3, 1 + seen // NUM_TRAIN)], rel=1e-12
+            )
+
+
+def test_warmup_cosine_and_growth_compose_by_multiplication():
+    flags = "--schedule cosine --warmup gradual --warmup-epochs 1 --warmup-start zero"
+    folder = run(*BSI.replace("bsi", "lrd").split(), *flags.split(), "--epochs", 3)
+    total = 3 * NUM_TRAIN
+    for line in rows(folder):
+        if "optim/lr" in line:
+            seen = line["samples_seen"] - line["batch/global"]
+            part = torch.tensor((seen - NUM_TRAIN) / (total - NUM_TRAIN), dtype=torch.float64)
+            shape = seen / NUM_TRAIN if seen < NUM_TRAIN else (1 + torch.cos(torch.pi * part)) / 2
+            truth = 0.08 * float(shape) * (0.5 if NUM_TRAIN <= seen < 2 * NUM_TRAIN else 1)
+            truth *= 0.25 if seen >= 2 * NUM_TRAIN else 1
+            assert line["optim/lr"] == pytest.approx(truth, rel=1e-9, abs=1e-12)
+
+
+# before, at and after a growth of the batch
+@pytest.mark.parametrize(("stop", "last"), [(5, "wrap"), (12, "keep"), (15, "keep")])
+def test_a_run_resumed_in_the_middle_of_a_schedule_is_the_unbroken_one_to_the_bit(stop, last):
+    flags = [*BSI.split(), "--epochs", 3, "--last-update", last, "--ema-decay", 0.5]
+    truth = run(*flags, output="whole")
+    broken = stopped_at(stop, *flags)
+    assert len(logged(broken, "batch/global")) == stop
+    assert run("--resume", broken, *flags) == broken
+    assert not differences(broken, truth)
+
+
+def stopped_at(number, *flags):
+    plain, count = LargeBatch.update, [0]
+
+    def update(self, *args):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, *args)
+
+    LargeBatch.update = update
+    try:
+        return run(*flags, code=130)
+    finally:
+        LargeBatch.update = plain
+
+
+def test_ranks_share_a_growing_batch_and_see_each_sample_once():
+    found = values(run_forked(_indices_of_a_rank, world_size=3))
+    truth = _indices_of_a_rank(None)
+    assert [sorted(i for rank in found for i in rank[u]) for u in range(len(truth))] == [
+        sorted(indices) for indices in truth
+    ]
+    assert all(rank[u] for rank in found for u in range(len(truth)))
+
+
+def _indices_of_a_rank(rank):
+    world_size, rank = (1, 0) if rank is None else (3, rank)
+    plan = BatchPlan(global_batch_size=6, micro_batch_size=4, world_size=world_size)
+    loader = UpdateLoader(
+        list(range(40)), plan, rank=rank, last_update="keep", growth=((1, 12), (2, 60))
+    )
+    updates = [update for _ in range(3) for update in loader]
+    return [[int(i) for _, data in update for i in data] for update in updates]
+
+
+def test_a_size_above_the_training_set_is_the_whole_of_it():
+    plan = BatchPlan(global_batch_size=4, micro_batch_size=4)
+    loader = UpdateLoader(list(range(10)), plan, last_update="keep", growth=((1, 64),))
+    assert [loader.stream.span(u)[1] for u in range(5)] == [4, 4, 2, 10, 10]
+
+
+BAD = {
+    "--batch-schedule bsy": "Did you mean bsi",
+    "--factor 2": "--factor 2 is read with --batch-schedule alone",
+    "--max-batch-size 900": "--max-batch-size 900 is read with --batch-schedule alone",
+    "--batch-schedule steady --factor 2": "does not read",
+    "--batch-schedule bsi --factor 1": "not above 1",
+    "--batch-schedule bsi --global-batch-size 512 --max-batch-size 128": "no room to grow",
+    "--batch-schedule bsi --schedule multistep --milestones 2 3": "both change the rate",
+    "--batch-schedule bsi --last-update drop": "every size would leave out",
+    "--batch-schedule bsi --base-lr 0.1 --lr-scaling linear": "no reference batch",
+    "--batch-schedule bsi --milestones 30": "after the last one of a run of 20 epochs",
+    "--loss-dropout 3": "the first and the last epoch",
+    "--loss-dropout 5 3": "the last is before the first",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_what_can_not_be_is_said_with_exit_code_2_and_nothing_is_written(flags, capsys, tmp_path):
+    given = [*flags.split(), "--model", "lbaccel_tiny", "--output", str(tmp_path / "runs")]
+    assert train.main(given) == 2
+    assert BAD[flags] in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def read(flags):
+    return read_settings(flags.split())[0]
+
+
+def test_under_a_batch_schedule_the_rate_is_as_written_and_what_is_typed_wins():
+    values = read("--batch-schedule bsi --base-lr 0.1 --global-batch-size 64")
+    assert values["base_batch_size"] == 64
+    assert (values["schedule"], values["warmup"], values["last_update"]) == (
+        "constant", "none", "keep",
+    )  # fmt: skip
+    typed = "--batch-schedule bsi --schedule cosine --warmup gradual --last-update wrap"
+    values = read(f"{typed} --base-lr 0.1 --base-batch-size 32")
+    assert values["base_batch_size"] == 32
+    assert (values["schedule"], values["warmup"], values["last_update"]) == (
+        "cosine", "gradual", "wrap",
+    )  # fmt: skip
+    values = read("--batch-schedule bsi --warmup-epochs 2")
+    assert check_numbers(values)["warmup"] == "gradual"
+
+
+# -- loss dropout -----------------------------------------------------------------------------
+
+
+def test_loss_dropout_is_the_rule_of_the_study_loss_by_loss():
+    stream = UpdateStream(2, 8, "keep")  # four updates an epoch
+    losses = [3.0, 2.0, 1.0, 0.5, *[2.0, 1.0, 1.0, 2.0], *[1.0, 0.9, 0.8, 2.0]]
+    losses += [3.0, 1.0, 1.0, 0.0]
+    drops = LossDropout(stream, first_epoch=2, last_epoch=3)
+    found = [drops(loss, update) for update, loss in enumerate(losses)]
+    no, yes = False, True
+    truth = [no] * 4 + [no, yes, no, no] + [no, yes, yes, no] + [no] * 4
+    assert found == truth and drops.num_dropped == 3
+
+
+def test_a_dropped_update_moves_statistics_and_counters_and_no_weight():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+    data = [(torch.randn(3), i % 2) for i in range(32)]
+    plan = BatchPlan(global_batch_size=8, micro_batch_size=4, norm_batch_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0 / (1 + update))
+    said = []
+
+    def second(loss, update):
+        said.append((loss, update))
+        return update == 1
+
+    large_batch = LargeBatch(Accelerator(cpu=True), plan, drops=second)
+    model, optimizer, loader, scheduler = large_batch.prepare(
+        model, optimizer, UpdateLoader(data, plan), scheduler
+    )
+    states = []
+    for update in loader:
+        result = large_batch.update(update, cross_entropy)
+        moments = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+        weights = [p.detach().clone() for p in model.parameters()]
+        states.append((result, weights, moments, model[1].running_mean.clone()))
+    first, dropped, third = states[:3]
+    assert (dropped[0].applied, dropped[0].dropped, dropped[0].num_updates) == (False, True, 2)
+    assert dropped[0].samples_seen == 16 and said[1] == (dropped[0].loss, 1)
+    for part in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(first[part], dropped[part], strict=True))
+        assert not torch.equal(dropped[part][0], third[part][0])
+    assert not torch.equal(first[3], dropped[3])
+    assert int(model[1].num_batches_tracked) == 8  # two ghost batches an update, four updates
+    assert scheduler.last_epoch == 4
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_recipe_drops_what_its_losses_say_and_goes_on_after_a_kill():
+    flags = ["--loss-dropout", 1, 2, "--global-batch-size", 128, "--last-update", "keep"]
+    folder = run(*flags, output="whole")
+    losses = logged(folder, "train/loss")
+    per_epoch = 12
+    truth = sum(losses[u] < losses[u - 1] for u in range(1, 2 * per_epoch) if u % per_epoch)
+    assert logged(folder, "optim/num_dropped")[-1] == truth > 3
+    assert (
+        sum("optim/grad_norm" not in line for line in rows(folder) if "train/loss" in line) == truth
+    )
+    broken = stopped_at(7, *flags)
+    assert run("--resume", broken, *flags) == broken
+    assert not differences(broken, folder)
+
+
+def test_loss_dropout_is_refused_where_gradients_can_not_be_let_go(monkeypatch):
+    plan = BatchPlan(global_batch_size=2, micro_batch_size=2)
+    large_batch = LargeBatch(Accelerator(cpu=True), plan, drops=lambda loss, update: True)
+    monkeypatch.setattr("lbaccel.sharding.replicated.Replicated.droppable", False)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="ZeRO-3 and FSDP2"):
+        large_batch.prepare(model, optimizer, UpdateLoader([torch.ones(2)] * 4, plan))
