@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forks import run_forked, values
-from runs_of_recipe import differences, rows, run
+from runs_of_recipe import BASE, differences, rows, run
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
@@ -127,6 +127,23 @@ def _indices_of_a_rank(rank):
     )
     updates = [update for _ in range(3) for update in loader]
     return [[int(i) for _, data in update for i in data] for update in updates]
+
+
+@pytest.mark.parametrize("extra", ["", "--loss-dropout 1 3"])
+def test_a_schedule_that_starts_on_one_rank_and_goes_on_with_three_is_the_one_of_one_rank(extra):
+    flags = [*BSI.split(), "--epochs", "3", "--precision", "fp64", *extra.split()]
+    truth = run(*flags, output="whole")
+    broken = stopped_at(11, *flags)
+    assert values(run_forked(_go_on, broken, flags, world_size=3)) == [0] * 3
+    assert logged(broken, "batch/global") == logged(truth, "batch/global") == SIZES
+    assert logged(broken, "train/loss") == pytest.approx(logged(truth, "train/loss"), rel=1e-9)
+    assert logged(broken, "optim/lr") == logged(truth, "optim/lr")
+    if extra:
+        assert logged(broken, "optim/num_dropped") == logged(truth, "optim/num_dropped")
+
+
+def _go_on(rank, folder, flags):
+    return train.main([*BASE, *flags, "--resume", str(folder)])
 
 
 def test_a_size_above_the_training_set_is_the_whole_of_it():

@@ -162,3 +162,19 @@ def test_deepspeeds_own_bf16_is_refused_with_what_to_type(tmp_path):
     )
     assert "autocast over float32 weights" in said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_growing_batch_under_zero_3_on_two_ranks_is_that_of_one_process(tmp_path):
+    config = write_configs(tmp_path, 3)
+    flags = "--data digits --epochs 3 --batch-schedule bsi --global-batch-size 128 --factor 2"
+    flags += " --milestones 2 3 --base-lr 0.02 --log-with run_folder --max-updates 20"
+    launch(config, 2, *flags.split(), folder=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert train.main([*flags.split(), "--output", str(tmp_path / "one")]) == 0
+    (one,) = (tmp_path / "one").iterdir()
+    assert metrics(run, "batch/global") == metrics(one, "batch/global")
+    assert metrics(run, "batch/global") == [*[128] * 11, 30, *[256] * 5, 158, 512, 512]
+    assert metrics(run, "optim/lr") == metrics(one, "optim/lr")
+    # float32: the same update, not the same trajectory
+    assert metrics(run, "train/loss")[:3] == pytest.approx(metrics(one, "train/loss")[:3], rel=1e-4)
