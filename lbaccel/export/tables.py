@@ -49,7 +49,10 @@ def contract(run: Run) -> str:
     """What decides the result."""
     config = run.config
     batch = global_batch_size(config)
-    rows: Rows = [("global batch", f"{batch:,} samples an update")] if batch else []
+    grows = _batch_schedule(config)
+    at_first = " at first" if grows else ""
+    rows: Rows = [("global batch", f"{batch:,} samples an update{at_first}")] if batch else []
+    rows += _known("batch schedule", grows)
     if "norm_batch_size" in config:
         n = config["norm_batch_size"]
         words = {"frozen": "its running statistics (frozen)", None: "no BatchNorm in this network"}
@@ -65,6 +68,9 @@ def contract(run: Run) -> str:
         rows.append(("weight decay", f"{config['weight_decay']:g}, {where}"))
     rows += _given(config, "layer_decay", "layer decay")
     rows += _given(config, "clip_grad_norm", "largest norm of the gradient")
+    dropout = config.get("loss_dropout")
+    if dropout:
+        rows.append(("loss dropout", f"epochs {dropout[0]:g} to {dropout[1]:g}"))
     rows += _given(config, "precision", "precision of the forward pass")
     if "ema_decay" in config:
         decay = config["ema_decay"]
@@ -187,6 +193,20 @@ def _learning_rate(config: Mapping[str, Any], batch: int | None) -> str | None:
         f"{lr:.6g} at the peak = {base:g}{factors.get(rule, '')} (rule: {rule}; base pair: "
         f"{base:g} at {base_batch} samples)"
     )
+
+
+def _batch_schedule(config: Mapping[str, Any]) -> str | None:
+    """The rule with what it was given, as `lbaccel schedule` takes it."""
+    rule = config.get("batch_schedule")
+    if rule in (None, "steady"):
+        return rule
+    parts = [rule]
+    for name in ("milestones", "factor", "growth", "lr_growth", "first_epoch", "max_batch_size"):
+        value = config.get(name)
+        if value not in (None, (), []):
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            parts.append(f"{name.replace('_', ' ')} {' '.join(f'{x:g}' for x in numbers)}")
+    return ", ".join(parts)
 
 
 def _warmup(config: Mapping[str, Any]) -> str | None:
