@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"stream", "duration", "scaling", "keys", "generators", "launch"},
-    {"batch", "schedules"},
+    {"stream", "duration", "scaling", "keys", "generators", "launch", "noise_arithmetic"},
+    {"batch", "schedules", "adascale"},
     {
         "masks",
         "schedulers",
@@ -27,13 +27,14 @@ LEVELS = [
         "options",
     },
     {"memory"},
-    {"accumulation", "failures", "preflight", "checkpoints", "settings"},
+    {"accumulation", "failures", "noise_scale", "preflight", "checkpoints", "settings"},
     {"data", "sharding", "update_result"},
     {"transaction"},
     {"engine", "evaluation", "tracking"},
     {"planning", "runs"},
     {
         "accelerator",
+        "advice",
         "auto_plan",
         "compare",
         "configs",
@@ -63,6 +64,9 @@ NO_TORCH = (
     "signals",
     "runs",
     "compare",
+    "adascale",
+    "advice",
+    "noise_arithmetic",
 )
 
 
