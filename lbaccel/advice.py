@@ -116,6 +116,19 @@ def _verdict(reading: NoiseReading, batch: int) -> str:
     )
 
 
+def closing_advice(noise_scale: Any, global_batch_size: int) -> str:
+    """What the recipe ends with: the two lines, or why there are none.
+
+    Args:
+        noise_scale: a `NoiseScale`.
+        global_batch_size: the run's.
+    """
+    metrics = noise_scale.metrics()
+    if not metrics:
+        return f"critical batch unknown: {noise_scale.reason}"
+    return "\n".join(advice(reading_of(metrics), global_batch_size))
+
+
 def reading_of(metrics: Mapping[str, Any], *, samples_seen: int | None = None) -> NoiseReading:
     """A reading out of a line of metrics; what is null or missing there is infinite.
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the gradient noise scale: estimates, averages and Fieller's interval (no torch).
+"""Arithmetic of the gradient noise scale: estimates, averages, Fieller's interval (no torch).
 
 Per sample the gradient has mean G and covariance Sigma. With S = tr(Sigma), the critical batch is
 B_crit = S / |G|^2 (McCandlish et al. 2018, arXiv 1812.06162, equation 2.9).
@@ -225,7 +225,7 @@ class RatioAverage:
 
     @property
     def ratio(self) -> float:
-        """S / |G|^2: infinite where |G|^2 is not above zero, nan where S is not or nothing is known."""
+        """S / |G|^2: infinite where |G|^2 is not above 0, nan where S is not or is not known."""
         if not self._weight or self._x <= 0:
             return math.nan
         return self._x / self._y if self._y > 0 else math.inf

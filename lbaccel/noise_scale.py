@@ -223,7 +223,6 @@ class UnitNorms:
     def _forget(self) -> None:
         self._norms, self._preconditioned = {}, {}
 
-    @torch.no_grad()
     def _listen(self, number: int, gradient: Tensor) -> None:
         if number in self._norms:
             raise InputError(
@@ -232,6 +231,10 @@ class UnitNorms:
                 "sum is not known from its parts. Use checkpoint(..., use_reentrant=False), or "
                 "noise_scale=None."
             )
+        if (
+            torch.is_grad_enabled()
+        ):  # with create_graph; a no_grad here would double the hook's time
+            gradient = gradient.detach()
         # The kernel that the update's norm is taken with: its rounding then cancels in the ratio.
         self._norms[number] = torch.linalg.vector_norm(gradient)
         if self._optimizer is not None:

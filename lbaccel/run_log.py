@@ -49,8 +49,13 @@ class RunLog:
             "perf/seconds": self.seconds,
         }
 
-    def after_update(self, result: Any, *, lr: float, seconds: float) -> dict[str, float] | None:
-        """Take an applied update in; the metrics of a line, where one is due."""
+    def after_update(
+        self, result: Any, *, lr: float, seconds: float, noise: Any = None
+    ) -> dict[str, float] | None:
+        """Take an applied update in; the metrics of a line, where one is due.
+
+        `noise` is the run's `NoiseScale`, or None.
+        """
         self.training_seconds += seconds
         self.window.append((result.loss, result.num_samples))
         if result.num_updates % self.log_every and result.num_updates != self.stop_at:
@@ -64,6 +69,7 @@ class RunLog:
             "batch/micro": result.micro_batch_size,
             "perf/samples_per_second": result.samples_seen / self.training_seconds,
             "memory/peak_gib": peak_gib(),
+            **(noise.metrics() if noise is not None else {}),
         }
         self.window = []
         self.latest |= metrics

@@ -57,6 +57,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     from lbaccel import auto_plan
     from lbaccel.accelerator import make_accelerator, zero_stage
+    from lbaccel.advice import closing_advice
     from lbaccel.batch import BatchPlan
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
@@ -68,6 +69,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from lbaccel.progress import Progress, closing_table, peak_gib
     from lbaccel.recipe import (
         build_model,
+        build_noise_scale,
         build_optimizer,
         check_numbers,
         choose_micro_batch_size,
@@ -185,12 +187,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         ema = ModelEmaV3(model, decay=s["ema_decay"])
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
+    noise_scale = build_noise_scale(s, plan, stream, accelerator, searches=searches, say=say)
     large_batch = LargeBatch(
         accelerator,
         plan,
         clip_grad_norm=s["clip_grad_norm"],
         bn_statistics=s["bn_statistics"],
         seed=s["seed"],
+        noise_scale=noise_scale,
     )
     bare_model = model
     model, optimizer, loader, scheduler = large_batch.prepare(
@@ -299,7 +303,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                             continue
                     else:
                         seconds = time.perf_counter() - before
-                        metrics = log.after_update(result, lr=lr, seconds=seconds)
+                        metrics = log.after_update(
+                            result, lr=lr, seconds=seconds, noise=noise_scale
+                        )
                         if metrics is not None and session.folder is not None:
                             line = {**log.where(result), **metrics}
                             accelerator.log(line, step=result.num_updates)
@@ -356,6 +362,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             f"Update {large_batch.num_updates} was finished, {session.how_to_go_on()}"
         )
     say(closing_table(summary))
+    if noise_scale is not None:
+        say(closing_advice(noise_scale, plan.global_batch_size))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)

@@ -113,7 +113,7 @@ class Epochs:
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_drawing_without_replacement_reads_20_pct_high_until_it_is_corrected(wrap):
-    """N = 2000, B = 1600, B_crit = N / 6: |G|^2 is short by S / N, its sixth, and 1 / (5/6) = 1.2."""
+    """N = 2000, B = 1600, B_crit = N / 6: |G|^2 is short by S / N, its sixth: 6 / 5 = 1.2."""
     world = Epochs(2000, 1600, 8, 2000 / 6)
     plain, corrected = RatioAverage(1e12), RatioAverage(1e12)
     for start, sum_sq, update_sq in world.updates(1000, wrap=wrap):
