@@ -28,7 +28,7 @@ lbaccel COMMAND --help says more.
 
 # subcommand: its module, imported when it is called
 COMMANDS = {
-    "advise": "advice",
+    "advise": "advise_command",
     "calibrate": "planning.calibrate_command",
     "compare": "compare",
     "configs": "configs.command",

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 LEVELS = [
     {"errors"},
     {"stream", "duration", "scaling", "keys", "generators", "launch", "noise_arithmetic"},
-    {"batch", "schedules", "adascale"},
+    {"batch", "schedules", "adascale", "advice"},
     {
         "masks",
         "schedulers",
@@ -34,7 +34,7 @@ LEVELS = [
     {"planning", "runs"},
     {
         "accelerator",
-        "advice",
+        "advise_command",
         "auto_plan",
         "compare",
         "configs",
@@ -66,6 +66,7 @@ NO_TORCH = (
     "compare",
     "adascale",
     "advice",
+    "advise_command",
     "noise_arithmetic",
 )
 
