@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lbaccel.duration import Duration
     from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
+    from lbaccel.noise_scale import NoiseScale
     from lbaccel.normalization import convert_batch_norm, recalibrate
     from lbaccel.planning.plan import Plan
     from lbaccel.planning.planner import plan
@@ -46,6 +47,7 @@ _HOME = {
     "UpdateResult": "engine",
     "InputError": "errors",
     "RunFailed": "errors",
+    "NoiseScale": "noise_scale",
     "convert_batch_norm": "normalization",
     "recalibrate": "normalization",
     "Plan": "planning.plan",
@@ -71,6 +73,7 @@ __all__ = [
     "KeyedImages",
     "LargeBatch",
     "MicroBatch",
+    "NoiseScale",
     "Plan",
     "RunFailed",
     "Segment",

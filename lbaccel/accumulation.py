@@ -63,6 +63,7 @@ def accumulate(
     num_samples: int,
     scopes: Sequence[Scope] = (),
     backward: Callable[[Tensor], object] = Tensor.backward,
+    after: Callable[[Tensor | float], object] | None = None,
 ) -> Sums:
     """Add the gradients of one rank's micro-batches to `.grad`; no host synchronisation.
 
@@ -76,6 +77,7 @@ def accumulate(
         num_samples: samples of the update over all ranks (B).
         scopes: entered around each micro-batch, such as the model's `GhostNorm`.
         backward: runs the backward pass of a scaled loss.
+        after: told the weight of each micro-batch after its backward pass; a filler's is 0.
 
     Raises:
         InputError: the loss is no scalar that requires grad, or only some micro-batches weigh.
@@ -111,6 +113,8 @@ def accumulate(
                 for scope in scopes:
                     recompute.enter_context(scope.backward())
                 backward(scaled)
+            if after is not None:
+                after(weight)
             if not micro_batch.is_filler:
                 loss_sum = loss_sum + loss.detach().double() * weight
                 weight_sum = weight_sum + weight

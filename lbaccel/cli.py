@@ -20,6 +20,7 @@ USAGE = """usage: lbaccel COMMAND ...
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
   replicate  a recipe made for many GPUs, as the contract of one card
+  advise     how large should the batch be, by the noise of a run's gradients
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
@@ -28,6 +29,7 @@ lbaccel COMMAND --help says more.
 
 # subcommand: its module, imported when it is called
 COMMANDS = {
+    "advise": "advise_command",
     "calibrate": "planning.calibrate_command",
     "compare": "compare",
     "configs": "configs.command",

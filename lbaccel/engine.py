@@ -19,11 +19,13 @@ from lbaccel.errors import InputError
 from lbaccel.masks import KeyedRandomness
 from lbaccel.memory.adaptive import AdaptivePlan, announce
 from lbaccel.memory.micro_batch import largest_that_fits
+from lbaccel.noise_scale import NoiseScale, UnitNorms
 from lbaccel.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
 from lbaccel.preflight import check_accelerator
 from lbaccel.sharding.optimizer_state import OptimizerState
 from lbaccel.sharding.prepare import prepare
-from lbaccel.sharding.steps import MicroBatches
+from lbaccel.sharding.replicated import Replicated
+from lbaccel.sharding.steps import MicroBatches, Sharding
 from lbaccel.transaction import Transaction
 from lbaccel.update_result import UpdateResult
 
@@ -48,6 +50,7 @@ class LargeBatch:
         seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
         drops: (loss, update) -> whether an update's gradient is dropped, such as `LossDropout`.
             Statistics, counters and scheduler move; weights, optimizer state and EMA do not.
+        noise_scale: measures the critical batch size as updates go by; not under ZeRO-3 and FSDP2.
 
     Raises:
         InputError: the accelerator contradicts the plan, or would not do what it says.
@@ -78,6 +81,7 @@ class LargeBatch:
         bn_statistics: BatchNormStatistics = "per_ghost",
         seed: int = 0,
         drops: Callable[[float, int], bool] | None = None,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         check_accelerator(accelerator, plan)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -91,6 +95,7 @@ class LargeBatch:
         self.samples_seen = 0
         self.randomness = KeyedRandomness(seed, accelerator.device)
         self.norm: GhostNorm | None = None
+        self.noise_scale = noise_scale
         self._scheduler: Any = None
         self._ema: Any = None
         self._transaction: Transaction | None = None
@@ -139,13 +144,32 @@ class LargeBatch:
         if self._drops is not None and not sharding.droppable:
             raise failures.not_dropped()
         self._transaction = Transaction(
-            self.accelerator, model, sharding, norm=self.norm, randomness=self.randomness
+            self.accelerator,
+            model,
+            sharding,
+            norm=self.norm,
+            randomness=self.randomness,
+            units=self._unit_norms(sharding, optimizer),
         )
         self._scheduler, self._ema = scheduler, ema
         for thing in (self, scheduler, loader):
             if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
                 self.accelerator.register_for_checkpointing(thing)
         return (model, optimizer, loader) + (() if scheduler is None else (scheduler,))
+
+    def _unit_norms(self, sharding: Sharding, optimizer: Any) -> UnitNorms | None:
+        if self.noise_scale is None:
+            return None
+        preconditioned = self.noise_scale.preconditioned is not None
+        whole = isinstance(sharding, Replicated)
+        if not sharding.droppable or (preconditioned and not whole):
+            raise failures.no_noise_scale(preconditioned=preconditioned and sharding.droppable)
+        return UnitNorms(
+            sharding.parameters,
+            optimizer=optimizer.optimizer if preconditioned else None,
+            scaler=self.accelerator.scaler,
+            world_size=self.accelerator.num_processes,
+        )
 
     def update(self, update: Update, loss_fn: LossFn) -> UpdateResult:
         """One optimizer update over all micro-batches of all ranks.
@@ -265,6 +289,14 @@ class LargeBatch:
                 samples_seen=self.samples_seen,
             )
         if step.outcome in ("written", "dropped"):
+            if self.noise_scale is not None and transaction.units is not None and not drops:
+                self.noise_scale.add(
+                    transaction.units.read(),
+                    grad_norm=step.grad_norm,
+                    num_samples=update.num_samples,
+                    weight=agreement.weight,
+                    start=self.samples_seen,
+                )
             self.num_updates += 1
             self.samples_seen += update.num_samples
             if self._scheduler is not None:
@@ -298,13 +330,18 @@ class LargeBatch:
         """The optimizer's whole state, to be saved and loaded by all ranks together."""
         return self._ready().sharding.optimizer_state()
 
-    def state_dict(self) -> dict[str, int]:
-        """The counters."""
-        return {"num_updates": self.num_updates, "samples_seen": self.samples_seen}
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, and the noise scale's averages where they are taken."""
+        state = {"num_updates": self.num_updates, "samples_seen": self.samples_seen}
+        if self.noise_scale is not None:
+            return {**state, "noise_scale": self.noise_scale.state_dict()}
+        return state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the counters."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters, and the noise scale's averages where both have them."""
         self.num_updates = int(state["num_updates"])
         self.samples_seen = int(state["samples_seen"])
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])
         if self._transaction is not None:
             self._transaction.sharding.half_stepped = False

@@ -100,3 +100,17 @@ def not_dropped() -> InputError:
         "loss dropout under ZeRO-3 and FSDP2: gradients are reduced in every micro-step there and "
         "can't be let go. Use ZeRO-0 to 2 or DDP."
     )
+
+
+def no_noise_scale(*, preconditioned: bool) -> InputError:
+    """No rank sees a micro-batch's whole gradient, or the whole of Adam's moments."""
+    if preconditioned:
+        return InputError(
+            "the preconditioned noise scale under DeepSpeed or FSDP2: a rank holds a part of the "
+            "optimizer's second moments. Use --noise-scale plain (preconditioned=False), or DDP."
+        )
+    return InputError(
+        "the noise scale under ZeRO-3 and FSDP2: gradients are reduced and cut up within each "
+        "micro-step, so no rank sees a micro-batch's whole. Use --noise-scale none "
+        "(noise_scale=None), or ZeRO-2 or DDP."
+    )

@@ -338,6 +338,15 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "run": (
         Option(
+            "noise_scale",
+            str,
+            "auto",
+            "measure the critical batch size; preconditioned: by Adam's moments too (dear); "
+            "auto: plain, where an update has two micro-batches",
+            ("auto", "plain", "preconditioned", "none"),
+            contract=False,
+        ),
+        Option(
             "resume",
             str,
             None,

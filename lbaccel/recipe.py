@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +31,7 @@ from lbaccel.models import (
     preprocessing,
     read_weights,
 )
+from lbaccel.noise_scale import NoiseScale
 from lbaccel.optimizers import create_optimizer, has_fused_step
 from lbaccel.scaling import choose_rule, explain_lr, scale_lr
 from lbaccel.schedules import Schedule, extend_schedule, make_schedule
@@ -330,6 +332,48 @@ def loss_dropout(s: Mapping[str, Any], stream: UpdateStream) -> LossDropout | No
             "dropped, numbered from 1, such as --loss-dropout 3 119."
         )
     return LossDropout(stream, first_epoch=int(epochs[0]), last_epoch=int(epochs[1]))
+
+
+def build_noise_scale(
+    s: Mapping[str, Any],
+    plan: BatchPlan,
+    stream: UpdateStream,
+    accelerator: Any,
+    *,
+    searches: bool,
+    say: Say,
+) -> NoiseScale | None:
+    """What measures the critical batch size; None where `--noise-scale` says so, or auto can't.
+
+    Its averages halve over a tenth of the run.
+
+    Args:
+        s: settings.
+        plan: the batch.
+        stream: where updates lie.
+        accelerator: tells the sharding.
+        searches: the micro-batch will be found by trial, so that the plan's is not the last word.
+        say: is told why auto does not measure.
+    """
+    kind = s["noise_scale"]
+    if kind == "none":
+        return None
+    if kind == "auto":
+        plugin = accelerator.deepspeed_plugin
+        stage = plugin.zero_stage if plugin is not None else 0
+        if stage >= 3 or accelerator.distributed_type == DistributedType.FSDP:
+            return None
+        parts = [m for rank in range(plan.world_size) for m in plan.partition(rank)]
+        if not searches and sum(not m.is_filler for m in parts) < 2:
+            say("noise scale: not measured, as an update is one micro-batch (it takes two)")
+            return None
+    end = stream.samples_seen(stream.num_updates(s["epochs"]))
+    return NoiseScale(
+        half_life_samples=end / 10,
+        training_set_size=stream.num_samples,
+        samples_per_epoch=stream.samples_per_epoch,
+        preconditioned=kind == "preconditioned",
+    )
 
 
 def build_schedule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -51,7 +51,12 @@ class RunLog:
         }
 
     def after_update(
-        self, result: Any, *, lr: float, seconds: float, more: Mapping[str, float] | None = None
+        self,
+        result: Any,
+        *,
+        lr: float,
+        seconds: float,
+        more: Callable[[], Mapping[str, float]] = dict,
     ) -> dict[str, float] | None:
         """Take a counted update in; the metrics of a line, `more` among them, where one is due."""
         self.training_seconds += seconds
@@ -67,7 +72,7 @@ class RunLog:
             "batch/micro": result.micro_batch_size,
             "perf/samples_per_second": result.samples_seen / self.training_seconds,
             "memory/peak_gib": peak_gib(),
-            **(more or {}),
+            **more(),
         }
         self.window = []
         self.latest |= metrics

@@ -57,6 +57,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
 
     from lbaccel import auto_plan, growth
     from lbaccel.accelerator import make_accelerator, zero_stage
+    from lbaccel.advice import closing_advice
     from lbaccel.batch import BatchPlan
     from lbaccel.data.augment import GroupMix
     from lbaccel.data.loader import UpdateLoader
@@ -68,6 +69,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from lbaccel.progress import Progress, closing_table, peak_gib
     from lbaccel.recipe import (
         build_model,
+        build_noise_scale,
         build_optimizer,
         check_numbers,
         choose_micro_batch_size,
@@ -200,6 +202,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
     drops = loss_dropout(s, stream)
+    noise_scale = build_noise_scale(s, plan, stream, accelerator, searches=searches, say=say)
     large_batch = LargeBatch(
         accelerator,
         plan,
@@ -207,6 +210,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         bn_statistics=s["bn_statistics"],
         seed=s["seed"],
         drops=drops,
+        noise_scale=noise_scale,
     )
     bare_model = model
     model, optimizer, loader, scheduler = large_batch.prepare(
@@ -238,6 +242,11 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                     found = evaluate(network, batches, accelerator, dtype=dtype)
                     metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
         return metrics
+
+    def more() -> dict[str, float]:
+        """Metrics of parts that not every run has."""
+        found = {} if noise_scale is None else noise_scale.metrics()
+        return found if drops is None else {**found, "optim/num_dropped": drops.num_dropped}
 
     # -- the run on disk ------------------------------------------------------------------------
     log = RunLog(stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at)
@@ -318,7 +327,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                             continue
                     else:
                         seconds = time.perf_counter() - before
-                        more = {} if drops is None else {"optim/num_dropped": drops.num_dropped}
                         metrics = log.after_update(result, lr=lr, seconds=seconds, more=more)
                         if metrics is not None and session.folder is not None:
                             line = {**log.where(result), **metrics}
@@ -377,6 +385,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             f"Update {large_batch.num_updates} was finished, {session.how_to_go_on()}"
         )
     say(closing_table(summary))
+    if noise_scale is not None:
+        say(closing_advice(noise_scale, plan.global_batch_size))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)

@@ -18,6 +18,7 @@ from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RankFailed, RunFailed
 from lbaccel.masks import KeyedRandomness
 from lbaccel.memory.oom import allocator_retries, is_out_of_memory, let_go
+from lbaccel.noise_scale import UnitNorms
 from lbaccel.normalization import GhostNorm
 from lbaccel.sharding.steps import MicroBatches, Sharding, Step
 
@@ -31,6 +32,7 @@ class Transaction:
         sharding: of the model.
         norm: BatchNorm's statistics of the running update.
         randomness: the draws of the running update.
+        units: the norms of its micro-batches' gradients, where the noise scale is measured.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Transaction:
         *,
         norm: GhostNorm,
         randomness: KeyedRandomness,
+        units: UnitNorms | None = None,
     ) -> None:
         self.accelerator, self.model, self.sharding = accelerator, model, sharding
-        self.norm, self.randomness = norm, randomness
+        self.norm, self.randomness, self.units = norm, randomness, units
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
@@ -109,7 +112,8 @@ class Transaction:
             # Weights that each forward gathers anew must not live on in their casts.
             keeps = self.sharding.droppable
             cache = _autocast_cache(device.type) if keeps else nullcontext()
-            with self.sharding.around(), cache:
+            listening = self.units.collect() if self.units is not None else nullcontext()
+            with self.sharding.around(), cache, listening:
                 sums = accumulation.accumulate(
                     self.model,
                     on_device,
@@ -117,6 +121,7 @@ class Transaction:
                     num_samples=num_samples,
                     scopes=(self.norm, self.randomness),
                     backward=self.sharding.backward,
+                    after=None if self.units is None else self.units.add,
                 )
         except Exception as error:
             return None, error
@@ -140,7 +145,8 @@ class Transaction:
         """
         scaler = self.accelerator.scaler
         try:
-            step = self.sharding.commit(agreement, divisor=divisor)
+            with self.units.at_step() if self.units is not None else nullcontext():
+                step = self.sharding.commit(agreement, divisor=divisor)
         except Exception as error:
             if not (self.sharding.half_stepped and is_out_of_memory(error)):
                 raise

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"stream", "duration", "scaling", "keys", "generators", "launch"},
-    {"batch", "batch_schedules", "schedules"},
+    {"stream", "duration", "scaling", "keys", "generators", "launch", "noise_arithmetic"},
+    {"batch", "batch_schedules", "schedules", "adascale", "advice"},
     {"growth", "loss_dropout"},
     {
         "masks",
@@ -29,13 +29,14 @@ LEVELS = [
         "options",
     },
     {"memory"},
-    {"accumulation", "failures", "preflight", "checkpoints", "settings"},
+    {"accumulation", "failures", "noise_scale", "preflight", "checkpoints", "settings"},
     {"data", "sharding", "update_result"},
     {"transaction"},
     {"engine", "evaluation", "tracking"},
     {"planning", "runs"},
     {
         "accelerator",
+        "advise_command",
         "auto_plan",
         "compare",
         "configs",
@@ -72,6 +73,10 @@ NO_TORCH = (
     "compare",
     "schedule_table",
     "schedule_command",
+    "adascale",
+    "advice",
+    "advise_command",
+    "noise_arithmetic",
 )
 
 
