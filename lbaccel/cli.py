@@ -18,6 +18,7 @@ USAGE = """usage: lbaccel COMMAND ...
   compare    finished runs side by side: what differed, and what came of it
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
+  transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
   replicate  a recipe made for many GPUs, as the contract of one card
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "export": "export.command",
     "plan": "planning.command",
     "replicate": "replication.command",
+    "transfer": "sheet.command",
     "verify": "verification.command",
 }
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 LEVELS = [
     {"errors"},
     {"stream", "duration", "scaling", "keys", "generators", "launch"},
-    {"batch", "schedules"},
+    {"batch", "schedules", "learning_rate", "param_groups", "momentum"},
     {
         "masks",
         "schedulers",
@@ -41,6 +41,7 @@ LEVELS = [
         "recipe",
         "resume",
         "run_log",
+        "sheet",
         "signals",
         "verification",
     },
@@ -55,6 +56,7 @@ NO_TORCH = (
     "duration",
     "batch",
     "scaling",
+    "learning_rate",
     "schedules",
     "keys",
     "options",
