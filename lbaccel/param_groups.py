@@ -134,8 +134,10 @@ def lr_factors(
             "blocks. Use --head-lr-scale, or a model of timm."
         )
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore
-    body = {id(p): layers[name] for name, p in model.named_parameters() if id(p) not in head}
-    last = sorted(set(body.values()))[-LAST_BLOCKS:]
+    layer_of = {id(p): layers[name] for name, p in model.named_parameters()}
+    body = {key: layer for key, layer in layer_of.items() if key not in head}
+    ends = {layer_of[key] for key in head}  # ConvNeXt's last norm stands beside its classifier
+    last = {*ends, *sorted(set(body.values()) - ends)[-LAST_BLOCKS:]}
     first, blocks, rest = THREE_GROUPS
     factors = {key: blocks if layer in last else rest for key, layer in body.items()}
     return {**factors, **dict.fromkeys(head, first)}

@@ -184,7 +184,7 @@ def scale_lr(
     sizes = {"base_batch_size": base_batch_size, "global_batch_size": global_batch_size}
     per_samples = bool(_PER_SAMPLES.fullmatch(rule))
     reference = reference_batch(rule, base_batch_size)
-    if reference != base_batch_size:
+    if per_samples and reference != base_batch_size:
         raise InputError(
             f"rule={rule!r} states base_lr per {reference} samples, and "
             f"base_batch_size={base_batch_size}. Use base_batch_size={reference}, or rule='linear'."

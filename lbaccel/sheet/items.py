@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lbaccel.errors import InputError
 from lbaccel.scaling import choose_rule, legw
@@ -152,7 +153,9 @@ def _moments(m: Move, warnings: list[str]) -> list[Row]:
     betas = list(m.betas or ())
     for i, old in enumerate(betas):
         name = f"beta{i + 1}"
-        new = 1 - m.k * (1 - old)
+        # exact in the decimals that were typed: 0.9 at k = 10 is 0, and not 2e-16
+        k = Fraction(m.global_batch_size, m.base_batch_size)
+        new = float(1 - k * (1 - Fraction(repr(float(old)))))
         if not whole_rule:
             row = Row(name, old, old, kept, "none", open_for)
         elif 0 < new < 1:
