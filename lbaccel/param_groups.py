@@ -133,7 +133,8 @@ def lr_factors(
             f"--lr-groups three: {type(model).__name__} has no group_matcher() that tells its "
             "blocks. Use --head-lr-scale, or a model of timm."
         )
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # pyright: ignore
+    matcher: Any = model.group_matcher  # pyright: ignore[reportAttributeAccessIssue]
+    layers: Any = group_parameters(model, matcher(coarse=False), reverse=True)
     layer_of = {id(p): layers[name] for name, p in model.named_parameters()}
     body = {key: layer for key, layer in layer_of.items() if key not in head}
     ends = {layer_of[key] for key in head}  # ConvNeXt's last norm stands beside its classifier
@@ -159,7 +160,8 @@ def split_groups(
 
 
 def _head(model: nn.Module) -> set[int]:
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None  # pyright: ignore
+    classifier: Any = getattr(model, "get_classifier", lambda: None)
+    found = classifier()
     modules = found if isinstance(found, (tuple, list)) else [found]
     head = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
     if not head:

@@ -171,6 +171,19 @@ def test_the_recipe_logs_the_rate_without_the_head_s_factor_and_resumes_with_it(
     assert {g["lr_scale"] for g in state["param_groups"]} == {1.0, 10.0}
 
 
+def test_legw_s_warmup_is_saved_as_asked_so_that_a_run_from_its_settings_is_the_same():
+    """The values go to config.yaml, which a resume reads."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    flags = ("--lr-scaling", "legw", "--warmup-epochs", 1, "--base-batch-size", 25)
+    flags = (*flags, "--base-lr", 0.1, "--warmup-start", "zero", "--epochs", 20)
+    optimizer, scheduler, values = build(model, *flags, batch=100)
+    assert (values["lr_scaling"], values["warmup_epochs"]) == ("legw", 1)
+    for _ in range(20):  # half of 4 epochs of 10 updates
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.1 * 2 / 2] * 2, rel=1e-12)
+
+
 # -- scale_optimizer ------------------------------------------------------------------------------
 
 

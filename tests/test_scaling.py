@@ -6,6 +6,7 @@ import pytest
 import timm.optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 
 from lbaccel.errors import InputError
 from lbaccel.learning_rate import peak_rate
@@ -241,6 +242,22 @@ def test_a_rate_per_n_samples_refuses_another_reference_batch_and_a_wrong_spelli
     for bad in ("per-0", "per-x", "per-"):
         with pytest.raises(InputError, match="is not one of"):
             scale_lr(0.1, base_batch_size=256, global_batch_size=512, rule=bad)
+
+
+@pytest.mark.parametrize(("updates", "samples"), [(1_000, 32), (1_000, 512), (50, 2048)])
+def test_the_step_sizes_that_the_docs_derive_minimise_the_bound(updates, samples):
+    """E f - f* <= D^2 / (eta M) + eta s^2, by search; docs/methods.md, the square root."""
+    distance, sigma = 1.3, 0.7
+
+    def best(bound):
+        return math.exp(minimize_scalar(lambda x: bound(math.exp(x)), bounds=(-12, 12)).x)
+
+    mean = best(lambda eta: distance**2 / (eta * updates) + eta * sigma**2 / samples)
+    # of the sum: K f has gradients K times as large, the same distance, noise K sigma^2
+    total = best(lambda eta: (distance**2 / (eta * updates) + eta * samples * sigma**2) / samples)
+    assert mean == pytest.approx(distance * math.sqrt(samples / updates) / sigma, rel=1e-4)
+    assert total == pytest.approx(distance / math.sqrt(updates * samples * sigma**2), rel=1e-4)
+    assert mean == pytest.approx(samples * total, rel=1e-4)
 
 
 # -- the recipe's words ---------------------------------------------------------------------------

@@ -243,16 +243,8 @@ def test_decay_is_decoupled_exactly_where_it_multiplies_the_weights_by_one_minus
 
 # -- the command ----------------------------------------------------------------------------------
 
-FLAGS = [
-    "--base-batch-size",
-    "256",
-    "--global-batch-size",
-    "1024",
-    "--epochs",
-    "2",
-    "--num-samples",
-    "1438",
-]
+SIZES = ("--base-batch-size", 256, "--global-batch-size", 1024)
+FLAGS = (*SIZES, "--epochs", 2, "--num-samples", 1438)
 
 
 def run(*flags, code=0):
