@@ -17,13 +17,24 @@ if TYPE_CHECKING:
     from lbaccel.duration import Duration
     from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
+    from lbaccel.momentum import correct_momentum
     from lbaccel.noise_scale import NoiseScale
     from lbaccel.normalization import convert_batch_norm, recalibrate
+    from lbaccel.param_groups import scale_optimizer
     from lbaccel.planning.plan import Plan
     from lbaccel.planning.planner import plan
-    from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
+    from lbaccel.scaling import (
+        legw,
+        linear_scaling,
+        no_scaling,
+        per_samples_scaling,
+        power_scaling,
+        scale_lr,
+        sqrt_scaling,
+    )
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
+    from lbaccel.sheet.transfer import transfer
     from lbaccel.stream import UpdateStream
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
@@ -53,7 +64,12 @@ _HOME = {
     "Plan": "planning.plan",
     "plan": "planning.planner",
     "apply_segments": "checkpointing",
+    "correct_momentum": "momentum",
+    "scale_optimizer": "param_groups",
+    "legw": "scaling",
     "linear_scaling": "scaling",
+    "per_samples_scaling": "scaling",
+    "power_scaling": "scaling",
     "no_scaling": "scaling",
     "scale_lr": "scaling",
     "sqrt_scaling": "scaling",
@@ -61,6 +77,7 @@ _HOME = {
     "lr_scheduler": "schedulers",
     "make_schedule": "schedules",
     "Certificate": "verification.certificate",
+    "transfer": "sheet.transfer",
     "verify": "verification.verify",
 }
 
@@ -85,16 +102,22 @@ __all__ = [
     "apply_segments",
     "batch_schedule",
     "convert_batch_norm",
+    "correct_momentum",
+    "legw",
     "linear_scaling",
     "lr_scheduler",
     "make_schedule",
     "no_scaling",
     "open_source",
+    "per_samples_scaling",
     "plan",
+    "power_scaling",
     "recalibrate",
     "scale_lr",
+    "scale_optimizer",
     "segment_updates",
     "sqrt_scaling",
+    "transfer",
     "verify",
 ]
 

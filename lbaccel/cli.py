@@ -19,6 +19,7 @@ USAGE = """usage: lbaccel COMMAND ...
   compare    finished runs side by side: what differed, and what came of it
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
+  transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
   replicate  a recipe made for many GPUs, as the contract of one card
   advise     how large should the batch be, by the noise of a run's gradients
   calibrate  what this machine's device reaches in each class of kernel, for plans
@@ -38,6 +39,7 @@ COMMANDS = {
     "plan": "planning.command",
     "replicate": "replication.command",
     "schedule": "schedule_command",
+    "transfer": "sheet.command",
     "verify": "verification.command",
 }
 

@@ -7,10 +7,17 @@ import inspect
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from lbaccel.errors import InputError
+from lbaccel.param_groups import lr_factors, split_groups
 
 FUSED_ON = {
     "adagrad": ("cpu",),
@@ -49,6 +56,32 @@ def _check_known(name: str) -> None:
         raise InputError(f"optimizer={name!r} is none of timm.optim. Nearest: {', '.join(near)}.")
 
 
+def _is(name: str, kind: str) -> bool:
+    found: Any = get_optimizer_info(name.lower()).opt_class  # a path where it is another package's
+    return not isinstance(found, str) and found.__name__ == kind
+
+
+def notes(name: str, *, decay_all: bool, clip_grad_norm: float | None) -> list[str]:
+    """What timm's LARS and LAMB do beside what was asked for, in a line each.
+
+    >>> notes("lars", decay_all=False, clip_grad_norm=None)
+    []
+    """
+    _check_known(name)
+    lines = []
+    if _is(name, "Lamb") and clip_grad_norm is None:
+        lines.append(
+            f"{name} clips the gradient's norm at 1.0, timm's default. --clip-grad-norm X takes "
+            "its place."
+        )
+    if decay_all and (_is(name, "Lars") or _is(name, "Lamb")):
+        lines.append(
+            f"warning: --decay-all with {name} gives biases and norms a trust ratio too, which the "
+            "papers leave out; one that starts at 0 takes its first step without one."
+        )
+    return lines
+
+
 def create_optimizer(
     model: nn.Module,
     name: str,
@@ -58,21 +91,47 @@ def create_optimizer(
     momentum: float = 0.9,
     decay_all: bool = False,
     layer_decay: float | None = None,
+    head_lr_scale: float | None = None,
+    lr_groups: str = "none",
+    betas: tuple[float, ...] | None = None,
+    eps: float | None = None,
+    clip_grad_norm: float | None = None,
     fused: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimizer of timm.optim over the parameters of `model`.
 
+    Groups with a learning rate of their own have its factor as `lr_scale`, not yet applied (see
+    `lbaccel.param_groups`). `clip_grad_norm` is the caller's own clipping: LAMB then leaves out
+    the one it has inside.
+
     Raises:
-        InputError: an unknown name, one that can't be had here, or a second-order one.
+        InputError: an unknown name, one that can't be had here, a second-order one, a setting it
+            does not have, or LARS and LAMB without weight decay.
     """
     _check_known(name)
-    options: dict[str, Any] = {} if layer_decay is None else {"layer_decay": layer_decay}
+    name = name.lower()
+    _check_trust_ratio(name, weight_decay)
+    options = _moments(name, betas, eps)
+    if layer_decay is not None and lr_groups != "none":
+        raise InputError(
+            f"--layer-decay {layer_decay:g} and --lr-groups {lr_groups} both say the learning "
+            "rate of each block. Leave one out."
+        )
+    factors = lr_factors(model, head_lr_scale=head_lr_scale, lr_groups=lr_groups)
+    if factors:
+        options["param_group_fn"] = lambda network: split_groups(
+            _timm_groups(network, weight_decay, decay_all, layer_decay), factors
+        )
+    elif layer_decay is not None:
+        options["layer_decay"] = layer_decay
+    if _is(name, "Lamb") and clip_grad_norm is not None:
+        options["max_grad_norm"] = None
     if fused:
         options["fused"] = True
     try:
         optimizer = create_optimizer_v2(
             model,
-            opt=name.lower(),
+            opt=name,
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -87,3 +146,43 @@ def create_optimizer(
             "micro-batches does not keep. Use a first-order one, such as adamw."
         )
     return optimizer
+
+
+def _timm_groups(
+    model: Any, weight_decay: float, decay_all: bool, layer_decay: float | None
+) -> list[dict[str, Any]]:
+    """The groups that `create_optimizer_v2` makes by itself."""
+    options: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "weight_decay_exclude_1d": not decay_all,
+        "no_weight_decay_list": model.no_weight_decay()
+        if hasattr(model, "no_weight_decay")
+        else (),
+    }
+    if layer_decay is None:
+        return param_groups_weight_decay(model, **options)
+    return param_groups_layer_decay(model, layer_decay=layer_decay, **options)
+
+
+def _moments(name: str, betas: tuple[float, ...] | None, eps: float | None) -> dict[str, Any]:
+    """`betas` and `eps` where the optimizer has them; timm would drop them in silence."""
+    info = get_optimizer_info(name)
+    if betas is not None and (not info.has_betas or len(betas) != info.num_betas):
+        has = f"{info.num_betas} of them" if info.has_betas else "none"
+        shown = " ".join(f"{beta:g}" for beta in betas)
+        raise InputError(f"--betas {shown}: {name} has {has}. Leave it out, or give as many.")
+    if eps is not None and not info.has_eps:
+        raise InputError(f"--eps {eps:g}: {name} has none. Leave it out.")
+    given = {"betas": betas, "eps": eps}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _check_trust_ratio(name: str, weight_decay: float) -> None:
+    plain = {"Lars": "momentum", "Lamb": "adam"}
+    for kind, other in plain.items():
+        if _is(name, kind) and weight_decay == 0:
+            raise InputError(
+                f"--optimizer {name} with --weight-decay 0: timm gives a trust ratio only to what "
+                f"has weight decay, so this would be --optimizer {other}. Use that, or a decay too "
+                "small to matter, --weight-decay 1e-12."
+            )

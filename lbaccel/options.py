@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lbaccel.batch_schedules import PAST_MAX, RULES
+from lbaccel.batch_schedules import PAST_MAX
+from lbaccel.batch_schedules import RULES as BATCH_RULES
+from lbaccel.scaling import PER_SAMPLES, RULES
 
 
 def switch(text: Any) -> bool:
@@ -168,7 +170,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             str,
             None,
             "rule by which batch and learning rate change with the epochs; see `lbaccel schedule`",
-            RULES,
+            BATCH_RULES,
             "the batch stays",
         ),
         Option(
@@ -250,8 +252,12 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "lr_scaling",
             str,
             "auto",
-            "rule from the base to the global batch; auto: linear for SGD, else sqrt",
-            ("auto", "linear", "sqrt", "none"),
+            "rule from the base to the global batch; auto: linear for SGD, else sqrt; legw: sqrt, "
+            "and --warmup-epochs x k; per-N: linear, --base-lr is per N samples",
+            ("auto", *RULES, *PER_SAMPLES),
+        ),
+        Option(
+            "lr_exponent", float, None, "p of --lr-scaling power: base lr x k^p", shown="not read"
         ),
         Option(
             "warmup",
@@ -317,6 +323,22 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             None,
             "learning-rate factor from layer to layer downwards",
             shown="none",
+        ),
+        Option("head_lr_scale", float, None, "learning-rate factor of the classifier", shown="1"),
+        Option(
+            "lr_groups",
+            str,
+            "none",
+            "three: classifier 1, last five blocks 0.6, the rest 0.4 of the learning rate",
+            ("none", "three"),
+        ),
+        Option("betas", numbers, None, "of Adam and its kin", shown="the optimizer's"),
+        Option("eps", float, None, "of Adam and its kin", shown="the optimizer's"),
+        Option(
+            "momentum_correction",
+            switch,
+            False,
+            "rescale a momentum that holds the learning rate (rmsproptf) when that changes",
         ),
         Option(
             "clip_grad_norm",

@@ -21,6 +21,7 @@ from lbaccel.duration import Duration
 from lbaccel.errors import InputError
 from lbaccel.growth import with_factors
 from lbaccel.launch import local_world_size
+from lbaccel.learning_rate import check_scaling, peak_rate
 from lbaccel.loss_dropout import LossDropout
 from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
@@ -31,9 +32,10 @@ from lbaccel.models import (
     preprocessing,
     read_weights,
 )
+from lbaccel.momentum import correct_momentum
 from lbaccel.noise_scale import NoiseScale
-from lbaccel.optimizers import create_optimizer, has_fused_step
-from lbaccel.scaling import choose_rule, explain_lr, scale_lr
+from lbaccel.optimizers import create_optimizer, has_fused_step, notes
+from lbaccel.param_groups import apply_lr_scale
 from lbaccel.schedules import Schedule, extend_schedule, make_schedule
 from lbaccel.stream import UpdateStream
 
@@ -52,7 +54,7 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoint_every",
         "max_hours",
     )
-    for name in (*above_zero, "base_lr", "base_batch_size", "img_size"):
+    for name in (*above_zero, "base_lr", "base_batch_size", "img_size", "head_lr_scale", "eps"):
         if s[name] is not None and not (s[name] > 0 and math.isfinite(s[name])):
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must be above 0.")
     for name in ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay"):
@@ -68,10 +70,14 @@ def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"--bn-momentum {s['bn_momentum']} must be above 0 and at most 1.")
     if s["layer_decay"] is not None and not 0 < s["layer_decay"] <= 1:
         raise InputError(f"--layer-decay {s['layer_decay']} must be above 0 and at most 1.")
+    for beta in s["betas"] or ():
+        if not 0 <= beta < 1:
+            raise InputError(f"--betas {beta} must be in 0..1, below 1.")
     for name in ("mean", "std"):
         if s[name] is not None and not all(math.isfinite(x) for x in s[name]):
             raise InputError(f"--{name} {s[name]} must be finite numbers.")
     _check_schedule(s)
+    check_scaling(s)
     if s["memory"] is not None:
         parse_memory(s["memory"])
     if s["crop_pct"] is not None and not 0 < s["crop_pct"] <= 1:
@@ -275,25 +281,15 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, Schedule, dict[str, Any]]:
     """The optimizer at the scaled learning rate, the schedule, and the values they were made of."""
     name = s["optimizer"].lower()
-    rule, why = choose_rule(name)
-    is_sgd = rule == "linear"
-    if s["lr_scaling"] != "auto":
-        rule, why = s["lr_scaling"], "as asked"
-    base_lr = s["base_lr"]
-    if base_lr is None:
-        base_lr = (0.1 if is_sgd else 1e-3) if not s["pretrained"] else (0.01 if is_sgd else 1e-4)
-    weight_decay = s["weight_decay"]
-    if weight_decay is None:
-        weight_decay = 1e-4 if is_sgd else 0.05
-    batch = {"base_batch_size": s["base_batch_size"], "global_batch_size": plan.global_batch_size}
-    peak_lr = scale_lr(base_lr, **batch, rule=rule)
-    say(f"{explain_lr(base_lr, **batch, rule=rule)} ({why})")
-    warmup_epochs = s["warmup_epochs"]
-    if warmup_epochs is None:
-        warmup_epochs = 0.0 if s["warmup"] == "none" else min(5.0, s["epochs"] / 4)
+    rate = peak_rate(s, global_batch_size=plan.global_batch_size)
+    say(rate.sentence)
     schedule = with_factors(
         build_schedule(
-            s, base_lr=base_lr, peak_lr=peak_lr, warmup_epochs=warmup_epochs, stream=stream
+            s,
+            base_lr=rate.base_lr,
+            peak_lr=rate.lr,
+            warmup_epochs=rate.warmup_epochs,
+            stream=stream,
         ),
         segments,
         samples_per_epoch=stream.samples_per_epoch,
@@ -301,21 +297,31 @@ def build_optimizer(
     optimizer = create_optimizer(
         model,
         name,
-        lr=peak_lr,
-        weight_decay=weight_decay,
+        lr=rate.lr,
+        weight_decay=rate.weight_decay,
         momentum=s["momentum"],
         decay_all=s["decay_all"],
         layer_decay=s["layer_decay"],
+        head_lr_scale=s["head_lr_scale"],
+        lr_groups=s["lr_groups"],
+        betas=s["betas"],
+        eps=s["eps"],
+        clip_grad_norm=s["clip_grad_norm"],
         fused=fused,
     )
-    for group in optimizer.param_groups:  # timm's own schedulers would apply it
-        group["lr"] *= group.get("lr_scale", 1.0)
-    values = {
-        "base_lr": base_lr,
-        "lr": peak_lr,
-        "lr_scaling": rule,
-        "weight_decay": weight_decay,
-        "warmup_epochs": warmup_epochs,
+    for line in notes(name, decay_all=s["decay_all"], clip_grad_norm=s["clip_grad_norm"]):
+        say(line)
+    apply_lr_scale(optimizer)
+    if s["momentum_correction"]:
+        held = correct_momentum(optimizer)
+        say(f"momentum correction: {'on' if held else f'none, {name} holds no learning rate'}")
+    values = {  # as asked, so that going on with them scales nothing twice
+        "base_lr": rate.base_lr,
+        "base_batch_size": rate.base_batch_size,
+        "lr": rate.lr,
+        "lr_scaling": rate.rule,
+        "weight_decay": rate.weight_decay,
+        "warmup_epochs": rate.asked_warmup_epochs,
     }
     return optimizer, schedule, values
 

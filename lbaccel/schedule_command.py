@@ -15,12 +15,12 @@ from lbaccel.duration import Duration
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 from lbaccel.growth import default_milestones
 from lbaccel.options import start_rate
-from lbaccel.scaling import RULES as LR_RULES
 from lbaccel.scaling import explain_lr, scale_lr
 from lbaccel.schedule_table import FORMATS, ScheduleTable, plot, schedule_table
 from lbaccel.schedules import WARMUPS, Schedule, make_schedule, warmup_start
 
 DECAYS = ("constant", "cosine")
+LR_RULES = ("linear", "sqrt", "power", "none")
 KEEPS_FACTORS = ("bsi", "bsi-doubled-end", "mixed")  # they read past_max
 
 
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate.add_argument(
         "--lr-scaling", default="none", metavar="RULE", help=f"{', '.join(LR_RULES)} (default)"
     )
+    rate.add_argument("--lr-exponent", type=float, metavar="P", help="of the rule power")
     rate.add_argument("--base-batch-size", type=int, metavar="B0")
     rate.add_argument("--warmup", default="none", metavar="SHAPE", help=", ".join(WARMUPS))
     rate.add_argument("--warmup-epochs", type=float, metavar="E")
@@ -221,9 +222,13 @@ def _first_lr(a: argparse.Namespace) -> tuple[float, list[str]]:
             f"{a.base_lr:g}? Add --base-batch-size 256, say, or leave --lr-scaling out where it is "
             f"that of {a.global_batch_size}."
         )
-    pair = {"base_batch_size": a.base_batch_size, "global_batch_size": a.global_batch_size}
-    rule = a.lr_scaling
-    return scale_lr(a.base_lr, **pair, rule=rule), [explain_lr(a.base_lr, **pair, rule=rule)]
+    given = {
+        "base_batch_size": a.base_batch_size,
+        "global_batch_size": a.global_batch_size,
+        "rule": a.lr_scaling,
+        "exponent": a.lr_exponent,
+    }
+    return scale_lr(a.base_lr, **given), [explain_lr(a.base_lr, **given)]
 
 
 def _multiplier(

@@ -66,6 +66,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from lbaccel.engine import LargeBatch
     from lbaccel.evaluation import evaluate
     from lbaccel.normalization import has_batch_norm
+    from lbaccel.param_groups import reference_lr
     from lbaccel.progress import Progress, closing_table, peak_gib
     from lbaccel.recipe import (
         build_model,
@@ -315,7 +316,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         try:
             while large_batch.num_updates < stop_at and stop is None:
                 for update in loader:
-                    lr = max(scheduler.get_last_lr())
+                    lr = reference_lr(scheduler.optimizer)
                     before = time.perf_counter()
                     if before > deadline:
                         large_batch.request_stop("time limit")

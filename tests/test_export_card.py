@@ -217,6 +217,20 @@ def test_the_learning_rate_stands_with_its_equation_or_alone():
     assert f"{lr:.6g} at the peak = 0.001 x sqrt(1438 / 256)" in text
     text = tables.contract(Run("r", config | {"plan/lr": 0.5}, {}, {}, "folder"))
     assert "| learning rate | 0.5 at the peak |" in text
+    config |= {"base_batch_size": 512, "global_batch_size": 1438}
+    rules = {
+        "power": (0.7, " x (1438 / 512)^0.7"),
+        "legw": (0.5, " x sqrt(1438 / 512)"),
+        "per-512": (1.0, " x 1438 / 512"),
+        "none": (0.0, ""),
+    }
+    for rule, (exponent, shown) in rules.items():
+        lr = 0.001 * (1438 / 512) ** exponent
+        of_rule = {"lr_scaling": rule, "plan/lr": lr, "warmup": "gradual", "warmup_epochs": 2.0}
+        of_rule["lr_exponent"] = 0.7 if rule == "power" else None
+        text = tables.contract(Run("r", config | of_rule, {}, {}, "folder"))
+        assert f"{lr:.6g} at the peak = 0.001{shown} (rule: {rule};" in text
+        assert ("2 epochs at the base batch, times k" in text) == (rule == "legw")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,61 @@ ROOT = Path(__file__).parent.parent
 
 # name: (file, the line that is right, the naive line, tests that must notice)
 MUTANTS = {
+    "a resume scales the groups again": (
+        "param_groups.py",
+        "stands_at = group.get(SCALED_TO, base_batch_size)",
+        "stands_at = base_batch_size",
+        "tests/test_groups.py",
+    ),
+    "layer decay and head factor are left to timm's schedulers": (
+        "recipe.py",
+        "    apply_lr_scale(optimizer)\n",
+        "",
+        "tests/test_groups.py",
+    ),
+    "the head's rate is logged": (
+        "train.py",
+        "lr = reference_lr(scheduler.optimizer)",
+        "lr = max(scheduler.get_last_lr())",
+        "tests/test_groups.py::"
+        "test_the_recipe_logs_the_rate_without_the_head_s_factor_and_resumes_with_it",
+    ),
+    "momentum keeps the old learning rate": (
+        "momentum.py",
+        "held.mul_(lr / before)",
+        "pass",
+        "tests/test_momentum.py",
+    ),
+    "a resume corrects the momentum from nothing": (
+        "momentum.py",
+        "                group[IN] = lr\n",
+        "                group[IN] = optimizer.defaults['lr']\n",
+        "tests/test_momentum.py",
+    ),
+    "the average keeps its decay an update": (
+        "sheet/items.py",
+        "old**m.k",
+        "old",
+        "tests/test_transfer.py",
+    ),
+    "LARS without weight decay is built as SGD": (
+        "optimizers.py",
+        "    _check_trust_ratio(name, weight_decay)\n",
+        "",
+        "tests/test_trust_ratio.py",
+    ),
+    "LAMB clips at 1.0 beside the clipping asked for": (
+        "optimizers.py",
+        'options["max_grad_norm"] = None',
+        "pass",
+        "tests/test_trust_ratio.py",
+    ),
+    "LEGW's warmup is saved multiplied": (
+        "recipe.py",
+        '"warmup_epochs": rate.asked_warmup_epochs',
+        '"warmup_epochs": rate.warmup_epochs',
+        "tests/test_groups.py",
+    ),
     "tail divided by the full batch": (
         "transaction.py",
         "self._try(micro_batches, loss_fn, update.num_samples)",

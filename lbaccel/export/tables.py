@@ -182,15 +182,19 @@ def _learning_rate(config: Mapping[str, Any], batch: int | None) -> str | None:
         return None
     base, base_batch = config.get("base_lr"), config.get("base_batch_size")
     rule = str(config.get("lr_scaling"))
+    exponent = config.get("lr_exponent")
+    sizes: dict[str, Any] = {"base_batch_size": base_batch, "global_batch_size": batch}
     try:
-        scaled = scale_lr(base, base_batch_size=base_batch, global_batch_size=batch, rule=rule)  # type: ignore[arg-type]
+        scaled = scale_lr(base, **sizes, rule=rule, exponent=exponent)  # type: ignore[arg-type]
     except InputError:  # a setting is missing
         scaled = math.nan
     if not math.isclose(lr, scaled, rel_tol=1e-9):
         return f"{lr:.6g} at the peak"
-    factors = {"linear": f" x {batch} / {base_batch}", "sqrt": f" x sqrt({batch} / {base_batch})"}
+    k = f"{batch} / {base_batch}"
+    factors = {"none": "", "sqrt": f" x sqrt({k})", "legw": f" x sqrt({k})"}
+    factors["power"] = f" x ({k})^{exponent}"
     return (
-        f"{lr:.6g} at the peak = {base:g}{factors.get(rule, '')} (rule: {rule}; base pair: "
+        f"{lr:.6g} at the peak = {base:g}{factors.get(rule, f' x {k}')} (rule: {rule}; base pair: "
         f"{base:g} at {base_batch} samples)"
     )
 
@@ -215,7 +219,8 @@ def _warmup(config: Mapping[str, Any]) -> str | None:
         return shape and "none"
     if start == "reference":
         start = "the base learning rate"
-    return f"{shape}, {epochs:g} epochs" + (f", from {start}" if start is not None else "")
+    where = " at the base batch, times k" if config.get("lr_scaling") == "legw" else ""
+    return f"{shape}, {epochs:g} epochs{where}" + (f", from {start}" if start is not None else "")
 
 
 def _schedule(config: Mapping[str, Any]) -> str | None:
