@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lbaccel.batch import BatchPlan, MicroBatch
     from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+    from lbaccel.curvature import largest_curvature
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from lbaccel.normalization import convert_batch_norm, recalibrate
     from lbaccel.planning.plan import Plan
     from lbaccel.planning.planner import plan
+    from lbaccel.range_test import LrRange, lr_find
     from lbaccel.scaling import linear_scaling, no_scaling, scale_lr, sqrt_scaling
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
+    from lbaccel.stability import stable_rate
     from lbaccel.stream import UpdateStream
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
@@ -52,6 +55,10 @@ _HOME = {
     "scale_lr": "scaling",
     "sqrt_scaling": "scaling",
     "Duration": "duration",
+    "LrRange": "range_test",
+    "lr_find": "range_test",
+    "largest_curvature": "curvature",
+    "stable_rate": "stability",
     "lr_scheduler": "schedulers",
     "make_schedule": "schedules",
     "Certificate": "verification.certificate",
@@ -66,6 +73,7 @@ __all__ = [
     "InputError",
     "KeyedImages",
     "LargeBatch",
+    "LrRange",
     "MicroBatch",
     "Plan",
     "RunFailed",
@@ -76,7 +84,9 @@ __all__ = [
     "apply_activation_checkpointing",
     "apply_segments",
     "convert_batch_norm",
+    "largest_curvature",
     "linear_scaling",
+    "lr_find",
     "lr_scheduler",
     "make_schedule",
     "no_scaling",
@@ -85,6 +95,7 @@ __all__ = [
     "recalibrate",
     "scale_lr",
     "sqrt_scaling",
+    "stable_rate",
     "verify",
 ]
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 LEVELS = [
     {"errors"},
-    {"stream", "duration", "scaling", "keys", "generators", "launch"},
+    {"stream", "duration", "scaling", "stability", "keys", "generators", "launch"},
     {"batch", "schedules"},
     {
         "masks",
@@ -31,21 +31,24 @@ LEVELS = [
     {"data", "sharding", "update_result"},
     {"transaction"},
     {"engine", "evaluation", "tracking"},
-    {"planning", "runs"},
+    {"planning", "rehearsal", "runs"},
     {
         "accelerator",
         "auto_plan",
         "compare",
         "configs",
+        "curvature",
         "plots",
+        "range_test",
         "recipe",
         "resume",
         "run_log",
         "signals",
         "verification",
     },
-    {"doctor", "export", "replication", "run_session"},
+    {"building", "doctor", "export", "replication", "run_session"},
     {"train"},
+    {"lr_find_command"},
     {"cli"},
     {"__main__"},
 ]
@@ -59,6 +62,7 @@ NO_TORCH = (
     "keys",
     "options",
     "settings",
+    "stability",
     "resume",
     "signals",
     "runs",
