@@ -58,7 +58,7 @@ class Curvature:
 
 
 def largest_eigenvalue(
-    product: Product, start: Tensor, *, tolerance: float = 0.01, max_products: int = 40
+    product: Product, start: Tensor, *, tolerance: float = 0.05, max_products: int = 20
 ) -> Eigenvalue:
     """The largest (not the largest absolute) eigenvalue of a symmetric matrix, by Lanczos.
 
@@ -108,16 +108,16 @@ def largest_curvature(
     loss_fn: LossFn,
     *,
     num_samples: int = 256,
-    tolerance: float = 0.01,
-    max_products: int = 40,
+    tolerance: float = 0.05,
+    max_products: int = 20,
 ) -> Curvature:
     """lambda_max of the Hessian of the mean loss over samples of the next update; changes nothing.
 
     Where parameter groups have rates eta d_p, it is lambda_max of D^(1/2) H D^(1/2), so that
     eta x lambda_max is what the limit speaks of, with eta the largest rate of a group. Weight decay
     adds its own value and is left out. Few samples see more curvature than many, in the mean, as
-    lambda_max is convex. A product takes about two updates of `num_samples` in time; where memory
-    does not suffice, the micro-batch is halved. Attention runs in plain kernels, since fused ones
+    lambda_max is convex. A product takes as long as several updates of `num_samples` (on a CPU 4 to
+    5); where memory does not suffice, the micro-batch is halved. Attention runs in plain kernels, since fused ones
     have no second derivative.
 
     Args:
@@ -125,7 +125,7 @@ def largest_curvature(
         loader: what `prepare` returned; its next update stays the next one.
         loss_fn: as for `LargeBatch.update`.
         num_samples: over all ranks; whole ghost batches, at least one on each rank.
-        tolerance: largest residual, as a share of lambda_max.
+        tolerance: largest residual, as a share of lambda_max; the error itself is about its square.
         max_products: Hessian-vector products at most.
 
     Raises:

@@ -110,9 +110,15 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
         )
         sgd = sgd_momentum(b.optimizer)
         curvature = None
+        start = time.perf_counter()
         if own.curvature_samples and sgd is not None:
             curvature = largest_curvature(
                 b.large_batch, b.loader, b.loss_fn, num_samples=own.curvature_samples
+            )
+            say(
+                f"curvature: lambda_max {curvature.lambda_max:.3g} on {curvature.num_samples} "
+                f"samples, residual {curvature.residual:.2g} after {curvature.num_products} "
+                f"products, {_duration(time.perf_counter() - start)}"
             )
         start = time.perf_counter()
 
@@ -166,11 +172,6 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
                     lr, curvature.lambda_max, num_samples=curvature.num_samples, **form
                 )
                 print(f"{who}: {text}\n    {rate_advice(lr, curvature.lambda_max, **form)}")
-        if curvature.residual > 0.05 * abs(curvature.lambda_max):
-            print(
-                f"lambda_max has not settled: {curvature.lambda_max:.3g}, residual "
-                f"{curvature.residual:.2g}, after {curvature.num_products} products"
-            )
     if own.plot is not None:
         print(own.plot)
 

@@ -415,9 +415,8 @@ def test_stability_in_json_is_the_limit_over_lambda_max(in_a_folder_of_its_own, 
     assert (stability["nesterov"], stability["limit"]) == (False, pytest.approx(2 * 1.8))
     assert stability["stable_rate"] == pytest.approx(3.6 / stability["lambda_max"])
     assert stability["num_samples"] == 256
-    assert stability["residual"] <= 0.01 * stability["lambda_max"] or (
-        stability["num_products"] == 40
-    )
+    settled = stability["residual"] <= 0.05 * stability["lambda_max"]
+    assert settled or stability["num_products"] == 20
 
 
 def test_an_adaptive_optimizer_has_a_range_and_no_stable_rate(in_a_folder_of_its_own, capsys):
