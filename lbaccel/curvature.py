@@ -117,15 +117,15 @@ def largest_curvature(
     eta x lambda_max is what the limit speaks of, with eta the largest rate of a group. Weight decay
     adds its own value and is left out. Few samples see more curvature than many, in the mean, as
     lambda_max is convex. A product takes as long as several updates of `num_samples` (on a CPU 4 to
-    5); where memory does not suffice, the micro-batch is halved. Attention runs in plain kernels, since fused ones
-    have no second derivative.
+    5); where memory does not suffice, the micro-batch is halved. Attention runs in plain kernels,
+    since fused ones have no second derivative.
 
     Args:
         large_batch: prepared, in one process or under DDP.
         loader: what `prepare` returned; its next update stays the next one.
         loss_fn: as for `LargeBatch.update`.
         num_samples: over all ranks; whole ghost batches, at least one on each rank.
-        tolerance: largest residual, as a share of lambda_max; the error itself is about its square.
+        tolerance: largest residual, as a share of lambda_max, whose error is of second order in it.
         max_products: Hessian-vector products at most.
 
     Raises:

@@ -8,14 +8,19 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbaccel.errors import InputError, RunFailed, check_number
 from lbaccel.launch import rank
 from lbaccel.settings import read_settings, show_settings
 from lbaccel.stability import rate_advice, rate_sentence, stability_limit, stable_rate
 from lbaccel.train import _end_process_group, _fail
+
+if TYPE_CHECKING:  # torch is imported after the flags were read
+    from lbaccel.curvature import Curvature
+    from lbaccel.range_test import LrRange
 
 PROG = "lbaccel lr-find"
 BELOW, ABOVE = 1000.0, 30.0  # the range's ends, from the recipe's own rate
@@ -136,28 +141,16 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
             num_updates=own.num_updates,
             after_update=after_update,
         )
-    momentum, nesterov = sgd or (0.0, False)
-    stable = None
-    if curvature is not None and curvature.lambda_max > 0:
-        stable = stable_rate(curvature.lambda_max, momentum=momentum, nesterov=nesterov)
     if rank() != 0:
         return
+    momentum, nesterov = sgd or (0.0, False)
+    stability = _stability(curvature, momentum, nesterov)
     if own.plot is not None:
+        stable = None if stability is None else stability["stable_rate"]
         title = f"{settings['model']}, {settings['data']}, global batch {size}"
         plot(found, own.plot, own_lr=b.lr, stable=stable, title=title)
     if own.json:
-        about = {"own_lr": b.lr, "optimizer": settings["optimizer"], "stability": None}
-        if curvature is not None:
-            about["stability"] = {
-                "lambda_max": curvature.lambda_max,
-                "residual": curvature.residual,
-                "num_samples": curvature.num_samples,
-                "num_products": curvature.num_products,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "limit": stability_limit(momentum=momentum, nesterov=nesterov),
-                "stable_rate": stable,
-            }
+        about = {"own_lr": b.lr, "optimizer": settings["optimizer"], "stability": stability}
         print(json.dumps(found.to_dict() | about, indent=2))
         return
     print("\n".join(table(found)))
@@ -176,6 +169,18 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
         print(own.plot)
 
 
+def _stability(
+    curvature: Curvature | None, momentum: float, nesterov: bool
+) -> dict[str, Any] | None:
+    """The measured curvature and its limit, as JSON has it; no number for infinity."""
+    if curvature is None:
+        return None
+    form = {"momentum": momentum, "nesterov": nesterov}
+    rate = stable_rate(curvature.lambda_max, **form)
+    found = {"limit": stability_limit(**form), "stable_rate": rate if math.isfinite(rate) else None}
+    return asdict(curvature) | form | found
+
+
 def _duration(seconds: float) -> str:
     """Seconds below two minutes, then minutes, then hours.
 
@@ -187,7 +192,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def table(found: Any) -> list[str]:
+def table(found: LrRange) -> list[str]:
     """Lines of rate, loss after the step at it, smoothed loss, and what it is called."""
     names = {found.steepest_lr: "steepest"}
     names[found.largest_lr] = "largest" if found.largest_lr not in names else "steepest, largest"
@@ -201,7 +206,7 @@ def table(found: Any) -> list[str]:
     return lines
 
 
-def in_words(found: Any, *, own_lr: float, base_lr: float) -> list[str]:
+def in_words(found: LrRange, *, own_lr: float, base_lr: float) -> list[str]:
     """What the test found, and what each rate means.
 
     Every scaling rule is a factor on `base_lr`, so the base for another peak is in proportion.
@@ -243,7 +248,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2g} times"
 
 
-def plot(found: Any, path: Path, *, own_lr: float, stable: float | None, title: str) -> None:
+def plot(found: LrRange, path: Path, *, own_lr: float, stable: float | None, title: str) -> None:
     """Draw the loss over the rate, with the rates that matter marked.
 
     Raises:

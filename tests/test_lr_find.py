@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lbaccel import (
     RunFailed,
     UpdateLoader,
     cli,
+    largest_curvature,
     lr_find,
     train,
 )
@@ -349,6 +351,19 @@ def test_a_failure_that_is_no_divergence_is_not_taken_for_one():
 
     with pytest.raises(RunFailed, match="disk"):
         lr_find(large_batch, loader, loss_fn, min_lr=1e-3, max_lr=1.0)
+
+
+def test_where_no_rank_holds_all_weights_it_says_how_to_start_it():
+    large_batch, _, _, loader = prepare(make_network(), make_data(), norm=2)
+    large_batch._transaction.sharding = SimpleNamespace(
+        half_stepped=False
+    )  # DeepSpeed's and FSDP2's are others
+    for trial in (
+        lambda: lr_find(large_batch, loader, cross_entropy, min_lr=1e-3, max_lr=1.0),
+        lambda: largest_curvature(large_batch, loader, cross_entropy),
+    ):
+        with pytest.raises(InputError, match="torchrun"):
+            trial()
 
 
 @pytest.mark.parametrize("options, words", [
