@@ -82,7 +82,6 @@ def rehearsal(
         try:
             yield trial, optimizer
         finally:
-            transaction.drop()
             with torch.no_grad():
                 for tensor, value in kept:
                     tensor.copy_(value)

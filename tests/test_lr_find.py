@@ -233,7 +233,7 @@ class Trouble:
         loss = cross_entropy(model, micro_batch)
         if self.calls == self.call and self.error is not None:
             raise self.error("as it happens")
-        torch.rand(1)  # a user's own draw
+        torch.rand(1)
         return loss
 
 
@@ -249,6 +249,7 @@ def test_everything_is_as_it_was(kind, num_updates, ending):
     seen = []
 
     def after_update(done, loss, lr):
+        torch.rand(1)  # a user's own draw, outside an update
         seen.append(not torch.equal(model.state_dict()["0.weight"], weights["0.weight"]))
 
     def run(loss_fn, max_lr=1.0, num_updates=9):
