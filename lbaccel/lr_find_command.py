@@ -275,8 +275,10 @@ def plot(found: LrRange, path: Path, *, own_lr: float, stable: float | None, tit
     for name, lr, color, line in marks:
         if lr is not None and low / 1.5 <= lr <= 1.5 * high:
             axes.axvline(lr, color=color, linestyle=line, label=f"{name} {lr:.3g}")
-    top = abs(found.start_loss)
-    axes.set_ylim(top=min(max(found.losses, default=top), 2 * top) + 0.05 * top)
+    low = min((found.start_loss, *found.losses))
+    high = min(max((found.start_loss, *found.losses)), found.start_loss + abs(found.start_loss))
+    margin = 0.05 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("learning rate of the step before")
     axes.set_ylabel("training loss")
     axes.set_title(title, fontsize=9)

@@ -47,20 +47,24 @@ class LrRange:
     global_batch_size: int
 
     @property
-    def steepest_lr(self) -> float | None:
-        """Where the smoothed loss fell most in one update, and so per factor of the rate."""
-        before = (self.start_loss, *self.smoothed)
-        falls = [b - a for a, b in zip(self.smoothed, before, strict=False)]
-        if not falls or max(falls) <= 0:
-            return None
-        return self.lrs[falls.index(max(falls))]
-
-    @property
     def largest_lr(self) -> float | None:
         """Where the smoothed loss was lowest: the largest rate at which it still came down."""
         if not self.smoothed or min(self.smoothed) >= self.start_loss:
             return None
         return self.lrs[self.smoothed.index(min(self.smoothed))]
+
+    @property
+    def steepest_lr(self) -> float | None:
+        """Where the smoothed loss fell most in one update, and so per factor of the rate.
+
+        Up to `largest_lr`: a loss that has gone up may fall back by more than training ever takes.
+        """
+        if self.largest_lr is None:
+            return None
+        before = (self.start_loss, *self.smoothed)
+        falls = [b - a for a, b in zip(self.smoothed, before, strict=False)]
+        falls = falls[: self.lrs.index(self.largest_lr) + 1]
+        return self.lrs[falls.index(max(falls))]
 
     @property
     def safe_lr(self) -> float | None:

@@ -137,6 +137,13 @@ def test_with_noisy_gradients_the_largest_rate_is_near_the_stable_one(curvature)
     assert found.steepest_lr == found.lrs[falls.index(max(falls))]
 
 
+def test_a_loss_that_falls_back_after_it_rose_is_not_steep():
+    """Measured on CIFAR-10: 4.9 fell to 3.6 far above the rate at which training lost ground."""
+    losses = (2.3, 2.1, 2.0, 4.9, 3.6, 37.0)
+    found = LrRange((0.1, 0.2, 0.4, 0.8, 1.6, 3.2), losses, losses, 2.36, "diverged", 3.2, 8)
+    assert (found.steepest_lr, found.largest_lr, found.suggested_lr) == (0.2, 0.4, 0.1)
+
+
 def test_without_divergence_it_ends_at_the_last_rate_and_says_that_the_loss_still_fell():
     found = on_a_parabola(max_lr=0.01)
     assert (found.ended, found.diverged_at, len(found.lrs)) == ("max_lr", None, 24)
