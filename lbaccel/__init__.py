@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lbaccel.batch import BatchPlan, MicroBatch
     from lbaccel.batch_schedules import Segment, batch_schedule, segment_updates
     from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+    from lbaccel.curvature import largest_curvature
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lbaccel.param_groups import scale_optimizer
     from lbaccel.planning.plan import Plan
     from lbaccel.planning.planner import plan
+    from lbaccel.range_test import LrRange, lr_find
     from lbaccel.scaling import (
         legw,
         linear_scaling,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from lbaccel.schedulers import lr_scheduler
     from lbaccel.schedules import make_schedule
     from lbaccel.sheet.transfer import transfer
+    from lbaccel.stability import stable_rate
     from lbaccel.stream import UpdateStream
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
@@ -74,6 +77,10 @@ _HOME = {
     "scale_lr": "scaling",
     "sqrt_scaling": "scaling",
     "Duration": "duration",
+    "LrRange": "range_test",
+    "lr_find": "range_test",
+    "largest_curvature": "curvature",
+    "stable_rate": "stability",
     "lr_scheduler": "schedulers",
     "make_schedule": "schedules",
     "Certificate": "verification.certificate",
@@ -89,6 +96,7 @@ __all__ = [
     "InputError",
     "KeyedImages",
     "LargeBatch",
+    "LrRange",
     "MicroBatch",
     "NoiseScale",
     "Plan",
@@ -103,8 +111,10 @@ __all__ = [
     "batch_schedule",
     "convert_batch_norm",
     "correct_momentum",
+    "largest_curvature",
     "legw",
     "linear_scaling",
+    "lr_find",
     "lr_scheduler",
     "make_schedule",
     "no_scaling",
@@ -117,6 +127,7 @@ __all__ = [
     "scale_optimizer",
     "segment_updates",
     "sqrt_scaling",
+    "stable_rate",
     "transfer",
     "verify",
 ]

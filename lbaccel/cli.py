@@ -13,6 +13,7 @@ USAGE = """usage: lbaccel COMMAND ...
 
   train      train or finetune a timm backbone at a global batch that does not fit
   schedule   a batch-size schedule: batch, learning rate and updates from each epoch on
+  lr-find    which learning rates a recipe bears at its global batch; changes nothing
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lbaccel import train
 
         return train.main(arguments)
+    if command == "lr-find":
+        from lbaccel import lr_find_command
+
+        return lr_find_command.main(arguments)
     if command in COMMANDS:
         return _run(command, arguments)
     if command in ("-h", "--help"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -318,6 +319,18 @@ class LargeBatch:
             stop=agreement.stop,
             dropped=drops,
         )
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[Transaction]:
+        """Inside, an update moves no scheduler, average or counter; see `rehearsal`."""
+        names = ("_scheduler", "_ema", "_adaptive", "num_updates", "samples_seen")
+        kept = {name: getattr(self, name) for name in names}
+        self._scheduler = self._ema = None
+        self._adaptive = copy.deepcopy(self._adaptive)
+        try:
+            yield self._ready()
+        finally:
+            vars(self).update(kept)
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """The model with all its weights, for evaluation and for saving; every rank enters it.

@@ -15,6 +15,10 @@ class RunFailed(RuntimeError):
     """The run could not go on (exit code 1): where it stood, and what was kept."""
 
 
+class Diverged(RunFailed):
+    """The loss or its gradient is not finite, on all ranks; weights are as before the update."""
+
+
 class RankFailed(RunFailed):
     """A `RunFailed` that only this rank knows of: it says so itself, whichever rank it is."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lbaccel.batch import BatchPlan
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import Diverged, InputError, RunFailed
 from lbaccel.memory.adaptive import what_to_try
 
 
@@ -25,9 +25,9 @@ def half_stepped() -> RunFailed:
     )
 
 
-def not_finite(loss: float, grad_norm: float, *, num_updates: int, samples_seen: int) -> RunFailed:
+def not_finite(loss: float, grad_norm: float, *, num_updates: int, samples_seen: int) -> Diverged:
     """A loss or a gradient of inf or nan, without a scaler that expects it."""
-    return RunFailed(
+    return Diverged(
         f"the loss is {loss} and the gradient's norm {grad_norm} at update "
         f"{num_updates + 1} after {samples_seen} samples. Nothing of this "
         "update was written. A lower learning rate, a longer warmup or clip_grad_norm "
@@ -35,9 +35,9 @@ def not_finite(loss: float, grad_norm: float, *, num_updates: int, samples_seen:
     )
 
 
-def overflow(scale: float, *, num_updates: int) -> RunFailed:
+def overflow(scale: float, *, num_updates: int) -> Diverged:
     """A gradient that overflows in fp16 whatever the loss scale."""
-    return RunFailed(
+    return Diverged(
         f"the fp16 gradient overflows at update {num_updates + 1} even at loss scale "
         f"{scale:g}: the loss itself is not finite. Use bf16 or fp32, or a "
         "lower learning rate."

@@ -67,6 +67,10 @@ class Replicated:
                 raise
             raise failures.state_does_not_fit(error) from error
 
+    def release(self) -> None:
+        """Forget the room held: an optimizer whose state was taken back needs it anew."""
+        self._reservation = None
+
     def drop(self) -> None:
         """Forget the gradients."""
         self._optimizer.optimizer.zero_grad(set_to_none=True)
