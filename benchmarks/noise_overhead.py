@@ -4,7 +4,9 @@ python benchmarks/noise_overhead.py [--repeats 40] [--micro-batches 4] [--json F
 
 Arms on the same network and the same samples, interleaved in one process with one thread, the
 order reversed in every other round. The figure is the ratio of the minima of the process times,
-each with the same optimizer, beside the median of the ratios within a round.
+each with the same optimizer, beside the median of the ratios within a round. The share is the
+time spent inside the measuring functions over the update's, with the clock's own reads in it: where
+other processes crowd the machine it is the steadier figure, as both parts slow down alike.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.models import adapt_stem
+from lbaccel.noise_scale import UnitNorms
 
 # network, pixels a side, channels, samples a micro-batch: the recipe's digits, and a larger image
 CASES = (("resnet10t", 8, 1, 64), ("mobilenetv2_100", 64, 3, 32))
@@ -48,6 +51,27 @@ class Images:
 def loss_fn(model, batch):
     images, labels = batch
     return F.cross_entropy(model(images), labels)
+
+
+TIMED = ("_listen", "add", "read", "_take_share")
+
+
+def timed(spent):
+    """Add the process time of each measuring function to `spent[0]`; undone by the caller."""
+    plain = {name: getattr(UnitNorms, name) for name in TIMED}
+
+    def wrapped(function):
+        def run(*args):
+            start = time.process_time()
+            out = function(*args)
+            spent[0] += time.process_time() - start
+            return out
+
+        return run
+
+    for name, function in plain.items():
+        setattr(UnitNorms, name, wrapped(function))
+    return plain
 
 
 def arm(kind, optimizer_name, name, data, *, channels, size, micro):
@@ -103,6 +127,16 @@ def main():
         for repeat in range(args.repeats):
             for one in ARMS if repeat % 2 else ARMS[::-1]:
                 seconds[one].append(runs[one]())
+        shares = {one: [] for one in ARMS if one[0] != "none"}
+        spent = [0.0]
+        plain = timed(spent)
+        for _ in range(args.repeats):
+            for one in shares:
+                spent[0] = 0.0
+                whole = runs[one]()
+                shares[one].append(spent[0] / whole)
+        for function, value in plain.items():
+            setattr(UnitNorms, function, value)
         results[f"{name} at {size} px"] = {" ".join(one): s for one, s in seconds.items()}
         print(f"{name} at {size} px, {args.micro_batches} micro-batches of {micro}")
         for kind, optimizer in ARMS:
@@ -112,6 +146,11 @@ def main():
                 f"  {kind:<14} {optimizer:<5} {min(own):7.4f} s  "
                 f"{min(own) / min(without):.4f} of without  "
                 f"(median ratio {statistics.median(ratios):.4f})"
+                + (
+                    f"  share {statistics.median(shares[kind, optimizer]):.4f}"
+                    if own is not without
+                    else ""
+                )
             )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

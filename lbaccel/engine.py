@@ -322,10 +322,10 @@ class LargeBatch:
 
     @contextmanager
     def rehearsing(self) -> Iterator[Transaction]:
-        """Inside, an update moves no scheduler, average or counter; see `rehearsal`."""
-        names = ("_scheduler", "_ema", "_adaptive", "num_updates", "samples_seen")
-        kept = {name: getattr(self, name) for name in names}
-        self._scheduler = self._ema = None
+        """Inside, an update moves weights and optimizer alone; see `rehearsal`."""
+        names = ("_scheduler", "_ema", "_adaptive", "_drops", "noise_scale")
+        kept = {name: getattr(self, name) for name in (*names, "num_updates", "samples_seen")}
+        self._scheduler = self._ema = self._drops = self.noise_scale = None
         self._adaptive = copy.deepcopy(self._adaptive)
         try:
             yield self._ready()

@@ -7,6 +7,7 @@ from typing import Any
 
 from lbaccel.batch_schedules import MILESTONES, Segment, batch_schedule
 from lbaccel.errors import InputError
+from lbaccel.scaling import scale_lr
 from lbaccel.schedules import Schedule
 from lbaccel.stream import UpdateStream
 
@@ -17,10 +18,9 @@ def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Se
     """The segments that the settings ask for; none without a batch schedule.
 
     Raises:
-        InputError: as `batch_schedule`, or a setting that only a batch schedule reads.
+        InputError: as `batch_schedule`.
     """
     rule = s["batch_schedule"]
-    _check(s)
     if rule is None:
         return ()
     largest = s["max_batch_size"]
@@ -62,9 +62,21 @@ def default_milestones(epochs: float) -> tuple[int, ...]:
     return tuple(1 + round((epoch - 1) / 200 * epochs) for epoch in MILESTONES)
 
 
-def _check(s: Mapping[str, Any]) -> None:
+def check_growth(s: Mapping[str, Any]) -> None:
+    """Stop at settings of a growing batch that do not go together.
+
+    Raises:
+        InputError: in the names of the flags.
+    """
     rule = s["batch_schedule"]
-    if rule is None:
+    if s["auto_batch"]:
+        _check_auto(s)
+    elif s["min_batch_size"] is not None or s["batch_decisions"] is not None:
+        raise InputError(
+            "--min-batch-size and --batch-decisions are read with --global-batch-size auto alone. "
+            "Leave them out."
+        )
+    elif rule is None:
         for name in ("factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"):
             if s[name] not in ((), None, "drop"):
                 shown = " ".join(f"{x:g}" for x in s[name]) if name == "factor" else s[name]
@@ -79,23 +91,71 @@ def _check(s: Mapping[str, Any]) -> None:
         )
 
 
+def _check_auto(s: Mapping[str, Any]) -> None:
+    low, high = s["min_batch_size"], s["max_batch_size"]
+    if low is None or high is None or not 0 < low <= high:
+        raise InputError(
+            f"--global-batch-size auto with --min-batch-size {low} and --max-batch-size {high}: it "
+            "grows from the one to the other, so both are needed. Use --min-batch-size 256 "
+            "--max-batch-size 8192, say."
+        )
+    if s["batch_schedule"] is not None:
+        raise InputError(
+            f"--batch-schedule {s['batch_schedule']} with --global-batch-size auto: two would say "
+            "how the batch grows. Leave one out."
+        )
+    if s["noise_scale"] == "none" and s["batch_decisions"] is None:
+        raise InputError(
+            "--noise-scale none with --global-batch-size auto: the batch follows what is measured. "
+            "Leave --noise-scale out."
+        )
+    if s["last_update"] == "drop":
+        raise InputError(
+            "--last-update drop with --global-batch-size auto: every size would leave out other "
+            "samples. Use keep or wrap."
+        )
+
+
 def sizes(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
     """`UpdateStream`'s growth: epochs counted from 0, each with its number of samples an update."""
     return tuple((segment.epoch - 1, segment.global_batch_size) for segment in segments[1:])
 
 
-def with_factors(
-    schedule: Schedule, segments: Sequence[Segment], *, samples_per_epoch: int
-) -> Schedule:
-    """The schedule times the factor of the segment that `samples_seen` lies in."""
-    if all(segment.lr_factor == 1.0 for segment in segments):
-        return schedule
+def largest(s: Mapping[str, Any], segments: Sequence[Segment]) -> int:
+    """The largest batch that a run may come to."""
+    if s["auto_batch"]:
+        return s["max_batch_size"]
+    return max([s["global_batch_size"], *(segment.global_batch_size for segment in segments)])
+
+
+def factor_of(segments: Sequence[Segment], *, samples_per_epoch: int) -> Schedule:
+    """The factor of the learning rate in the segment that `samples_seen` lies in."""
     starts = [((segment.epoch - 1) * samples_per_epoch, segment.lr_factor) for segment in segments]
+    return lambda samples_seen: [f for start, f in starts if start <= samples_seen][-1]
 
-    def scaled(samples_seen: float) -> float:
-        return schedule(samples_seen) * [f for start, f in starts if start <= samples_seen][-1]
 
-    return scaled
+def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedule:
+    """The factor of the learning rate where the batch grows as the run decides: the rule's.
+
+    Args:
+        loader: whose `stream` knows the sizes so far.
+        rule: of `scale_lr`, from the first size to the one that `samples_seen` lies in.
+        exponent: of the rule "power".
+    """
+
+    def factor(samples_seen: float) -> float:
+        stream = loader.stream
+        size = stream.size_in(int(samples_seen // stream.samples_per_epoch))
+        # k counts, whatever batch the rate is stated for
+        return scale_lr(
+            1.0,
+            base_batch_size=stream.global_batch_size,
+            global_batch_size=size,
+            rule={"legw": "sqrt"}.get(rule, "linear" if rule.startswith("per-") else rule),
+            exponent=exponent,
+        )
+
+    return factor
 
 
 def explain(segments: Sequence[Segment], *, stream: UpdateStream, epochs: float, lr: float) -> str:

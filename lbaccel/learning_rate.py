@@ -44,6 +44,9 @@ def check_scaling(s: Mapping[str, Any]) -> None:
         )
     if exponent is not None:
         check_number("--lr-exponent", exponent, zero=True)
+    if rule == "adascale":
+        _check_adascale(s)
+        return
     reference = reference_batch(rule, s["base_batch_size"])
     if s["base_batch_size"] not in (256, reference):  # 256 is the default
         raise InputError(
@@ -56,6 +59,25 @@ def check_scaling(s: Mapping[str, Any]) -> None:
         raise InputError(
             "--lr-scaling legw multiplies the warmup of the base batch by k, so it must be given: "
             "--warmup-epochs 0.5 (epochs at --base-batch-size), with --warmup gradual."
+        )
+
+
+def _check_adascale(s: Mapping[str, Any]) -> None:
+    growing = s["batch_schedule"] or ("auto" if s["auto_batch"] else None)
+    if growing is not None:
+        raise InputError(
+            f"--lr-scaling adascale with a batch that changes ({growing}): both say how the rate "
+            "goes with the batch. Leave one out."
+        )
+    if s["global_batch_size"] <= s["base_batch_size"]:
+        raise InputError(
+            f"--lr-scaling adascale with --global-batch-size {s['global_batch_size']}: its gain is "
+            f"over --base-batch-size {s['base_batch_size']}, which must be smaller."
+        )
+    if s["noise_scale"] == "none":
+        raise InputError(
+            "--lr-scaling adascale with --noise-scale none: the gain is measured. Leave "
+            "--noise-scale out."
         )
 
 
@@ -98,8 +120,20 @@ def peak_rate(s: Mapping[str, Any], *, global_batch_size: int) -> PeakRate:
         why = f"as asked; warmup of {asked:g} epochs at the base batch, {warmup_epochs:g} here"
         _check_legw(asked, warmup_epochs, epochs=s["epochs"], batch=batch)
     exponent = s["lr_exponent"]
+    if rule == "adascale":
+        k = global_batch_size / s["base_batch_size"]
+        lr, sentence = (
+            base_lr,
+            (
+                f"Learning rate ({base_lr:.6g} at {s['base_batch_size']}) times AdaScale's gain, "
+                f"between 1 and {k:.6g}, measured at each update"
+            ),
+        )
+    else:
+        lr = scale_lr(base_lr, **batch, rule=rule, exponent=exponent)
+        sentence = f"{explain_lr(base_lr, **batch, rule=rule, exponent=exponent)} ({why})"
     return PeakRate(
-        lr=scale_lr(base_lr, **batch, rule=rule, exponent=exponent),
+        lr=lr,
         base_lr=base_lr,
         base_batch_size=batch["base_batch_size"],
         rule=rule,
@@ -107,7 +141,7 @@ def peak_rate(s: Mapping[str, Any], *, global_batch_size: int) -> PeakRate:
         warmup_epochs=warmup_epochs,
         asked_warmup_epochs=asked,
         weight_decay=weight_decay,
-        sentence=f"{explain_lr(base_lr, **batch, rule=rule, exponent=exponent)} ({why})",
+        sentence=sentence,
     )
 
 

@@ -119,7 +119,21 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("auto_augment", str, None, "timm's policy, such as rand-m9-mstd0.5", shown="none"),
     ),
     "batch": (
-        Option("global_batch_size", whole, 512, "samples an update, over all ranks"),
+        Option(
+            "global_batch_size",
+            samples_or_auto,
+            512,
+            "samples an update, over all ranks; experimental: auto grows it with the critical "
+            "batch, from --min-batch-size to --max-batch-size",
+        ),
+        Option("min_batch_size", whole, None, "of auto: samples an update at the start", shown="-"),
+        Option(
+            "batch_decisions",
+            str,
+            None,
+            "of auto: a run folder whose decisions are taken again, in place of measuring",
+            shown="none",
+        ),
         Option(
             "micro_batch_size",
             samples_or_auto,
@@ -184,7 +198,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "max_batch_size",
             whole,
             None,
-            "largest batch of --batch-schedule",
+            "largest batch of --batch-schedule and of auto",
             shown="the training set",
         ),
         Option(
@@ -253,8 +267,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             str,
             "auto",
             "rule from the base to the global batch; auto: linear for SGD, else sqrt; legw: sqrt, "
-            "and --warmup-epochs x k; per-N: linear, --base-lr is per N samples",
-            ("auto", *RULES, *PER_SAMPLES),
+            "and --warmup-epochs x k; per-N: linear, --base-lr is per N samples; adascale: the "
+            "measured gain of each update",
+            ("auto", *RULES, *PER_SAMPLES, "adascale"),
         ),
         Option(
             "lr_exponent", float, None, "p of --lr-scaling power: base lr x k^p", shown="not read"

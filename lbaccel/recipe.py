@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch import BatchPlan, NormBatchSize
-from lbaccel.batch_schedules import Segment
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError
-from lbaccel.growth import with_factors
+from lbaccel.growth import check_growth
 from lbaccel.launch import local_world_size
 from lbaccel.learning_rate import check_scaling, peak_rate
-from lbaccel.loss_dropout import LossDropout
 from lbaccel.memory.budget import default_budget, memory_limit, parse_memory
 from lbaccel.models import (
     SMALL_IMAGE,
@@ -33,10 +30,9 @@ from lbaccel.models import (
     read_weights,
 )
 from lbaccel.momentum import correct_momentum
-from lbaccel.noise_scale import NoiseScale
 from lbaccel.optimizers import create_optimizer, has_fused_step, notes
 from lbaccel.param_groups import apply_lr_scale
-from lbaccel.schedules import Schedule, extend_schedule, make_schedule
+from lbaccel.schedules import Schedule, extend_schedule, make_schedule, product
 from lbaccel.stream import UpdateStream
 
 Say = Callable[[str], object]
@@ -45,6 +41,10 @@ Say = Callable[[str], object]
 def check_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, where their numbers can be used at all."""
     s = dict(settings)
+    s["auto_batch"] = s["global_batch_size"] == "auto"
+    check_growth(s)
+    if s["auto_batch"]:
+        s["global_batch_size"] = s["min_batch_size"]
     above_zero = (
         "epochs",
         "eval_every",
@@ -275,25 +275,26 @@ def build_optimizer(
     *,
     plan: BatchPlan,
     stream: UpdateStream,
-    segments: Sequence[Segment] = (),
+    factor: Schedule | None = None,
     fused: bool = False,
     say: Say,
 ) -> tuple[torch.optim.Optimizer, Schedule, dict[str, Any]]:
-    """The optimizer at the scaled learning rate, the schedule, and the values they were made of."""
+    """The optimizer at the scaled learning rate, the schedule, and the values they were made of.
+
+    `factor` is multiplied into the schedule: what a growing batch does to the rate.
+    """
     name = s["optimizer"].lower()
     rate = peak_rate(s, global_batch_size=plan.global_batch_size)
     say(rate.sentence)
-    schedule = with_factors(
-        build_schedule(
-            s,
-            base_lr=rate.base_lr,
-            peak_lr=rate.lr,
-            warmup_epochs=rate.warmup_epochs,
-            stream=stream,
-        ),
-        segments,
-        samples_per_epoch=stream.samples_per_epoch,
+    schedule = build_schedule(
+        s,
+        base_lr=rate.base_lr,
+        peak_lr=rate.lr,
+        warmup_epochs=rate.warmup_epochs,
+        stream=stream,
     )
+    if factor is not None:
+        schedule = product(schedule, factor)
     optimizer = create_optimizer(
         model,
         name,
@@ -324,62 +325,6 @@ def build_optimizer(
         "warmup_epochs": rate.asked_warmup_epochs,
     }
     return optimizer, schedule, values
-
-
-def loss_dropout(s: Mapping[str, Any], stream: UpdateStream) -> LossDropout | None:
-    """What drops updates, if asked for."""
-    epochs = s["loss_dropout"]
-    if not epochs:
-        return None
-    if len(epochs) != 2 or not all(epoch == int(epoch) for epoch in epochs):
-        shown = " ".join(f"{epoch:g}" for epoch in epochs)
-        raise InputError(
-            f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
-            "dropped, numbered from 1, such as --loss-dropout 3 119."
-        )
-    return LossDropout(stream, first_epoch=int(epochs[0]), last_epoch=int(epochs[1]))
-
-
-def build_noise_scale(
-    s: Mapping[str, Any],
-    plan: BatchPlan,
-    stream: UpdateStream,
-    accelerator: Any,
-    *,
-    searches: bool,
-    say: Say,
-) -> NoiseScale | None:
-    """What measures the critical batch size; None where `--noise-scale` says so, or auto can't.
-
-    Its averages halve over a tenth of the run.
-
-    Args:
-        s: settings.
-        plan: the batch.
-        stream: where updates lie.
-        accelerator: tells the sharding.
-        searches: the micro-batch will be found by trial, so that the plan's is not the last word.
-        say: is told why auto does not measure.
-    """
-    kind = s["noise_scale"]
-    if kind == "none":
-        return None
-    if kind == "auto":
-        plugin = accelerator.deepspeed_plugin
-        stage = plugin.zero_stage if plugin is not None else 0
-        if stage >= 3 or accelerator.distributed_type == DistributedType.FSDP:
-            return None
-        parts = [m for rank in range(plan.world_size) for m in plan.partition(rank)]
-        if not searches and sum(not m.is_filler for m in parts) < 2:
-            say("noise scale: not measured, as an update is one micro-batch (it takes two)")
-            return None
-    end = stream.samples_seen(stream.num_updates(s["epochs"]))
-    return NoiseScale(
-        half_life_samples=end / 10,
-        training_set_size=stream.num_samples,
-        samples_per_epoch=stream.samples_per_epoch,
-        preconditioned=kind == "preconditioned",
-    )
 
 
 def build_schedule(

@@ -34,6 +34,7 @@ from lbaccel.run_folder import (
     write_env,
     write_summary,
 )
+from lbaccel.schedulers import refresh
 from lbaccel.tracking import METRICS, keep_updates_until, start_trackers
 
 Say = Callable[[str], object]
@@ -100,11 +101,11 @@ class Session:
         if state.keys() != self.parts.keys():
             raise InputError(
                 f"{path} holds the state of {sorted(state)}, this run has {sorted(self.parts)}: "
-                "it was saved at another precision."
+                "it was saved at another precision, or with another lbaccel."
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        _set_learning_rates(self.parts["scheduler"])
+        refresh(self.parts["scheduler"])  # an extension may have changed its schedule
         update = self.parts["counters"].num_updates
         self.folder = run_of(path)
         say(f"resume: {path} (update {update})")
@@ -262,12 +263,3 @@ def _choose(target: Path, say: Say) -> Path:
             "Start a new run without --resume."
         )
     return path
-
-
-def _set_learning_rates(scheduler: Any) -> None:
-    """The rate of the next update by the schedule of now, which an extension may have changed."""
-    for group, base, schedule in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * schedule(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

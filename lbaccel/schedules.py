@@ -270,6 +270,15 @@ def make_schedule(
     return schedule
 
 
+def product(schedule: Schedule, factor: Schedule) -> Schedule:
+    """Both multiplied.
+
+    >>> product(lambda s: 0.5, lambda s: 2.0 if s else 1.0)(10)
+    1.0
+    """
+    return lambda samples_seen: schedule(samples_seen) * factor(samples_seen)
+
+
 def extend_schedule(
     schedule: Schedule, *, how: str, before: float, after: float, last: float, final: float = 0.0
 ) -> Schedule:

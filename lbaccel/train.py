@@ -51,149 +51,73 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 
 def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
-    import torch
-    from accelerate.utils import set_seed
-    from torch.nn import functional as F
-
-    from lbaccel import auto_plan, growth
+    from lbaccel import growth
     from lbaccel.accelerator import make_accelerator, zero_stage
     from lbaccel.advice import closing_advice
-    from lbaccel.batch import BatchPlan
-    from lbaccel.data.augment import GroupMix
-    from lbaccel.data.loader import UpdateLoader
-    from lbaccel.data.pipelines import evaluation_batches, training_set
-    from lbaccel.data.sources import ImageArray, open_source
+    from lbaccel.auto_batch import FILE
+    from lbaccel.building import build_task
+    from lbaccel.data.pipelines import evaluation_batches
+    from lbaccel.data.sources import ImageArray
     from lbaccel.engine import LargeBatch
     from lbaccel.evaluation import evaluate
-    from lbaccel.normalization import has_batch_norm
     from lbaccel.param_groups import reference_lr
     from lbaccel.progress import Progress, closing_table, peak_gib
-    from lbaccel.recipe import (
-        build_model,
+    from lbaccel.recipe import build_optimizer, check_numbers, limit_for, takes_fused_step
+    from lbaccel.recipe_growth import (
+        build_auto_batch,
         build_noise_scale,
-        build_optimizer,
-        check_numbers,
-        choose_micro_batch_size,
-        choose_norm_batch_size,
-        limit_for,
+        build_scheduler,
         loss_dropout,
-        takes_fused_step,
+        rate_factor,
     )
+    from lbaccel.run_folder import atomic_write_text
     from lbaccel.run_log import RunLog
     from lbaccel.run_session import Session, find_checkpoint, load_weights
-    from lbaccel.schedulers import lr_scheduler
+    from lbaccel.schedulers import AdaScaleLR, refresh
     from lbaccel.signals import graceful_signals
-    from lbaccel.stream import UpdateStream
 
     s = check_numbers(settings)
     accelerator, precision = make_accelerator(s["precision"])
-    dtype = torch.float64 if precision == "fp64" else torch.float32
     say = accelerator.print
     auto_resume = origins.get("resume") == "auto"
     if s["resume"] is None and auto_resume:
         say("resume: no run here was asked for with these settings; a new one starts")
     resume_from = find_checkpoint(accelerator, s["resume"], auto=auto_resume, say=say)
-    set_seed(s["seed"])
 
-    # -- data and model -----------------------------------------------------------------------
-    source = open_source(s["data"], val_fraction=s["val_fraction"], seed=s["seed"])
-    say(f"data: {source.description}")
-    num_classes = len(source.train.classes)
-    if s["num_classes"] is not None and s["num_classes"] < num_classes:
-        raise InputError(
-            f"--num-classes {s['num_classes']} is below the {num_classes} classes of "
-            f"{s['data']}. Leave it out, or give at least {num_classes}."
-        )
-    num_classes = s["num_classes"] or num_classes
-    model, preprocessing = build_model(
-        s, source, num_classes=num_classes, say=say, load_weights=resume_from is None
-    )
-    model = model.to(dtype)
-
-    # -- the batch ----------------------------------------------------------------------------
-    mixes = bool(s["mixup"] or s["cutmix"])
-    num_samples = len(source.train)
-    norm_batch_size = choose_norm_batch_size(
-        s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
-    )
-    segments = growth.segments_of(s, num_samples=num_samples, say=say)
-    sizes = growth.sizes(segments)
-    auto = s["micro_batch_size"] == "auto"
-    chosen = auto_plan.as_asked(s)
-    if auto_plan.wants_plan(s):
-        chosen = auto_plan.choose(
-            {**s, "global_batch_size": max([s["global_batch_size"], *(b for _, b in sizes)])},
-            model,
-            accelerator=accelerator,
-            norm_batch_size=norm_batch_size,
-            num_samples=num_samples,
-            image_shape=(source.num_channels, preprocessing["img_size"], preprocessing["img_size"]),
-            dtype=dtype,
-            precision=precision,
-            say=say,
-        )
-    model = auto_plan.apply(model, chosen, say=say)
-    searches = auto and chosen.micro_batch_size is None
-    plan = BatchPlan(
-        global_batch_size=s["global_batch_size"],
-        micro_batch_size=chosen.micro_batch_size
-        or choose_micro_batch_size(s, norm_batch_size=norm_batch_size),
-        world_size=accelerator.num_processes,
-        norm_batch_size=norm_batch_size,
-        mix_pairs=mixes,
-    )
-    say(
-        plan.explain(
-            num_samples=num_samples,
-            epochs=s["epochs"],
-            last_update=s["last_update"],
-            growth=sizes,
-        )
-    )
-    plan = plan.capped(num_samples)
-    if norm_batch_size == "frozen" and not (s["pretrained"] or s["checkpoint"]):
-        say(
-            "warning: BatchNorm is frozen in a network without pretrained weights, so it does not "
-            "normalise at all. Use --norm-batch-size 32, or --pretrained."
-        )
-    mix = None
-    if mixes:
-        mix = GroupMix(num_classes, s["mixup"], s["cutmix"], s["label_smoothing"], s["seed"])
-    loader = UpdateLoader(
-        training_set(
-            source.train,
-            preprocessing=preprocessing,
-            seed=s["seed"],
-            mirror=source.name != "digits",
-            auto_augment=s["auto_augment"],
-        ),
-        plan,
-        rank=accelerator.process_index,
-        seed=s["seed"],
-        last_update=s["last_update"],
-        growth=sizes,
-        num_workers=s["workers"],
-        transform=mix,
-    )
-    stream: UpdateStream = loader.stream
-    num_updates = stream.num_updates(s["epochs"])
-    stop_at = min(num_updates, s["max_updates"] or num_updates)
+    # -- data, model and batch ------------------------------------------------------------------
+    task = build_task(s, accelerator, precision, say=say, load_weights=resume_from is None)
+    source, model, plan, loader = task.source, task.model, task.plan, task.loader
+    chosen, preprocessing, loss_fn = task.chosen, task.preprocessing, task.loss_fn
 
     # -- learning rate, optimizer, schedule ---------------------------------------------------
     optimizer, schedule, lr_values = build_optimizer(
         s,
         model,
         plan=plan,
-        stream=stream,
-        segments=segments,
+        stream=loader.stream,
+        factor=rate_factor(s, task.segments, loader),
         fused=takes_fused_step(s, accelerator, precision),
         say=say,
     )
-    if segments:
-        say(growth.explain(segments, stream=stream, epochs=s["epochs"], lr=lr_values["lr"]))
-    scheduler = lr_scheduler(
-        optimizer, schedule, samples_per_update=lambda update: stream.span(update)[1]
-    )
+    if task.segments:
+        epochs, lr = s["epochs"], lr_values["lr"]
+        say(growth.explain(task.segments, stream=loader.stream, epochs=epochs, lr=lr))
+    searches = task.searches
+    noise_scale = build_noise_scale(s, loader, accelerator, searches=searches, say=say)
+    auto_batch = build_auto_batch(s, loader, noise_scale)
+    scheduler = build_scheduler(s, optimizer, schedule, loader=loader, noise_scale=noise_scale)
+    adascale = scheduler if isinstance(scheduler, AdaScaleLR) else None
+
+    def last_update() -> int:
+        """The number of updates, as far as it is known: a growing batch makes it smaller."""
+        num_updates = loader.stream.num_updates(s["epochs"])
+        if adascale is not None and adascale.finished:
+            return adascale.num_updates
+        if adascale is not None:  # at least one update of the base batch each
+            num_updates = -(-num_updates * plan.global_batch_size // s["base_batch_size"])
+        return min(num_updates, s["max_updates"] or num_updates)
+
+    num_updates = stop_at = last_update()
     model.to(accelerator.device)
     ema = None
     if s["ema_decay"] is not None:
@@ -202,8 +126,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         ema = ModelEmaV3(model, decay=s["ema_decay"])
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
-    drops = loss_dropout(s, stream)
-    noise_scale = build_noise_scale(s, plan, stream, accelerator, searches=searches, say=say)
+    drops = loss_dropout(s, loader.stream)
     large_batch = LargeBatch(
         accelerator,
         plan,
@@ -218,15 +141,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         model, optimizer, loader, scheduler, ema=ema
     )
 
-    def loss_fn(model: Any, micro_batch: Any) -> Any:
-        images, targets = micro_batch
-        images = images.to(dtype)
-        if chosen.memory_format == "channels_last":
-            images = images.to(memory_format=torch.channels_last)
-        if targets.is_floating_point():  # soft targets of mixup, smoothed already
-            return F.cross_entropy(model(images), targets.to(dtype))
-        return F.cross_entropy(model(images), targets, label_smoothing=s["label_smoothing"])
-
     def validate() -> dict[str, float]:
         metrics = {}
         with large_batch.whole_model() as whole:
@@ -240,17 +154,20 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                         world_size=accelerator.num_processes,
                         num_workers=0 if isinstance(source.val, ImageArray) else s["workers"],
                     )
-                    found = evaluate(network, batches, accelerator, dtype=dtype)
+                    found = evaluate(network, batches, accelerator, dtype=task.dtype)
                     metrics.update({f"val/{key}{suffix}": value for key, value in found.items()})
         return metrics
 
     def more() -> dict[str, float]:
         """Metrics of parts that not every run has."""
         found = {} if noise_scale is None else noise_scale.metrics()
+        found |= {} if adascale is None else adascale.metrics()
         return found if drops is None else {**found, "optim/num_dropped": drops.num_dropped}
 
     # -- the run on disk ------------------------------------------------------------------------
-    log = RunLog(stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at)
+    log = RunLog(
+        loader.stream, log_every=s["log_every"], eval_every=s["eval_every"], stop_at=stop_at
+    )
     parts = {
         "optimizer": large_batch.optimizer_state(),
         "scheduler": scheduler,
@@ -260,11 +177,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     }
     if drops is not None:
         parts["loss_dropout"] = drops
+    if auto_batch is not None:
+        parts["auto_batch"] = auto_batch
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     session = Session(accelerator, bare_model, large_batch.whole_model, parts, ema=ema)
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
+        num_updates = stop_at = log.stop_at = last_update()
         if done > num_updates:
             raise InputError(
                 f"--epochs {s['epochs']:g} are {num_updates} updates, and the run has done {done}. "
@@ -273,6 +193,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         if done >= stop_at and session.was_closed():
             say(f"nothing left to do: {done} of {stop_at} updates are done in {session.folder}")
             return session.folder
+    auto = s["micro_batch_size"] == "auto"
     with contextlib.ExitStack() as around:
         line = around.enter_context(limit_for(s, accelerator.device, auto=auto))
         if line:
@@ -296,7 +217,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 "norm_batch_size": plan.norm_batch_size,
                 "lr": lr_values.pop("lr"),
             }
-            resolved = {**s, **lr_values, "precision": precision, "num_classes": num_classes}
+            resolved = {**s, **lr_values, "precision": precision, "num_classes": task.num_classes}
+            if resolved.pop("auto_batch"):
+                resolved["global_batch_size"] = "auto"
             resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
             resolved["norm_batch_size"] = plan.norm_batch_size
             resolved["milestones"] = growth.milestones(s)
@@ -315,6 +238,13 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         status, reason, stop = "failed", "", None
         try:
             while large_batch.num_updates < stop_at and stop is None:
+                decision = None if auto_batch is None else auto_batch.before_epoch()
+                if decision is not None and auto_batch is not None:
+                    refresh(scheduler)
+                    stop_at = log.stop_at = progress.total = last_update()
+                    progress.note(str(decision))
+                    if session.folder is not None and accelerator.is_main_process:
+                        atomic_write_text(session.folder / FILE, auto_batch.text())
                 for update in loader:
                     lr = reference_lr(scheduler.optimizer)
                     before = time.perf_counter()
@@ -322,6 +252,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                         large_batch.request_stop("time limit")
                     result = large_batch.update(update, loss_fn)
                     stop = result.stop
+                    if adascale is not None and adascale.finished:
+                        stop_at = log.stop_at = last_update()
                     if not (result.applied or result.dropped):
                         progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
                         if stop is None:
@@ -387,7 +319,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     say(closing_table(summary))
     if noise_scale is not None:
-        say(closing_advice(noise_scale, plan.global_batch_size))
+        last = loader.stream.span(max(0, large_batch.num_updates - 1))[1]
+        say(closing_advice(noise_scale, last))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)

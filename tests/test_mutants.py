@@ -473,6 +473,36 @@ MUTANTS = {
         '"stage3_prefetch_bucket_size": "auto"',
         "tests/test_resolve.py",
     ),
+    "the noise scale forgets that an epoch draws without replacement": (
+        "noise_arithmetic.py",
+        "scale_s / num_samples * (1 - repeat * share)",
+        "scale_s / num_samples",
+        "tests/test_noise_arithmetic.py",
+    ),
+    "the noise scale's units all weigh their samples": (
+        "noise_scale.py",
+        "factor, update_sq = num_samples**3 / weight, grad_norm**2",
+        "factor, update_sq = num_samples**2, grad_norm**2",
+        "tests/test_noise_scale.py",
+    ),
+    "a loss scale enters the noise scale": (
+        "noise_scale.py",
+        "        if self._scale is not None:\n",
+        "        if False:\n",
+        "tests/test_noise_scale.py",
+    ),
+    "a filler is a unit of the noise scale": (
+        "noise_scale.py",
+        "(not isinstance(weight, Tensor) and weight == 0.0)",
+        "(weight := weight or 3.0) == 0.0",
+        "tests/test_noise_scale.py",
+    ),
+    "AdaScale takes the sum for the mean": (
+        "adascale.py",
+        "num_units * mean_sq) / (num_units - 1)",
+        "mean_sq / num_units) / (num_units - 1)",
+        "tests/test_adascale.py",
+    ),
     "the user's random state is moved": (
         "data/loader.py",
         "generator.set_state(state[0])",

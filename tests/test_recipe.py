@@ -542,4 +542,4 @@ def test_accelerate_launch_ends_with_the_run_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.rstrip().splitlines()
     assert Path(lines[-1]).parent == Path("runs") and (tmp_path / lines[-1]).is_dir()
-    assert lines[-2].startswith("peak memory")
+    assert lines[-4].startswith("peak memory") and lines[-2].startswith("critical batch")

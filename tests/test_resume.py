@@ -144,7 +144,8 @@ def test_another_plan_goes_on_in_the_same_samples_on_one_curve():
         found = rows(folder)
         assert len(found) == len(truth)
         for a, b in zip(found, truth, strict=True):
-            assert a.keys() == b.keys()
+            noise = {k for k in (*a, *b) if k.startswith("noise/")}  # not at one micro-batch
+            assert a.keys() - noise == b.keys() - noise
             for key in ("train/loss", "optim/grad_norm", "val/loss", "optim/lr"):
                 if key in b and a["update"] <= 6:  # one update after the resume
                     assert a[key] == pytest.approx(b[key], rel=1e-12), (key, a["update"])

@@ -136,6 +136,20 @@ class UpdateLoader:
             if self._batches is not None and self._drawn != self.next_update:
                 self._batches = None  # an update that was left half read: start the workers anew
 
+    def grow(self, global_batch_size: int) -> int:
+        """Another number of samples an update, from the epoch of the next update on.
+
+        Call it between epochs.
+
+        Returns:
+            The size taken: at most the data set.
+        """
+        size = self._checked_size(global_batch_size)
+        growth = (*self.stream.growth, (self.epoch, size))
+        self.stream = replace(self.stream, growth=growth)
+        self._batches = None  # the workers load ahead in the old size
+        return size
+
     def peek(self) -> Update:
         """The next update, which stays the next one."""
         return self._update(self.next_update)
@@ -149,13 +163,17 @@ class UpdateLoader:
 
         return Update(index, self.stream.span(index)[1], self._micro_batches(index), recut)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the loader stands."""
-        return {"next_update": self.next_update}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, and how its updates have grown and will."""
+        growth = [list(change) for change in self.stream.growth]
+        return {"next_update": self.next_update, "growth": growth}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another place."""
         self.next_update, self._batches = int(state["next_update"]), None
+        if "growth" in state:  # not in those of lbaccel before batch-size schedules
+            growth = tuple((int(epoch), int(size)) for epoch, size in state["growth"])
+            self.stream = replace(self.stream, growth=growth)
 
     def _keys(self, index: int) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
