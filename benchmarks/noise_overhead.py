@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import accelerate
@@ -53,14 +54,13 @@ def loss_fn(model, batch):
     return F.cross_entropy(model(images), labels)
 
 
-TIMED = ("_listen", "add", "read", "_take_share")
-
-
+@contextmanager
 def timed(spent):
-    """Add the process time of each measuring function to `spent[0]`; undone by the caller."""
-    plain = {name: getattr(UnitNorms, name) for name in TIMED}
+    """Inside, the process time of the measuring functions is added to `spent[0]`."""
+    names = ("add", "read", "_take_share", "_listener")
+    plain = {name: getattr(UnitNorms, name) for name in names}
 
-    def wrapped(function):
+    def clocked(function):
         def run(*args):
             start = time.process_time()
             out = function(*args)
@@ -69,9 +69,14 @@ def timed(spent):
 
         return run
 
-    for name, function in plain.items():
-        setattr(UnitNorms, name, wrapped(function))
-    return plain
+    for name in names[:-1]:
+        setattr(UnitNorms, name, clocked(plain[name]))
+    UnitNorms._listener = lambda self, number: clocked(plain["_listener"](self, number))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(UnitNorms, name, function)
 
 
 def arm(kind, optimizer_name, name, data, *, channels, size, micro):
@@ -129,28 +134,23 @@ def main():
                 seconds[one].append(runs[one]())
         shares = {one: [] for one in ARMS if one[0] != "none"}
         spent = [0.0]
-        plain = timed(spent)
-        for _ in range(args.repeats):
-            for one in shares:
-                spent[0] = 0.0
-                whole = runs[one]()
-                shares[one].append(spent[0] / whole)
-        for function, value in plain.items():
-            setattr(UnitNorms, function, value)
+        with timed(spent):
+            for _ in range(args.repeats):
+                for one in shares:
+                    spent[0] = 0.0
+                    whole = runs[one]()
+                    shares[one].append(spent[0] / whole)
         results[f"{name} at {size} px"] = {" ".join(one): s for one, s in seconds.items()}
         print(f"{name} at {size} px, {args.micro_batches} micro-batches of {micro}")
         for kind, optimizer in ARMS:
             own, without = seconds[kind, optimizer], seconds["none", optimizer]
             ratios = [a / b for a, b in zip(own, without, strict=True)]
+            share = shares.get((kind, optimizer))
             print(
                 f"  {kind:<14} {optimizer:<5} {min(own):7.4f} s  "
                 f"{min(own) / min(without):.4f} of without  "
                 f"(median ratio {statistics.median(ratios):.4f})"
-                + (
-                    f"  share {statistics.median(shares[kind, optimizer]):.4f}"
-                    if own is not without
-                    else ""
-                )
+                + (f"  share {statistics.median(share):.4f}" if share else "")
             )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

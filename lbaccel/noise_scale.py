@@ -13,9 +13,8 @@ McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1; `noise_arithmetic.estim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -191,8 +190,9 @@ class UnitNorms:
         self._groups: dict[int, dict[str, Any]] = {}
         if optimizer is not None:
             _check_adaptive(optimizer)
-        self._norms: dict[int, Tensor] = {}
-        self._preconditioned: dict[int, Tensor] = {}
+        self._norms: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._heard: list[int] = []
         self._sums: Tensor | None = None
         self._scale: Tensor | None = None
         self._share = (math.nan, math.nan)
@@ -209,10 +209,7 @@ class UnitNorms:
             groups = self._optimizer.param_groups
             self._groups = {id(p): group for group in groups for p in group["params"]}
         self._forget()
-        hooks = [
-            p.register_hook(partial(self._listen, number))
-            for number, p in enumerate(self._parameters)
-        ]
+        hooks = [p.register_hook(self._listener(n)) for n, p in enumerate(self._parameters)]
         try:
             yield
         finally:
@@ -221,27 +218,28 @@ class UnitNorms:
             self._forget()
 
     def _forget(self) -> None:
-        self._norms, self._preconditioned = {}, {}
+        for heard in (self._norms, self._squares, self._heard):
+            heard.clear()
 
-    def _listen(self, number: int, gradient: Tensor) -> None:
-        if number in self._norms:
-            raise InputError(
-                "the noise scale: a parameter was given its gradient in two parts in one backward "
-                "pass, as re-entrant checkpointing does for a parameter used twice; the norm of a "
-                "sum is not known from its parts. Use checkpoint(..., use_reentrant=False), or "
-                "noise_scale=None."
-            )
-        if (
-            torch.is_grad_enabled()
-        ):  # with create_graph; a no_grad here would double the hook's time
-            gradient = gradient.detach()
+    def _listener(self, number: int) -> Callable[[Tensor], None]:
+        """The hook of one parameter: little Python, as it runs with cold caches."""
+        norms, squares, heard = self._norms, self._squares, self._heard
         # The kernel that the update's norm is taken with: its rounding then cancels in the ratio.
-        self._norms[number] = torch.linalg.vector_norm(gradient)
-        if self._optimizer is not None:
-            self._preconditioned[number] = self._squared(self._parameters[number], gradient)
+        norm = torch.linalg.vector_norm
+
+        def listen(gradient: Tensor) -> None:
+            norms.append(norm(gradient))
+            heard.append(number)
+
+        def listen_to_both(gradient: Tensor) -> None:
+            listen(gradient)
+            squares.append(self._squared(self._parameters[number], gradient))
+
+        return listen if self._optimizer is None else listen_to_both
 
     def _squared(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """g^T P g of one parameter; nan before its first step."""
+        gradient = gradient.detach()
         assert self._optimizer is not None
         state = self._optimizer.state.get(parameter)
         if not state:
@@ -261,13 +259,21 @@ class UnitNorms:
 
     def add(self, weight: Tensor | float) -> None:
         """End a micro-batch of this weight; 0 (a filler's) counts nothing."""
-        norms, squares = self._norms, self._preconditioned
-        self._norms, self._preconditioned = {}, {}
+        norms, squares = list(self._norms), list(self._squares)
+        twice = len(self._heard) > len(set(self._heard))
+        self._forget()
+        if twice:
+            raise InputError(
+                "the noise scale: a parameter was given its gradient in two parts in one backward "
+                "pass, as re-entrant checkpointing does for a parameter used twice; the norm of a "
+                "sum is not known from its parts. Use checkpoint(..., use_reentrant=False), or "
+                "noise_scale=None."
+            )
         if not norms or (not isinstance(weight, Tensor) and weight == 0.0):
             return
         assert self._sums is not None
-        total = torch.stack(list(norms.values())).double().square().sum()
-        third = torch.stack(list(squares.values())).double().sum() if squares else 0.0 * total
+        total = torch.stack(norms).detach().double().square().sum()
+        third = torch.stack(squares).double().sum() if squares else 0.0 * total
         if isinstance(weight, Tensor):
             counts = (weight > 0).double()
             weight = torch.where(weight > 0, weight, 1.0)
