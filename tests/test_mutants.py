@@ -419,6 +419,30 @@ MUTANTS = {
         "",
         "tests/test_zero_config.py",
     ),
+    "rates of a batch schedule compound": (
+        "growth.py",
+        "[f for start, f in starts if start <= samples_seen][-1]",
+        "__import__('math').prod(f for start, f in starts if start <= samples_seen)",
+        "tests/test_growth.py",
+    ),
+    "the batch grows an epoch late": (
+        "growth.py",
+        "(segment.epoch - 1, segment.global_batch_size)",
+        "(segment.epoch, segment.global_batch_size)",
+        "tests/test_growth.py",
+    ),
+    "a dropped update moves no statistic": (
+        "transaction.py",
+        "        self._commit_statistics()\n        self.sharding.drop()",
+        "        self.sharding.drop()",
+        "tests/test_growth.py",
+    ),
+    "a resume in the middle of an epoch decides again": (
+        "auto_batch.py",
+        "if epoch == 0 or not first or done:",
+        "if epoch == 0 or done:",
+        "tests/test_auto_batch.py",
+    ),
     "recompute with the spoilt list": (
         "checkpointing.py",
         "return plain(module, *_fresh(args), **_fresh(kwargs))",
