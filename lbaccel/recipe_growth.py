@@ -26,12 +26,14 @@ from lbaccel.stream import UpdateStream
 Say = Callable[[str], object]
 
 
-def loss_dropout(s: Mapping[str, Any], stream: UpdateStream) -> LossDropout | None:
+def loss_dropout(
+    s: Mapping[str, Any], stream: UpdateStream | Callable[[], UpdateStream]
+) -> LossDropout | None:
     """What drops updates, if asked for."""
     epochs = s["loss_dropout"]
     if not epochs:
         return None
-    if len(epochs) != 2 or not all(epoch == int(epoch) for epoch in epochs):
+    if len(epochs) != 2 or not all(float(epoch).is_integer() and epoch > 0 for epoch in epochs):
         shown = " ".join(f"{epoch:g}" for epoch in epochs)
         raise InputError(
             f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "

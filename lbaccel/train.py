@@ -126,7 +126,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         ema = ModelEmaV3(model, decay=s["ema_decay"])
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
-    drops = loss_dropout(s, loader.stream)
+    drops = loss_dropout(s, lambda: loader.stream)
     large_batch = LargeBatch(
         accelerator,
         plan,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from runs_of_recipe import differences, rows, run
@@ -149,6 +151,22 @@ def test_a_resumed_run_decides_alike_and_a_replay_needs_no_noise(stop):
             for folder in (again, truth)
         ]
         assert plain[0] == plain[1]
+
+
+def test_loss_dropout_knows_the_epochs_of_a_batch_that_grew():
+    path = Path("decisions.jsonl")
+    sizes = ((2, 23, 64, 256), (3, 29, 256, 256), (4, 35, 256, 512))
+    write(path, *(decision(epoch=e, update=u, before=b, after=a) for e, u, b, a in sizes))
+    flags = [*AUTO.split(), "--epochs", "4", "--last-update", "keep", "--batch-decisions", path]
+    folder = run(*flags, "--loss-dropout", 3, 3)
+    lines = [line for line in rows(folder) if "train/loss" in line]
+    truth = 0
+    for before, line in pairwise(lines):
+        start = line["samples_seen"] - line["batch/global"]
+        lower = line["train/loss"] < before["train/loss"]
+        truth += lower and NUM_TRAIN * 2 < start < NUM_TRAIN * 3
+    assert [line["batch/global"] for line in lines][22:25] == [30, 256, 256]
+    assert lines[-1]["optim/num_dropped"] == truth > 0
 
 
 def write(path, *decisions):

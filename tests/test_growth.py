@@ -146,6 +146,65 @@ def _go_on(rank, folder, flags):
     return train.main([*BASE, *flags, "--resume", str(folder)])
 
 
+@pytest.mark.parametrize("last_update", ["keep", "wrap"])
+def test_a_run_made_longer_grows_as_the_longer_schedule_says(last_update):
+    flags = "--batch-schedule fast --first-epoch 2 --milestones 2 --global-batch-size 64"
+    flags = [*flags.split(), "--last-update", last_update, "--checkpoint-every", "100"]
+    truth = run(*flags, "--epochs", 5, output="whole")
+    grown = run(*flags, "--epochs", 3)  # its schedule ends at 256 samples
+    assert logged(grown, "batch/global")[-2] == 256
+    assert run("--resume", grown, *flags, "--epochs", 5) == grown
+    assert logged(grown, "batch/global")[-1] > 256
+    assert not differences(grown, truth)
+
+
+def loader_of(**given):
+    plan = BatchPlan(global_batch_size=4, micro_batch_size=4)
+    return UpdateLoader(list(range(16)), plan, last_update="keep", **given)
+
+
+def test_a_loader_that_was_grown_goes_on_as_its_state_says():
+    loader = loader_of()
+    list(loader)
+    loader.grow(8)
+    list(loader)
+    state = loader.state_dict()
+    loader.grow(16)  # of a future that is not to be
+    loader.load_state_dict(state)
+    assert loader.stream.growth == ((1, 8),) and loader.next_update == 6
+    again = loader_of()
+    again.load_state_dict(state)
+    assert again.stream.growth == ((1, 8),)
+
+
+def test_what_an_update_was_is_the_states_and_what_comes_is_the_loaders():
+    state = {"next_update": 5, "growth": [[1, 8], [3, 12]]}  # in the middle of epoch 1
+    for own, then in {
+        (): ((1, 8), (3, 12)),
+        ((1, 8), (2, 16)): ((1, 8), (2, 16)),
+        ((2, 16),): ((1, 8), (2, 16)),
+        ((1, 16),): ((1, 8),),  # epoch 1 has begun
+    }.items():
+        loader = loader_of(growth=own)
+        loader.load_state_dict(state)
+        assert loader.stream.growth == then
+    loader = loader_of(growth=((1, 16),))
+    loader.load_state_dict({"next_update": 4, "growth": []})  # epoch 1 has not
+    assert loader.stream.growth == ((1, 16),)
+
+
+def test_a_batch_grows_between_epochs_alone():
+    loader = loader_of()
+    with pytest.raises(InputError, match="before the first update"):
+        loader.grow(8)
+    next(iter(loader))
+    with pytest.raises(InputError, match="in the middle of one"):
+        loader.grow(8)
+    assert [update.num_samples for update in loader] == [4] * 3
+    assert loader.grow(64) == 16
+    assert [update.num_samples for update in loader] == [16]
+
+
 def test_a_size_above_the_training_set_is_the_whole_of_it():
     plan = BatchPlan(global_batch_size=4, micro_batch_size=4)
     loader = UpdateLoader(list(range(10)), plan, last_update="keep", growth=((1, 64),))
@@ -165,6 +224,9 @@ BAD = {
     "--batch-schedule bsi --milestones 30": "after the last one of a run of 20 epochs",
     "--loss-dropout 3": "the first and the last epoch",
     "--loss-dropout 5 3": "the last is before the first",
+    "--loss-dropout 3 inf": "the first and the last epoch",
+    "--loss-dropout nan 3": "the first and the last epoch",
+    "--loss-dropout 0 3": "numbered from 1",
 }
 
 
