@@ -14,6 +14,7 @@ from runs_of_recipe import BASE, differences, rows, run
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.cli import main
 from lbaccel.loss_dropout import LossDropout
 from lbaccel.recipe import check_numbers
 from lbaccel.settings import read_settings
@@ -236,6 +237,45 @@ def test_what_can_not_be_is_said_with_exit_code_2_and_nothing_is_written(flags, 
     assert train.main(given) == 2
     assert BAD[flags] in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rate_that_falls_at_one_batch_may_drop_the_remainder():
+    flags = "--batch-schedule lrd --factor 2 --milestones 2 --last-update drop"
+    folder = run(*flags.split(), "--base-lr", 0.08)
+    assert logged(folder, "batch/global") == [256] * 10  # 1438 is 5 x 256 and some
+    assert logged(folder, "optim/lr") == [0.08] * 5 + [0.04] * 5
+
+
+def test_the_end_of_a_run_and_advise_judge_its_batch_and_not_a_short_last_update(capsys):
+    flags = ["--last-update", "keep", "--micro-batch-size", 64]
+    folder = run(*BSI.split(), "--epochs", 3, *flags)
+    assert logged(folder, "batch/global")[-1] == 414
+    closing = [line for line in capsys.readouterr().out.splitlines() if "critical batch" in line]
+    assert main(["advise", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["global_batch_size"] == 512 and found["advice"][1] == closing[-1]
+    assert "512" in closing[-1] and "414" not in closing[-1]
+
+
+def test_a_batch_above_the_training_set_is_explained_with_its_own_last_update(capsys):
+    flags = "--batch-schedule lrd --factor 2 --milestones 2 --global-batch-size 5000"
+    run("--dry-run", *flags.split())
+    assert "2 in all (2 epochs, last update: keep)" in capsys.readouterr().out
+
+
+def test_a_warmup_that_starts_at_its_peak_is_said(capsys):
+    run("--dry-run", *BSI.split(), "--epochs", 3, "--warmup-epochs", 1)
+    assert "--warmup-start reference is the peak itself, 0.08" in capsys.readouterr().out
+    run("--dry-run", *BSI.split(), "--epochs", 3, "--warmup-epochs", 1, "--warmup-start", "zero")
+    assert "is the peak itself" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", ["per-256", "per-1024"])
+def test_a_rate_stated_per_samples_has_its_reference_under_a_batch_schedule_too(rule, capsys):
+    flags = BSI.replace("--base-lr 0.08", "--base-lr 0.16").split()
+    run("--dry-run", *flags, "--epochs", 3, "--lr-scaling", rule)
+    lr = 0.16 * 128 / int(rule.removeprefix("per-"))
+    assert f"from epoch 2: 256 samples an update, lr {lr:.6g}" in capsys.readouterr().out
 
 
 def read(flags):
