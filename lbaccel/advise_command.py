@@ -90,13 +90,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def batch_of(one: Run) -> int:
-    """The run's global batch: that of its last line, as a schedule may have changed it.
+    """The run's global batch: the largest of its lines.
+
+    A schedule makes it grow, and the last update of an epoch may be a short one.
 
     Raises:
         InputError: neither its lines nor its settings hold it.
     """
     logged = one.history.get("batch/global", ())
-    value = logged[-1].value if logged else one.config.get("global_batch_size")
+    sizes = [point.value for point in logged if point.value is not None]
+    value = max(sizes) if sizes else one.config.get("global_batch_size")
     if value is None:
         raise InputError(
             f"{one.name}: its global batch is not known: no batch/global in its lines."

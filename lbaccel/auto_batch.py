@@ -45,14 +45,18 @@ class Decision:
     critical_batch_size: float | None  # None: not measured, or unbounded
     low: float | None  # of its interval
     high: float | None  # None: unbounded, or not measured
+    replayed: bool = False  # decided by another run; so is the evidence
 
     def __str__(self) -> str:
         moved = "stays at" if self.after == self.before else f"{self.before} ->"
         if self.critical_batch_size is None:
-            why = "the critical batch is not known yet"
+            why = "as in --batch-decisions"
+            if not self.replayed:
+                why = "the critical batch is not known yet"
         else:
             high = "unbounded" if self.high is None else f"{self.high:.0f}"
             why = f"critical batch {self.critical_batch_size:.0f} ({self.low:.0f} to {high})"
+            why += ", as in --batch-decisions" if self.replayed else ""
         return f"epoch {self.epoch}: global batch {moved} {self.after}, {why}"
 
 
@@ -86,7 +90,7 @@ class AutoBatch:
     ) -> None:
         self.loader, self.largest, self.average = loader, largest, average
         self.decisions: list[Decision] = []
-        self._replay = None if replay is None else {d.epoch: d.after for d in replay}
+        self._replay = None if replay is None else {d.epoch: d for d in replay}
 
     def before_epoch(self) -> Decision | None:
         """Decide, if the next update is the first of an epoch and nothing was decided for it."""
@@ -105,7 +109,11 @@ class AutoBatch:
                 high = interval.high if interval.high < float("inf") else None
             after = next_size(before, low=low, largest=self.largest)
         else:
-            after = self._replay.get(epoch + 1, before)
+            then, after = self._replay.get(epoch + 1), before
+            if then is not None:
+                after, critical, low, high = (
+                    then.after, then.critical_batch_size, then.low, then.high,
+                )  # fmt: skip
         if after != before:
             after = self.loader.grow(after)
         decision = Decision(
@@ -116,6 +124,7 @@ class AutoBatch:
             critical_batch_size=critical,
             low=low,
             high=high,
+            replayed=self._replay is not None,
         )
         self.decisions.append(decision)
         return decision

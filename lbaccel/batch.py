@@ -223,7 +223,8 @@ class BatchPlan:
                 f"{num_samples} samples: every update sees the whole set once."
             )
             plan = self.capped(num_samples)
-            return f"{said}\n{plan.explain(num_samples=num_samples, epochs=epochs)}"
+            rest = plan.explain(num_samples=num_samples, epochs=epochs, last_update=last_update)
+            return f"{said}\n{rest}"
         stream = UpdateStream(self.global_batch_size, num_samples, last_update, growth)
         per_epoch = f"{num_samples / self.global_batch_size:.4g}"
         if last_update != "wrap":
@@ -266,7 +267,7 @@ class BatchPlan:
             found.append(
                 f"each epoch's last update has {short} samples, below a quarter of {b}: its "
                 "gradient is noisy at a learning rate made for the whole batch. "
-                "Use --last-update wrap or drop."
+                "Use --last-update wrap, or drop where the batch does not change."
             )
         return tuple(found)
 

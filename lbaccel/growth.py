@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lbaccel.batch_schedules import MILESTONES, Segment, batch_schedule
@@ -117,8 +118,20 @@ def _check_auto(s: Mapping[str, Any]) -> None:
 
 
 def sizes(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
-    """`UpdateStream`'s growth: epochs counted from 0, each with its number of samples an update."""
-    return tuple((segment.epoch - 1, segment.global_batch_size) for segment in segments[1:])
+    """`UpdateStream`'s growth: epochs counted from 0, each with its number of samples an update.
+
+    >>> lrd = [
+    ...     Segment(epoch=epoch, global_batch_size=8, lr_factor=factor)
+    ...     for epoch, factor in ((1, 1.0), (3, 0.5))
+    ... ]
+    >>> sizes(lrd), sizes([*lrd, Segment(epoch=5, global_batch_size=16, lr_factor=0.5)])
+    ((), ((4, 16),))
+    """
+    return tuple(
+        (segment.epoch - 1, segment.global_batch_size)
+        for before, segment in pairwise(segments)
+        if segment.global_batch_size != before.global_batch_size
+    )
 
 
 def largest(s: Mapping[str, Any], segments: Sequence[Segment]) -> int:

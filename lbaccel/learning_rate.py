@@ -69,15 +69,19 @@ def _check_adascale(s: Mapping[str, Any]) -> None:
             f"--lr-scaling adascale with a batch that changes ({growing}): both say how the rate "
             "goes with the batch. Leave one out."
         )
-    if s["global_batch_size"] <= s["base_batch_size"]:
-        raise InputError(
-            f"--lr-scaling adascale with --global-batch-size {s['global_batch_size']}: its gain is "
-            f"over --base-batch-size {s['base_batch_size']}, which must be smaller."
-        )
+    _check_gain(s["global_batch_size"], s["base_batch_size"])
     if s["noise_scale"] == "none":
         raise InputError(
             "--lr-scaling adascale with --noise-scale none: the gain is measured. Leave "
             "--noise-scale out."
+        )
+
+
+def _check_gain(global_batch_size: int, base_batch_size: int) -> None:
+    if global_batch_size <= base_batch_size:
+        raise InputError(
+            f"--lr-scaling adascale with --global-batch-size {global_batch_size}: its gain is "
+            f"over --base-batch-size {base_batch_size}, which must be smaller."
         )
 
 
@@ -121,12 +125,14 @@ def peak_rate(s: Mapping[str, Any], *, global_batch_size: int) -> PeakRate:
         _check_legw(asked, warmup_epochs, epochs=s["epochs"], batch=batch)
     exponent = s["lr_exponent"]
     if rule == "adascale":
+        _check_gain(global_batch_size, s["base_batch_size"])  # of a small training set
         k = global_batch_size / s["base_batch_size"]
         lr, sentence = (
             base_lr,
             (
                 f"Learning rate ({base_lr:.6g} at {s['base_batch_size']}) times AdaScale's gain, "
-                f"between 1 and {k:.6g}, measured at each update"
+                f"between 1 and {k:.6g}, measured at each update; the run takes up to {k:.6g} "
+                "times as many updates as said above"
             ),
         )
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lbaccel.errors import InputError, check_whole
@@ -17,7 +18,8 @@ class LossDropout:
     were computed: what is saved is the change of the weights, not time.
 
     Args:
-        stream: where updates lie; an update belongs to the epoch of its first sample.
+        stream: where updates lie; an update belongs to the epoch of its first sample. A function
+            that gives it, where the batch grows as the run decides.
         first_epoch: the first epoch that may drop, numbered from 1.
         last_epoch: the last one.
 
@@ -31,7 +33,13 @@ class LossDropout:
     [False, True, False, False]
     """
 
-    def __init__(self, stream: UpdateStream, *, first_epoch: int, last_epoch: int) -> None:
+    def __init__(
+        self,
+        stream: UpdateStream | Callable[[], UpdateStream],
+        *,
+        first_epoch: int,
+        last_epoch: int,
+    ) -> None:
         check_whole("first_epoch", first_epoch)
         check_whole("last_epoch", last_epoch)
         if last_epoch < first_epoch:
@@ -39,14 +47,20 @@ class LossDropout:
                 f"loss dropout from epoch {first_epoch} to {last_epoch}: the last is before the "
                 f"first. Use last_epoch >= {first_epoch}."
             )
-        self.stream = stream
+        self._stream = stream
         self.first_epoch, self.last_epoch = first_epoch, last_epoch
         self.num_dropped = 0
         self._epoch, self._loss = 0, 0.0
 
+    @property
+    def stream(self) -> UpdateStream:
+        """Where updates lie, as it stands."""
+        return self._stream() if callable(self._stream) else self._stream
+
     def __call__(self, loss: float, update: int) -> bool:
         """Whether update number `update` (from 0), with its mean loss, is dropped."""
-        epoch = self.stream.span(update)[0] // self.stream.num_samples + 1
+        stream = self.stream
+        epoch = stream.span(update)[0] // stream.num_samples + 1
         drops = (
             self.first_epoch <= epoch <= self.last_epoch
             and epoch == self._epoch

@@ -245,7 +245,7 @@ class UnitNorms:
         if not state:
             return gradient.new_full((), math.nan)
         moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-        if moment is None:
+        if moment is None or moment.shape != parameter.shape:  # NovoGrad's: one a tensor
             raise _not_adaptive(self._optimizer)
         group = self._groups[id(parameter)]
         num_steps = state.get("step", group.get("step"))

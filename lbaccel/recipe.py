@@ -286,6 +286,12 @@ def build_optimizer(
     name = s["optimizer"].lower()
     rate = peak_rate(s, global_batch_size=plan.global_batch_size)
     say(rate.sentence)
+    flat = s["warmup_start"] == "reference" and rate.lr == rate.base_lr
+    if flat and rate.warmup_epochs and s["warmup"] != "none" and rate.rule != "adascale":
+        say(
+            f"warmup: none to see in its {rate.warmup_epochs:g} epochs, as --warmup-start "
+            f"reference is the peak itself, {rate.lr:.6g}. --warmup-start zero starts from 0."
+        )
     schedule = build_schedule(
         s,
         base_lr=rate.base_lr,

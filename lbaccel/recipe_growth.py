@@ -26,12 +26,14 @@ from lbaccel.stream import UpdateStream
 Say = Callable[[str], object]
 
 
-def loss_dropout(s: Mapping[str, Any], stream: UpdateStream) -> LossDropout | None:
+def loss_dropout(
+    s: Mapping[str, Any], stream: UpdateStream | Callable[[], UpdateStream]
+) -> LossDropout | None:
     """What drops updates, if asked for."""
     epochs = s["loss_dropout"]
     if not epochs:
         return None
-    if len(epochs) != 2 or not all(epoch == int(epoch) for epoch in epochs):
+    if len(epochs) != 2 or not all(float(epoch).is_integer() and epoch > 0 for epoch in epochs):
         shown = " ".join(f"{epoch:g}" for epoch in epochs)
         raise InputError(
             f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
@@ -72,9 +74,7 @@ def build_noise_scale(
     kind, stream, plan = s["noise_scale"], loader.stream, loader.plan
     if kind == "none":
         return None
-    needed = "--lr-scaling adascale" if s["lr_scaling"] == "adascale" else None
-    if s["auto_batch"] and s["batch_decisions"] is None:
-        needed = "--global-batch-size auto"
+    needed = _what_follows_the_noise(s)
     if kind == "auto":
         plugin = accelerator.deepspeed_plugin
         stage = plugin.zero_stage if plugin is not None else 0
@@ -85,15 +85,14 @@ def build_noise_scale(
                 f"{needed} under ZeRO-3 and FSDP2: no rank sees a micro-batch's gradient whole, so "
                 "the noise can't be measured. Use ZeRO-2 or DDP."
             )
-        if not searches and _num_units(plan) < 2:
-            if needed is None:
-                say("noise scale: not measured, as an update is one micro-batch (it takes two)")
-                return None
-            raise InputError(
-                f"{needed} measures the spread of an update's micro-batches, and "
-                f"{plan.global_batch_size} samples are one of {plan.micro_batch_size}. Use "
-                f"--micro-batch-size <= {max(1, plan.global_batch_size // 2)}."
-            )
+        if needed is None and not searches and _num_units(plan) < 2:
+            say("noise scale: not measured, as an update is one micro-batch (it takes two)")
+            return None
+    if not searches:
+        check_measurable(s, plan)
+    # Here, as it maps more memory than a tight limit on it may leave in the middle of the run.
+    import scipy.special  # noqa: F401
+
     end = stream.samples_seen(stream.num_updates(s["epochs"]))
     return NoiseScale(
         half_life_samples=end / 10,
@@ -101,6 +100,28 @@ def build_noise_scale(
         samples_per_epoch=stream.samples_per_epoch,
         preconditioned=kind == "preconditioned",
     )
+
+
+def _what_follows_the_noise(s: Mapping[str, Any]) -> str | None:
+    """The setting that can't be without the noise scale."""
+    if s["auto_batch"] and s["batch_decisions"] is None:
+        return "--global-batch-size auto"
+    return "--lr-scaling adascale" if s["lr_scaling"] == "adascale" else None
+
+
+def check_measurable(s: Mapping[str, Any], plan: BatchPlan) -> None:
+    """Stop where rate or batch follow the noise, and an update has no spread to measure.
+
+    Raises:
+        InputError: an update is one micro-batch.
+    """
+    needed = _what_follows_the_noise(s)
+    if needed is not None and _num_units(plan) < 2:
+        raise InputError(
+            f"{needed} measures the spread of an update's micro-batches, and "
+            f"{plan.global_batch_size} samples are one of {plan.micro_batch_size}. Use "
+            f"--micro-batch-size <= {max(1, plan.global_batch_size // 2)}."
+        )
 
 
 def _num_units(plan: BatchPlan) -> int:
@@ -116,7 +137,14 @@ def build_auto_batch(
         return None
     replay = None
     if s["batch_decisions"] is not None:
-        replay = read_decisions(Path(s["batch_decisions"]), first=s["global_batch_size"])
+        replay = read_decisions(Path(s["batch_decisions"]), first=loader.stream.global_batch_size)
+        largest = max([decision.after for decision in replay], default=0)
+        if largest > s["max_batch_size"]:
+            raise InputError(
+                f"--batch-decisions {s['batch_decisions']} grow to {largest} samples, above "
+                f"--max-batch-size {s['max_batch_size']}. Use --max-batch-size {largest}, or "
+                "another file."
+            )
     return AutoBatch(
         loader,
         largest=min(s["max_batch_size"], loader.stream.num_samples),

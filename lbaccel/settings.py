@@ -23,6 +23,7 @@ from lbaccel.options import (
     whole,
     words,
 )
+from lbaccel.scaling import PER_SAMPLES
 
 EPILOG = """examples:
   lbaccel train
@@ -121,7 +122,9 @@ def _under_a_batch_schedule(
     if origins["base_lr"] != "default":
         others["base_batch_size"] = values["global_batch_size"]
         rule = values["lr_scaling"]
-        if rule not in ("auto", "none") and origins["base_batch_size"] == "default":
+        if rule in PER_SAMPLES:  # it names its own
+            del others["base_batch_size"]
+        elif rule not in ("auto", "none") and origins["base_batch_size"] == "default":
             raise InputError(
                 f"--lr-scaling {rule} with --batch-schedule has no reference batch: say at how "
                 f"many samples --base-lr {values['base_lr']:g} was tuned, --base-batch-size 256, "

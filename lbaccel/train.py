@@ -67,6 +67,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         build_auto_batch,
         build_noise_scale,
         build_scheduler,
+        check_measurable,
         loss_dropout,
         rate_factor,
     )
@@ -126,7 +127,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         ema = ModelEmaV3(model, decay=s["ema_decay"])
     if resume_from is not None:
         load_weights(resume_from, model, ema=ema)
-    drops = loss_dropout(s, loader.stream)
+    drops = loss_dropout(s, lambda: loader.stream)
     large_batch = LargeBatch(
         accelerator,
         plan,
@@ -195,12 +196,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
             return session.folder
     auto = s["micro_batch_size"] == "auto"
     with contextlib.ExitStack() as around:
-        line = around.enter_context(limit_for(s, accelerator.device, auto=auto))
+        limited = around.enter_context(contextlib.ExitStack())
+        line = limited.enter_context(limit_for(s, accelerator.device, auto=auto))
         if line:
             say(line)
         if searches:
             found = large_batch.find_micro_batch_size(loader, loss_fn)
             say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
+            check_measurable(s, large_batch.plan)
         if s["dry_run"]:
             stop_at = log.stop_at = min(2, stop_at)
         else:
@@ -241,7 +244,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 decision = None if auto_batch is None else auto_batch.before_epoch()
                 if decision is not None and auto_batch is not None:
                     refresh(scheduler)
-                    stop_at = log.stop_at = progress.total = last_update()
+                    if not s["dry_run"]:
+                        stop_at = log.stop_at = progress.total = last_update()
                     progress.note(str(decision))
                     if session.folder is not None and accelerator.is_main_process:
                         atomic_write_text(session.folder / FILE, auto_batch.text())
@@ -253,7 +257,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                     result = large_batch.update(update, loss_fn)
                     stop = result.stop
                     if adascale is not None and adascale.finished:
-                        stop_at = log.stop_at = last_update()
+                        stop_at = log.stop_at = progress.total = last_update()
                     if not (result.applied or result.dropped):
                         progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
                         if stop is None:
@@ -307,6 +311,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 "model": s["model"],
                 **log.summary(large_batch),
             }
+            limited.close()  # plots are none of the training's memory
             # a full disk must not hide why the run failed
             with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
                 session.close(summary, failed=status != "done")
@@ -319,8 +324,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     say(closing_table(summary))
     if noise_scale is not None:
-        last = loader.stream.span(max(0, large_batch.num_updates - 1))[1]
-        say(closing_advice(noise_scale, last))
+        start, _ = loader.stream.span(max(0, large_batch.num_updates - 1))
+        batch = loader.stream.size_in(start // loader.stream.num_samples)  # not of a short last one
+        say(closing_advice(noise_scale, batch))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from runs_of_recipe import differences, rows, run
@@ -151,6 +153,50 @@ def test_a_resumed_run_decides_alike_and_a_replay_needs_no_noise(stop):
         assert plain[0] == plain[1]
 
 
+def test_a_dry_run_is_two_updates_whatever_is_decided(capsys):
+    flags = "--global-batch-size auto --min-batch-size 1438 --max-batch-size 1438 --epochs 4"
+    run("--dry-run", *flags.split(), "--micro-batch-size", 256)
+    assert "dry run: 2 updates done" in capsys.readouterr().out
+
+
+def test_a_replay_says_whose_evidence_it_follows(capsys):
+    loader = loader_of()
+    auto = AutoBatch(loader, largest=64, average=None, replay=[decision(update=8)])
+    one_epoch(loader)
+    first = auto.before_epoch()
+    assert str(first).endswith(
+        "8 -> 16, critical batch 40 (20 to unbounded), as in --batch-decisions"
+    )
+    assert (first.low, first.high, first.critical_batch_size) == (20.0, None, 40.0)
+    one_epoch(loader)
+    assert str(auto.before_epoch()).endswith("stays at 16, as in --batch-decisions")
+
+
+def test_a_replay_keeps_to_the_largest_batch_and_knows_a_small_training_set(capsys):
+    write(Path("d"), decision(update=23, before=64, after=1024))
+    assert train.main([*AUTO.split(), "--batch-decisions", "d", "--model", "lbaccel_tiny"]) == 2
+    assert "grow to 1024 samples, above --max-batch-size 512" in capsys.readouterr().err
+    flags = "--global-batch-size auto --min-batch-size 5000 --max-batch-size 5000"
+    write(Path("whole"), decision(update=1, before=1438, after=1438))
+    run("--dry-run", *flags.split(), "--batch-decisions", "whole", "--micro-batch-size", 256)
+
+
+def test_loss_dropout_knows_the_epochs_of_a_batch_that_grew():
+    path = Path("decisions.jsonl")
+    sizes = ((2, 23, 64, 256), (3, 29, 256, 256), (4, 35, 256, 512))
+    write(path, *(decision(epoch=e, update=u, before=b, after=a) for e, u, b, a in sizes))
+    flags = [*AUTO.split(), "--epochs", "4", "--last-update", "keep", "--batch-decisions", path]
+    folder = run(*flags, "--loss-dropout", 3, 3)
+    lines = [line for line in rows(folder) if "train/loss" in line]
+    truth = 0
+    for before, line in pairwise(lines):
+        start = line["samples_seen"] - line["batch/global"]
+        lower = line["train/loss"] < before["train/loss"]
+        truth += lower and NUM_TRAIN * 2 < start < NUM_TRAIN * 3
+    assert [line["batch/global"] for line in lines][22:25] == [30, 256, 256]
+    assert lines[-1]["optim/num_dropped"] == truth > 0
+
+
 def write(path, *decisions):
     path.write_text("".join(json.dumps(asdict(d)) + "\n" for d in decisions))
     return path
@@ -197,6 +243,9 @@ BAD = {
     "--lr-scaling adascale --base-batch-size 512": "must be smaller",
     "--lr-scaling adascale --noise-scale none": "the gain is measured",
     "--lr-scaling adascale --micro-batch-size 512": "Use --micro-batch-size <= 256",
+    "--lr-scaling adascale --micro-batch-size 512 --noise-scale plain": "--micro-batch-size <= 256",
+    f"{AUTO} --micro-batch-size 64 --noise-scale plain": "Use --micro-batch-size <= 32",
+    "--lr-scaling adascale --base-batch-size 2000 --global-batch-size 4000": "must be smaller",
 }
 
 

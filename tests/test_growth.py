@@ -14,6 +14,7 @@ from runs_of_recipe import BASE, differences, rows, run
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.cli import main
 from lbaccel.loss_dropout import LossDropout
 from lbaccel.recipe import check_numbers
 from lbaccel.settings import read_settings
@@ -146,6 +147,65 @@ def _go_on(rank, folder, flags):
     return train.main([*BASE, *flags, "--resume", str(folder)])
 
 
+@pytest.mark.parametrize("last_update", ["keep", "wrap"])
+def test_a_run_made_longer_grows_as_the_longer_schedule_says(last_update):
+    flags = "--batch-schedule fast --first-epoch 2 --milestones 2 --global-batch-size 64"
+    flags = [*flags.split(), "--last-update", last_update, "--checkpoint-every", "100"]
+    truth = run(*flags, "--epochs", 5, output="whole")
+    grown = run(*flags, "--epochs", 3)  # its schedule ends at 256 samples
+    assert logged(grown, "batch/global")[-2] == 256
+    assert run("--resume", grown, *flags, "--epochs", 5) == grown
+    assert logged(grown, "batch/global")[-1] > 256
+    assert not differences(grown, truth)
+
+
+def loader_of(**given):
+    plan = BatchPlan(global_batch_size=4, micro_batch_size=4)
+    return UpdateLoader(list(range(16)), plan, last_update="keep", **given)
+
+
+def test_a_loader_that_was_grown_goes_on_as_its_state_says():
+    loader = loader_of()
+    list(loader)
+    loader.grow(8)
+    list(loader)
+    state = loader.state_dict()
+    loader.grow(16)  # of a future that is not to be
+    loader.load_state_dict(state)
+    assert loader.stream.growth == ((1, 8),) and loader.next_update == 6
+    again = loader_of()
+    again.load_state_dict(state)
+    assert again.stream.growth == ((1, 8),)
+
+
+def test_what_an_update_was_is_the_states_and_what_comes_is_the_loaders():
+    state = {"next_update": 5, "growth": [[1, 8], [3, 12]]}  # in the middle of epoch 1
+    for own, then in {
+        (): ((1, 8), (3, 12)),
+        ((1, 8), (2, 16)): ((1, 8), (2, 16)),
+        ((2, 16),): ((1, 8), (2, 16)),
+        ((1, 16),): ((1, 8),),  # epoch 1 has begun
+    }.items():
+        loader = loader_of(growth=own)
+        loader.load_state_dict(state)
+        assert loader.stream.growth == then
+    loader = loader_of(growth=((1, 16),))
+    loader.load_state_dict({"next_update": 4, "growth": []})  # epoch 1 has not
+    assert loader.stream.growth == ((1, 16),)
+
+
+def test_a_batch_grows_between_epochs_alone():
+    loader = loader_of()
+    with pytest.raises(InputError, match="before the first update"):
+        loader.grow(8)
+    next(iter(loader))
+    with pytest.raises(InputError, match="in the middle of one"):
+        loader.grow(8)
+    assert [update.num_samples for update in loader] == [4] * 3
+    assert loader.grow(64) == 16
+    assert [update.num_samples for update in loader] == [16]
+
+
 def test_a_size_above_the_training_set_is_the_whole_of_it():
     plan = BatchPlan(global_batch_size=4, micro_batch_size=4)
     loader = UpdateLoader(list(range(10)), plan, last_update="keep", growth=((1, 64),))
@@ -165,6 +225,9 @@ BAD = {
     "--batch-schedule bsi --milestones 30": "after the last one of a run of 20 epochs",
     "--loss-dropout 3": "the first and the last epoch",
     "--loss-dropout 5 3": "the last is before the first",
+    "--loss-dropout 3 inf": "the first and the last epoch",
+    "--loss-dropout nan 3": "the first and the last epoch",
+    "--loss-dropout 0 3": "numbered from 1",
 }
 
 
@@ -174,6 +237,45 @@ def test_what_can_not_be_is_said_with_exit_code_2_and_nothing_is_written(flags, 
     assert train.main(given) == 2
     assert BAD[flags] in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rate_that_falls_at_one_batch_may_drop_the_remainder():
+    flags = "--batch-schedule lrd --factor 2 --milestones 2 --last-update drop"
+    folder = run(*flags.split(), "--base-lr", 0.08)
+    assert logged(folder, "batch/global") == [256] * 10  # 1438 is 5 x 256 and some
+    assert logged(folder, "optim/lr") == [0.08] * 5 + [0.04] * 5
+
+
+def test_the_end_of_a_run_and_advise_judge_its_batch_and_not_a_short_last_update(capsys):
+    flags = ["--last-update", "keep", "--micro-batch-size", 64]
+    folder = run(*BSI.split(), "--epochs", 3, *flags)
+    assert logged(folder, "batch/global")[-1] == 414
+    closing = [line for line in capsys.readouterr().out.splitlines() if "critical batch" in line]
+    assert main(["advise", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["global_batch_size"] == 512 and found["advice"][1] == closing[-1]
+    assert "512" in closing[-1] and "414" not in closing[-1]
+
+
+def test_a_batch_above_the_training_set_is_explained_with_its_own_last_update(capsys):
+    flags = "--batch-schedule lrd --factor 2 --milestones 2 --global-batch-size 5000"
+    run("--dry-run", *flags.split())
+    assert "2 in all (2 epochs, last update: keep)" in capsys.readouterr().out
+
+
+def test_a_warmup_that_starts_at_its_peak_is_said(capsys):
+    run("--dry-run", *BSI.split(), "--epochs", 3, "--warmup-epochs", 1)
+    assert "--warmup-start reference is the peak itself, 0.08" in capsys.readouterr().out
+    run("--dry-run", *BSI.split(), "--epochs", 3, "--warmup-epochs", 1, "--warmup-start", "zero")
+    assert "is the peak itself" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", ["per-256", "per-1024"])
+def test_a_rate_stated_per_samples_has_its_reference_under_a_batch_schedule_too(rule, capsys):
+    flags = BSI.replace("--base-lr 0.08", "--base-lr 0.16").split()
+    run("--dry-run", *flags, "--epochs", 3, "--lr-scaling", rule)
+    lr = 0.16 * 128 / int(rule.removeprefix("per-"))
+    assert f"from epoch 2: 256 samples an update, lr {lr:.6g}" in capsys.readouterr().out
 
 
 def read(flags):

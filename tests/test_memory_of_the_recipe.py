@@ -42,6 +42,23 @@ def test_auto_plans_for_the_budget_and_changes_no_result():
             assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_what_measures_and_draws_takes_none_of_the_trainings_memory():
+    # scipy and matplotlib map tens of MiB when they are imported, far more than this run needs
+    growing = "--img-size 8 --batch-schedule bsi --factor 4 --milestones 2 3 --precision fp64"
+    growing += " --global-batch-size 128 --epochs 3 --max-updates 100 --micro-batch-size"
+    tight, small = run_fresh(
+        "limited",
+        "recipes",
+        [[*growing.split(), "1024", "--memory", "3MiB"], [*growing.split(), "64"]],
+    )
+    assert small[0] == tight[0] == 0
+    updates = [line for line in tight[2] if "batch/global" in line]
+    assert [line["batch/global"] for line in updates][-4:] == [512, 512, 414, 1438]
+    for a, b in zip(small[2], tight[2], strict=True):
+        for key in {"train/loss", "val/loss", "samples_seen", "optim/lr"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -87,3 +87,9 @@ def test_the_preconditioned_form_is_logged_beside_the_plain_one_and_needs_adam(t
     assert "preconditioned by Adam's moments:" in capsys.readouterr().out
     assert run(*flags, code=2, output=tmp_path / "sgd") is None
     assert "needs second moments" in capsys.readouterr().err
+
+
+def test_second_moments_that_are_one_a_tensor_are_refused(tmp_path, capsys):
+    flags = ["--optimizer", "novograd", "--noise-scale", "preconditioned"]
+    run(*flags, output=tmp_path, code=2)
+    assert "needs second moments" in capsys.readouterr().err

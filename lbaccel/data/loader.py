@@ -105,6 +105,7 @@ class UpdateLoader:
             last_update,
             tuple((epoch, self._checked_size(size)) for epoch, size in growth),
         )
+        self._asked_growth = self.stream.growth
         self.num_workers = num_workers
         self.collate_fn = collate_fn or default_collate
         self.transform = transform
@@ -143,8 +144,18 @@ class UpdateLoader:
 
         Returns:
             The size taken: at most the data set.
+
+        Raises:
+            InputError: in the middle of an epoch, or before the first.
         """
         size = self._checked_size(global_batch_size)
+        if self.epoch == 0 or self.next_update != self.stream.first_update(self.epoch):
+            where = "before the first update" if not self.next_update else "in the middle of one"
+            raise InputError(
+                f"grow({global_batch_size}) {where}: the size of updates changes where an epoch "
+                "begins. Call it after a pass of `for update in loader`, or give the first size "
+                "in the plan."
+            )
         growth = (*self.stream.growth, (self.epoch, size))
         self.stream = replace(self.stream, growth=growth)
         self._batches = None  # the workers load ahead in the old size
@@ -169,11 +180,25 @@ class UpdateLoader:
         return {"next_update": self.next_update, "growth": growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from another place."""
+        """Go on from another place.
+
+        How updates grew up to there is the state's; from there on it is this loader's own
+        `growth`, where it was given one (a run made longer may have more of it than the state).
+        """
         self.next_update, self._batches = int(state["next_update"]), None
         if "growth" in state:  # not in those of lbaccel before batch-size schedules
             growth = tuple((int(epoch), int(size)) for epoch, size in state["growth"])
             self.stream = replace(self.stream, growth=growth)
+            if self._asked_growth:
+                past = tuple(change for change in growth if change[0] <= self.epoch)
+                self.stream = stream = replace(self.stream, growth=past)
+                ahead = (
+                    (epoch, size)
+                    for epoch, size in self._asked_growth
+                    if epoch > (past[-1][0] if past else 0)
+                    and stream.first_update(epoch) >= self.next_update
+                )
+                self.stream = replace(stream, growth=(*past, *ahead))
 
     def _keys(self, index: int) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
