@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="batch sizes to compare with the run's",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out the stable rate, for which the recipe is built anew",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,10 +81,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(_not_measured(args.run, one))
     batch = batch_of(one)
     batches = list(dict.fromkeys([batch, *args.global_batch_size]))
+    lines, stability = ([], None) if args.quick else _stable_rate(args.run, one, batch)
     if args.json:
-        print(json.dumps(as_json(one, found, batches), indent=1, allow_nan=False))
+        content = as_json(one, found, batches) | {
+            "stable_rate": None if stability is None else stability["stable_rate"],
+            "stability": stability,
+            "stability_advice": lines,
+        }
+        print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        print("\n".join(report(one, found, batches)))
+        print("\n".join([*report(one, found, batches), *lines]))
     if args.plot is not None:
         try:
             plot(one, found, args.plot)
@@ -87,6 +99,15 @@ def run(args: argparse.Namespace) -> int:
                 f"--plot {args.plot} can't be written: {error.strerror or error}. Use another file."
             ) from error
     return 0
+
+
+def _stable_rate(folder: Path, one: Run, batch: int) -> tuple[list[str], dict[str, Any] | None]:
+    """Lines on the rates of the run, and their figures; None where there are none."""
+    print("measuring the stable rate (--quick leaves it out) ...", file=sys.stderr, flush=True)
+    from lbaccel.run_curvature import run_stability
+
+    found = run_stability(folder, one, global_batch_size=batch)
+    return ([found], None) if isinstance(found, str) else (found.lines(), found.to_dict())
 
 
 def batch_of(one: Run) -> int:
