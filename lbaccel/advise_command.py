@@ -111,14 +111,16 @@ def _stable_rate(folder: Path, one: Run, batch: int) -> tuple[list[str], dict[st
 
 
 def batch_of(one: Run) -> int:
-    """The run's global batch: that of its last line, as a schedule may have changed it.
+    """The run's global batch at its end: the largest in its lines.
+
+    A schedule only grows it, and an epoch's last update may be a short one.
 
     Raises:
         InputError: neither its lines nor its settings hold it.
     """
-    logged = one.history.get("batch/global", ())
-    value = logged[-1].value if logged else one.config.get("global_batch_size")
-    if value is None:
+    logged = [p.value for p in one.history.get("batch/global", ()) if p.value is not None]
+    value = max(logged, default=one.config.get("global_batch_size"))
+    if not isinstance(value, (int, float)) or value < 1:
         raise InputError(
             f"{one.name}: its global batch is not known: no batch/global in its lines."
         )

@@ -81,9 +81,9 @@ def run_stability(folder: Path, one: Run, *, global_batch_size: int) -> RunStabi
         global_batch_size: of the run's last updates.
     """
     optimizer = one.config.get("optimizer")
-    if isinstance(optimizer, str) and choose_rule(optimizer)[0] != "linear":
-        return _no_figure(optimizer)
     try:
+        if isinstance(optimizer, str) and choose_rule(optimizer)[0] != "linear":
+            return _no_figure(optimizer)
         return _measured(folder, one, global_batch_size)
     except (InputError, RunFailed, OSError, ImportError) as error:
         return f"stable rate: not measured. {' '.join(str(error).split())}"

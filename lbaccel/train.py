@@ -319,7 +319,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     say(closing_table(summary))
     if noise_scale is not None:
-        last = loader.stream.span(max(0, large_batch.num_updates - 1))[1]
+        last = loader.stream.size_of(max(0, large_batch.num_updates - 1))
         say(closing_advice(noise_scale, last))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
