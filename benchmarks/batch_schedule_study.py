@@ -53,7 +53,8 @@ def run(work: Path, rule: str, seed: int, *, dry: bool) -> Path | None:
     command = [sys.executable, "-m", "lbaccel", "train", "--data", f"parquet:{work / 'data'}"]
     command += [*FLAGS, "--batch-schedule", rule, "--seed", str(seed), "--output", str(output)]
     print(shlex.join(command), flush=True)
-    if not dry:
+    done = any('"status": "done"' in f.read_text() for f in output.glob("*/summary.json"))
+    if not (dry or done):
         with (work / f"{rule}-{seed}.log").open("a") as log:
             subprocess.run([*command, "--resume", "auto"], check=True, stdout=log, stderr=log)
     folders = sorted(output.glob("*"))

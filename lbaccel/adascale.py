@@ -44,7 +44,7 @@ def adascale_gain(sigma2: float, mu2: float, scale: float) -> float:
         scale: S, batches of the base size in the update; below 1 the gain lies in [S, 1].
 
     Raises:
-        InputError: a scale that is not above 0, or sigma2 or mu2 that is no number.
+        InputError: a scale that is not above 0, or sigma2 or mu2 that is not finite.
 
     Source: Johnson et al. 2020, algorithm 1 and proposition 1.
 
@@ -52,11 +52,13 @@ def adascale_gain(sigma2: float, mu2: float, scale: float) -> float:
     (8.0, 1.0, 2.0)
     """
     check_number("scale", scale)
-    if math.isnan(sigma2) or math.isnan(mu2):
-        raise InputError(f"sigma2={sigma2}, mu2={mu2}: the gain needs numbers.")
+    if not (math.isfinite(sigma2) and math.isfinite(mu2)):
+        raise InputError(f"sigma2={sigma2}, mu2={mu2}: the gain needs finite numbers.")
     sigma2, mu2 = max(sigma2, 0.0), max(mu2, 0.0)
     if sigma2 + mu2 == 0.0:
         return min(1.0, scale)
+    largest = max(sigma2, mu2)  # in its unit, so that nothing overflows or vanishes
+    sigma2, mu2 = sigma2 / largest, mu2 / largest
     return (sigma2 + mu2) / (sigma2 / scale + mu2)
 
 

@@ -134,8 +134,9 @@ def reading_of(metrics: Mapping[str, Any], *, samples_seen: int | None = None) -
         value = metrics.get(f"noise/{name}")
         return missing if value is None else float(value)
 
+    critical = number("critical_batch_size", math.nan)
     return NoiseReading(
-        number("critical_batch_size", math.nan),
+        critical if critical > 0 else math.nan,
         Interval(number("low", 0.0), number("high", math.inf)),
         number("num_updates", 0.0),
         samples_seen,

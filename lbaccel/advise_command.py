@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="batch sizes to compare with the run's",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out the stable rate, for which the recipe is built anew",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,10 +81,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(_not_measured(args.run, one))
     batch = batch_of(one)
     batches = list(dict.fromkeys([batch, *args.global_batch_size]))
+    lines, stability = ([], None) if args.quick else _stable_rate(args.run, one, batch)
     if args.json:
-        print(json.dumps(as_json(one, found, batches), indent=1, allow_nan=False))
+        content = as_json(one, found, batches) | {
+            "stable_rate": None if stability is None else stability["stable_rate"],
+            "stability": stability,
+            "stability_advice": lines,
+        }
+        print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        print("\n".join(report(one, found, batches)))
+        print("\n".join([*report(one, found, batches), *lines]))
     if args.plot is not None:
         try:
             plot(one, found, args.plot)
@@ -89,18 +101,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def batch_of(one: Run) -> int:
-    """The run's global batch: the largest of its lines.
+def _stable_rate(folder: Path, one: Run, batch: int) -> tuple[list[str], dict[str, Any] | None]:
+    """Lines on the rates of the run, and their figures; None where there are none."""
+    print("measuring the stable rate (--quick leaves it out) ...", file=sys.stderr, flush=True)
+    from lbaccel.run_curvature import run_stability
 
-    A schedule makes it grow, and the last update of an epoch may be a short one.
+    found = run_stability(folder, one, global_batch_size=batch)
+    return ([found], None) if isinstance(found, str) else (found.lines(), found.to_dict())
+
+
+def batch_of(one: Run) -> int:
+    """The run's global batch at its end: the largest in its lines.
+
+    A schedule only grows it, and an epoch's last update may be a short one.
 
     Raises:
         InputError: neither its lines nor its settings hold it.
     """
-    logged = one.history.get("batch/global", ())
-    sizes = [point.value for point in logged if point.value is not None]
-    value = max(sizes) if sizes else one.config.get("global_batch_size")
-    if value is None:
+    logged = [p.value for p in one.history.get("batch/global", ()) if p.value is not None]
+    value = max(logged, default=one.config.get("global_batch_size"))
+    if not isinstance(value, (int, float)) or value < 1:
         raise InputError(
             f"{one.name}: its global batch is not known: no batch/global in its lines."
         )

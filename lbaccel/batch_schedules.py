@@ -47,12 +47,24 @@ class Segment:
 
         >>> 0.1 * 0.008, Segment(epoch=160, global_batch_size=128, lr_factor=0.008).lr(0.1)
         (0.0008..., 0.0008)
+
+        Raises:
+            InputError: the product is no finite number above 0.
         """
         # the fraction that was rounded to lr_factor, such as 1/3
         factor = Fraction(self.lr_factor).limit_denominator(10**6)
         if float(factor) != self.lr_factor:
             factor = Fraction(str(self.lr_factor))
-        return float(Fraction(str(first_lr)) * factor)
+        try:
+            lr = float(Fraction(str(first_lr)) * factor)
+        except OverflowError:
+            lr = inf
+        if not 0 < lr < inf:
+            raise InputError(
+                f"epoch {self.epoch} would have a learning rate of {lr}, {self.lr_factor:g} times "
+                f"{first_lr:g}. Use a first rate or factors that give a number."
+            )
+        return lr
 
 
 def batch_schedule(

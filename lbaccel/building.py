@@ -188,6 +188,11 @@ class Built:
     base_lr: float
     lr: float  # peak, of the global batch: `base_lr` scaled
 
+    @property
+    def largest_lr(self) -> float:
+        """The peak rate of the group with the highest, such as a head at 10 times the rate."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
 
 @contextmanager
 def built(settings: Mapping[str, Any], *, say: Say) -> Iterator[Built]:

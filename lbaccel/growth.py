@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from lbaccel.batch_schedules import MILESTONES, Segment, batch_schedule
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_number
 from lbaccel.scaling import scale_lr
 from lbaccel.schedules import Schedule
 from lbaccel.stream import UpdateStream
@@ -57,10 +57,21 @@ def milestones(s: Mapping[str, Any]) -> tuple[float, ...]:
 def default_milestones(epochs: float) -> tuple[int, ...]:
     """Study E's starts of epochs 60, 120 and 160 of 200 (59, 119 and 159 done), in proportion.
 
+    Raises:
+        InputError: a run so short that two of them would be one, or one the run's start.
+
     >>> default_milestones(200), default_milestones(30)
     ((60, 120, 160), (10, 19, 25))
     """
-    return tuple(1 + round((epoch - 1) / 200 * epochs) for epoch in MILESTONES)
+    check_number("epochs", epochs)
+    found = tuple(1 + round((epoch - 1) / 200 * epochs) for epoch in MILESTONES)
+    if len({1, *found}) < 4:
+        raise InputError(
+            f"epochs={epochs:g} is too short for milestones at {MILESTONES} of 200, in proportion: "
+            "each is the start of an epoch of its own, after the first. Use --milestones, such as "
+            "2, or --epochs 4 or more."
+        )
+    return found
 
 
 def check_growth(s: Mapping[str, Any]) -> None:

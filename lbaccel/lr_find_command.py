@@ -91,6 +91,8 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
         raise InputError(f"--num-updates {own.num_updates}: a range of rates needs at least 5.")
     if own.plot is not None and own.plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {own.plot}: give a name that ends in .png, .svg or .pdf.")
+    if own.plot is not None and not own.plot.parent.is_dir():
+        raise InputError(f"--plot {own.plot}: there is no folder {own.plot.parent}. Make it first.")
 
     from lbaccel.building import built
     from lbaccel.curvature import largest_curvature, sgd_momentum
@@ -103,7 +105,8 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
             print(text, file=stream, flush=True)
 
     with built(settings, say=say) as b:
-        min_lr, max_lr = own.min_lr or b.lr / BELOW, own.max_lr or b.lr * ABOVE
+        own_lr = b.largest_lr  # the test's rates are those of the group with the highest
+        min_lr, max_lr = own.min_lr or own_lr / BELOW, own.max_lr or own_lr * ABOVE
         if not min_lr < max_lr:
             raise InputError(
                 f"--min-lr {min_lr:g} is not below --max-lr {max_lr:g}. Give a lower --min-lr."
@@ -113,6 +116,8 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
             f"range test: {own.num_updates} updates x {size} samples = {own.num_updates * size} "
             f"samples, lr {min_lr:.3g} to {max_lr:.3g}; all updates are taken back"
         )
+        if own_lr != b.lr:
+            say(f"rates here are those of the parameters with the highest, {own_lr / b.lr:g} x lr")
         sgd = sgd_momentum(b.optimizer)
         curvature = None
         start = time.perf_counter()
@@ -148,18 +153,18 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
     if own.plot is not None:
         stable = None if stability is None else stability["stable_rate"]
         title = f"{settings['model']}, {settings['data']}, global batch {size}"
-        plot(found, own.plot, own_lr=b.lr, stable=stable, title=title)
+        plot(found, own.plot, own_lr=own_lr, stable=stable, title=title)
     if own.json:
-        about = {"own_lr": b.lr, "optimizer": settings["optimizer"], "stability": stability}
-        print(json.dumps(found.to_dict() | about, indent=2))
+        about = {"own_lr": own_lr, "optimizer": settings["optimizer"], "stability": stability}
+        print(json.dumps(found.to_dict() | about, indent=2, allow_nan=False))
         return
     print("\n".join(table(found)))
-    print("\n".join(in_words(found, own_lr=b.lr, base_lr=b.base_lr)))
+    print("\n".join(in_words(found, own_lr=own_lr, base_lr=b.base_lr)))
     if sgd is None:
         print(f"stable rate: known for SGD, not for {settings['optimizer']}")
     if curvature is not None:
         form = {"momentum": momentum, "nesterov": nesterov}
-        for who, lr in (("recipe", b.lr), ("suggested", found.suggested_lr)):
+        for who, lr in (("recipe", own_lr), ("suggested", found.suggested_lr)):
             if lr is not None:
                 text = rate_sentence(
                     lr, curvature.lambda_max, num_samples=curvature.num_samples, **form

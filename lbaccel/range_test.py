@@ -142,6 +142,8 @@ def lr_find(
     check_whole("num_updates", num_updates)
     if not min_lr < max_lr:
         raise InputError(f"min_lr={min_lr:g} is not below max_lr={max_lr:g}. Use min_lr < max_lr.")
+    if max_lr / min_lr == math.inf:
+        raise InputError(f"min_lr={min_lr:g} and max_lr={max_lr:g} are too far apart. Use nearer.")
     if num_updates < 5:
         raise InputError(f"num_updates={num_updates}: a range of rates needs at least 5 updates.")
     lrs = ramp(min_lr, max_lr, num_updates - 1)

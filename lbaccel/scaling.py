@@ -33,7 +33,7 @@ def linear_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: i
     >>> linear_scaling(0.1, base_batch_size=256, global_batch_size=8192)
     3.2
     """
-    return base_lr * _ratio(base_lr, base_batch_size, global_batch_size)
+    return _usable(base_lr * _ratio(base_lr, base_batch_size, global_batch_size))
 
 
 def sqrt_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int) -> float:
@@ -51,7 +51,7 @@ def sqrt_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int
     >>> sqrt_scaling(0.001, base_batch_size=256, global_batch_size=1024)
     0.002
     """
-    return base_lr * math.sqrt(_ratio(base_lr, base_batch_size, global_batch_size))
+    return _usable(base_lr * math.sqrt(_ratio(base_lr, base_batch_size, global_batch_size)))
 
 
 def no_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int) -> float:
@@ -87,7 +87,10 @@ def power_scaling(
     """
     ratio = _ratio(base_lr, base_batch_size, global_batch_size)
     check_number("exponent", exponent, zero=True)
-    return base_lr * ratio**exponent
+    try:
+        return _usable(base_lr * ratio**exponent)
+    except OverflowError:
+        return _usable(math.inf)
 
 
 def legw(
@@ -270,6 +273,16 @@ def explain_lr(
         f"{base_batch_size}) and global batch size ({global_batch_size}) with "
         f"{named} scaling."
     )
+
+
+def _usable(lr: float) -> float:
+    """The scaled rate, where it is one."""
+    if not 0 < lr < math.inf:
+        raise InputError(
+            f"the scaled learning rate is {lr:g}. Use a rate, an exponent and batches that give a "
+            "finite number above 0."
+        )
+    return lr
 
 
 def _ratio(base_lr: float, base_batch_size: int, global_batch_size: int) -> float:

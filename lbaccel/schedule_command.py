@@ -209,6 +209,11 @@ def _first_lr(a: argparse.Namespace) -> tuple[float, list[str]]:
     check_choice("lr_scaling", a.lr_scaling, choices=LR_RULES)
     check_number("base_lr", a.base_lr)
     if a.lr_scaling == "none":
+        if a.lr_exponent is not None:
+            raise InputError(
+                f"--lr-exponent {a.lr_exponent:g} is not read without --lr-scaling power. Add it, "
+                "or leave the exponent out."
+            )
         if a.base_batch_size is not None:
             raise InputError(
                 f"--base-batch-size {a.base_batch_size} is not read without a rule: --base-lr "
@@ -334,4 +339,5 @@ def as_json(table: ScheduleTable, notes: Sequence[str], a: argparse.Namespace) -
             "notes": list(notes),
         },
         indent=1,
+        allow_nan=False,
     )

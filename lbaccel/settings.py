@@ -103,12 +103,10 @@ def read_settings(
         for name, raw in layer.items():
             values[name] = parse(OPTIONS[name], raw, origin)
             origins[name] = origin
-    return {**values, **_under_a_batch_schedule(values, origins)}, origins, show
+    return {**values, **under_a_batch_schedule(values, origins)}, origins, show
 
 
-def _under_a_batch_schedule(
-    values: Mapping[str, Any], origins: Mapping[str, str]
-) -> dict[str, Any]:
+def under_a_batch_schedule(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
     """Other defaults with --batch-schedule: its rates are as they are written, nothing decays.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -146,7 +147,9 @@ class UpdateStream:
         if float(epochs).is_integer() and whole:
             return first
         rest = whole * self.num_samples - self._start(first)
-        rest += round((epochs - whole) * self.samples_per_epoch)
+        # exact, and rounded as `segment_updates` does, so that no tie is an update more
+        end = round(Fraction(str(epochs)) * self.samples_per_epoch)
+        rest += end - whole * self.samples_per_epoch
         return max(1, first + max(0, -(-rest // self.size_in(whole))))
 
     def _start(self, update: int) -> int:
@@ -159,6 +162,10 @@ class UpdateStream:
         if self.last_update == "wrap":
             return start, piece.size
         return start, min(piece.size, self.num_samples - start % self.num_samples)
+
+    def size_of(self, update: int) -> int:
+        """Samples of a full update there: of an epoch's short last one, what it is the rest of."""
+        return self._piece(update).size
 
     def samples_seen(self, update: int) -> int:
         """Samples consumed before `update`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -109,16 +110,19 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     scheduler = build_scheduler(s, optimizer, schedule, loader=loader, noise_scale=noise_scale)
     adascale = scheduler if isinstance(scheduler, AdaScaleLR) else None
 
-    def last_update() -> int:
-        """The number of updates, as far as it is known: a growing batch makes it smaller."""
+    def planned_updates() -> int:
+        """As far as it is known: a growing batch makes it smaller."""
         num_updates = loader.stream.num_updates(s["epochs"])
         if adascale is not None and adascale.finished:
             return adascale.num_updates
         if adascale is not None:  # at least one update of the base batch each
             num_updates = -(-num_updates * plan.global_batch_size // s["base_batch_size"])
-        return min(num_updates, s["max_updates"] or num_updates)
+        return num_updates
 
-    num_updates = stop_at = last_update()
+    def last_update() -> int:
+        return int(min(planned_updates(), s["max_updates"] or math.inf))
+
+    num_updates, stop_at = planned_updates(), last_update()
     model.to(accelerator.device)
     ema = None
     if s["ema_decay"] is not None:
@@ -185,7 +189,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     session = Session(accelerator, bare_model, large_batch.whole_model, parts, ema=ema)
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
-        num_updates = stop_at = log.stop_at = last_update()
+        num_updates, stop_at = planned_updates(), last_update()
+        log.stop_at = stop_at
         if done > num_updates:
             raise InputError(
                 f"--epochs {s['epochs']:g} are {num_updates} updates, and the run has done {done}. "
@@ -324,9 +329,8 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         )
     say(closing_table(summary))
     if noise_scale is not None:
-        start, _ = loader.stream.span(max(0, large_batch.num_updates - 1))
-        batch = loader.stream.size_in(start // loader.stream.num_samples)  # not of a short last one
-        say(closing_advice(noise_scale, batch))
+        last = loader.stream.size_of(max(0, large_batch.num_updates - 1))
+        say(closing_advice(noise_scale, last))
     if status == "stopped":
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)

@@ -107,7 +107,7 @@ def test_progress_is_the_sum_of_gains_and_is_saved():
 def test_bad_numbers_are_refused():
     with pytest.raises(InputError, match="scale"):
         adascale_gain(1.0, 1.0, 0)
-    with pytest.raises(InputError, match="needs numbers"):
+    with pytest.raises(InputError, match="needs finite numbers"):
         adascale_gain(math.nan, 1.0, 2)
     with pytest.raises(InputError, match="at least two"):
         moments([1.0], 1.0)
@@ -115,3 +115,11 @@ def test_bad_numbers_are_refused():
         AdaScale(0)
     with pytest.raises(InputError, match="gain"):
         AdaScale(1).advance(-1.0)
+
+
+def test_the_gain_of_extreme_moments_is_that_of_their_ratio():
+    tiny = 5e-324
+    assert adascale_gain(1e308, 1e308, 2) == pytest.approx(2 / 1.5)
+    assert (adascale_gain(tiny, 0.0, 8), adascale_gain(0.0, tiny, 8)) == (8.0, 1.0)
+    with pytest.raises(InputError, match="finite"):
+        adascale_gain(math.inf, 1.0, 2)

@@ -182,3 +182,33 @@ def test_the_end_of_a_run_says_the_same_two_lines_or_why_not(tmp_path, capsys):
     run = write_run(tmp_path / "run", [names])
     assert main(["advise", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == closing_advice(noise, 512).splitlines()
+
+
+def test_the_batch_is_not_the_short_update_that_ends_an_epoch(tmp_path, capsys):
+    run = write_run(tmp_path / "run", ROWS)
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    last = {**json.loads(text[-1]), "batch/global": 414}  # 1,438 samples at 512: 512, 512, 414
+    (run / "metrics.jsonl").write_text("\n".join([*text[:-1], json.dumps(last)]) + "\n")
+    assert main(["advise", str(run), "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_batch_size"] == 512
+
+
+@pytest.mark.parametrize("critical", [0.0, -5.0])
+def test_a_critical_batch_that_is_none_is_unknown(tmp_path, capsys, critical):
+    run = write_run(tmp_path / "run", [row(critical, 0.0, 5.0)])
+    assert main(["advise", str(run), "--quick", "--json", "--global-batch-size", "64"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batches"][1] == {
+        "global_batch_size": 64,
+        "samples_factor": None,
+        "updates_factor": None,
+    }
+    assert "unknown" in found["advice"][1]
+
+
+def test_a_run_without_a_batch_is_refused(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [row(50.0, 20.0, 80.0)])
+    text = (run / "metrics.jsonl").read_text().replace('"batch/global": 512', '"batch/global": 0')
+    (run / "metrics.jsonl").write_text(text)
+    assert main(["advise", str(run), "--quick"]) == 2
+    assert "global batch is not known" in capsys.readouterr().err

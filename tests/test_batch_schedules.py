@@ -431,3 +431,16 @@ def test_segments_made_by_hand_are_checked(rows, message):
     segments = [Segment(epoch=e, global_batch_size=b, lr_factor=f) for e, b, f in rows]
     with pytest.raises(InputError, match=message):
         segment_updates(segments, epochs=10, num_samples=100)
+
+
+@pytest.mark.parametrize("epochs", [14.3, 0.5, 1.5, 2.5, 7.1])
+@pytest.mark.parametrize("num_samples", [3, 5, 235])
+@pytest.mark.parametrize("last_update", ["keep", "wrap"])
+def test_a_run_that_ends_on_half_a_sample_has_the_updates_of_the_loader(
+    epochs, num_samples, last_update
+):
+    """14.3 x 235 is 3360.5 samples, and the float product a little more."""
+    segments = batch_schedule("steady", global_batch_size=3, epochs=epochs, num_samples=num_samples)
+    run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
+    found = sum(segment_updates(segments, **run))
+    assert found == UpdateStream(3, num_samples, last_update).num_updates(epochs)

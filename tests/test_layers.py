@@ -54,7 +54,6 @@ LEVELS = [
     {"planning", "rehearsal", "runs"},
     {
         "accelerator",
-        "advise_command",
         "auto_plan",
         "compare",
         "configs",
@@ -71,8 +70,8 @@ LEVELS = [
         "verification",
     },
     {"building", "doctor", "export", "replication", "run_session"},
-    {"train"},
-    {"lr_find_command"},
+    {"run_curvature", "train"},
+    {"advise_command", "lr_find_command"},
     {"cli"},
     {"__main__"},
 ]

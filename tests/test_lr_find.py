@@ -432,6 +432,22 @@ def test_the_command_prints_rates_in_words_and_draws_them(in_a_folder_of_its_own
     assert Path("range.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_with_a_faster_head_the_suggested_base_rate_gives_the_head_the_rate_found(
+    in_a_folder_of_its_own, capsys
+):
+    """Rates of the test are those of the fastest group: the recipe's 0.1 is 1 for its head."""
+    flags = ["--model", "test_resnet", "--norm-batch-size", "16", "--head-lr-scale", "10"]
+    assert command(*flags, "--json", "--min-lr", "0.01", "--max-lr", "10") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["own_lr"] == pytest.approx(1.0)
+    assert "those of the parameters with the highest, 10 x lr" in captured.err
+    flags = [*flags, "--curvature-samples", "0", "--min-lr", "0.01", "--max-lr", "10"]
+    assert command(*flags) == 0
+    said = capsys.readouterr().out
+    assert f"--base-lr {found['suggested_lr'] / 10:.3g}" in said
+
+
 def test_stability_in_json_is_the_limit_over_lambda_max(in_a_folder_of_its_own, capsys):
     assert command("--json", "--optimizer", "momentum", "--momentum", "0.8") == 0
     stability = json.loads(capsys.readouterr().out)["stability"]
@@ -453,6 +469,8 @@ def test_an_adaptive_optimizer_has_a_range_and_no_stable_rate(in_a_folder_of_its
     (["--min-lr", "-1"], "--min-lr"),
     (["--min-lr", "9", "--max-lr", "1"], "not below"),
     (["--plot", "range.txt"], ".png"),
+    (["--plot", "no/range.png"], "no folder no"),
+    (["--min-lr", "1e-300", "--max-lr", "1e300"], "too far apart"),
     (["--glboal-batch-size", "9"], "--global-batch-size"),
     (["--resume", "runs/x"], "--checkpoint"),
     (["--curvature-samples", "-1"], "0 or more"),

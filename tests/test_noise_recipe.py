@@ -34,7 +34,7 @@ def test_a_run_logs_its_noise_scale_ends_with_advice_and_resumes_exactly(tmp_pat
     if last["noise/critical_batch_size"] is not None:
         ratio = last["noise/scale_s"] / last["noise/grad_norm_sq"]
         assert abs(last["noise/critical_batch_size"] / ratio - 1) < 1e-12
-    assert main(["advise", str(whole)]) == 0
+    assert main(["advise", str(whole), "--quick"]) == 0
     advised = capsys.readouterr().out.splitlines()[:2]
     assert said[-3:-1] == advised  # the last line is the folder
     assert advised[0].startswith("This concerns training loss")
@@ -93,3 +93,14 @@ def test_second_moments_that_are_one_a_tensor_are_refused(tmp_path, capsys):
     flags = ["--optimizer", "novograd", "--noise-scale", "preconditioned"]
     run(*flags, output=tmp_path, code=2)
     assert "needs second moments" in capsys.readouterr().err
+
+
+def test_the_last_words_are_of_the_batch_and_not_of_an_epoch_s_short_last_update(tmp_path, capsys):
+    """1,438 samples at 256 end in an update of 158."""
+    folder = run("--last-update", "keep", output=tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert [row["batch/global"] for row in rows(folder) if "batch/global" in row][-1] == 158
+    assert main(["advise", str(folder), "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["global_batch_size"] == 256
+    assert said[-3:-1] == found["advice"]

@@ -282,3 +282,25 @@ def test_a_batch_that_changes_cannot_drop_its_remainder():
     segments = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
     with pytest.raises(InputError, match="each would leave out other samples"):
         schedule_table(segments, epochs=200, num_samples=50_000, first_lr=0.1, last_update="drop")
+
+
+def test_an_exponent_without_the_rule_power_is_refused(capsys):
+    assert call(BSI | {"lr-exponent": 0.7}) == 2
+    assert "--lr-exponent 0.7 is not read without --lr-scaling power" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", [0.5, 2, 3])
+def test_a_run_too_short_for_the_default_milestones_says_what_to_type(capsys, epochs):
+    assert call(BSI | {"epochs": epochs}) == 2
+    assert "Use --milestones" in capsys.readouterr().err
+    assert call(BSI | {"epochs": 3, "milestones": 2}) == 0
+    assert call(BSI | {"epochs": 4}) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr", "factor"), [("lrd", 1e-300, 1e9), ("fast", 1.7e308, 2)], ids=["0", "inf"]
+)
+def test_a_rate_that_is_no_number_any_more_is_refused(capsys, rule, lr, factor):
+    flags = BSI | {"batch-schedule": rule, "base-lr": lr, "factor": factor}
+    assert call(flags, "--json") == 2
+    assert "would have a learning rate of" in capsys.readouterr().err

@@ -386,3 +386,83 @@ def test_a_base_batch_that_is_not_the_recipe_s_needs_its_own_rate(tmp_path, caps
     assert "is a recipe for 512" in capsys.readouterr().err
     run(*flags, "--base-lr", 0.3, "--json")
     assert json.loads(capsys.readouterr().out)["lr"] == pytest.approx(1.2)
+
+
+def moved(tmp_path, capsys, recipe, *flags, batch=512):
+    """The sheet of a recipe's file as JSON, and the settings that the file written is read as."""
+    old, path = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(yaml.safe_dump(recipe))
+    capsys.readouterr()
+    run("--config", old, "--global-batch-size", batch, *flags, "--out", path, "--json")
+    sheet = json.loads(capsys.readouterr().out)
+    return (
+        sheet,
+        read_settings(["--config", str(old)])[0],
+        read_settings(["--config", str(path)])[0],
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"warmup_epochs": 2}, {"base_batch_size": 256}])
+def test_under_a_batch_schedule_the_old_rate_is_the_one_that_the_recipe_trains_at(
+    tmp_path, capsys, more
+):
+    """There the base rate is that of the first batch, and there is no warmup by default."""
+    recipe = {"batch_schedule": "bsi", "factor": 2, "global_batch_size": 128, "base_lr": 0.1}
+    sheet, old, new = moved(tmp_path, capsys, recipe | {"epochs": 30} | more)
+    trained = peak_rate(old, global_batch_size=128)
+    rows = {row["item"]: row for row in sheet["rows"]}
+    assert (
+        rows["learning rate"]["old"] == trained.lr == (0.05 if "base_batch_size" in more else 0.1)
+    )
+    assert rows["warmup, epochs"]["old"] == trained.warmup_epochs * (old["warmup"] != "none")
+    found = peak_rate(new, global_batch_size=512)
+    assert found.lr == pytest.approx(4 * trained.lr)
+    assert found.warmup_epochs == more.get("warmup_epochs", 0)
+    assert "max_batch_size stay as they are" in sheet["warnings"][-1]
+
+
+def test_a_recipe_by_legw_is_moved_by_legw(tmp_path, capsys):
+    """As `lbaccel train --config old.yaml --global-batch-size 1024` would train it."""
+    recipe = {"global_batch_size": 512, "lr_scaling": "legw", "warmup_epochs": 2, "epochs": 20}
+    _, old, new = moved(tmp_path, capsys, recipe, batch=1024)
+    trained, found = (peak_rate(s, global_batch_size=1024) for s in (old, new))
+    assert found.lr == pytest.approx(trained.lr)  # 0.1 sqrt(4)
+    assert found.warmup_epochs == trained.warmup_epochs == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        ("global_batch_size: auto\nmin_batch_size: 64\nmax_batch_size: 512\n", "batch-size auto"),
+        ("global_batch_size: 512\nlr_scaling: adascale\n", "--lr-scaling adascale"),
+    ],
+)
+def test_a_recipe_whose_rate_follows_what_is_measured_has_none_to_move(
+    tmp_path, capsys, recipe, text
+):
+    (tmp_path / "old.yaml").write_text(recipe)
+    run("--config", tmp_path / "old.yaml", "--global-batch-size", 1024, code=2)
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", [0.5, 3, 30])
+def test_without_a_warmup_given_it_is_the_recipe_s_and_fits_in_the_run(tmp_path, capsys, epochs):
+    path = tmp_path / "new.yaml"
+    run(*SIZES, "--epochs", epochs, "--out", path)
+    values, _, _ = read_settings(["--config", str(path)])
+    assert values["warmup_epochs"] == min(5, epochs / 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--base-lr", 1e308), "learning rate is inf"),
+        (("--lr-scaling", "power", "--lr-exponent", 1000), "learning rate is inf"),
+        (("--optimizer", "adamw", "--weight-decay", 1.7e308), "weight decay"),
+        (("--epochs", 3, "--warmup-epochs", 5), "longer than the run"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_and_json_stays_json(capsys, flags, text):
+    run(*SIZES, *flags, "--json", code=2)
+    captured = capsys.readouterr()
+    assert text in captured.err and not captured.out

@@ -6,6 +6,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lbaccel.errors import InputError
 from lbaccel.learning_rate import peak_rate
 from lbaccel.options import OPTIONS
 from lbaccel.scaling import PER_SAMPLES, RULES
-from lbaccel.settings import parse, read_yaml
+from lbaccel.settings import parse, read_yaml, under_a_batch_schedule
 from lbaccel.sheet.optimizers import DECAYS
 from lbaccel.sheet.rows import Row, Sheet, shown
 from lbaccel.sheet.transfer import transfer
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     values.add_argument("--decay", choices=DECAYS, help="how weight decay enters (default: auto)")
     for name in ("ema-decay", "clip-grad-norm", "beta1", "beta2", "eps"):
         values.add_argument(f"--{name}", type=float, metavar="X")
-    values.add_argument("--warmup-epochs", type=float, metavar="X", help="default: 5")
+    values.add_argument(
+        "--warmup-epochs", type=float, metavar="X", help="default: 5, or epochs / 4"
+    )
     values.add_argument("--epochs", type=float, metavar="X")
     values.add_argument("--num-samples", type=int, metavar="N", help="of one epoch")
     values.add_argument("--eval-every", type=float, metavar="X", help="epochs")
@@ -69,10 +72,16 @@ def run(arguments: argparse.Namespace) -> int:
     elif "base_batch_size" not in given:
         raise InputError("--base-batch-size is missing: the batch that the values belong to.")
     sheet = transfer(**given)
+    if layer.get("batch_schedule") is not None:
+        note = (
+            f"batch schedule {layer['batch_schedule']}: its first batch and rate are moved; "
+            "milestones, factors and max_batch_size stay as they are."
+        )
+        sheet = replace(sheet, warnings=(*sheet.warnings, note))
     if out is not None:
         write(sheet, out, layer)
     if as_json:
-        print(json.dumps(sheet.to_dict()))
+        print(json.dumps(sheet.to_dict(), allow_nan=False))
     else:
         print("\n".join(lines(sheet)))
         if out is not None:
@@ -84,7 +93,18 @@ def _values_of(layer: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -
     """What `transfer` takes, at the global batch of a recipe's file and with its peak rate."""
     s = {name: option.default for name, option in OPTIONS.items()}
     s |= {name: parse(OPTIONS[name], raw, str(path)) for name, raw in layer.items()}
+    origins = {name: str(path) if name in layer else "default" for name in OPTIONS}
+    s |= under_a_batch_schedule(s, origins)
     batch = s["global_batch_size"]
+    for flag, moves in (
+        ("--global-batch-size auto", batch == "auto"),
+        ("--lr-scaling adascale", s["lr_scaling"] == "adascale"),
+    ):
+        if moves:
+            raise InputError(
+                f"{path} has {flag}: what a run measures sets its learning rate, so there is no "
+                "rate to move. Give a recipe with one batch and a rule, or the values as flags."
+            )
     asked = given.get("base_batch_size", batch)
     if asked != batch and "base_lr" not in given:
         raise InputError(
@@ -98,10 +118,10 @@ def _values_of(layer: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -
         values[f"beta{i + 1}"] = beta
     if "momentum" in layer:
         values["momentum"] = s["momentum"]
-    if rate.rule not in ("none", "legw") and not rate.rule.startswith("per-"):
-        values |= {"lr_scaling": rate.rule, "lr_exponent": rate.exponent}
+    if rate.rule.startswith("per-"):
+        values["lr_scaling"] = "linear"
     elif rate.rule != "none":  # "none" states an absolute rate, which is no rule to go on with
-        values["lr_scaling"] = "sqrt" if rate.rule == "legw" else "linear"
+        values |= {"lr_scaling": rate.rule, "lr_exponent": rate.exponent}
     if "lr_scaling" in given:
         values.pop("lr_exponent", None)
     values |= {"base_batch_size": batch, "base_lr": rate.lr, "weight_decay": rate.weight_decay}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def transfer(
     beta1: float | None = None,
     beta2: float | None = None,
     eps: float | None = None,
-    warmup_epochs: float = 5.0,
+    warmup_epochs: float | None = None,
     epochs: float | None = None,
     num_samples: int | None = None,
     eval_every: float | None = None,
@@ -60,7 +61,7 @@ def transfer(
         beta1: of the mean; for Adam 0.9 by default.
         beta2: of the square; for Adam 0.999 by default.
         eps: for Adam 1e-8 by default.
-        warmup_epochs: at `base_batch_size`.
+        warmup_epochs: at `base_batch_size`; by default the recipe's, 5 or a quarter of `epochs`.
         epochs: of the run; with `num_samples` it gives the number of updates.
         num_samples: samples of one epoch.
         eval_every: epochs between evaluations.
@@ -85,6 +86,8 @@ def transfer(
         base_lr = default_base_lr(optimizer, pretrained=False)
     if weight_decay is None:
         weight_decay = default_weight_decay(optimizer)
+    if warmup_epochs is None:
+        warmup_epochs = 5.0 if epochs is None else min(5.0, epochs / 4)
     if momentum is None and usual == "linear":
         momentum = 0.9
     if is_adam(optimizer):
@@ -113,6 +116,11 @@ def transfer(
             "checkpoint_every": checkpoint_every,
         },
     )
+    if epochs is not None and warmup_epochs > epochs:
+        raise InputError(
+            f"warmup_epochs={warmup_epochs:g} is longer than the run of epochs={epochs:g}. Use "
+            f"warmup_epochs <= {epochs:g}."
+        )
     largest = max(base_batch_size, global_batch_size)
     if num_samples is not None and largest > num_samples:
         raise InputError(
@@ -154,6 +162,12 @@ def transfer(
     )
     warnings: list[str] = []
     rows = all_rows(move, warnings)
+    for row in rows:
+        if isinstance(row.new, float) and not math.isfinite(row.new):
+            raise InputError(
+                f"{row.item}: {row.old} at {base_batch_size} samples would be {row.new} at "
+                f"{global_batch_size}. Use a smaller value."
+            )
     return Sheet(
         base_batch_size=base_batch_size,
         global_batch_size=global_batch_size,
