@@ -218,7 +218,8 @@ def segment_updates(
     """
     check_segments(segments, epochs=epochs, num_samples=num_samples)
     samples = epoch_samples(segments, num_samples=num_samples, last_update=last_update)
-    end = max(1, round(Fraction(str(epochs)) * samples))
+    whole = int(epochs)
+    end = max(1, whole * samples + round((Fraction(str(epochs)) - whole) * samples))
     starts = [(segment.epoch - 1) * samples for segment in segments]
     counts, position = [], 0
     for segment, start, stop in zip(segments, starts, [*starts[1:], end], strict=True):

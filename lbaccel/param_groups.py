@@ -66,7 +66,7 @@ def scale_optimizer(
             factor = scale_lr(1.0, base_batch_size=stands_at, **sizes)
         factors.append(1.0 if stands_at == global_batch_size else factor)
     for group, factor in zip(optimizer.param_groups, factors, strict=True):
-        group["lr"] *= factor
+        group["lr"] = group["lr"] * factor  # not in place: groups may share one tensor
         group[SCALED_TO] = global_batch_size
     return optimizer
 
@@ -83,7 +83,7 @@ def apply_lr_scale(optimizer: Optimizer) -> Optimizer:
     """
     for group in optimizer.param_groups:
         if not group.get(APPLIED):
-            group["lr"] *= group.get("lr_scale", 1.0)
+            group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
             group[APPLIED] = True
     return optimizer
 

@@ -21,6 +21,7 @@ from lbaccel.schedules import WARMUPS, Schedule, make_schedule, warmup_start
 
 DECAYS = ("constant", "cosine")
 LR_RULES = ("linear", "sqrt", "power", "none")
+MOST_EPOCHS = 10**9  # beyond, a drawing's axis and float64's samples end
 KEEPS_FACTORS = ("bsi", "bsi-doubled-end", "mixed")  # they read past_max
 
 
@@ -182,10 +183,14 @@ def _epochs(a: argparse.Namespace) -> float:
         )
     if a.samples is not None:
         check_whole("samples", a.samples)
+        if a.samples > MOST_EPOCHS * a.num_samples:
+            raise InputError(
+                f"--samples {a.samples} are more than {MOST_EPOCHS} epochs. Use fewer."
+            )
         return a.samples / a.num_samples
     if a.epochs is None:
         raise InputError("the run has no length. Use --epochs 200, or --samples for the total.")
-    check_number("epochs", a.epochs)
+    check_number("epochs", a.epochs, at_most=MOST_EPOCHS)
     return a.epochs
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-from lbaccel.errors import check_number
+from lbaccel.errors import InputError, check_number
 
 
 def stability_limit(*, momentum: float = 0.0, nesterov: bool = False) -> float:
@@ -34,7 +34,9 @@ def stability_limit(*, momentum: float = 0.0, nesterov: bool = False) -> float:
     Raises:
         InputError: a momentum that is not in 0..1, below 1.
     """
-    check_number("momentum", momentum, zero=True, at_most=math.nextafter(1.0, 0.0))
+    check_number("momentum", momentum, zero=True)
+    if momentum >= 1:
+        raise InputError(f"momentum={momentum} must be in 0..1, below 1.")
     heavy_ball = 2 * (1 + momentum)
     return heavy_ball / (1 + 2 * momentum) if nesterov else heavy_ball
 

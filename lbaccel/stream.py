@@ -147,9 +147,8 @@ class UpdateStream:
         if float(epochs).is_integer() and whole:
             return first
         rest = whole * self.num_samples - self._start(first)
-        # exact, and rounded as `segment_updates` does, so that no tie is an update more
-        end = round(Fraction(str(epochs)) * self.samples_per_epoch)
-        rest += end - whole * self.samples_per_epoch
+        # exact, as in `segment_updates`: a float product may pass half a sample
+        rest += round((Fraction(str(epochs)) - whole) * self.samples_per_epoch)
         return max(1, first + max(0, -(-rest // self.size_in(whole))))
 
     def _start(self, update: int) -> int:

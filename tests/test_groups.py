@@ -282,3 +282,15 @@ def test_betas_and_eps_reach_the_optimizer():
     assert {(g["betas"], g["eps"]) for g in optimizer.param_groups} == {((0.8, 0.97), 3e-9)}
     with pytest.raises(InputError, match="--betas 1"):
         build(model, "--optimizer", "adamw", "--betas", "0.9,1")
+
+
+def test_groups_that_share_one_tensor_as_their_rate_are_scaled_once_each():
+    """torch gives all groups the tensor that it was given, as capturable optimizers need it."""
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": 0.5} for _ in range(3)]
+    optimizer = torch.optim.Adam(groups, lr=lr)
+    scale_optimizer(optimizer, base_batch_size=256, global_batch_size=1024)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.4] * 3)
+    apply_lr_scale(optimizer)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.2] * 3)
+    assert float(lr) == 0.1

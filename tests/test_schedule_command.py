@@ -304,3 +304,9 @@ def test_a_rate_that_is_no_number_any_more_is_refused(capsys, rule, lr, factor):
     flags = BSI | {"batch-schedule": rule, "base-lr": lr, "factor": factor}
     assert call(flags, "--json") == 2
     assert "would have a learning rate of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [{"epochs": 1e300}, {"epochs": None, "samples": 10**400}])
+def test_a_run_longer_than_any_is_refused(capsys, length):
+    assert call(BSI | length) == 2
+    assert "1000000000" in capsys.readouterr().err.replace("1e+09", "1000000000")
