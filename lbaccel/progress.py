@@ -29,17 +29,19 @@ class Progress:
         """Say where the run stands after `update`."""
         shown = {
             "epoch": f"{metrics['epoch']:.1f}",
-            "loss": f"{metrics.get('train/loss', math.nan):.4f}",
-            "lr": f"{metrics.get('optim/lr', math.nan):.4g}",
         }
+        for name, key, spec in (("loss", "train/loss", ".4f"), ("lr", "optim/lr", ".4g")):
+            if key in metrics:  # not before the first line of a sparse log
+                shown[name] = format(metrics[key], spec)
         if "val/top1" in metrics:
             shown["val/top1"] = f"{metrics['val/top1']:.2f}"
         if self.bar is not None:
             self.bar.update(update - self.bar.n)
             self.bar.set_postfix(shown)
         elif self.is_main_process and (update % self.every == 0 or update == self.total):
-            shown["samples/s"] = f"{metrics.get('perf/samples_per_second', math.nan):,.0f}"
-            shown["peak"] = f"{metrics.get('memory/peak_gib', math.nan):.2f} GiB"
+            if "perf/samples_per_second" in metrics:
+                shown["samples/s"] = f"{metrics['perf/samples_per_second']:,.0f}"
+                shown["peak"] = f"{metrics['memory/peak_gib']:.2f} GiB"
             line = "  ".join(f"{key} {value}" for key, value in shown.items())
             print(f"update {update}/{self.total}  {line}", flush=True)
 
