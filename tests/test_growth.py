@@ -263,6 +263,12 @@ def test_a_batch_above_the_training_set_is_explained_with_its_own_last_update(ca
     assert "2 in all (2 epochs, last update: keep)" in capsys.readouterr().out
 
 
+def test_a_run_past_the_updates_asked_for_names_the_flag_that_says_so(capsys):
+    folder = run(*BSI.split(), "--epochs", 3, "--max-updates", 9)
+    run("--resume", folder, *BSI.split(), "--epochs", 3, "--max-updates", 3, code=2)
+    assert "--max-updates 3, and the run has done 9" in capsys.readouterr().err
+
+
 def test_a_warmup_that_starts_at_its_peak_is_said(capsys):
     run("--dry-run", *BSI.split(), "--epochs", 3, "--warmup-epochs", 1)
     assert "--warmup-start reference is the peak itself, 0.08" in capsys.readouterr().out
