@@ -191,10 +191,10 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         done = session.restore(resume_from, say=say)
         num_updates, stop_at = planned_updates(), last_update()
         log.stop_at = stop_at
-        if done > num_updates:
+        if done > stop_at:
             given = f"--epochs {s['epochs']:g} are {num_updates} updates"
-            if num_updates == s["max_updates"]:
-                given = f"--max-updates {num_updates}"
+            if stop_at < num_updates:
+                given = f"--max-updates {stop_at}"
             raise InputError(f"{given}, and the run has done {done}. Use more of them.")
         if done >= stop_at and session.was_closed():
             say(f"nothing left to do: {done} of {stop_at} updates are done in {session.folder}")
