@@ -90,6 +90,11 @@ def build_noise_scale(
             return None
     if not searches:
         check_measurable(s, plan)
+    if needed is not None:
+        say(
+            f"{needed}: what is measured depends on its units, which are micro-batches, so another "
+            "micro-batch or number of ranks gives another run of the same kind"
+        )
     # Here, as it maps more memory than a tight limit on it may leave in the middle of the run.
     import scipy.special  # noqa: F401
 

@@ -48,6 +48,7 @@ def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[s
     extensions = saved["extensions"]
     typed = {name for name, origin in origins.items() if origin != "default"}
     _check_contract(run, saved, fresh["asked"])
+    _check_units(run, saved, values, origins)
     merged, merged_origins = dict(values), dict(origins)
     for name in OPTIONS:
         if name not in typed and name not in NOT_SAVED and name in saved:
@@ -152,6 +153,27 @@ def _check_contract(run: Path, saved: Mapping[str, Any], asked: Mapping[str, Any
                 f"result, so a resume can't change it. Leave {flag} out, or start a new run "
                 "without --resume."
             )
+
+
+def _check_units(run: Path, saved: Settings, values: Settings, origins: Mapping[str, str]) -> None:
+    """Stop at another micro-batch where batch or rate follow what micro-batches measure.
+
+    Raises:
+        InputError: it is typed, and differs.
+    """
+    follows = {
+        "--lr-scaling adascale": saved["lr_scaling"] == "adascale",
+        "--global-batch-size auto": saved["global_batch_size"] == "auto"
+        and saved["batch_decisions"] is None,
+    }
+    name = next((flag for flag, holds in follows.items() if holds), None)
+    size, asked = saved.get("micro_batch_size"), values["micro_batch_size"]
+    if name is None or origins["micro_batch_size"] == "default" or asked == size:
+        return
+    raise InputError(
+        f"--micro-batch-size {asked}: the run in {run} has {size}, and under {name} micro-batches "
+        "are the units that the noise is measured by, so a resume can't change them. Leave it out."
+    )
 
 
 def _check_extension(how: str | None, *, before: float, after: float) -> None:

@@ -288,3 +288,12 @@ def test_an_interrupted_adascale_run_goes_on_to_the_bit():
     broken = stopped_at(9, *flags)
     assert run("--resume", broken, *flags) == broken
     assert not differences(broken, truth)
+
+
+@pytest.mark.parametrize("flags", [ADASCALE, AUTO.split()])
+def test_another_micro_batch_is_refused_by_a_resume_where_the_run_follows_its_units(flags, capsys):
+    broken = stopped_at(3, *flags)
+    assert "another micro-batch or number of ranks gives another run" in capsys.readouterr().out
+    assert train.main(["--resume", str(broken), "--micro-batch-size", "16"]) == 2
+    assert "the units that the noise is measured by" in capsys.readouterr().err
+    assert train.main(["--resume", str(broken), "--max-updates", "4"]) == 0

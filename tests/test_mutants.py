@@ -114,8 +114,8 @@ MUTANTS = {
     ),
     "the last short update of a run is forgotten": (
         "stream.py",
-        "return max(1, -(-samples // self.global_batch_size))",
-        "return max(1, samples // self.global_batch_size)",
+        "return max(1, first + max(0, -(-rest // self.size_in(whole))))",
+        "return max(1, first + max(0, rest // self.size_in(whole)))",
         "tests/data/test_loader.py tests/test_recipe.py tests/test_batch.py",
     ),
     "trials without a backward pass": (
@@ -355,8 +355,8 @@ MUTANTS = {
     ),
     "the resumed update has the old schedule's rate": (
         "run_session.py",
-        '        _set_learning_rates(self.parts["scheduler"])\n',
-        "",
+        '        refresh(self.parts["scheduler"])',
+        "        pass",
         "tests/test_resume.py::test_each_way_to_extend_a_cosine_has_the_rates_it_says",
     ),
     "ranks stop when they like": (
