@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -83,24 +83,29 @@ def check_growth(s: Mapping[str, Any]) -> None:
     rule = s["batch_schedule"]
     if s["auto_batch"]:
         _check_auto(s)
+        _check_unread(s, {"factor", "past_max", "growth", "lr_growth", "first_epoch"})
     elif s["min_batch_size"] is not None or s["batch_decisions"] is not None:
         raise InputError(
             "--min-batch-size and --batch-decisions are read with --global-batch-size auto alone. "
             "Leave them out."
         )
     elif rule is None:
-        for name in ("factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"):
-            if s[name] not in ((), None, "drop"):
-                shown = " ".join(f"{x:g}" for x in s[name]) if name == "factor" else s[name]
-                flag = f"--{name.replace('_', '-')} {shown}"
-                raise InputError(
-                    f"{flag} is read with --batch-schedule alone, such as bsi. Add it."
-                )
+        _check_unread(
+            s, {"factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"}
+        )
     elif s["schedule"] in ("step", "multistep"):
         raise InputError(
             f"--schedule {s['schedule']} with --batch-schedule {rule}: both change the rate at "
             "milestones. Use --batch-schedule lrd (the rate falls) or mixed, or --schedule cosine."
         )
+
+
+def _check_unread(s: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if s[name] not in ((), None, "drop"):
+            shown = " ".join(f"{x:g}" for x in s[name]) if name == "factor" else s[name]
+            flag = f"--{name.replace('_', '-')} {shown}"
+            raise InputError(f"{flag} is read with --batch-schedule alone, such as bsi. Add it.")
 
 
 def _check_auto(s: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def loss_dropout(
         raise InputError(
             f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
             "dropped, numbered from 1, such as --loss-dropout 3 119."
+        )
+    if epochs[0] > ceil(s["epochs"]) and s["lr_scaling"] != "adascale":  # which runs for longer
+        raise InputError(
+            f"--loss-dropout {epochs[0]:g} {epochs[1]:g} begins after the last epoch of a run of "
+            f"--epochs {s['epochs']:g}: nothing would be dropped. Use an earlier one."
         )
     return LossDropout(stream, first_epoch=int(epochs[0]), last_epoch=int(epochs[1]))
 
