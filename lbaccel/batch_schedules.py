@@ -14,7 +14,7 @@ from math import ceil, inf
 
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 
-RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant")
+RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant", "listed")
 MILESTONES = (60, 120, 160)
 FACTORS = {"lrd": (5,), "bsi": (5,), "bsi-doubled-end": (5,), "mixed": (4, 4, 50), "fast": (2,)}
 PAST_MAX = ("drop", "lr")
@@ -24,13 +24,15 @@ _AT_MILESTONES = ("lrd", "bsi", "bsi-doubled-end", "mixed", "fast")
 _GROWING = ("bsi", "bsi-doubled-end", "mixed", "fast", "instant")
 _BY_EPOCH = ("fast", "instant")
 _READ_BY = {
-    "milestones": _AT_MILESTONES,
+    "milestones": (*_AT_MILESTONES, "listed"),
     "factors": _AT_MILESTONES,
     "max_batch_size": _GROWING,
     "past_max": ("bsi", "bsi-doubled-end", "mixed"),
     "growth": _BY_EPOCH,
     "lr_growth": _BY_EPOCH,
     "first_epoch": _BY_EPOCH,
+    "batch_sizes": ("listed",),
+    "lr_factors": ("listed",),
 }
 
 
@@ -80,6 +82,8 @@ def batch_schedule(
     growth: float | None = None,
     lr_growth: float | None = None,
     first_epoch: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    lr_factors: Sequence[float] | None = None,
 ) -> tuple[Segment, ...]:
     """The segments of a run under a rule, those alone that change something.
 
@@ -94,6 +98,7 @@ def batch_schedule(
       eta <- `lr_growth` eta until B = M; eta <- eta / f at each milestone.
     - "instant": B <- M at `first_epoch`, and eta <- `lr_growth` ^ n eta, where n is the number of
       steps that "fast" takes to M: the smallest with `growth` ^ n B >= M.
+    - "listed": B and eta / (the first eta) at each milestone as `batch_sizes` and `lr_factors` say.
 
     Factors are decimal numbers and are multiplied exactly: 1 / 5 / 5 / 5 is 0.008.
 
@@ -112,6 +117,9 @@ def batch_schedule(
         growth: factor of the batch size at an epoch of "fast" (default: 2).
         lr_growth: factor of the learning rate at an epoch of "fast" (default: 1.3).
         first_epoch: the first epoch with a larger batch, for "fast" and "instant" (default: 6).
+        batch_sizes: samples of an update from each milestone on, for "listed" (default: they stay).
+        lr_factors: multiple of the first segment's learning rate from each milestone on, for
+            "listed" (default: it stays).
 
     Raises:
         InputError: an unknown rule; a setting that the rule does not read; milestones out of order
@@ -143,6 +151,8 @@ def batch_schedule(
         "growth": growth,
         "lr_growth": lr_growth,
         "first_epoch": first_epoch,
+        "batch_sizes": batch_sizes,
+        "lr_factors": lr_factors,
     }
     for name, value in given.items():
         if value not in (None, ()) and rule not in _READ_BY[name]:
@@ -161,7 +171,7 @@ def batch_schedule(
             "global_batch_size, or rule='steady'."
         )
     changes: list[tuple[int, Fraction, Fraction]] = []
-    if rule in _AT_MILESTONES:
+    if rule in _READ_BY["milestones"]:
         at = _whole_epochs(
             "milestones", MILESTONES if milestones is None else milestones, epochs=epochs
         )
@@ -170,8 +180,15 @@ def batch_schedule(
                 f"rule={rule!r} has no milestones, so nothing would change. Use milestones such "
                 "as (60, 120, 160), or rule='steady'."
             )
-        by = _factors(rule, FACTORS[rule] if factors is None else factors, milestones=at)
-        changes += _at_milestones(rule, at, by)
+        if rule == "listed":
+            sizes = _listed("batch_sizes", batch_sizes, first=global_batch_size, milestones=at)
+            for size in batch_sizes or ():
+                _check_size("batch_sizes", size, num_samples=num_samples)
+            rates = _listed("lr_factors", lr_factors, first=1, milestones=at)
+            changes += zip(at, sizes, rates, strict=True)
+        else:
+            by = _factors(rule, FACTORS[rule] if factors is None else factors, milestones=at)
+            changes += _at_milestones(rule, at, by)
     if rule in _BY_EPOCH:
         (start,) = _whole_epochs(
             "first_epoch", [6 if first_epoch is None else first_epoch], epochs=epochs
@@ -270,6 +287,21 @@ def check_segments(segments: Sequence[Segment], *, epochs: float, num_samples: i
     for segment in segments:
         _check_size("global_batch_size", segment.global_batch_size, num_samples=num_samples)
         check_number("lr_factor", segment.lr_factor)
+
+
+def _listed(
+    name: str, values: Sequence[float] | None, *, first: int, milestones: Sequence[int]
+) -> list[Fraction]:
+    """Factors from value to value, beginning with `first`."""
+    if not values:
+        return [Fraction(1)] * len(milestones)
+    if len(values) != len(milestones):
+        raise InputError(
+            f"rule='listed' has {len(values)} {name} for {len(milestones)} milestones. Use one "
+            "from each milestone on."
+        )
+    exact = [Fraction(first), *(_decimal(name, value) for value in values)]
+    return [after / before for before, after in pairwise(exact)]
 
 
 def _at_milestones(

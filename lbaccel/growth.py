@@ -13,6 +13,8 @@ from lbaccel.schedules import Schedule
 from lbaccel.stream import UpdateStream
 
 Say = Callable[[str], object]
+OWN = {"factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"}
+OWN |= {"batch_sizes", "lr_factors"}
 
 
 def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Segment, ...]:
@@ -40,6 +42,8 @@ def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Se
         growth=s["growth"],
         lr_growth=s["lr_growth"],
         first_epoch=s["first_epoch"],
+        batch_sizes=tuple(int(b) if b.is_integer() else b for b in s["batch_sizes"]),  # type: ignore[misc]
+        lr_factors=s["lr_factors"],
     )
 
 
@@ -83,16 +87,14 @@ def check_growth(s: Mapping[str, Any]) -> None:
     rule = s["batch_schedule"]
     if s["auto_batch"]:
         _check_auto(s)
-        _check_unread(s, {"factor", "past_max", "growth", "lr_growth", "first_epoch"})
+        _check_unread(s, OWN - {"max_batch_size"})
     elif s["min_batch_size"] is not None or s["batch_decisions"] is not None:
         raise InputError(
             "--min-batch-size and --batch-decisions are read with --global-batch-size auto alone. "
             "Leave them out."
         )
     elif rule is None:
-        _check_unread(
-            s, {"factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"}
-        )
+        _check_unread(s, OWN)
     elif s["schedule"] in ("step", "multistep"):
         raise InputError(
             f"--schedule {s['schedule']} with --batch-schedule {rule}: both change the rate at "
@@ -101,9 +103,10 @@ def check_growth(s: Mapping[str, Any]) -> None:
 
 
 def _check_unread(s: Mapping[str, Any], names: Iterable[str]) -> None:
-    for name in names:
+    for name in sorted(names):
         if s[name] not in ((), None, "drop"):
-            shown = " ".join(f"{x:g}" for x in s[name]) if name == "factor" else s[name]
+            several = isinstance(s[name], tuple)
+            shown = " ".join(f"{x:g}" for x in s[name]) if several else s[name]
             flag = f"--{name.replace('_', '-')} {shown}"
             raise InputError(f"{flag} is read with --batch-schedule alone, such as bsi. Add it.")
 

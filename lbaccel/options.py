@@ -212,6 +212,20 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option(
             "lr_growth", float, None, "fast, instant: factor of the rate, an epoch", shown="1.3"
         ),
+        Option(
+            "batch_sizes",
+            numbers,
+            (),
+            "listed: samples an update from each milestone on",
+            shown="they stay",
+        ),
+        Option(
+            "lr_factors",
+            numbers,
+            (),
+            "listed: multiples of the first rate from each milestone on",
+            shown="it stays",
+        ),
         Option("first_epoch", whole, None, "fast, instant: first larger batch", shown="6"),
         Option(
             "activation_checkpointing",

@@ -61,6 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("--growth", "batch; default: 2"), ("--lr-growth", "rate; default: 1.3")):
         batch.add_argument(flag, type=float, metavar="F", help=f"fast, instant: of the {what}")
     batch.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="B", help="listed: from each milestone on"
+    )
+    batch.add_argument(
+        "--lr-factors",
+        type=float,
+        nargs="+",
+        metavar="F",
+        help="listed: multiples of the first learning rate from each milestone on",
+    )
+    batch.add_argument(
         "--first-epoch", type=int, metavar="E", help="fast, instant: first larger batch; default: 6"
     )
     batch.add_argument("--world-size", type=int, default=1, metavar="W", help="default: 1")
@@ -150,6 +160,8 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
         growth=a.growth,
         lr_growth=a.lr_growth,
         first_epoch=a.first_epoch,
+        batch_sizes=a.batch_sizes,
+        lr_factors=a.lr_factors,
     )
     segments = build(past_max=a.past_max)
     samples = epoch_samples(segments, num_samples=a.num_samples, last_update=a.last_update)

@@ -444,3 +444,41 @@ def test_a_run_that_ends_on_half_a_sample_has_the_updates_of_the_loader(
     run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
     found = sum(segment_updates(segments, **run))
     assert found == UpdateStream(3, num_samples, last_update).num_updates(epochs)
+
+
+def test_listed_sizes_and_rates_are_the_arms_of_loss_dropout():
+    segments = batch_schedule(
+        "listed", global_batch_size=128, epochs=200, num_samples=50_000,
+        batch_sizes=(128, 16384, 32768), lr_factors=(0.5, 0.7, 0.7),
+    )  # fmt: skip
+    assert [(s.epoch, s.global_batch_size, s.lr(0.05)) for s in segments] == [
+        (1, 128, 0.05), (60, 128, 0.025), (120, 16384, 0.035), (160, 32768, 0.035),
+    ]  # fmt: skip
+    assert sum(segment_updates(segments, epochs=200, num_samples=50_000)) == 46_771
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batch_sizes": (256, 512)}, "2 batch_sizes for 3 milestones"),
+        ({"lr_factors": (1, 1, 0)}, "lr_factors=0 is not a finite number above 0"),
+        ({"batch_sizes": (256, 512, 60_000)}, "batch_sizes=60000 is above"),
+        ({"batch_sizes": (256, 512, 0.5)}, "is not a whole number"),
+        ({"factors": 2}, "does not read factors"),
+    ],
+)
+def test_lists_that_can_not_be_are_refused(given, says):
+    with pytest.raises(InputError, match=says):
+        batch_schedule("listed", global_batch_size=128, epochs=200, num_samples=50_000, **given)
+
+
+def test_sizes_alone_or_rates_alone_may_be_listed():
+    run = {"global_batch_size": 4, "epochs": 6, "num_samples": 8, "milestones": (2, 4)}
+    sizes = batch_schedule("listed", batch_sizes=(8, 2), **run)
+    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in sizes] == [
+        (1, 4, 1.0), (2, 8, 1.0), (4, 2, 1.0),
+    ]  # fmt: skip
+    rates = batch_schedule("listed", lr_factors=(0.1, 1), **run)
+    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in rates] == [
+        (1, 4, 1.0), (2, 4, 0.1), (4, 4, 1.0),
+    ]  # fmt: skip
