@@ -87,11 +87,6 @@ class UpdateStream:
             return self.num_samples // self.global_batch_size * self.global_batch_size
         return self.num_samples
 
-    @property
-    def largest(self) -> int:
-        """Samples of the largest update."""
-        return max([self.global_batch_size, *(size for _, size in self.growth)])
-
     @cached_property
     def _pieces(self) -> list[_Piece]:
         pieces = [_Piece(0, 0, self.global_batch_size)]
@@ -147,8 +142,9 @@ class UpdateStream:
         if float(epochs).is_integer() and whole:
             return first
         rest = whole * self.num_samples - self._start(first)
-        # exact, as in `segment_updates`: a float product may pass half a sample
-        rest += round((Fraction(str(epochs)) - whole) * self.samples_per_epoch)
+        # exact: a float product may pass half a sample
+        end = round(Fraction(str(epochs)) * self.samples_per_epoch)
+        rest += end - whole * self.samples_per_epoch
         return max(1, first + max(0, -(-rest // self.size_in(whole))))
 
     def _start(self, update: int) -> int:

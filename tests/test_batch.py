@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -190,7 +192,7 @@ def test_updates_of_a_growing_batch_lie_where_a_walk_through_the_samples_puts_th
         assert stream.updates_in_epoch(epoch) == len(starts)
         assert stream.size_in(epoch) == [batch, *(s for e, s in growth if e <= epoch)][-1]
     half = data.draw(st.sampled_from([0.5, 0.25]))
-    until = (epochs - 1) * count + round(half * count)
+    until = round(Fraction(str(epochs - 1 + half)) * count)
     whole = one_by_one(batch, count, last, growth, epochs)
     reaching = [start for start, _ in whole if start < until]
     assert stream.num_updates(epochs - 1 + half) == max(1, len(reaching))
@@ -209,6 +211,12 @@ def test_updates_of_a_growing_batch_lie_where_a_walk_through_the_samples_puts_th
 def test_a_growth_that_can_not_be_is_refused(growth, last, says):
     with pytest.raises(InputError, match=says):
         UpdateStream(4, 10, last, growth)
+
+
+def test_a_run_that_ends_on_half_a_sample_is_rounded_as_a_whole():
+    """49.5 and 1.5 samples to the even number: not their part past the last whole epoch, 4.5."""
+    assert UpdateStream(1, 45, "keep").num_updates(1.1) == 50
+    assert UpdateStream(1, 1, "wrap").num_updates(1.5) == 2
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates():
