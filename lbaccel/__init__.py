@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lbaccel.batch import BatchPlan, MicroBatch
-    from lbaccel.batch_schedules import Segment, batch_schedule, segment_updates
+    from lbaccel.batch_schedules import batch_schedule
+    from lbaccel.batch_segments import Segment, segment_updates
     from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
     from lbaccel.curvature import largest_curvature
     from lbaccel.data.augment import GroupMix, KeyedImages
@@ -47,9 +48,9 @@ __version__ = "0.1.0"
 _HOME = {
     "BatchPlan": "batch",
     "MicroBatch": "batch",
-    "Segment": "batch_schedules",
+    "Segment": "batch_segments",
     "batch_schedule": "batch_schedules",
-    "segment_updates": "batch_schedules",
+    "segment_updates": "batch_segments",
     "UpdateStream": "stream",
     "apply_activation_checkpointing": "checkpointing",
     "GroupMix": "data.augment",

@@ -7,11 +7,11 @@ of its epoch. `docs/methods.md` says where each rule fails.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil, inf
 
+from lbaccel.batch_segments import Segment, check_size, whole_epochs
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 
 RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant", "listed")
@@ -34,39 +34,6 @@ _READ_BY = {
     "batch_sizes": ("listed",),
     "lr_factors": ("listed",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """From the start of `epoch` (the first is 1) on, this batch size and learning rate."""
-
-    epoch: int
-    global_batch_size: int
-    lr_factor: float  # multiple of the first segment's learning rate; 1.0 at the first
-
-    def lr(self, first_lr: float) -> float:
-        """`first_lr * lr_factor`, of the numbers as people write them, rounded once.
-
-        >>> 0.1 * 0.008, Segment(epoch=160, global_batch_size=128, lr_factor=0.008).lr(0.1)
-        (0.0008..., 0.0008)
-
-        Raises:
-            InputError: the product is no finite number above 0.
-        """
-        # the fraction that was rounded to lr_factor, such as 1/3
-        factor = Fraction(self.lr_factor).limit_denominator(10**6)
-        if float(factor) != self.lr_factor:
-            factor = Fraction(str(self.lr_factor))
-        try:
-            lr = float(Fraction(str(first_lr)) * factor)
-        except OverflowError:
-            lr = inf
-        if not 0 < lr < inf:
-            raise InputError(
-                f"epoch {self.epoch} would have a learning rate of {lr}, {self.lr_factor:g} times "
-                f"{first_lr:g}. Use a first rate or factors that give a number."
-            )
-        return lr
 
 
 def batch_schedule(
@@ -142,7 +109,7 @@ def batch_schedule(
     check_choice("past_max", past_max, choices=PAST_MAX)
     check_whole("num_samples", num_samples)
     check_number("epochs", epochs)
-    _check_size("global_batch_size", global_batch_size, num_samples=num_samples)
+    check_size("global_batch_size", global_batch_size, num_samples=num_samples)
     given = {
         "milestones": milestones,
         "factors": factors,
@@ -161,7 +128,7 @@ def batch_schedule(
                 f"{' or '.join(repr(other) for other in _READ_BY[name])}."
             )
     largest = num_samples if max_batch_size is None else max_batch_size
-    _check_size("max_batch_size", largest, num_samples=num_samples)
+    check_size("max_batch_size", largest, num_samples=num_samples)
     if rule in _GROWING and (
         largest < global_batch_size or (largest == global_batch_size and past_max == "drop")
     ):
@@ -172,7 +139,7 @@ def batch_schedule(
         )
     changes: list[tuple[int, Fraction, Fraction]] = []
     if rule in _READ_BY["milestones"]:
-        at = _whole_epochs(
+        at = whole_epochs(
             "milestones", MILESTONES if milestones is None else milestones, epochs=epochs
         )
         if not at and rule != "fast":
@@ -183,14 +150,14 @@ def batch_schedule(
         if rule == "listed":
             sizes = _listed("batch_sizes", batch_sizes, first=global_batch_size, milestones=at)
             for size in batch_sizes or ():
-                _check_size("batch_sizes", size, num_samples=num_samples)
+                check_size("batch_sizes", size, num_samples=num_samples)
             rates = _listed("lr_factors", lr_factors, first=1, milestones=at)
             changes += zip(at, sizes, rates, strict=True)
         else:
             by = _factors(rule, FACTORS[rule] if factors is None else factors, milestones=at)
             changes += _at_milestones(rule, at, by)
     if rule in _BY_EPOCH:
-        (start,) = _whole_epochs(
+        (start,) = whole_epochs(
             "first_epoch", [6 if first_epoch is None else first_epoch], epochs=epochs
         )
         steps = _steps_to(largest, global_batch_size, 2 if growth is None else growth)
@@ -202,91 +169,6 @@ def batch_schedule(
             grown = [(start + i, step, lr_step) for i, step in enumerate(steps)]
             changes += grown[:epochs_left]
     return _fold(sorted(changes), global_batch_size, largest=largest, past_max=past_max)
-
-
-def segment_updates(
-    segments: Sequence[Segment], *, epochs: float, num_samples: int, last_update: str = "keep"
-) -> list[int]:
-    """Updates of each segment in a run of `epochs` over `num_samples` samples: exact counts.
-
-    With B the segment's batch size and N = `num_samples`: "keep" ends each epoch with a short
-    update, ceil(N / B) an epoch. "wrap" cuts the stream of samples without regard to epochs: an
-    update has the size of the segment in which its first sample lies, and may run over into the
-    next one. "drop" leaves out what is no whole update, floor(N / B) an epoch; epochs of different
-    batch sizes would then differ in their samples, so it is for one batch size alone. A run that
-    ends inside an epoch has the updates that start before its end (rounded to a sample), and at
-    least one.
-
-    Args:
-        segments: from `batch_schedule`, or made by hand: the first at epoch 1, in order.
-        epochs: length of the run.
-        num_samples: samples of the training set.
-        last_update: "keep", "wrap" or "drop".
-
-    Raises:
-        InputError: segments out of order or past the run's end, a batch larger than the training
-            set, an unknown `last_update`, "drop" with a batch that changes.
-
-    >>> segments = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
-    >>> segment_updates(segments, epochs=200, num_samples=50_000)
-    [23069, 4740, 640, 164]
-    >>> segment_updates(segments, epochs=200, num_samples=50_000, last_update="wrap")
-    [23047, 4688, 625, 129]
-    """
-    check_segments(segments, epochs=epochs, num_samples=num_samples)
-    samples = epoch_samples(segments, num_samples=num_samples, last_update=last_update)
-    whole = int(epochs)
-    end = max(1, whole * samples + round((Fraction(str(epochs)) - whole) * samples))
-    starts = [(segment.epoch - 1) * samples for segment in segments]
-    counts, position = [], 0
-    for segment, start, stop in zip(segments, starts, [*starts[1:], end], strict=True):
-        size = segment.global_batch_size
-        if last_update == "wrap":
-            count = max(0, ceil(Fraction(stop - position, size)))
-            position += count * size
-        else:
-            whole_epochs, rest = divmod(max(0, stop - start), samples)
-            count = whole_epochs * ceil(Fraction(samples, size)) + ceil(Fraction(rest, size))
-        counts.append(count)
-    return counts
-
-
-def epoch_samples(segments: Sequence[Segment], *, num_samples: int, last_update: str) -> int:
-    """Samples that an epoch consumes: all of them but under "drop", floor(N / B) B.
-
-    Raises:
-        InputError: an unknown `last_update`, or "drop" with a batch that changes.
-    """
-    check_choice("last_update", last_update, choices=("keep", "wrap", "drop"))
-    sizes = sorted({segment.global_batch_size for segment in segments})
-    if last_update != "drop":
-        return num_samples
-    if len(sizes) > 1:
-        raise InputError(
-            f"last_update='drop' with batch sizes {', '.join(map(str, sizes))}: each would leave "
-            "out other samples, so epochs would differ in length. Use last_update='keep' or 'wrap'."
-        )
-    return num_samples // sizes[0] * sizes[0]
-
-
-def check_segments(segments: Sequence[Segment], *, epochs: float, num_samples: int) -> None:
-    """Stop at segments that are no schedule of this run.
-
-    Raises:
-        InputError: none, not from epoch 1 and factor 1 on, out of order or past the run's end, or
-            a batch larger than the training set.
-    """
-    check_whole("num_samples", num_samples)
-    check_number("epochs", epochs)
-    if not segments or segments[0].epoch != 1 or segments[0].lr_factor != 1:
-        raise InputError(
-            f"segments={list(segments)!r} do not begin at epoch 1 with lr_factor 1.0. "
-            "Use a first Segment(epoch=1, global_batch_size=..., lr_factor=1.0)."
-        )
-    _whole_epochs("segments", [segment.epoch for segment in segments[1:]], epochs=epochs)
-    for segment in segments:
-        _check_size("global_batch_size", segment.global_batch_size, num_samples=num_samples)
-        check_number("lr_factor", segment.lr_factor)
 
 
 def _listed(
@@ -376,27 +258,6 @@ def _steps_to(largest: int, size: int, growth: float) -> list[Fraction]:
     return steps
 
 
-def _whole_epochs(what: str, given: Sequence[float], *, epochs: float) -> list[int]:
-    """Whole, increasing epochs from 2 on, the last one not after the run's end."""
-    found = []
-    for epoch in given:
-        check_number(what, epoch)
-        if epoch != int(epoch) or epoch < 2:
-            raise InputError(
-                f"{what}: epoch {epoch:.10g} is no whole epoch from 2 on, and a change happens "
-                "at the start of an epoch (the first is 1). Use whole epochs >= 2."
-            )
-        found.append(int(epoch))
-    if any(later <= earlier for earlier, later in pairwise(found)):
-        raise InputError(f"{what}: epochs {found} do not increase. Use them in order, each once.")
-    if found and found[-1] > ceil(epochs):
-        raise InputError(
-            f"{what}: epoch {found[-1]} is after the last one of a run of {epochs:.10g} epochs, "
-            f"epoch {ceil(epochs)}. Use epochs up to {ceil(epochs)}, or a longer run."
-        )
-    return found
-
-
 def _factors(
     rule: str, factors: float | Sequence[float], *, milestones: Sequence[int]
 ) -> list[Fraction]:
@@ -428,12 +289,3 @@ def _decimal(name: str, value: float) -> Fraction:
     """The user's 1.3 is thirteen tenths, not the binary fraction beside it."""
     check_number(name, value)
     return Fraction(str(value))
-
-
-def _check_size(name: str, value: int, *, num_samples: int) -> None:
-    check_whole(name, value)
-    if value > num_samples:
-        raise InputError(
-            f"{name}={value} is above the training set's {num_samples} samples. "
-            f"Use {name} <= {num_samples}."
-        )

@@ -17,7 +17,7 @@ from lbaccel.accelerator import make_accelerator
 from lbaccel.accumulation import LossFn
 from lbaccel.auto_plan import Chosen
 from lbaccel.batch import BatchPlan
-from lbaccel.batch_schedules import Segment
+from lbaccel.batch_segments import Segment, growth_of
 from lbaccel.data.augment import GroupMix
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
@@ -95,7 +95,7 @@ def build_task(
         s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
     segments = growth.segments_of(s, num_samples=num_samples, say=say)
-    sizes = growth.sizes(segments)
+    sizes = growth_of(segments)
     chosen = auto_plan.as_asked(s)
     if auto_plan.wants_plan(s):
         chosen = auto_plan.choose(

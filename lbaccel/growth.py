@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from lbaccel.batch_schedules import MILESTONES, Segment, batch_schedule
+from lbaccel.batch_schedules import MILESTONES, batch_schedule
+from lbaccel.batch_segments import Segment, segment_updates
 from lbaccel.errors import InputError, check_number
 from lbaccel.scaling import scale_lr
 from lbaccel.schedules import Schedule
@@ -35,7 +35,7 @@ def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Se
         global_batch_size=min(s["global_batch_size"], num_samples),
         epochs=s["epochs"],
         num_samples=num_samples,
-        milestones=milestones(s),
+        milestones=milestones(s["milestones"], rule=rule, epochs=s["epochs"]),
         factors=s["factor"][0] if len(s["factor"]) == 1 else s["factor"] or None,
         max_batch_size=largest,
         past_max=s["past_max"],
@@ -47,15 +47,17 @@ def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Se
     )
 
 
-def milestones(s: Mapping[str, Any]) -> tuple[float, ...]:
+def milestones(
+    given: Sequence[float] | None, *, rule: str | None, epochs: float
+) -> tuple[float, ...]:
     """The milestones asked for; under a batch schedule that has them, study E's.
 
-    >>> milestones({"milestones": (), "batch_schedule": "bsi", "epochs": 30})
-    (10, 19, 25)
+    >>> milestones((), rule="bsi", epochs=30), milestones((), rule="steady", epochs=30)
+    ((10, 19, 25), ())
     """
-    if s["milestones"] or s["batch_schedule"] in (None, "steady", "instant"):
-        return s["milestones"]
-    return default_milestones(s["epochs"])
+    if given or rule in (None, "steady", "instant"):
+        return tuple(given or ())
+    return default_milestones(epochs)
 
 
 def default_milestones(epochs: float) -> tuple[int, ...]:
@@ -136,23 +138,6 @@ def _check_auto(s: Mapping[str, Any]) -> None:
         )
 
 
-def sizes(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
-    """`UpdateStream`'s growth: epochs counted from 0, each with its number of samples an update.
-
-    >>> lrd = [
-    ...     Segment(epoch=epoch, global_batch_size=8, lr_factor=factor)
-    ...     for epoch, factor in ((1, 1.0), (3, 0.5))
-    ... ]
-    >>> sizes(lrd), sizes([*lrd, Segment(epoch=5, global_batch_size=16, lr_factor=0.5)])
-    ((), ((4, 16),))
-    """
-    return tuple(
-        (segment.epoch - 1, segment.global_batch_size)
-        for before, segment in pairwise(segments)
-        if segment.global_batch_size != before.global_batch_size
-    )
-
-
 def largest(s: Mapping[str, Any], segments: Sequence[Segment]) -> int:
     """The largest batch that a run may come to."""
     if s["auto_batch"]:
@@ -192,13 +177,12 @@ def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedul
 
 def explain(segments: Sequence[Segment], *, stream: UpdateStream, epochs: float, lr: float) -> str:
     """A line a segment: from which epoch on, how many samples, at which rate, how many updates."""
-    firsts = [
-        min(stream.first_update(seg.epoch - 1), stream.num_updates(epochs)) for seg in segments
-    ]
-    ends = [*firsts[1:], stream.num_updates(epochs)]
+    counts = segment_updates(
+        segments, epochs=epochs, num_samples=stream.num_samples, last_update=stream.last_update
+    )
     rows = [
         f"  from epoch {segment.epoch}: {segment.global_batch_size} samples an update, "
-        f"lr {segment.lr(lr):.6g}, {end - first} updates"
-        for segment, first, end in zip(segments, firsts, ends, strict=True)
+        f"lr {segment.lr(lr):.6g}, {count} updates"
+        for segment, count in zip(segments, counts, strict=True)
     ]
     return "\n".join(["batch schedule:", *rows])

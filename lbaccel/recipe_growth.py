@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lbaccel.adascale import AdaScale
 from lbaccel.auto_batch import AutoBatch, read_decisions
 from lbaccel.batch import BatchPlan
-from lbaccel.batch_schedules import Segment
+from lbaccel.batch_segments import Segment
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.growth import factor_by_rule, factor_of

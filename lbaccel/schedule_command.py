@@ -10,10 +10,11 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from lbaccel.batch_schedules import PAST_MAX, RULES, Segment, batch_schedule, epoch_samples
+from lbaccel.batch_schedules import PAST_MAX, RULES, batch_schedule
+from lbaccel.batch_segments import Segment, segment_stream
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
-from lbaccel.growth import default_milestones
+from lbaccel.growth import milestones
 from lbaccel.options import start_rate
 from lbaccel.scaling import explain_lr, scale_lr
 from lbaccel.schedule_table import FORMATS, ScheduleTable, plot, schedule_table
@@ -154,7 +155,7 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
         global_batch_size=a.global_batch_size,
         epochs=epochs,
         num_samples=a.num_samples,
-        milestones=a.milestones or _milestones(a.batch_schedule, epochs),
+        milestones=milestones(a.milestones, rule=a.batch_schedule, epochs=epochs),
         factors=a.factor,
         max_batch_size=a.max_batch_size,
         growth=a.growth,
@@ -164,7 +165,7 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
         lr_factors=a.lr_factors,
     )
     segments = build(past_max=a.past_max)
-    samples = epoch_samples(segments, num_samples=a.num_samples, last_update=a.last_update)
+    stream = segment_stream(segments, num_samples=a.num_samples, last_update=a.last_update)
     _check_ranks(segments, a.world_size)
     first_lr, notes = _first_lr(a)
     table = schedule_table(
@@ -173,7 +174,9 @@ def compose(a: argparse.Namespace) -> tuple[ScheduleTable, list[str]]:
         num_samples=a.num_samples,
         last_update=a.last_update,
         first_lr=first_lr,
-        multiplier=_multiplier(a, peak_lr=first_lr, epochs=epochs, samples_per_epoch=samples),
+        multiplier=_multiplier(
+            a, peak_lr=first_lr, epochs=epochs, samples_per_epoch=stream.samples_per_epoch
+        ),
     )
     if a.past_max == "drop" and a.batch_schedule in KEEPS_FACTORS:
         notes += _lost(segments, build(past_max="lr"))
@@ -204,10 +207,6 @@ def _epochs(a: argparse.Namespace) -> float:
         raise InputError("the run has no length. Use --epochs 200, or --samples for the total.")
     check_number("epochs", a.epochs, at_most=MOST_EPOCHS)
     return a.epochs
-
-
-def _milestones(rule: str, epochs: float) -> tuple[int, ...] | None:
-    return None if rule in ("steady", "instant") else default_milestones(epochs)
 
 
 def _check_ranks(segments: Sequence[Segment], world_size: int) -> None:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from math import log
 from pathlib import Path
 
-from lbaccel.batch_schedules import Segment, epoch_samples, segment_updates
+from lbaccel.batch_segments import Segment, segment_stream, segment_updates
 from lbaccel.schedules import Schedule, constant
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -74,26 +74,23 @@ def schedule_table(
     """
     run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
     counts = segment_updates(segments, **run)
-    samples = epoch_samples(segments, num_samples=num_samples, last_update=last_update)
-    sizes = [segment.global_batch_size for segment in segments]
-    wraps = last_update == "wrap"
-    if wraps:
-        starts = [0, *accumulate(n * size for n, size in zip(counts, sizes, strict=True))][:-1]
-    else:
-        starts = [(segment.epoch - 1) * samples for segment in segments]
+    stream = segment_stream(segments, num_samples=num_samples, last_update=last_update)
+    samples = stream.samples_per_epoch
+    firsts = [0, *accumulate(counts)][:-1]
+    starts = [stream.samples_seen(first) for first in firsts]
     ends = [*starts[1:], epochs * samples]
     rows, curve = [], []
-    for segment, num_updates, start, end in zip(segments, counts, starts, ends, strict=True):
-        size, rate = segment.global_batch_size, segment.lr(first_lr)
-        # updates of a whole epoch, and of the rest, before the last one
-        whole, rest = divmod(max(0, num_updates - 1), -(-samples // size))
-        before = (num_updates - 1) * size if wraps else whole * samples + rest * size
+    for segment, first, num_updates, start, end in zip(
+        segments, firsts, counts, starts, ends, strict=True
+    ):
+        rate = segment.lr(first_lr)
+        last = stream.samples_seen(first + max(0, num_updates - 1))
         rows.append(
             Row(
                 epoch=segment.epoch,
-                global_batch_size=size,
+                global_batch_size=segment.global_batch_size,
                 lr=rate * multiplier(start),
-                last_lr=rate * multiplier(start + max(0, before)),
+                last_lr=rate * multiplier(last),
                 num_updates=num_updates,
             )
         )

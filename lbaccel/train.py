@@ -230,7 +230,9 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                 resolved["global_batch_size"] = "auto"
             resolved |= {k: preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
             resolved["norm_batch_size"] = plan.norm_batch_size
-            resolved["milestones"] = growth.milestones(s)
+            resolved["milestones"] = growth.milestones(
+                s["milestones"], rule=s["batch_schedule"], epochs=s["epochs"]
+            )
             if not auto:
                 resolved["micro_batch_size"] = plan.micro_batch_size
             line = session.open(resolved, plan_values, origins)

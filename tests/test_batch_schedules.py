@@ -7,13 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbaccel.batch_schedules import (
-    RULES,
-    Segment,
-    batch_schedule,
-    check_segments,
-    segment_updates,
-)
+from lbaccel.batch_schedules import RULES, batch_schedule
+from lbaccel.batch_segments import Segment, check_segments, segment_updates
 from lbaccel.errors import InputError
 from lbaccel.stream import UpdateStream
 

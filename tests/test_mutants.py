@@ -426,7 +426,7 @@ MUTANTS = {
         "tests/test_growth.py",
     ),
     "the batch grows an epoch late": (
-        "growth.py",
+        "batch_segments.py",
         "(segment.epoch - 1, segment.global_batch_size)",
         "(segment.epoch, segment.global_batch_size)",
         "tests/test_growth.py",
