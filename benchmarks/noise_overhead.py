@@ -23,8 +23,8 @@ import accelerate
 import timm
 import torch
 from accelerate import Accelerator
+from random_images import Images, loss_fn
 from timm.optim import create_optimizer_v2
-from torch.nn import functional as F
 
 from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.models import adapt_stem
@@ -34,24 +34,6 @@ from lbaccel.noise_scale import UnitNorms
 CASES = (("resnet10t", 8, 1, 64), ("mobilenetv2_100", 64, 3, 32))
 # what is measured, and the optimizer of the update
 ARMS = (("none", "sgd"), ("plain", "sgd"), ("none", "adamw"), ("preconditioned", "adamw"))
-
-
-class Images:
-    def __init__(self, count, size, channels):
-        self.images = torch.randn(count, channels, size, size)
-        self.labels = torch.randint(10, (count,))
-
-    def __len__(self):
-        return len(self.images)
-
-    def fetch(self, indices, epochs):
-        rows = torch.tensor(indices)
-        return self.images[rows], self.labels[rows]
-
-
-def loss_fn(model, batch):
-    images, labels = batch
-    return F.cross_entropy(model(images), labels)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import accelerate
 import timm
 import torch
 from accelerate import Accelerator
-from torch.nn import functional as F
+from random_images import Images, loss_fn
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader
@@ -27,24 +27,6 @@ from lbaccel.data.order import epoch_order
 
 MICRO = 32
 CASES = (("resnet18", 32), ("mobilenetv2_100", 96))
-
-
-class Images:
-    def __init__(self, count, size):
-        self.images = torch.randn(count, 3, size, size)
-        self.labels = torch.randint(10, (count,))
-
-    def __len__(self):
-        return len(self.images)
-
-    def fetch(self, indices, epochs):
-        rows = torch.tensor(indices)
-        return self.images[rows], self.labels[rows]
-
-
-def loss_fn(model, batch):
-    images, labels = batch
-    return F.cross_entropy(model(images), labels)
 
 
 def make_model(name):

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbaccel.ending import end_process_group, fail
 from lbaccel.errors import InputError, RunFailed, check_number
 from lbaccel.launch import rank
 from lbaccel.settings import read_settings, show_settings
 from lbaccel.stability import rate_advice, rate_sentence, stability_limit, stable_rate
-from lbaccel.train import _end_process_group, _fail
 
 if TYPE_CHECKING:  # torch is imported after the flags were read
     from lbaccel.curvature import Curvature
@@ -71,13 +71,13 @@ def main(argv: Sequence[str]) -> int:
             return 0
         _run(own, settings)
     except InputError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     except RunFailed as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted. Nothing was written.", 130)
+        return fail("interrupted. Nothing was written.", 130)
     finally:
-        _end_process_group()
+        end_process_group()
     return 0
 
 

@@ -15,7 +15,7 @@ from lbaccel.batch_segments import Segment, segment_stream
 from lbaccel.duration import Duration
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 from lbaccel.growth import milestones
-from lbaccel.options import start_rate
+from lbaccel.option_values import start_rate
 from lbaccel.scaling import explain_lr, scale_lr
 from lbaccel.schedule_table import FORMATS, ScheduleTable, plot, schedule_table
 from lbaccel.schedules import WARMUPS, Schedule, make_schedule, warmup_start

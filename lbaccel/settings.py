@@ -11,9 +11,7 @@ from typing import Any
 import yaml
 
 from lbaccel.errors import InputError
-from lbaccel.options import (
-    GROUPS,
-    OPTIONS,
+from lbaccel.option_values import (
     Option,
     group_samples,
     numbers,
@@ -23,6 +21,7 @@ from lbaccel.options import (
     whole,
     words,
 )
+from lbaccel.options import GROUPS, OPTIONS
 from lbaccel.scaling import PER_SAMPLES
 
 EPILOG = """examples:

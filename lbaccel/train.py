@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import InputError, RankFailed, RunFailed
-from lbaccel.launch import rank
+from lbaccel.ending import end_process_group, fail
+from lbaccel.errors import InputError, RunFailed
 from lbaccel.options import OPTIONS
 from lbaccel.resume import resolve
 from lbaccel.settings import read_settings, show_settings
@@ -36,17 +36,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
             return 0
         run(settings, origins)
     except InputError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     except RunFailed as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except OSError as error:  # any file of the run folder, such as metrics.jsonl
         if error.errno not in DISK_ERRORS:
             raise
-        return _fail(f"{error}. {FREE_SPACE}", 1)
+        return fail(f"{error}. {FREE_SPACE}", 1)
     except KeyboardInterrupt as error:
-        return _fail(f"interrupted. {error or 'Nothing was written.'}", 130)
+        return fail(f"interrupted. {error or 'Nothing was written.'}", 130)
     finally:
-        _end_process_group()
+        end_process_group()
     return 0
 
 
@@ -337,21 +337,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         say(f"stopped: the time limit of {s['max_hours']:g} h; {session.how_to_go_on()}")
     say(session.folder)
     return session.folder
-
-
-def _fail(error: object, code: int) -> int:
-    """Print the message on the first rank, as the last line, and return the exit code."""
-    sys.stdout.flush()
-    if rank() == 0 or isinstance(error, RankFailed):
-        name = {2: "error", 1: "run failed"}.get(code)
-        print(f"{name}: {error}" if name else str(error), file=sys.stderr, flush=True)
-    return code
-
-
-def _end_process_group() -> None:
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

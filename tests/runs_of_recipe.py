@@ -29,6 +29,14 @@ def run(*flags, code=0, output="runs"):
     return folders[-1] if folders else None
 
 
+def check_refused(flags, says, capsys, folder):
+    """Exit code 2, a message that holds `says`, and nothing written."""
+    given = [*flags.split(), "--model", "lbaccel_tiny", "--output", str(folder / "runs")]
+    assert train.main(given) == 2
+    assert says in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
 def rows(folder):
     """The lines of metrics.jsonl without what a clock or a machine decides."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs_of_recipe import differences, rows, run
+from runs_of_recipe import check_refused, differences, rows, run
 from test_growth import stopped_at
 
 from lbaccel import BatchPlan, InputError, UpdateLoader, train
@@ -251,10 +251,7 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_with_2_and_leaves_nothing(flags, capsys, tmp_path):
-    given = [*flags.split(), "--model", "lbaccel_tiny", "--output", str(tmp_path / "runs")]
-    assert train.main(given) == 2
-    assert BAD[flags] in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    check_refused(flags, BAD[flags], capsys, tmp_path)
 
 
 # -- AdaScale -----------------------------------------------------------------------------------

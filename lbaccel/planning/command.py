@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.options import group_samples, samples_or_auto
+from lbaccel.option_values import group_samples, samples_or_auto
 from lbaccel.planning.plan import Plan
 from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.sweep import plot

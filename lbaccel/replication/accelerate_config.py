@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.options import words
+from lbaccel.option_values import words
 from lbaccel.replication.deepspeed_json import (
     JSON_KEYS,
     clipping,

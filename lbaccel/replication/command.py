@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
-from lbaccel.options import OPTIONS, switch
+from lbaccel.option_values import switch
+from lbaccel.options import OPTIONS
 from lbaccel.planning.command import lines as plan_lines
 from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.recipe import check_numbers

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.options import words
+from lbaccel.option_values import words
 from lbaccel.replication.many_gpus import Batch, Curve, Gap, Rate, Row, shown
 from lbaccel.replication.plain import Said
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lbaccel.options import words
+from lbaccel.option_values import words
 
 REQUIRED = ("batch_size", "model", "opt", "epochs", "sched")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lbaccel.errors import InputError, RunFailed, check_number, check_whole
 from lbaccel.models import SMALL_IMAGE, create_backbone
-from lbaccel.options import group_samples
+from lbaccel.option_values import group_samples
 from lbaccel.verification.against import verify_against_ddp
 from lbaccel.verification.verify import verify
 
