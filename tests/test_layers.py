@@ -74,7 +74,7 @@ LEVELS = [
     },
     {"building", "doctor", "export", "replication", "run_session"},
     {"lr_find_command", "run_curvature", "train"},
-    {"advise_command", "lr_find_command"},
+    {"advise_command"},
     {"cli"},
     {"__main__"},
 ]
