@@ -1,13 +1,16 @@
-"""How near `trace_update` comes to the real peak memory of an update on a CPU.
+"""How near a plan's peak comes to the real peak memory of an update on a CPU.
 
-python benchmarks/planner_memory.py --results FILE [--fresh] [--only TEXT] [--report]
+OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE [--only TEXT] [--share 1/2]
+ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
+python benchmarks/planner_memory.py --results FILE --report
 
 The real peak: one `LargeBatch` update of two micro-steps in a child of its own, bytes live in
 torch's CPU allocator (profiler memory events) above its start, weights and buffers added. The
-predicted one: the same update on fake tensors, with `cpu_workspace` and without. Results are
-appended to FILE (JSON lines) as they come, and a rerun skips what is there, but predicts anew what
-other code has predicted; `--fresh` drops them, `--only` takes the cases whose words hold TEXT,
-`--report` runs nothing and writes docs/results/planner_memory.md.
+predicted one: what `Estimator`, on which plans rest, gives for the same micro-batch. Results are
+appended to FILE (JSON lines) as they come, with the instruction set that they ran under; a rerun
+skips what is there, but predicts anew what other code has predicted. `--share` takes a part of the
+cases, for several processes at once; `--report` runs nothing and writes
+docs/results/planner_memory.md.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -23,8 +25,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,46 +42,77 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import BatchPlan, LargeBatch
-from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.data.loader import Update
 from lbaccel.normalization import has_batch_norm
-from lbaccel.planning import trace, update, workspace
+from lbaccel.planning import chain, estimate, kernel_memory, trace, update, workspace
+from lbaccel.planning.devices import find_device
+from lbaccel.planning.processor import instruction_set
 
 REPORT = Path(__file__).parents[1] / "docs/results/planner_memory.md"
 STEPS = 2
-CNN, FIXED_INPUT = 128, 224  # pixels
-# The convolutions' rules of `cpu_workspace` were read off the first.
-FITTED = {
-    "resnet50": CNN,
-    "convnext_tiny": CNN,
-    "mobilenetv3_large_100": CNN,
-    "regnety_004": CNN,
-    "vgg11_bn": CNN,
+SMALL, LARGE = 20, 4  # samples a micro-batch of small and of large images
+RUN = 4  # units of a segment
+# The thirteen networks of the first benchmark, then others: pixels of small and of large images.
+NETWORKS = {
+    "resnet50": (64, 224),
+    "convnext_tiny": (64, 128),
+    "mobilenetv3_large_100": (64, 224),
+    "regnety_004": (64, 224),
+    "vgg11_bn": (32, 128),
+    "wide_resnet50_2": (64, 128),
+    "mobilenetv2_100": (32, 224),
+    "efficientnet_b0": (64, 224),
+    "densenet121": (64, 128),
+    "vit_small_patch16_224": (224,),
+    "deit_tiny_patch16_224": (224,),
+    "swin_tiny_patch4_window7_224": (224,),
+    "mixer_s16_224": (224,),
+    "resnet10t": (32, 128),
+    "resnet18": (32, 224),
+    "resnet34": (64, 128),
+    "seresnet18": (32, 128),
+    "skresnet18": (64, 128),
+    "resnet26d": (64, 224),
+    "resnext50_32x4d": (64, 128),
+    "res2net50_26w_4s": (64, 128),
+    "resnest14d": (64, 128),
+    "regnetx_002": (32, 224),
+    "edgenext_xx_small": (64, 224),
+    "convnext_atto": (64, 224),
+    "convnextv2_atto": (64, 224),
+    "mobilenetv4_conv_small": (64, 224),
+    "mobileone_s0": (32, 128),
+    "mnasnet_100": (64, 128),
+    "lcnet_050": (32, 224),
+    "tf_efficientnetv2_b0": (64, 128),
+    "ghostnet_100": (64, 224),
+    "rexnet_100": (64, 128),
+    "dla34": (64, 128),
+    "hrnet_w18_small": (64, 128),
+    "repvgg_a0": (32, 128),
+    "darknet53": (64, 128),
+    "cspresnet50": (64, 128),
+    "nfnet_l0": (64, 128),
+    "poolformer_s12": (64, 128),
+    "selecsls42b": (64, 128),
+    "visformer_tiny": (224,),
 }
-UNSEEN = {
-    "wide_resnet50_2": CNN,
-    "mobilenetv2_100": CNN,
-    "efficientnet_b0": CNN,
-    "densenet121": CNN,
-    "vit_small_patch16_224": FIXED_INPUT,
-    "deit_tiny_patch16_224": FIXED_INPUT,
-    "swin_tiny_patch4_window7_224": FIXED_INPUT,
-    "mixer_s16_224": FIXED_INPUT,
-}
-NETWORKS = {**FITTED, **UNSEEN}
+FIRST = tuple(NETWORKS)[:13]
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-GOALS = {"median": 0.5, "p95": 2.0, "largest": 5.0, "too_low": -1.0}  # percent
-_SOURCES = [Path(str(module.__file__)).read_bytes() for module in (trace, update, workspace)]
-CODE = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]  # of what predicts
+GOALS = {"median": 0.3, "p95": 3.0, "largest": 6.0, "too_low": -1.0}  # percent
+_PREDICTS = (chain, estimate, kernel_memory, trace, update, workspace)
+CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in _PREDICTS)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Case:
     network: str
+    img_size: int
     checkpointing: str
     optimizer: str
     precision: str
@@ -87,20 +120,32 @@ class Case:
     memory_format: str
 
 
+Key = tuple[str, Case]  # instruction set and case
+
+
 def all_cases() -> list[Case]:
-    """Small micro-batches first, so that a run that is cut short has seen every network."""
-    found = [
-        Case(network, checkpointing, optimizer, precision, size, "contiguous")
-        for size, optimizer, precision, checkpointing, network in itertools.product(
-            (4, 8, 16), OPTIMIZERS, ("fp32", "bf16"), ("none", "full"), NETWORKS
-        )
-    ]
-    last = [
-        replace(case, memory_format="channels_last")
-        for case in found
-        if (case.micro_batch_size, case.optimizer) == (8, "sgd") and NETWORKS[case.network] == CNN
-    ]
-    return found + last
+    """Each network: small images in every way, large ones in the two furthest apart, and bf16."""
+    found = []
+    for number, (network, sizes) in enumerate(NETWORKS.items()):
+        optimizer = "adamw" if number % 2 else "sgd"
+        small, large = sizes[0], sizes[-1]
+        many, few = (SMALL, LARGE) if small < large else (LARGE, LARGE)
+        found += [
+            Case(network, small, how, optimizer, "fp32", many, layout)
+            for how in ("none", "full", "segments")
+            for layout in LAYOUTS
+        ]
+        found += [
+            Case(network, large, "none", optimizer, "fp32", few + 1, "contiguous"),
+            Case(network, large, "segments", optimizer, "fp32", few + 1, "channels_last"),
+            Case(network, small, "none", optimizer, "bf16", few, "contiguous"),
+            Case(network, small, "full", optimizer, "bf16", few, "channels_last"),
+        ]
+    return found
+
+
+def create(case: Case) -> torch.nn.Module:
+    return timm.create_model(case.network, num_classes=1000)
 
 
 def plan_of(case: Case, model: torch.nn.Module) -> BatchPlan:
@@ -112,6 +157,33 @@ def plan_of(case: Case, model: torch.nn.Module) -> BatchPlan:
     )
 
 
+def estimator_of(case: Case) -> estimate.Estimator:
+    with torch.device("meta"):
+        model = create(case)
+    network = update.Network(
+        model=model,
+        make_batch=update.image_batch(3, case.img_size),
+        optimizer=OPTIMIZERS[case.optimizer](model.parameters()),
+        clips=True,
+    )
+    precision = "bf16" if case.precision == "bf16" else "fp32"
+    return estimate.Estimator(network, plan_of(case, model), find_device("cpu"), precision)
+
+
+def segments_of(units: Sequence[chain.Unit]) -> tuple[tuple[str, ...], ...]:
+    """Runs of `RUN` units, or of fewer where the chain breaks."""
+    runs: list[list[str]] = []
+    for before, unit in zip((None, *units), units, strict=False):
+        goes_on = before is not None and before.links and runs and len(runs[-1]) < RUN
+        if goes_on:
+            runs[-1].append(unit.name)
+        elif unit.starts:
+            runs.append([unit.name])
+        else:
+            runs.append([])
+    return tuple(tuple(run) for run in runs if run)
+
+
 def held_by(model: torch.nn.Module) -> dict[int, int]:
     """Bytes of parameters and buffers by address."""
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
@@ -120,11 +192,14 @@ def held_by(model: torch.nn.Module) -> dict[int, int]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Bytes at the peak of one real update."""
+    segments = segments_of(estimator_of(case).units) if case.checkpointing == "segments" else ()
     torch.manual_seed(0)
     layout = LAYOUTS[case.memory_format]
-    model = timm.create_model(case.network, num_classes=1000).to(memory_format=layout)
+    model: Any = create(case).to(memory_format=layout)
     if case.checkpointing == "full":
         apply_activation_checkpointing(model)
+    elif segments:
+        apply_segments(model, segments)
     plan = plan_of(case, model)
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no"
@@ -132,7 +207,7 @@ def measure(case: Case) -> dict[str, Any]:
     large_batch = LargeBatch(accelerator, plan, clip_grad_norm=1.0)
     optimizer = OPTIMIZERS[case.optimizer](model.parameters())
     model, optimizer, _ = large_batch.prepare(model, optimizer, [])
-    size = NETWORKS[case.network]
+    size = case.img_size
 
     def micro_batches():
         for micro_batch in plan.partition():
@@ -163,31 +238,23 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Bytes at the peak of the traced update, and the same without workspaces."""
+    """Bytes at the peak that a plan states, and those of its margin."""
     start = time.perf_counter()
-    with torch.device("meta"):
-        model = timm.create_model(case.network, num_classes=1000)
-    network = update.Network(
-        model=model,
-        make_batch=update.image_batch(3, NETWORKS[case.network]),
-        optimizer=OPTIMIZERS[case.optimizer](model.parameters()),
-        clips=True,
-        memory_format=case.memory_format,
-    )
-    checkpointed = case.checkpointing == "full"
-    traced = update.trace_update(
-        network,
-        plan_of(case, model),
-        precision="bf16" if case.precision == "bf16" else "fp32",
-        workspace=workspace.cpu_workspace,
-        change=(lambda model, _: apply_activation_checkpointing(model)) if checkpointed else None,
-    )
-    plain = [replace(e, workspace=0) if isinstance(e, trace.Kernel) else e for e in traced.events]
+    estimator = estimator_of(case)
+    how: estimate.Checkpointing = "none"
+    if case.checkpointing == "full":
+        how = "full"
+    elif case.checkpointing == "segments":
+        how = segments_of(estimator.units)
+    layout: Any = case.memory_format
+    found = estimator.estimate(estimate.Candidate(case.micro_batch_size, layout, how))
+    workspaces = estimator.cpu_workspaces
     return {
-        "predicted": traced.peak(),
+        "predicted": found.peak,
+        "traced": found.traced,
         "code": CODE,
-        "plain": trace.Trace(plain, traced.roles).peak(),
-        "trace_seconds": time.perf_counter() - start,
+        "assumed": workspaces.num_assumed,
+        "predict_seconds": time.perf_counter() - start,
     }
 
 
@@ -216,7 +283,7 @@ def environment() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo").read_text()
     model, flags = (re.search(rf"^{key}\s*: (.*)$", cpu, re.M) for key in ("model name", "flags"))
     has = flags.group(1).split() if flags else []
-    known = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
@@ -229,39 +296,43 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(path: Path, *, only: str) -> None:
-    known = read(path)
-    with path.open("a") as file:
-        for case in all_cases():
-            row = known.get(case, {})
-            if only not in " ".join(map(str, asdict(case).values())):
-                continue
-            found = {}
-            if "real" not in row:
-                found |= in_child(measure, case)
-            if row.get("code") != CODE:
-                found |= in_child(predict, case)
-            if not found:
-                continue
-            row.pop("error", None)
-            row |= found
-            line = {**asdict(case), **row, "environment": environment()}
+def run(path: Path, *, only: str, share: tuple[int, int]) -> None:
+    known, isa = read(path), instruction_set()
+    for case in all_cases()[share[0] - 1 :: share[1]]:
+        row = known.get((isa, case), {})
+        if only not in " ".join(map(str, asdict(case).values())):
+            continue
+        found = {}
+        if "real" not in row:
+            found |= in_child(measure, case)
+        if row.get("code") != CODE:
+            found |= in_child(predict, case)
+        if not found:
+            continue
+        row.pop("error", None)
+        row |= found
+        line = {"instruction_set": isa, **asdict(case), **row, "environment": environment()}
+        with path.open("a") as file:
             print(json.dumps(line), file=file, flush=True)
-            shown = (
-                f"{100 * (row['predicted'] / row['real'] - 1):+.3f} %" if not lacks(row) else row
-            )
-            print(*asdict(case).values(), shown, flush=True)
+        shown = f"{error_of(row):+.3f} %" if not lacks(row) else row
+        print(isa, *asdict(case).values(), shown, flush=True)
 
 
 def lacks(row: dict[str, Any]) -> bool:
     return "real" not in row or "predicted" not in row
 
 
-def read(path: Path) -> dict[Case, dict[str, Any]]:
+def error_of(row: dict[str, Any]) -> float:
+    return 100 * (row["predicted"] / row["real"] - 1)
+
+
+def read(path: Path) -> dict[Key, dict[str, Any]]:
     """The last line of each case."""
     names = [field.name for field in fields(Case)]
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {Case(*(row.pop(name) for name in names)): row for row in rows}
+    return {
+        (row.pop("instruction_set"), Case(*(row.pop(name) for name in names))): row for row in rows
+    }
 
 
 def figures(errors: list[float]) -> dict[str, float]:
@@ -284,121 +355,126 @@ def table_row(label: str, errors: list[float]) -> str:
     return f"| {label} | {len(errors)} | " + " | ".join(cells) + " |"
 
 
+def parts(sets: Sequence[str]) -> dict[str, Callable[[Key], bool]]:
+    """The tables' rows: which cases each takes."""
+    found: dict[str, Callable[[Key], bool]] = {"all": lambda _: True}
+    found |= {isa: lambda key, isa=isa: key[0] == isa for isa in sets}
+    for name, value in (("networks of the first benchmark", True), ("others", False)):
+        found[name] = lambda key, value=value: (key[1].network in FIRST) == value
+    for field in ("precision", "checkpointing", "memory_format"):
+        for value in sorted({str(getattr(case, field)) for case in all_cases()}):
+            found[f"{field} {value}".replace("_", " ")] = lambda key, f=field, v=value: (
+                getattr(key[1], f) == v
+            )
+    found["images of at most 64 px"] = lambda key: key[1].img_size <= 64
+    found["larger images"] = lambda key: key[1].img_size > 64
+    return found
+
+
 def report(path: Path) -> str:
     every = read(path)
-    rows = {case: row for case, row in every.items() if case in all_cases() and not lacks(row)}
-    errors = {case: 100 * (row["predicted"] / row["real"] - 1) for case, row in rows.items()}
-    plain = {case: 100 * (row["plain"] / row["real"] - 1) for case, row in rows.items()}
-    parts: dict[str, Callable[[Case], bool]] = {
-        "all": lambda _: True,
-        "fitted families": lambda case: case.network in FITTED,
-        "unseen families": lambda case: case.network in UNSEEN,
-        "fp32": lambda case: case.precision == "fp32",
-        "bf16": lambda case: case.precision == "bf16",
-        "no checkpointing": lambda case: case.checkpointing == "none",
-        "checkpointing": lambda case: case.checkpointing == "full",
-        "channels last": lambda case: case.memory_format == "channels_last",
-    }
-    head = "| cases | number | median | 95th percentile | largest | most too low |"
-    head = f"{head}\n|---|---|---|---|---|---|"
-    goal = " | ".join(f"{value:g}" for value in GOALS.values())
-
-    def table(of: dict[Case, float], names: list[str]) -> str:
-        lines = []
-        for name in names:
-            chosen = [error for case, error in of.items() if parts[name](case)]
-            lines += [table_row(name, chosen)] if chosen else []
-        return "\n".join([head, f"| goal | | {goal} |", *lines])
-
-    by_network = "\n".join(
-        table_row(
-            f"{network}, {size} px{'' if network in UNSEEN else ' (fitted)'}",
-            [error for case, error in errors.items() if case.network == network],
-        )
-        for network, size in NETWORKS.items()
-        if any(case.network == network for case in errors)
-    )
-    worst = sorted(errors, key=lambda case: -abs(errors[case]))[:10]
-    mib = 2**20
-    worst_head = "| network | checkpointing | optimizer | precision | micro-batch | layout "
-    worst_head += "| real MiB | predicted MiB | error % | without rules % |\n" + 10 * "|---" + "|"
-    worst_rows = "\n".join(
-        f"| {case.network} | {case.checkpointing} | {case.optimizer} | {case.precision} "
-        f"| {case.micro_batch_size} | {case.memory_format} | {rows[case]['real'] / mib:.2f} "
-        f"| {rows[case]['predicted'] / mib:.2f} | {errors[case]:+.3f} | {plain[case]:+.3f} |"
-        for case in worst
-    )
-    where = next(iter(rows.values()))["environment"]
-    failed = [
-        f"{' '.join(map(str, asdict(c).values()))}: {r['error']}"
-        for c, r in every.items()
-        if lacks(r)
-    ]
+    wanted = set(all_cases())
+    rows = {key: row for key, row in every.items() if key[1] in wanted and not lacks(row)}
     codes = {row["code"] for row in rows.values()}
     assert len(codes) <= 1, f"predictions of different code: {codes}. Run again without --report."
-    updates, traces = (
-        sum(row[key] for row in rows.values()) for key in ("update_seconds", "trace_seconds")
+    errors = {key: error_of(row) for key, row in rows.items()}
+    sets = sorted({isa for isa, _ in rows})
+    head = "| cases | number | median | 95th percentile | largest | most too low |"
+    head = f"{head}\n|---|---|---|---|---|---|"
+    goal = f"| goal | | {' | '.join(f'{value:g}' for value in GOALS.values())} |"
+    lines = []
+    for label, takes in parts(sets).items():
+        chosen = [error for key, error in errors.items() if takes(key)]
+        lines += [table_row(label, chosen)] if chosen else []
+    by_network = [
+        table_row(
+            f"{network}, {' and '.join(map(str, sizes))} px",
+            [error for (_, case), error in errors.items() if case.network == network],
+        )
+        for network, sizes in NETWORKS.items()
+        if any(case.network == network for _, case in errors)
+    ]
+    mib = 2**20
+    worst = [
+        f"| {isa} | {case.network} {case.img_size} px | {case.checkpointing} | {case.optimizer} "
+        f"| {case.precision} | {case.micro_batch_size} | {case.memory_format} "
+        f"| {rows[isa, case]['real'] / mib:.2f} | {rows[isa, case]['predicted'] / mib:.2f} "
+        f"| {errors[isa, case]:+.3f} |"
+        for isa, case in sorted(errors, key=lambda key: -abs(errors[key]))[:10]
+    ]
+    where = next(iter(rows.values()))["environment"]
+    failed = [
+        f"- {isa} {' '.join(map(str, asdict(c).values()))}: {r.get('error')}"
+        for (isa, c), r in every.items()
+        if lacks(r) and c in wanted
+    ]
+    updates, predictions = (
+        sum(row[key] for row in rows.values()) for key in ("update_seconds", "predict_seconds")
     )
-    return f"""# The planner's peak memory against the CPU's allocator
+    isas = ", ".join(f"`{isa}`" for isa in sets)
+    assumed = sum(row["assumed"] for row in rows.values())
+    text = f"""# The planner's peak memory against the CPU's allocator
 
     OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
+    ONEDNN_MAX_CPU_ISA=... OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
     python benchmarks/planner_memory.py --results FILE --report
 
-{where["date"]}. {where["CPU"]} ({where["flags"]}), one thread. Python {where["python"]}, torch
-{where["torch"]}, timm {where["timm"]}, accelerate {where["accelerate"]}, oneDNN {where["oneDNN"]}.
-Seed 0, one run a case.
+{where["date"]}. {where["CPU"]} ({where["flags"]}), one thread; instruction sets: {isas}.
+Python {where["python"]}, torch {where["torch"]}, timm {where["timm"]}, accelerate
+{where["accelerate"]}, oneDNN {where["oneDNN"]}. Seed 0, one run a case.
 
-{len(rows)} of {len(all_cases())} cases: {len(NETWORKS)} networks ({CNN} px, transformers and mixer
-{FIXED_INPUT} px, 1,000 classes) x activation checkpointing (none, full) x SGD with momentum, AdamW
-x float32, bf16 (autocast) x micro-batches of 4, 8, 16; and the convolutional ones channels-last
-with SGD and micro-batches of 8. Two micro-steps an update, ghost batches of one micro-batch,
-gradients clipped. The real peak is that of torch's CPU allocator over one `LargeBatch` update in
-a process of its own, weights and buffers included; what oneDNN and MKL take past that allocator
-is not in it. Errors are predicted / real - 1, in percent; median, percentile and largest of their
-absolute values; bold: misses the goal. The updates took {updates:.0f} s together, the traces
-{traces:.0f} s.
-
-## With the workspace rules
-
-{table(errors, list(parts))}
-
-"Fitted" families are those that the convolutions' rules of `lbaccel/planning/workspace.py` were
-read off ({", ".join(FITTED)}).
+{len(rows)} of {len(sets) * len(wanted)} cases: {len(NETWORKS)} networks under each instruction set.
+Small images ({SMALL} samples a micro-batch, transformers {LARGE}) with no recompute, every block
+and segments of {RUN} units, in both layouts; large ones ({LARGE + 1} samples) without recompute,
+and in segments channels-last; bf16 by autocast on small ones ({LARGE} samples), without recompute
+and with every block channels-last. SGD with momentum and AdamW in turn. Two micro-steps an update,
+ghost batches of one micro-batch, gradients clipped. The real peak is that of torch's CPU allocator
+over one `LargeBatch` update in a process of its own, weights and buffers included; what MKL takes
+past that allocator is not in it. Errors are predicted / real - 1, in percent; median, percentile
+and largest of their absolute values; bold: misses the goal. Kernels whose workspace could not be
+measured: {assumed}. The updates took {updates:.0f} s together, the predictions {predictions:.0f} s.
 
 {head}
-{by_network}
+{goal}
+{chr(10).join(lines)}
 
-## Without them
+## By network
 
-The trace alone, which sees the tensors that kernels return and not what they take inside:
-
-{table(plain, ["all", "fitted families", "unseen families"])}
+{head}
+{chr(10).join(by_network)}
 
 ## The ten worst cases
 
-{worst_head}
-{worst_rows}
-""" + ("\n## Failed\n\n" + "\n".join(f"- {line}" for line in failed) + "\n" if failed else "")
+| instruction set | network | recompute | optimizer | precision | micro-batch | layout | real MiB \
+| predicted MiB | error % |
+{10 * "|---"}|
+{chr(10).join(worst)}
+"""
+    return text + ("\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else "")
+
+
+def share_of(text: str) -> tuple[int, int]:
+    part, of = map(int, text.split("/"))
+    assert 1 <= part <= of
+    return part, of
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--fresh", action="store_true", help="drop what FILE holds")
     parser.add_argument("--only", default="", help="cases whose words hold this text")
+    parser.add_argument("--share", type=share_of, default=(1, 1), help="such as 1/2: every second")
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.name}")
     arguments = parser.parse_args()
     if not arguments.report:
         torch.set_num_threads(1)
-        if arguments.fresh:
-            arguments.results.unlink(missing_ok=True)
-        run(arguments.results, only=arguments.only)
+        run(arguments.results, only=arguments.only, share=arguments.share)
         return 0
     text = report(arguments.results)
     kept = REPORT.read_text() if REPORT.exists() else ""
     mark = "## Notes"  # written by hand, and kept
     REPORT.write_text(text + (f"\n{kept[kept.index(mark) :]}" if mark in kept else ""))
-    print(text[text.index("## With the workspace rules") :])
+    print(text[text.index("| cases") :])
     return 0
 
 

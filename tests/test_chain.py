@@ -16,7 +16,7 @@ from lbaccel.planning.chain import ChainFinder, chain_cost, mark_units
 from lbaccel.planning.segments import best_runs, predicted_peak
 from lbaccel.planning.trace import Mark
 from lbaccel.planning.update import Network, image_batch, trace_update
-from lbaccel.planning.workspace import cpu_workspace
+from lbaccel.planning.workspace import CpuWorkspaces
 
 NUM_SAMPLES = 4
 
@@ -296,7 +296,7 @@ def measured(name):
 
 def costs_of(network, num_micro_steps=2, precision="fp32"):
     units, plan = units_in(network), plan_of(network.model, num_micro_steps)
-    options = {"workspace": cpu_workspace, "precision": precision}
+    options = {"workspace": CpuWorkspaces(), "precision": precision}
     marked = trace_update(network, plan, change=lambda m, r: mark_units(m, r, units), **options)
     plain = trace_update(network, plan, **options)
     return units, chain_cost(marked, len(units)), plain.peak()
@@ -356,7 +356,7 @@ def traced_peak(network, units, runs):
     return trace_update(
         network,
         plan_of(network.model),
-        workspace=cpu_workspace,
+        workspace=CpuWorkspaces(),
         change=lambda model, recorder: apply_segments(model, segments),
     ).peak()
 

@@ -23,7 +23,7 @@ from lbaccel.masks import CALLS_AT_ONCE
 from lbaccel.normalization import has_batch_norm
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, trace_update
-from lbaccel.planning.workspace import cpu_workspace
+from lbaccel.planning.workspace import CpuWorkspaces
 
 
 def mlp(*between):
@@ -70,7 +70,7 @@ def traced(
     network = Network(model=model, make_batch=make_batch, optimizer=optimizer(model), clips=True)
     plan = plan_of(model, num_samples, num_micro_steps)
     return trace_update(
-        network, plan, precision=precision, device_type=device_type, workspace=cpu_workspace
+        network, plan, precision=precision, device_type=device_type, workspace=CpuWorkspaces()
     )
 
 
@@ -109,7 +109,7 @@ def most_allocated_by(call):
 def test_the_workspace_of_elementwise_kernels_is_that_of_the_real_allocator(call):
     x, mask = torch.randn(100, 100), torch.randn(100, 100) > 0
     call(x, mask)  # whatever is allocated once
-    with Recorder(cpu_workspace) as recorder:
+    with Recorder(CpuWorkspaces()) as recorder:
         recorder.watch(x)
         recorder.watch(mask)
         call(x, mask)
@@ -399,10 +399,10 @@ def test_batch_norms_that_repeat_leave_the_trace_that_each_by_itself_would(monke
     network = Network(model=model, make_batch=images, optimizer=sgd(model))
     plan = BatchPlan(global_batch_size=24, micro_batch_size=12, norm_batch_size=4)
     for options in ({}, {"precision": "bf16"}):
-        found = trace_update(network, plan, workspace=cpu_workspace, **options)
+        found = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
         with monkeypatch.context() as patch:
             patch.setattr("lbaccel.planning.trace._REPEATED", frozenset())
-            each = trace_update(network, plan, workspace=cpu_workspace, **options)
+            each = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
         norms = [k for k in found.kernels() if "batch_norm" in k.name]
         assert len(norms) > 2 * 3 * 10 and found.roles == each.roles
         # What is dropped at once (autocast's casts) goes in any order.

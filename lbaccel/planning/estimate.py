@@ -21,7 +21,7 @@ from lbaccel.planning.devices import Device
 from lbaccel.planning.time_model import seconds
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, Precision, trace_update
-from lbaccel.planning.workspace import cpu_workspace, cuda_workspace
+from lbaccel.planning.workspace import CpuWorkspaces, cuda_workspace
 from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
 
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -85,6 +85,7 @@ class Estimator:
         self._known: dict[tuple[Candidate, int], Estimate] = {}
         self._surveys: dict[int, Survey] = {}
         self.num_traces = 0
+        self.cpu_workspaces = CpuWorkspaces()
         parameters = [p for p in network.model.parameters() if p.requires_grad]
         self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
         self.gradient_bytes = sum(p.nbytes for p in parameters)
@@ -240,7 +241,6 @@ class Estimator:
         plan = replace(
             self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size
         )
-        workspace = cuda_workspace if self.device.kind == "cuda" else cpu_workspace
         network = replace(self.network, memory_format=candidate.memory_format)
         try:
             return trace_update(
@@ -248,7 +248,7 @@ class Estimator:
                 plan,
                 precision=self.precision,
                 device_type=self.device.kind,
-                workspace=workspace,
+                workspace=cuda_workspace if self.device.kind == "cuda" else self.cpu_workspaces,
                 change=change,
             )
         except InputError:

@@ -1,0 +1,259 @@
+"""What a kernel of this processor takes inside, learned from the kernel itself on a few samples.
+
+oneDNN and ATen choose a convolution's algorithm by instruction set, number of threads, shape and
+layout, and each algorithm has buffers of its own: a Winograd gradient of 512 x 512 weights takes
+36 MiB a thread, a plain copy none. No table of rules follows that, and torch gives no query for it.
+But the allocations of one algorithm come in one order, and each is affine in the samples n:
+
+    bytes_i(n) = bytes_i(p) + (n - p) (bytes_i(p + 1) - bytes_i(p))
+
+so two calls, on p and p + 1 samples, give the list for any n > p: for 150 convolutions of 50
+networks at 8, 16 and 32 samples to the byte (docs/results/planner_memory.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.profiler
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+FEW = 2  # samples of the smaller call; ATen has kernels of its own for a single one
+MANY = 16  # from so many samples on, ATen gives 1 x 1 convolutions to oneDNN in one thread too
+PIXELS = 256  # of an image in a 1 x 1 convolution on so many: more do not change oneDNN's choice
+ROWS = 1024  # of a matrix in such a call: oneDNN's blocks are smaller
+ASSUMED = 4  # times the bytes of a kernel's tensors, and again for each thread
+
+_aten = torch.ops.aten
+_CONVOLUTIONS = {
+    "aten.convolution": _aten.convolution.default,
+    "aten.convolution_backward": _aten.convolution_backward.default,
+}
+_PRODUCTS = {
+    "aten.mm": _aten.mm.default,
+    "aten.addmm": _aten.addmm.default,
+    "aten.bmm": _aten.bmm.default,
+    "aten.baddbmm": _aten.baddbmm.default,
+}
+
+
+class _Tensor(NamedTuple):
+    """Of a tensor, what a kernel's allocations depend on."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def build(self) -> Tensor:
+        last = sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
+        flat = torch.zeros(last + 1, dtype=self.dtype, device="cpu")
+        return flat.as_strided(self.sizes, self.strides)
+
+
+class Unmeasured(Exception):
+    """A kernel that can't be called here."""
+
+
+def is_chosen_by_processor(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the kernel's workspace is to be learned here, not read off ATen's source.
+
+    Matrix products in half precision are oneDNN's where the processor has instructions for it, and
+    without any buffer of torch's elsewhere; those in float32 are MKL's, past torch's allocator.
+    """
+    if name in _CONVOLUTIONS:
+        return not is_matrix_product(name, args)
+    return name in _PRODUCTS and _is_half(args[0]) and _has_half_products()
+
+
+def measured_workspace(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes that the kernel takes inside and frees again, beyond its results.
+
+    Args:
+        name: of the kernel, such as "aten.convolution".
+        args: of the call; tensors may be fake.
+
+    Raises:
+        Unmeasured: the kernel can't be called here: no such kernel, no memory, or a profiler that
+            runs already.
+    """
+    taken = _of_convolution(name, args) if name in _CONVOLUTIONS else _of_product(name, args)
+    results = sum(taken)
+    return max(accumulate(taken), default=0) - results
+
+
+def assumed_workspace(args: tuple[Any, ...], out: Any) -> int:
+    """Bytes that stand for a workspace which nobody knows: more than any that was seen."""
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    tensors = [t for t in (*args, *results) if isinstance(t, Tensor)]
+    known = sum(t.numel() * t.element_size() for t in tensors)
+    return ASSUMED * (1 + torch.get_num_threads()) * known
+
+
+def is_matrix_product(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether ATen itself runs this convolution, of one group, as a product of im2col's columns."""
+    x, *how = _parts(name, args)
+    wants_bias = name.endswith("_backward") and args[10][2]  # whose sum has buffers of its own
+    if x.ndim != 4 or how[-1] != 1 or wants_bias:
+        return False
+    if not all(_is_dense(t) for t in (args[0], x, how[0])):
+        return False
+    return _backend(_resized(x, {0: min(x.shape[0], MANY)}), how).name == "Slow2d"
+
+
+def _of_convolution(name: str, args: tuple[Any, ...]) -> Sequence[int]:
+    op = _CONVOLUTIONS[name]
+    x, *how = _parts(name, args)
+    num_samples, with_samples = x.shape[0], 2 if name.endswith("_backward") else 1
+
+    def call(samples: int, height: int | None = None) -> list[int]:
+        sizes = {0: samples} if height is None else {0: samples, 2: height}
+        few = [_resized(t, sizes) for t in args[:with_samples]]
+        return _allocations(op, (*few, *args[with_samples:]))
+
+    first = FEW
+    if num_samples >= MANY and _changes_at_many(x, how):
+        first = MANY
+        few_rows = -(-PIXELS // math.prod(x.shape[3:]))
+        if _is_pointwise(how) and few_rows + 1 < x.shape[2]:
+            here, there = call(first, few_rows), call(first, few_rows + 1)
+            return _extrapolated(here, there, num_samples * x.shape[2] - first * few_rows, first)
+    if num_samples <= first + 1:
+        return call(num_samples)
+    here, there = call(first), call(first + 1)
+    if [n > 0 for n in here] == [n > 0 for n in there]:
+        return _extrapolated(here, there, num_samples - first, 1)
+    return [n * num_samples // (first + 1) for n in there]  # another algorithm: each grows in full
+
+
+def _parts(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Input, weight, stride, padding, dilation, transposed, output_padding, groups."""
+    backward = name.endswith("_backward")
+    return (*args[1:3], *args[4:10]) if backward else (*args[:2], *args[3:9])
+
+
+def _changes_at_many(x: Tensor, how: Sequence[Any]) -> bool:
+    return _backend(_resized(x, {0: FEW}), how) != _backend(_resized(x, {0: MANY}), how)
+
+
+def _is_pointwise(how: Sequence[Any]) -> bool:
+    weight, stride, padding, dilation, *_ = how
+    plain = all(n == 1 for n in (*weight.shape[2:], *stride, *dilation))
+    return weight.ndim == 4 and plain and not any(padding)
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _of_product(name: str, args: tuple[Any, ...]) -> Sequence[int]:
+    def cut(t: Tensor) -> _Tensor:
+        return _resized(t, {i: ROWS for i, n in enumerate(t.shape) if n > ROWS})
+
+    few = [cut(t) if isinstance(t, Tensor) else t for t in args]
+    return _allocations(_PRODUCTS[name], tuple(few))
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=1)
+def _has_half_products() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and (supported is None or bool(supported()))
+
+
+def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
+    """`t` with other sizes, in the same layout: a stride grows with the dimensions inside it."""
+    strides = list(t.stride())
+    for dim, size in sizes.items():
+        for i, stride in enumerate(t.stride()):
+            is_outside = (-stride, i) < (-t.stride(dim), dim)
+            if i != dim and t.stride(dim) > 0 and is_outside:
+                strides[i] = strides[i] * size // t.shape[dim]
+    return _Tensor(tuple(sizes.get(i, n) for i, n in enumerate(t.shape)), tuple(strides), t.dtype)
+
+
+def _extrapolated(
+    here: Sequence[int], there: Sequence[int], distance: int, step: int
+) -> Sequence[int]:
+    """The allocations `distance` from the first call, where the second is `step` from it."""
+    return [a + (b - a) * distance // step for a, b in zip(here, there, strict=True)]
+
+
+def _backend(x: _Tensor, how: Sequence[Any]) -> Any:
+    """ATen's implementation for `x` and the rest of `_parts`."""
+    return _known_backend(x, tuple(_plain(a) for a in how), _state())
+
+
+@lru_cache(maxsize=4096)
+def _known_backend(x: _Tensor, how: tuple[Any, ...], state: Any) -> Any:
+    with unset_fake_temporarily():
+        weight, *rest = (_ready(a) for a in how)
+        return torch._C._select_conv_backend(x.build(), weight, None, *rest, None)
+
+
+def _allocations(op: Any, args: tuple[Any, ...]) -> list[int]:
+    return _known_allocations(op, tuple(_plain(a) for a in args), _state())
+
+
+@lru_cache(maxsize=4096)
+def _known_allocations(op: Any, args: tuple[Any, ...], state: Any) -> list[int]:
+    """Allocations of the call; each is made once a process."""
+    with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            ready = [_ready(a) for a in args]
+            return allocations(lambda: op(*ready))
+        except (RuntimeError, MemoryError, AttributeError) as error:
+            raise Unmeasured(str(error)) from error
+
+
+def _state() -> tuple[Any, ...]:
+    """What else of this process the choice of an algorithm depends on."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.get_num_threads(), torch.backends.mkldnn.enabled, deterministic
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Tensor(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _ready(value: Any) -> Any:
+    if isinstance(value, _Tensor):
+        return value.build()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes that torch's CPU allocator gave (+) and took back (-) in this thread, in order.
+
+    What the call returns is still there at the end. torch's older profiler sees it: the newer one
+    takes a second to start, and writes to the process's error stream.
+    """
+    state = torch.autograd.ProfilerState.CPU
+    off = False
+    torch.autograd._enable_profiler_legacy(
+        torch.autograd.ProfilerConfig(
+            state, off, True, off, off, off, torch.profiler._ExperimentalConfig()
+        )
+    )
+    result = None
+    try:
+        result = call()
+    finally:
+        records = torch.autograd._disable_profiler_legacy()
+    del result
+    return [
+        event.cpu_memory_usage()
+        for thread in records
+        for event in thread
+        if event.kind() == "memory_alloc"
+    ]

@@ -1,0 +1,26 @@
+"""The processor that kernels run on, by name."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from lbaccel.launch import variables
+
+_NAMES = {"AVX512": "AVX-512", "DEFAULT": platform.machine()}
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+def instruction_set() -> str:
+    """The instructions that torch's CPU kernels are chosen for, and a limit set on them.
+
+    >>> instruction_set()  # doctest: +SKIP
+    'AVX-512, AMX; ONEDNN_MAX_CPU_ISA=AVX2'
+    """
+    found = torch.backends.cpu.get_cpu_capability()
+    words = [_NAMES.get(found, found)]
+    if found == "AVX512" and torch.cpu._is_amx_tile_supported():
+        words.append("AMX")
+    limits = [f"{name}={value}" for name, value in sorted(variables(*LIMITS).items())]
+    return "; ".join([", ".join(words), *limits])
