@@ -158,6 +158,8 @@ def lines(found: Plan) -> Iterator[str]:
     )
     parts = [f"{part} {gib:.2f}" for part, gib in found.breakdown.items() if gib >= 0.005]
     yield f"  of it: {', '.join(parts)}"
+    if found.workspaces is not None:
+        yield f"  {found.workspaces}"
     if found.levers:
         yield ""
         yield from _table(

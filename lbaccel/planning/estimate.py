@@ -21,7 +21,7 @@ from lbaccel.planning.devices import Device
 from lbaccel.planning.time_model import seconds
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, Precision, trace_update
-from lbaccel.planning.workspace import CpuWorkspaces, cuda_workspace
+from lbaccel.planning.workspace import CpuWorkspaces, Workspaces, cuda_workspace
 from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
 
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -105,6 +105,16 @@ class Estimator:
             return []
         known = next(iter(self._surveys.values()), None)
         return (known or self.survey(self.plan.group_size)).units
+
+    @property
+    def _margin(self) -> int:
+        return 0 if self.device.kind == "cuda" else self.cpu_workspaces.margin
+
+    def workspaces(self) -> Workspaces | None:
+        """Where a CPU's workspaces come from; None for a GPU, and where nothing is traced."""
+        if self.device.kind == "cuda" or self.observe is not None:
+            return None
+        return self.cpu_workspaces.summary()
 
     def survey(self, size: int) -> Survey:
         """A first look at the network, at a micro-batch of `size`."""
@@ -207,6 +217,8 @@ class Estimator:
 
         trace = self._trace(candidate, change, steps)
         breakdown = self._breakdown(trace)
+        accumulating = trace.breakdown()
+        accumulating["workspace"] += self._margin
         phases = _phases(trace, len(self.units) if plain else 0)
 
         def timed(kernels: Sequence[Kernel]) -> float:
@@ -216,7 +228,7 @@ class Estimator:
             peak=sum(breakdown.values()),
             traced=trace.peak(),
             breakdown=breakdown,
-            accumulating=trace.breakdown(),
+            accumulating=accumulating,
             first_step_seconds=timed(phases.first),
             micro_step_seconds=timed(phases.micro),
             commit_seconds=timed(phases.commit) + self.step_seconds(),
@@ -278,6 +290,7 @@ class Estimator:
             found["allocator"] = max(0, allocator.peak_reserved - sum(found.values()))
             found["workspace"] += self.device.library_workspace
             found["context"] = self.device.context
+        found["workspace"] += self._margin
         return found
 
 

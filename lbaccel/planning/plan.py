@@ -12,6 +12,7 @@ from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.levers import Lever
 from lbaccel.planning.sweep import Point
 from lbaccel.planning.update import Precision
+from lbaccel.planning.workspace import Workspaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Plan:
     zero_stage: int | None = None  # of DeepSpeed; None: one process, or DDP
     offload: str = "none"
     points: Sequence[Point] = ()
+    workspaces: Workspaces | None = None  # of a traced plan for a CPU
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -95,6 +97,7 @@ class Plan:
             "predicted_peak_gib": self.predicted_peak_gib,
             "predicted_seconds_per_update": self.predicted_seconds_per_update,
             "breakdown": dict(self.breakdown),
+            "workspaces": None if self.workspaces is None else vars(self.workspaces),
             "levers": [vars(lever) for lever in self.levers],
             "alternatives": [vars(alternative) for alternative in self.alternatives],
             "notes": list(self.notes),

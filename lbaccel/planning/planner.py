@@ -244,6 +244,7 @@ def _plan(
         why="" if choice.fits else _why(search, choice),
         zero_stage=None if estimator.zero is None else estimator.zero.stage,
         offload="none" if estimator.zero is None else estimator.zero.offload,
+        workspaces=estimator.workspaces(),
         notes=tuple(said),
     )
 

@@ -102,6 +102,9 @@ def trace_update(
         parameters = [p for p in model.parameters() if p.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
             recorder.watch(tensor, "weights")
+        if device_type == "cpu":  # they lie on the host
+            around.enter_context(_random_states_watched(recorder))
+        before = torch.get_rng_state()  # as an update keeps it, to go back to
         around.enter_context(recorder)
         held = [torch.empty_like(state, device="cpu") for state in states]
         for tensor in held:
@@ -123,6 +126,7 @@ def trace_update(
         if network.clips:
             accumulation.clip_gradients(parameters, total, 1.0)
         norm.commit()
+        del before
     return recorder.trace
 
 
@@ -182,6 +186,24 @@ def _outside(call: Callable[[], int]) -> Callable[[], int]:
             return call()
 
     return real
+
+
+@contextmanager
+def _random_states_watched(recorder: Recorder) -> Iterator[None]:
+    """Record the random states that `torch.utils.checkpoint` keeps; no kernel makes them."""
+    plain = torch.get_rng_state
+
+    def watched() -> Tensor:
+        with unset_fake_temporarily():
+            state = plain()
+        recorder.watch(state)
+        return state
+
+    torch.get_rng_state = watched
+    try:
+        yield
+    finally:
+        torch.get_rng_state = plain
 
 
 def _autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,19 +9,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbaccel.planning.kernel_memory import (
+    ASSUMED,
     Unmeasured,
     assumed_workspace,
     is_chosen_by_processor,
     measured_workspace,
 )
+from lbaccel.planning.processor import instruction_set
 
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
+
+
+# oneDNN gives some small kernels a buffer for partial sums from some number of samples on that the
+# measured ones do not reach: 41 KiB is the largest of 12,000 random convolutions.
+MARGIN = 2**16  # bytes a thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspaces:
+    """Where a plan's workspaces come from."""
+
+    instruction_set: str
+    num_threads: int
+    source: str
+    margin_gib: float  # in the predicted peak, for what was not measured
+
+    def __str__(self) -> str:
+        threads = f"{self.num_threads} thread" + "s" * (self.num_threads > 1)
+        margin = f"margin {self.margin_gib * 2**10:.3g} MiB"
+        return f"workspaces for {self.instruction_set}, {threads}: {self.source}; {margin}"
 
 
 class CpuWorkspaces:
@@ -30,6 +53,29 @@ class CpuWorkspaces:
     def __init__(self) -> None:
         self.num_measured = 0  # calls of kernels whose workspace the processor decides
         self.num_assumed = 0  # of those that could not be measured
+
+    @property
+    def margin(self) -> int:
+        """Bytes that a peak takes for what was not measured."""
+        return MARGIN * torch.get_num_threads() if self.num_measured else 0
+
+    def summary(self) -> Workspaces:
+        """What a plan says of them."""
+        source = "the kernels' own rules"
+        if self.num_measured:
+            source = "convolutions measured on a few samples, other kernels by their rules"
+        if self.num_assumed:
+            source += (
+                f"; {self.num_assumed} that can't be measured at {ASSUMED} times their tensors"
+            )
+            source += ", and again for each thread"
+        threads = torch.get_num_threads()
+        return Workspaces(
+            instruction_set=instruction_set(),
+            num_threads=threads,
+            source=source,
+            margin_gib=self.margin / 2**30,
+        )
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
         """Bytes that the call takes inside and frees before it returns."""
