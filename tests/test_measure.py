@@ -19,6 +19,7 @@ from lbaccel.planning.devices import CARDS
 from lbaccel.planning.measure import measure, predicted_peaks
 from lbaccel.planning.network import random_images
 from lbaccel.planning.planner import plan
+from lbaccel.planning.processor import instruction_set
 from lbaccel.planning.report import as_report
 
 PX = 64
@@ -30,6 +31,12 @@ FLAGS = [*FLAGS.split(), "--micro-batch-size", "32"]
 def planned(**options):
     given = {"global_batch_size": 64, "micro_batch_size": 32, **CONTRACT, **options}
     return plan("resnet10t", **given)
+
+
+def assert_within_margin(measured, found):
+    """No plan above its budget: the margin is for what lies above the trace, on either side."""
+    margin = found.workspaces.margin_gib
+    assert 0 <= found.predicted_peak_gib - measured.peak_allocated_gib <= 2 * margin + 64 / 2**30
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +55,13 @@ def network():
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_the_measured_peak_is_within_two_percent_of_the_predicted_one(options, network):
+def test_the_measured_peak_is_below_the_predicted_one_and_at_most_its_margin_below(
+    options, network
+):
     found = planned(**options)
     measured = measure(found, network, random_images(3, PX), optimizer=found.optimizer)
     predicted, reserved = predicted_peaks(found)
-    assert measured.peak_allocated_gib == pytest.approx(predicted, rel=0.02)
+    assert_within_margin(measured, found)
     assert predicted == found.predicted_peak_gib
     assert reserved is None and measured.peak_reserved_gib is None
     assert measured.num_micro_steps == min(2, found.gradient_accumulation_steps)
@@ -65,7 +74,8 @@ def test_segments_are_recomputed_as_the_plan_has_them(network):
     tight = planned(memory=budget, norm_batch_size="frozen")
     assert tight.activation_checkpointing == "segments"
     measured = measure(tight, network, random_images(3, PX), optimizer="sgd")
-    assert measured.peak_allocated_gib == pytest.approx(tight.predicted_peak_gib, rel=0.02)
+    assert_within_margin(measured, tight)
+    assert measured.peak_allocated_gib * 2**30 <= budget
     loose = replace(tight, activation_checkpointing="none", segments=())
     kept = measure(loose, network, random_images(3, PX), optimizer="sgd")
     assert kept.peak_allocated_gib > 1.02 * measured.peak_allocated_gib
@@ -111,7 +121,7 @@ def test_what_is_no_image_classification_is_measured_with_its_own_loss():
     options = {"global_batch_size": 512, "micro_batch_size": 256, "memory": "1GiB", "device": "cpu"}
     found = plan(model, compare=False, **options, **how)
     measured = measure(found, model, make_batch, loss_fn=loss_fn, optimizer="sgd")
-    assert measured.peak_allocated_gib == pytest.approx(found.predicted_peak_gib, rel=0.02)
+    assert_within_margin(measured, found)
 
 
 # -- the report -----------------------------------------------------------------------------------
@@ -128,7 +138,11 @@ def test_a_report_has_the_plan_both_numbers_and_what_they_depend_on(tmp_path, ca
         predicted, measured = found["predicted"][key], found["measured"][key]
         assert found["error_pct"][key] == pytest.approx(100 * (predicted - measured) / measured)
     assert found["predicted"]["peak_allocated_gib"] == found["plan"]["predicted_peak_gib"]
-    assert abs(found["error_pct"]["peak_allocated_gib"]) < 2
+    workspaces = found["plan"]["workspaces"]
+    assert 0 < workspaces["margin_gib"] < 0.001
+    margin_pct = 100 * workspaces["margin_gib"] / found["measured"]["peak_allocated_gib"]
+    assert 0 <= found["error_pct"]["peak_allocated_gib"] <= 2 * margin_pct
+    assert workspaces["instruction_set"] == instruction_set()
     assert {"python", "torch", "timm", "accelerate", "lbaccel", "cuda", "cudnn"} <= found[
         "versions"
     ].keys()

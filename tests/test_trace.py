@@ -23,7 +23,9 @@ from lbaccel.masks import CALLS_AT_ONCE
 from lbaccel.normalization import has_batch_norm
 from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.update import Network, trace_update
-from lbaccel.planning.workspace import CpuWorkspaces
+from lbaccel.planning.workspace import MARGIN, CpuWorkspaces
+
+SCALARS = 64  # bytes of zero-dimensional tensors that the trace of a mask leaves out
 
 
 def mlp(*between):
@@ -119,16 +121,19 @@ def test_the_workspace_of_elementwise_kernels_is_that_of_the_real_allocator(call
 
 
 @pytest.mark.parametrize(
-    ("make", "make_batch", "num_samples", "optimizer", "tolerance"),
+    ("make", "make_batch", "num_samples", "optimizer", "measures"),
     [
-        (lambda: mlp(nn.GELU(), nn.ReLU()), vectors, 128, sgd, 0.0005),
-        (lambda: mlp(nn.GELU(), nn.ReLU()), vectors, 128, adamw, 0.0005),
-        (lambda: mlp(nn.Dropout(0.5)), vectors, 128, sgd, 0.0005),
-        (tiny_vit, images, 16, adamw, 0.0005),
-        (lambda: tiny_vit(drop_path_rate=0.3, attn_drop_rate=0.1), images, 16, sgd, 0.0005),
-        pytest.param(lambda: tiny_vit(proj_drop_rate=0.2), images, 16, sgd, 0.0005),
-        # oneDNN picks its buffers by the processor.
-        (lambda: timm.create_model("resnet18", num_classes=10), images, 8, sgd, 0.02),
+        (lambda: mlp(nn.GELU(), nn.ReLU()), vectors, 128, sgd, False),
+        (lambda: mlp(nn.GELU(), nn.ReLU()), vectors, 128, adamw, False),
+        (lambda: mlp(nn.Dropout(0.5)), vectors, 128, sgd, False),
+        (tiny_vit, images, 16, adamw, True),
+        (lambda: tiny_vit(drop_path_rate=0.3, attn_drop_rate=0.1), images, 16, sgd, True),
+        (lambda: tiny_vit(proj_drop_rate=0.2), images, 16, sgd, True),
+        (lambda: timm.create_model("resnet18", num_classes=10), images, 8, sgd, True),
+        (lambda: timm.create_model("resnet18", num_classes=10), images, 24, adamw, True),
+        (lambda: timm.create_model("mobilenetv4_conv_small"), images, 20, sgd, True),
+        (lambda: timm.create_model("edgenext_xx_small"), images, 8, sgd, True),
+        (lambda: timm.create_model("convnext_atto"), images, 8, adamw, True),
     ],
     ids=[
         "mlp",
@@ -138,17 +143,19 @@ def test_the_workspace_of_elementwise_kernels_is_that_of_the_real_allocator(call
         "vit with drop path",
         "vit with dropout",
         "resnet18",
+        "resnet18 from 16 samples on",
+        "mobilenetv4",
+        "edgenext",
+        "convnext",
     ],
 )
 def test_the_traced_peak_is_that_of_the_real_allocator(
-    make, make_batch, num_samples, optimizer, tolerance
+    make, make_batch, num_samples, optimizer, measures
 ):
     model = make()
     expected = traced(model, make_batch, num_samples, optimizer).peak()
     real = allocated_at_peak(model, make_batch, num_samples, optimizer)
-    # The update also holds the state of torch's generator, to put it back.
-    assert real - torch.get_rng_state().nbytes == pytest.approx(expected, rel=tolerance)
-    assert expected == pytest.approx(real, rel=max(0.005, tolerance))
+    assert abs(real - expected) <= SCALARS + MARGIN * measures
 
 
 @pytest.mark.parametrize(
@@ -296,11 +303,16 @@ def test_the_same_update_traces_the_same_whatever_the_random_state():
 
 
 def live_at_the_loss(model, make_batch, num_samples, precision="fp32", **options):
-    """Bytes live when the cross-entropy is taken: all that forward saved is there."""
+    """Bytes live when the cross-entropy is taken: all that forward saved is there.
+
+    Without the random state, which lies on the host.
+    """
     options |= {"precision": precision, "num_micro_steps": 1}
     trace = traced(model, make_batch, num_samples, **options)
     names = [event.name if isinstance(event, Kernel) else None for event in trace.events]
-    return trace.live_before()[0][names.index("aten.nll_loss_forward")]
+    live = trace.live_before()[0][names.index("aten.nll_loss_forward")]
+    on_cpu = options.get("device_type", "cpu") == "cpu"
+    return live - on_cpu * torch.get_rng_state().nbytes
 
 
 def test_dropout_is_traced_with_its_keyed_masks_of_a_byte_an_element():

@@ -7,8 +7,8 @@ But the allocations of one algorithm come in one order, and each is affine in th
 
     bytes_i(n) = bytes_i(p) + (n - p) (bytes_i(p + 1) - bytes_i(p))
 
-so two calls, on p and p + 1 samples, give the list for any n > p: for 150 convolutions of 50
-networks at 8, 16 and 32 samples to the byte (docs/results/planner_memory.md).
+so two calls, on p and p + 1 samples, give the list for any n > p (docs/results/planner_memory.md
+has how exactly). No call is larger than the kernel that is planned.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    def build(self) -> Tensor:
+    def build(self, make: Callable[..., Tensor]) -> Tensor:
+        """Such a tensor, by `torch.empty` or another that takes a number of elements."""
         last = sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
-        flat = torch.zeros(last + 1, dtype=self.dtype, device="cpu")
+        flat = make(last + 1, dtype=self.dtype, device="cpu")
         return flat.as_strided(self.sizes, self.strides)
 
 
@@ -63,12 +64,12 @@ class Unmeasured(Exception):
 def is_chosen_by_processor(name: str, args: tuple[Any, ...]) -> bool:
     """Whether the kernel's workspace is to be learned here, not read off ATen's source.
 
-    Matrix products in half precision are oneDNN's where the processor has instructions for it, and
-    without any buffer of torch's elsewhere; those in float32 are MKL's, past torch's allocator.
+    Matrix products in bf16 are oneDNN's where the processor has instructions for them, and without
+    any buffer of torch's elsewhere; those in float32 are MKL's, past torch's allocator.
     """
     if name in _CONVOLUTIONS:
         return not is_matrix_product(name, args)
-    return name in _PRODUCTS and _is_half(args[0]) and _has_half_products()
+    return name in _PRODUCTS and args[0].dtype == torch.bfloat16 and _has_bf16_products()
 
 
 def measured_workspace(name: str, args: tuple[Any, ...]) -> int:
@@ -122,11 +123,13 @@ def _of_convolution(name: str, args: tuple[Any, ...]) -> Sequence[int]:
         few_rows = -(-PIXELS // math.prod(x.shape[3:]))
         if _is_pointwise(how) and few_rows + 1 < x.shape[2]:
             here, there = call(first, few_rows), call(first, few_rows + 1)
-            return _extrapolated(here, there, num_samples * x.shape[2] - first * few_rows, first)
+            if _are_alike(here, there):
+                distance = num_samples * x.shape[2] - first * few_rows
+                return _extrapolated(here, there, distance, first)
     if num_samples <= first + 1:
         return call(num_samples)
     here, there = call(first), call(first + 1)
-    if [n > 0 for n in here] == [n > 0 for n in there]:
+    if _are_alike(here, there):
         return _extrapolated(here, there, num_samples - first, 1)
     return [n * num_samples // (first + 1) for n in there]  # another algorithm: each grows in full
 
@@ -159,14 +162,9 @@ def _of_product(name: str, args: tuple[Any, ...]) -> Sequence[int]:
     return _allocations(_PRODUCTS[name], tuple(few))
 
 
-def _is_half(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
-
-
 @lru_cache(maxsize=1)
-def _has_half_products() -> bool:
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and (supported is None or bool(supported()))
+def _has_bf16_products() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
@@ -178,6 +176,10 @@ def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
             if i != dim and t.stride(dim) > 0 and is_outside:
                 strides[i] = strides[i] * size // t.shape[dim]
     return _Tensor(tuple(sizes.get(i, n) for i, n in enumerate(t.shape)), tuple(strides), t.dtype)
+
+
+def _are_alike(here: Sequence[int], there: Sequence[int]) -> bool:
+    return [n > 0 for n in here] == [n > 0 for n in there]
 
 
 def _extrapolated(
@@ -195,8 +197,10 @@ def _backend(x: _Tensor, how: Sequence[Any]) -> Any:
 @lru_cache(maxsize=4096)
 def _known_backend(x: _Tensor, how: tuple[Any, ...], state: Any) -> Any:
     with unset_fake_temporarily():
-        weight, *rest = (_ready(a) for a in how)
-        return torch._C._select_conv_backend(x.build(), weight, None, *rest, None)
+        weight, *rest = how
+        rest = [list(a) if isinstance(a, tuple) else a for a in rest]
+        tensors = x.build(torch.empty), weight.build(torch.empty)
+        return torch._C._select_conv_backend(*tensors, None, *rest, None)
 
 
 def _allocations(op: Any, args: tuple[Any, ...]) -> list[int]:
@@ -228,7 +232,7 @@ def _plain(value: Any) -> Any:
 
 def _ready(value: Any) -> Any:
     if isinstance(value, _Tensor):
-        return value.build()
+        return value.build(torch.zeros)  # on numbers that are denormal a kernel is slow
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -104,12 +104,12 @@ def trace_update(
             recorder.watch(tensor, "weights")
         if device_type == "cpu":  # they lie on the host
             around.enter_context(_random_states_watched(recorder))
-        before = torch.get_rng_state()  # as an update keeps it, to go back to
         around.enter_context(recorder)
         held = [torch.empty_like(state, device="cpu") for state in states]
         for tensor in held:
             recorder.watch(tensor, "optimizer")
         norm.begin()
+        before = torch.get_rng_state()  # as the scope of the masks keeps it, to go back to
         with randomness.update(0), _cast_weights_once(precision):
             accumulation.accumulate(
                 model,
@@ -118,6 +118,7 @@ def trace_update(
                 num_samples=plan.global_batch_size,
                 scopes=(norm, randomness),
             )
+        del before
         for parameter in parameters:
             if parameter.grad is not None:
                 recorder.watch(parameter.grad, "gradients")
@@ -126,7 +127,6 @@ def trace_update(
         if network.clips:
             accumulation.clip_gradients(parameters, total, 1.0)
         norm.commit()
-        del before
     return recorder.trace
 
 

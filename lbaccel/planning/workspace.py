@@ -27,8 +27,9 @@ from lbaccel.planning.processor import instruction_set
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
 
 
-# oneDNN gives some small kernels a buffer for partial sums from some number of samples on that the
-# measured ones do not reach: 41 KiB is the largest of 12,000 random convolutions.
+# For what neither the trace nor a few samples show: scalars (1 KiB at most was seen), and oneDNN's
+# buffers for partial sums of some small kernels on more samples than were measured (41 KiB, the
+# largest of 12,000 random convolutions).
 MARGIN = 2**16  # bytes a thread
 
 
@@ -56,8 +57,8 @@ class CpuWorkspaces:
 
     @property
     def margin(self) -> int:
-        """Bytes that a peak takes for what was not measured."""
-        return MARGIN * torch.get_num_threads() if self.num_measured else 0
+        """Bytes that a peak takes for what neither trace nor measurement shows."""
+        return MARGIN * torch.get_num_threads()
 
     def summary(self) -> Workspaces:
         """What a plan says of them."""
