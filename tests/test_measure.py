@@ -81,6 +81,36 @@ def test_segments_are_recomputed_as_the_plan_has_them(network):
     assert kept.peak_allocated_gib > 1.02 * measured.peak_allocated_gib
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "img_size", "memory"),
+    [("resnet18", 32, "160MiB"), ("resnet18", 32, "250MiB"), ("seresnet18", 64, "300MiB")],
+)
+def test_no_plan_is_above_its_budget(name, img_size, memory, num_threads):
+    """Networks of basic blocks at few pixels, where Winograd's weights are the peak on AVX2."""
+    torch.set_num_threads(num_threads)
+    try:
+        found = plan(
+            name,
+            img_size=img_size,
+            global_batch_size=64,
+            norm_batch_size=32,
+            num_classes=10,
+            memory=memory,
+            device="cpu",
+            compare=False,
+        )
+        model = create_backbone(name, num_classes=10, img_size=img_size)
+        if not found.fits:
+            assert found.predicted_peak_gib > found.budget_gib and found.why
+            return
+        measured = measure(found, model, random_images(3, img_size), optimizer="sgd")
+    finally:
+        torch.set_num_threads(1)
+    assert measured.peak_allocated_gib <= found.predicted_peak_gib <= found.budget_gib
+    assert_within_margin(measured, found)
+
+
 def test_an_update_of_the_plan_is_its_micro_steps_and_one_commit(network):
     found = planned(global_batch_size=256)
     measured = measure(found, network, random_images(3, PX), optimizer="sgd", num_micro_steps=3)
