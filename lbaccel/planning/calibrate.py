@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbaccel.errors import InputError, check_number
 from lbaccel.planning.devices import Device
-from lbaccel.planning.time_model import FEW, kernel_class
+from lbaccel.planning.time_model import MANY, kernel_class
 from lbaccel.planning.trace import Kernel, Recorder
 
 aten = torch.ops.aten
@@ -242,7 +242,7 @@ def _builds(n: int) -> Iterator[Callable[[Make], Call]]:
     def call(op: Any, *arguments: Any) -> Callable[[Make], Call]:
         return lambda make: _call(make, op, *arguments)
 
-    few = [(min(n, FEW // 2), shape) for shape in _CONVOLUTIONS if shape[2] == 1]
+    few = [(min(n, MANY // 2), shape) for shape in _CONVOLUTIONS if shape[2] == 1]
     for b, (inputs, outputs, kernel, stride, groups, side) in [(n, c) for c in _CONVOLUTIONS] + few:
         out = (side - 1) // stride + 1
         x, weight = (b, inputs, side, side), (outputs, inputs // groups, kernel, kernel)

@@ -24,8 +24,9 @@ import torch.profiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lbaccel.planning.time_model import MANY
+
 FEW = 2  # samples of the smaller call; ATen has kernels of its own for a single one
-MANY = 16  # from so many samples on, ATen gives 1 x 1 convolutions to oneDNN in one thread too
 PIXELS = 256  # of an image in a 1 x 1 convolution on so many: more do not change oneDNN's choice
 ROWS = 1024  # of a matrix in such a call: oneDNN's blocks are smaller
 ASSUMED = 4  # times the bytes of a kernel's tensors, and again for each thread

@@ -16,7 +16,7 @@ from lbaccel.planning.devices import FLOP_SHARE, Device
 from lbaccel.planning.trace import Kernel
 
 MMAP_THRESHOLD = 32 * 2**20  # glibc takes larger blocks from the system each time (mallopt(3))
-FEW = 16  # samples from which ATen gives a pointwise convolution to oneDNN in one thread
+MANY = 16  # samples from which ATen gives a pointwise convolution to oneDNN in one thread
 GPU_START = 2e-6  # of a kernel that the GPU has in its queue
 HALF = (torch.bfloat16, torch.float16)
 _NORMS = ("batch_norm", "layer_norm", "group_norm")
@@ -33,7 +33,7 @@ def kernel_class(kernel: Kernel) -> str:
     layout = "channels_last" if kernel.channels_last else "contiguous"
     if name.startswith("convolution"):
         kind = "depthwise" if kernel.depthwise else "pointwise" if kernel.pointwise else "conv"
-        if kind == "pointwise" and dtype == "fp32" and kernel.num_samples < FEW:
+        if kind == "pointwise" and dtype == "fp32" and kernel.num_samples < MANY:
             kind = "pointwise_few"
         return f"{kind}{'_backward' if name.endswith('backward') else ''}/{dtype}/{layout}"
     if kernel.flops:
