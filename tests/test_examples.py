@@ -1,4 +1,4 @@
-"""The two examples run, and differ by about ten lines."""
+"""The examples run; the two scripts differ by about ten lines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
+
+from lbaccel import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -44,3 +46,21 @@ def test_about_ten_lines_of_code_are_new():
         line for line in difflib.ndiff(plain, ours) if line.startswith("+ ") and line[2:].strip()
     ]
     assert len(new) <= 13, "\n".join(new)
+
+
+def test_the_first_run_of_the_readme_warns_of_nothing(tmp_path, monkeypatch, capsys):
+    """Its batch is small enough for its data, and its updates are many enough."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", str(EXAMPLES / "digits.yaml"), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "global batch 96 = 3 micro-batches x 32 samples x 1 rank" in out
+    assert "warning" not in out + err
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    top = EXAMPLES.parent
+    lines = (top / "README.md").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("pip install ")]
+    ran = (top / ".ci/run").read_text().replace(" -q", "")
+    for command in commands[:2]:  # the demonstration and the tests
+        assert all(part in ran for part in command.split(" && "))

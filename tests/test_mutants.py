@@ -14,6 +14,37 @@ ROOT = Path(__file__).parent.parent
 
 # name: (file, the line that is right, the naive line, tests that must notice)
 MUTANTS = {
+    "a workspace is measured below the samples where its algorithm changes": (
+        "planning/kernel_memory.py",
+        "        first = MANY\n",
+        "        pass\n",
+        "tests/test_kernel_memory.py::test_the_path_that_ATen_changes_at_16_samples_is_followed",
+    ),
+    "a workspace holds for any number of threads": (
+        "planning/kernel_memory.py",
+        "return torch.get_num_threads(), torch",
+        "return 1, torch",
+        "tests/test_kernel_memory.py::test_each_number_of_threads_has_workspaces_of_its_own",
+    ),
+    "a kernel that can't be measured takes nothing": (
+        "planning/workspace.py",
+        "return assumed_workspace(args, out)",
+        "return 0",
+        "tests/test_kernel_memory.py",
+    ),
+    "a plan has no margin": (
+        "planning/workspace.py",
+        "return MARGIN * torch.get_num_threads()",
+        "return 0",
+        "tests/test_measure.py::"
+        "test_the_measured_peak_is_below_the_predicted_one_and_at_most_its_margin_below",
+    ),
+    "random states are not traced": (
+        "planning/update.py",
+        "        recorder.watch(state)\n",
+        "",
+        "tests/test_trace.py::test_the_traced_peak_is_that_of_the_real_allocator",
+    ),
     "a resume scales the groups again": (
         "param_groups.py",
         "stands_at = group.get(SCALED_TO, base_batch_size)",
