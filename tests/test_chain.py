@@ -426,5 +426,6 @@ def test_the_units_of_a_plain_chain_save_their_outputs():
     assert kept == 2 * size
     weights = sum(p.nbytes for p in model.parameters())
     images, classes, sum_of_losses = size, NUM_SAMPLES * 8, 8
+    state = torch.get_rng_state().nbytes  # of before the update
     # In the second micro-step: weights and gradients, its batch, and the first one's loss.
-    assert chain.before == 2 * weights + images + classes + sum_of_losses
+    assert chain.before == 2 * weights + images + classes + sum_of_losses + state

@@ -20,6 +20,7 @@ from lbaccel.planning.kernel_memory import (
     is_matrix_product,
     measured_workspace,
 )
+from lbaccel.planning.processor import LIMITS
 from lbaccel.planning.workspace import MARGIN, CpuWorkspaces
 
 aten = torch.ops.aten
@@ -112,8 +113,9 @@ def test_the_workspace_of_random_convolutions_is_that_of_the_real_allocator(num_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_path_that_ATen_changes_at_16_samples_is_followed(samples, layout):
     calls = convolution(samples, 96, 160, 1, 24, layout=layout)
+    tensors = sum(t.nbytes for t in calls["aten.convolution_backward"][:3])
     for predicted, real in predicted_and_real(calls):
-        assert predicted == pytest.approx(real, rel=0.01, abs=MARGIN)
+        assert real - MARGIN <= predicted <= real + 0.06 * (real + tensors) + MARGIN
 
 
 def test_each_number_of_threads_has_workspaces_of_its_own(monkeypatch):
@@ -279,6 +281,8 @@ def test_a_plan_names_instruction_set_source_and_margin(monkeypatch):
     workspaces = CpuWorkspaces()
     args = convolution(5, 16, 16, 3, 9)["aten.convolution"]
     workspaces("aten.convolution", args, {}, aten.convolution(*args))
+    for name in LIMITS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

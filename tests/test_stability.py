@@ -109,7 +109,8 @@ def test_the_largest_eigenvalue_is_found_whatever_lies_below_zero(eigenvalues):
     start = torch.randn(len(eigenvalues), dtype=torch.float64)
     found = largest_eigenvalue(lambda v: matrix @ v, start, tolerance=1e-9)
     assert found.value == pytest.approx(max(eigenvalues), abs=1e-6)
-    assert found.num_products <= len(eigenvalues)
+    # Lanczos ends after as many products as there are eigenvalues; rounding may ask for one more.
+    assert found.num_products <= len(eigenvalues) + 1
 
 
 def test_a_wide_spectrum_in_float32_is_found_in_few_products_and_the_residual_is_one():

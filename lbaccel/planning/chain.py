@@ -48,6 +48,7 @@ class ChainCost:
     before: int  # live where the first unit starts
     head: int  # most beyond what is live at the chain's end, until its backward begins
     elsewhere: int  # peak of all that recompute can't change: clipping, step, what runs before
+    state: int = 0  # the random state, which a run keeps, and once more while it is recomputed
 
 
 @dataclass(eq=False)
@@ -210,7 +211,8 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
     head = max(most[last_end : first_backward + 1]) - settled[last_end]
     last_step = max(at for name, at in place.items() if name.startswith("micro-step"))
     outside = [*most[: place["micro-step 0"]], *most[last_step : starts[0] + 1], *most[over:]]
-    return ChainCost(tuple(units), settled[starts[0]], head, max(outside, default=0))
+    elsewhere = max(outside, default=0)
+    return ChainCost(tuple(units), settled[starts[0]], head, elsewhere, trace.random_state)
 
 
 __all__ = ["ChainCost", "ChainFinder", "Unit", "UnitCost", "chain_cost", "mark_units"]

@@ -295,7 +295,7 @@ class Search:
             _line(self._sizes, one, two, size)
             for one, two in zip(first.forward_seconds, second.forward_seconds, strict=True)
         ]
-        return ChainCost(tuple(units), **around), forward
+        return ChainCost(tuple(units), **around, state=first.chain.state), forward
 
     def sizes(self) -> list[int]:
         """The micro-batches of a sweep, the rank's whole share first."""

@@ -6,10 +6,11 @@ before unit i, and s, o, g, f, b the `UnitCost` of a unit, the peak in executed 
 of
 
     P_i + f_i, P_i + b_i                                     unit i is not recomputed
-    P_i + s_i + ... + s_(k-1) + max(f_k + o_j, b_k)          for k in a run [i, j]
+    P_i + s_i + ... + s_(k-1) + max(f_k + o_j + 2r, b_k + r) for k in a run [i, j]
     P_end + head, elsewhere
 
-where P grows by s_i + g_i over a unit and by o_j + g_j over a run. Each bound is P_i plus a
+where P grows by s_i + g_i over a unit and by o_j + g_j + r over a run, and r is the random state that
+a run keeps (0 on a GPU, where it lies on the host). Each bound is P_i plus a
 constant of the choice, so of two plans for the units before i, the one that keeps no less and costs
 no less can be dropped: the front of (bytes kept, seconds) at each unit holds the optimum. It is
 Beaumont et al. 2019 (arXiv 1911.13214) for runs that are recomputed once.
@@ -135,7 +136,8 @@ def _costs(chain: ChainCost, at: int) -> Iterator[tuple[int | None, int, int]]:
         forward = max(forward, inside + unit.forward)
         backward = max(backward, inside + unit.backward)
         inside += unit.saved
-        yield last, max(forward + unit.output, backward), unit.output + unit.gap
+        need = max(2 * chain.state + forward + unit.output, chain.state + backward)
+        yield last, need, chain.state + unit.output + unit.gap
 
 
 def _best(parts: Sequence[_Front]) -> _Front:

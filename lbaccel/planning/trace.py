@@ -78,6 +78,7 @@ class Trace:
 
     events: list[Event] = field(default_factory=list)
     roles: dict[int, Role] = field(default_factory=dict)  # of those that are no activations
+    random_state: int = 0  # bytes of torch's, where a recompute keeps it in the traced memory
 
     def peak(self) -> int:
         """Most bytes live at one time, workspaces included."""

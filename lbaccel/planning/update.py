@@ -104,6 +104,7 @@ def trace_update(
             recorder.watch(tensor, "weights")
         if device_type == "cpu":  # they lie on the host
             around.enter_context(_random_states_watched(recorder))
+            recorder.trace.random_state = torch.get_rng_state().nbytes
         around.enter_context(recorder)
         held = [torch.empty_like(state, device="cpu") for state in states]
         for tensor in held:
