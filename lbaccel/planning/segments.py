@@ -9,10 +9,10 @@ of
     P_i + s_i + ... + s_(k-1) + max(f_k + o_j + 2r, b_k + r) for k in a run [i, j]
     P_end + head, elsewhere
 
-where P grows by s_i + g_i over a unit and by o_j + g_j + r over a run, and r is the random state that
-a run keeps (0 on a GPU, where it lies on the host). Each bound is P_i plus a
-constant of the choice, so of two plans for the units before i, the one that keeps no less and costs
-no less can be dropped: the front of (bytes kept, seconds) at each unit holds the optimum. It is
+where P grows by s_i + g_i over a unit and by o_j + g_j + r over a run, and r is the random state
+that a run keeps (0 on a GPU: it lies on the host). Each bound is P_i plus a constant of the choice,
+so of two plans for the units before i, the one that keeps no less and costs no less can be dropped:
+the front of (bytes kept, seconds) at each unit holds the optimum. It is
 Beaumont et al. 2019 (arXiv 1911.13214) for runs that are recomputed once.
 """
 
