@@ -288,5 +288,5 @@ def test_a_plan_names_instruction_set_source_and_margin(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert str(workspaces.summary()) == (
         "workspaces for AVX-512, AMX; ONEDNN_MAX_CPU_ISA=AVX2, 1 thread: convolutions measured on "
-        "a few samples, other kernels by their rules; margin 0.0625 MiB"
+        "a few samples, other kernels by ATen's rules; margin 0.0625 MiB"
     )

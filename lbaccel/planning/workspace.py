@@ -25,11 +25,8 @@ from lbaccel.planning.kernel_memory import (
 from lbaccel.planning.processor import instruction_set
 
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
-
-
-# For what neither the trace nor a few samples show: scalars (1 KiB at most was seen), and oneDNN's
-# buffers for partial sums of some small kernels on more samples than were measured (41 KiB, the
-# largest of 12,000 random convolutions).
+# For what neither the trace nor a few samples show: scalars (1 KiB at most was seen), and partial
+# sums that oneDNN gives some small kernels on more samples than were measured (28 KiB).
 MARGIN = 2**16  # bytes a thread
 
 
@@ -53,7 +50,7 @@ class CpuWorkspaces:
 
     def __init__(self) -> None:
         self.num_measured = 0  # calls of kernels whose workspace the processor decides
-        self.num_assumed = 0  # of those that could not be measured
+        self.num_assumed = 0  # such calls of kernels that could not be measured
 
     @property
     def margin(self) -> int:
@@ -62,14 +59,12 @@ class CpuWorkspaces:
 
     def summary(self) -> Workspaces:
         """What a plan says of them."""
-        source = "the kernels' own rules"
+        source = "kernels follow ATen's rules"
         if self.num_measured:
-            source = "convolutions measured on a few samples, other kernels by their rules"
+            source = "convolutions measured on a few samples, other kernels by ATen's rules"
         if self.num_assumed:
-            source += (
-                f"; {self.num_assumed} that can't be measured at {ASSUMED} times their tensors"
-            )
-            source += ", and again for each thread"
+            times = ASSUMED * (1 + torch.get_num_threads())
+            source += f", those that can't be measured at {times} times their tensors"
         threads = torch.get_num_threads()
         return Workspaces(
             instruction_set=instruction_set(),
