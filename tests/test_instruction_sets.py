@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -53,8 +54,7 @@ def test_predictions_hold_under_an_older_instruction_set():
 def test_the_older_instruction_set_has_other_workspaces():
     """Else the test above would show nothing."""
     path = str(ROOT / "tests")
-    native = child("-c", WORKSPACES, PYTHONPATH=path)
+    native = child("-c", WORKSPACES, PYTHONPATH=path, ONEDNN_MAX_CPU_ISA="DEFAULT")
     older = child("-c", WORKSPACES, PYTHONPATH=path, ONEDNN_MAX_CPU_ISA=OLDER)
     assert native.count("\n") == older.count("\n") == 12
-    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    assert (native != older) == is_x86
+    assert native != older or platform.machine() not in ("x86_64", "AMD64")

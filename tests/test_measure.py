@@ -101,9 +101,10 @@ def test_no_plan_is_above_its_budget(name, img_size, memory, num_threads):
             compare=False,
         )
         model = create_backbone(name, num_classes=10, img_size=img_size)
-        if not found.fits:
+        if memory == "160MiB" and not found.fits:  # where an algorithm needs more
             assert found.predicted_peak_gib > found.budget_gib and found.why
             return
+        assert found.fits
         measured = measure(found, model, random_images(3, img_size), optimizer="sgd")
     finally:
         torch.set_num_threads(1)

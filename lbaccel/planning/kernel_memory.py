@@ -8,13 +8,15 @@ But the allocations of one algorithm come in one order, and each is affine in th
     bytes_i(n) = bytes_i(p) + (n - p) (bytes_i(p + 1) - bytes_i(p))
 
 so two calls, on p and p + 1 samples, give the list for any n > p (docs/results/planner_memory.md
-has how exactly). No call is larger than the kernel that is planned.
+has how exactly). With several threads a third call, on more samples, looks for the partial sums
+that oneDNN adds there. No call is larger than the kernel that is planned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,12 +26,15 @@ import torch.profiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lbaccel.memory.budget import default_budget
 from lbaccel.planning.time_model import MANY
 
 FEW = 2  # samples of the smaller call; ATen has kernels of its own for a single one
-PIXELS = 256  # of an image in a 1 x 1 convolution on so many: more do not change oneDNN's choice
-ROWS = 1024  # of a matrix in such a call: oneDNN's blocks are smaller
-ASSUMED = 4  # times the bytes of a kernel's tensors, and again for each thread
+PIXELS = 256  # of an image in a 1 x 1 convolution on so many: with more, no buffer was seen to grow
+ROWS = 1024  # of a matrix in a call: a guess at oneDNN's largest block
+A_THREAD = 4  # samples a thread of the third call
+ASSUMED = 4  # times a kernel's tensors, and its weight again for each thread
+NEEDED = 4  # times the tensors of a call must be free
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -41,6 +46,13 @@ _PRODUCTS = {
     "aten.addmm": _aten.addmm.default,
     "aten.bmm": _aten.bmm.default,
     "aten.baddbmm": _aten.baddbmm.default,
+}
+_ATTENTION = {
+    f"aten.{packet.__name__}": packet.default
+    for packet in (
+        _aten._scaled_dot_product_flash_attention_for_cpu,
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
 }
 
 
@@ -65,11 +77,16 @@ class Unmeasured(Exception):
 def is_chosen_by_processor(name: str, args: tuple[Any, ...]) -> bool:
     """Whether the kernel's workspace is to be learned here, not read off ATen's source.
 
-    Matrix products in bf16 are oneDNN's where the processor has instructions for them, and without
-    any buffer of torch's elsewhere; those in float32 are MKL's, past torch's allocator.
+    Matrix products in bf16 are oneDNN's where the processor has instructions for them; elsewhere,
+    and in float32, dense ones take nothing of torch's allocator.
+
+    Raises:
+        Unmeasured: ATen does not say which implementation it takes.
     """
     if name in _CONVOLUTIONS:
         return not is_matrix_product(name, args)
+    if name in _ATTENTION:
+        return True
     return name in _PRODUCTS and args[0].dtype == torch.bfloat16 and _has_bf16_products()
 
 
@@ -84,17 +101,26 @@ def measured_workspace(name: str, args: tuple[Any, ...]) -> int:
         Unmeasured: the kernel can't be called here: no such kernel, no memory, or a profiler that
             runs already.
     """
-    taken = _of_convolution(name, args) if name in _CONVOLUTIONS else _of_product(name, args)
-    results = sum(taken)
-    return max(accumulate(taken), default=0) - results
+    if name in _CONVOLUTIONS:
+        return _of_convolution(name, args)
+    return _of_attention(name, args) if name in _ATTENTION else _of_product(name, args)
 
 
-def assumed_workspace(args: tuple[Any, ...], out: Any) -> int:
+def _inside(taken: Sequence[int]) -> int:
+    """Most bytes live at a time, beyond those that are left at the end: the results."""
+    return max(accumulate(taken), default=0) - sum(taken)
+
+
+def assumed_workspace(name: str, args: tuple[Any, ...], out: Any) -> int:
     """Bytes that stand for a workspace which nobody knows: more than any that was seen."""
     results = out if isinstance(out, (tuple, list)) else (out,)
-    tensors = [t for t in (*args, *results) if isinstance(t, Tensor)]
-    known = sum(t.numel() * t.element_size() for t in tensors)
-    return ASSUMED * (1 + torch.get_num_threads()) * known
+    known = sum(_bytes(t) for t in (*args, *results) if isinstance(t, Tensor))
+    weight = _bytes(_parts(name, args)[1]) if name in _CONVOLUTIONS else 0
+    return ASSUMED * (known + torch.get_num_threads() * weight)
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
 
 
 def is_matrix_product(name: str, args: tuple[Any, ...]) -> bool:
@@ -103,17 +129,17 @@ def is_matrix_product(name: str, args: tuple[Any, ...]) -> bool:
     wants_bias = name.endswith("_backward") and args[10][2]  # whose sum has buffers of its own
     if x.ndim != 4 or how[-1] != 1 or wants_bias:
         return False
-    if not all(_is_dense(t) for t in (args[0], x, how[0])):
+    if not _are_in_one_layout(args[0], x, how[0]):  # else ATen copies some of them
         return False
     return _backend(_resized(x, {0: min(x.shape[0], MANY)}), how).name == "Slow2d"
 
 
-def _of_convolution(name: str, args: tuple[Any, ...]) -> Sequence[int]:
+def _of_convolution(name: str, args: tuple[Any, ...]) -> int:
     op = _CONVOLUTIONS[name]
     x, *how = _parts(name, args)
     num_samples, with_samples = x.shape[0], 2 if name.endswith("_backward") else 1
 
-    def call(samples: int, height: int | None = None) -> list[int]:
+    def call(samples: int, height: int | None = None) -> Sequence[int]:
         sizes = {0: samples} if height is None else {0: samples, 2: height}
         few = [_resized(t, sizes) for t in args[:with_samples]]
         return _allocations(op, (*few, *args[with_samples:]))
@@ -124,15 +150,26 @@ def _of_convolution(name: str, args: tuple[Any, ...]) -> Sequence[int]:
         few_rows = -(-PIXELS // math.prod(x.shape[3:]))
         if _is_pointwise(how) and few_rows + 1 < x.shape[2]:
             here, there = call(first, few_rows), call(first, few_rows + 1)
-            if _are_alike(here, there):
-                distance = num_samples * x.shape[2] - first * few_rows
-                return _extrapolated(here, there, distance, first)
+            distance = num_samples * x.shape[2] - first * few_rows
+            if _go_on(here, there):
+                return _inside(_extrapolated(here, there, distance, first))
     if num_samples <= first + 1:
-        return call(num_samples)
+        return _inside(call(num_samples))
     here, there = call(first), call(first + 1)
-    if _are_alike(here, there):
-        return _extrapolated(here, there, num_samples - first, 1)
-    return [n * num_samples // (first + 1) for n in there]  # another algorithm: each grows in full
+    found = _inside_at(num_samples, here, there, first)
+    third = min(num_samples, A_THREAD * torch.get_num_threads())
+    if torch.get_num_threads() > 1 and third > first + 1:
+        missed = _inside(call(third)) - _inside_at(third, here, there, first)
+        found += max(0, missed) * num_samples // third
+    return found
+
+
+def _inside_at(samples: int, here: Sequence[int], there: Sequence[int], first: int) -> int:
+    """Workspace on `samples`, from the allocations on `first` and on one more."""
+    if _go_on(here, there):
+        return _inside(_extrapolated(here, there, samples - first, 1))
+    # Another algorithm: as if each buffer grew with the samples.
+    return samples * max(-(-_inside(here) // first), -(-_inside(there) // (first + 1)))
 
 
 def _parts(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -151,16 +188,28 @@ def _is_pointwise(how: Sequence[Any]) -> bool:
     return weight.ndim == 4 and plain and not any(padding)
 
 
-def _is_dense(t: Tensor) -> bool:
-    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+def _are_in_one_layout(*tensors: Tensor) -> bool:
+    layouts = torch.contiguous_format, torch.channels_last
+    return any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in layouts)
 
 
-def _of_product(name: str, args: tuple[Any, ...]) -> Sequence[int]:
+def _of_attention(name: str, args: tuple[Any, ...]) -> int:
+    def call(samples: int) -> Sequence[int]:
+        few = [_resized(a, {0: samples}) if isinstance(a, Tensor) else a for a in args]
+        return _allocations(_ATTENTION[name], tuple(few))
+
+    num_samples = args[0].shape[0]
+    if num_samples <= FEW + 1:
+        return _inside(call(num_samples))
+    return _inside_at(num_samples, call(FEW), call(FEW + 1), FEW)
+
+
+def _of_product(name: str, args: tuple[Any, ...]) -> int:
     def cut(t: Tensor) -> _Tensor:
         return _resized(t, {i: ROWS for i, n in enumerate(t.shape) if n > ROWS})
 
     few = [cut(t) if isinstance(t, Tensor) else t for t in args]
-    return _allocations(_PRODUCTS[name], tuple(few))
+    return _inside(_allocations(_PRODUCTS[name], tuple(few)))
 
 
 @lru_cache(maxsize=1)
@@ -179,8 +228,11 @@ def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
     return _Tensor(tuple(sizes.get(i, n) for i, n in enumerate(t.shape)), tuple(strides), t.dtype)
 
 
-def _are_alike(here: Sequence[int], there: Sequence[int]) -> bool:
-    return [n > 0 for n in here] == [n > 0 for n in there]
+def _go_on(here: Sequence[int], there: Sequence[int]) -> bool:
+    """Whether both calls ran one algorithm, whose buffers do not shrink with the samples."""
+    return [n > 0 for n in here] == [n > 0 for n in there] and all(
+        abs(b) >= abs(a) for a, b in zip(here, there, strict=True)
+    )
 
 
 def _extrapolated(
@@ -197,32 +249,48 @@ def _backend(x: _Tensor, how: Sequence[Any]) -> Any:
 
 @lru_cache(maxsize=4096)
 def _known_backend(x: _Tensor, how: tuple[Any, ...], state: Any) -> Any:
-    with unset_fake_temporarily():
+    with _called():
         weight, *rest = how
         rest = [list(a) if isinstance(a, tuple) else a for a in rest]
         tensors = x.build(torch.empty), weight.build(torch.empty)
         return torch._C._select_conv_backend(*tensors, None, *rest, None)
 
 
-def _allocations(op: Any, args: tuple[Any, ...]) -> list[int]:
+def _allocations(op: Any, args: tuple[Any, ...]) -> Sequence[int]:
     return _known_allocations(op, tuple(_plain(a) for a in args), _state())
 
 
 @lru_cache(maxsize=4096)
-def _known_allocations(op: Any, args: tuple[Any, ...], state: Any) -> list[int]:
+def _known_allocations(op: Any, args: tuple[Any, ...], state: Any) -> tuple[int, ...]:
     """Allocations of the call; each is made once a process."""
+    taken = sum(math.prod(a.sizes) * a.dtype.itemsize for a in args if isinstance(a, _Tensor))
+    free = default_budget(torch.device("cpu"))
+    if NEEDED * taken > free:
+        raise Unmeasured(f"a call on {taken / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free")
+    with _called():
+        ready = [_ready(a) for a in args]
+        return tuple(allocations(lambda: op(*ready)))
+
+
+@contextmanager
+def _called() -> Iterator[None]:
+    """Around a real call in a trace; whatever goes wrong makes the kernel `Unmeasured`."""
     with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            ready = [_ready(a) for a in args]
-            return allocations(lambda: op(*ready))
-        except (RuntimeError, MemoryError, AttributeError) as error:
+            yield
+        except Exception as error:
             raise Unmeasured(str(error)) from error
 
 
 def _state() -> tuple[Any, ...]:
     """What else of this process the choice of an algorithm depends on."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return torch.get_num_threads(), torch.backends.mkldnn.enabled, deterministic
+    return (
+        torch.get_num_threads(),
+        torch.backends.mkldnn.enabled,
+        getattr(torch.backends.mkldnn, "deterministic", False),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,15 @@ import torch
 from lbaccel.launch import variables
 
 _NAMES = {"AVX512": "AVX-512", "DEFAULT": platform.machine()}
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    *("ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
+    *("DNNL_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE"),
+)
 
 
 def instruction_set() -> str:
-    """The instructions that torch's CPU kernels are chosen for, and a limit set on them.
+    """The instructions that torch's CPU kernels are chosen for, and what the environment sets.
 
     >>> instruction_set()  # doctest: +SKIP
     'AVX-512, AMX; ONEDNN_MAX_CPU_ISA=AVX2'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,8 +104,8 @@ def trace_update(
         for tensor in (*model.parameters(), *model.buffers()):
             recorder.watch(tensor, "weights")
         if device_type == "cpu":  # they lie on the host
-            around.enter_context(_random_states_watched(recorder))
             recorder.trace.random_state = torch.get_rng_state().nbytes
+            around.enter_context(_random_states_watched(recorder))
         around.enter_context(recorder)
         held = [torch.empty_like(state, device="cpu") for state in states]
         for tensor in held:
@@ -192,12 +193,13 @@ def _outside(call: Callable[[], int]) -> Callable[[], int]:
 @contextmanager
 def _random_states_watched(recorder: Recorder) -> Iterator[None]:
     """Record the random states that `torch.utils.checkpoint` keeps; no kernel makes them."""
-    plain = torch.get_rng_state
+    plain, thread = torch.get_rng_state, threading.get_ident()
 
     def watched() -> Tensor:
         with unset_fake_temporarily():
             state = plain()
-        recorder.watch(state)
+        if threading.get_ident() == thread:
+            recorder.watch(state)
         return state
 
     torch.get_rng_state = watched

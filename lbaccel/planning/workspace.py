@@ -46,11 +46,10 @@ class Workspaces:
 
 
 class CpuWorkspaces:
-    """Bytes of `Workspace` for torch's CPU kernels, and how many it could not measure."""
+    """Bytes of `Workspace` for torch's CPU kernels, and how many calls it could not measure."""
 
     def __init__(self) -> None:
-        self.num_measured = 0  # calls of kernels whose workspace the processor decides
-        self.num_assumed = 0  # such calls of kernels that could not be measured
+        self.num_assumed = 0  # in all traces
 
     @property
     def margin(self) -> int:
@@ -59,12 +58,12 @@ class CpuWorkspaces:
 
     def summary(self) -> Workspaces:
         """What a plan says of them."""
-        source = "kernels follow ATen's rules"
-        if self.num_measured:
-            source = "convolutions measured on a few samples, other kernels by ATen's rules"
+        source = (
+            "kernels that the processor chooses measured on a few samples, others by ATen's rules"
+        )
         if self.num_assumed:
-            times = ASSUMED * (1 + torch.get_num_threads())
-            source += f", those that can't be measured at {times} times their tensors"
+            source += f", those that can't be measured at {ASSUMED} times their tensors"
+            source += " and their weight again for each thread"
         threads = torch.get_num_threads()
         return Workspaces(
             instruction_set=instruction_set(),
@@ -75,14 +74,12 @@ class CpuWorkspaces:
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
         """Bytes that the call takes inside and frees before it returns."""
-        if is_chosen_by_processor(name, args):
-            try:
-                found = measured_workspace(name, args)
-            except Unmeasured:
-                self.num_assumed += 1
-                return assumed_workspace(args, out)
-            self.num_measured += 1
-            return found
+        try:
+            if is_chosen_by_processor(name, args):
+                return measured_workspace(name, args)
+        except Unmeasured:
+            self.num_assumed += 1
+            return assumed_workspace(name, args, out)
         rule = _CPU_RULES.get(name.removeprefix("aten."))
         if rule is not None:
             return rule(args, out)
