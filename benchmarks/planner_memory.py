@@ -9,7 +9,7 @@ torch's CPU allocator (profiler memory events) above its start, weights and buff
 predicted one: what `Estimator`, on which plans rest, gives for the same micro-batch. Results are
 appended to FILE (JSON lines) as they come, with the instruction set that they ran under; a rerun
 skips what is there, but predicts anew what other code has predicted. `--share` takes a part of the
-cases, for several processes at once; `--report` runs nothing and writes
+cases, `--threads` runs kernels in several; `--report` runs nothing and writes
 docs/results/planner_memory.md.
 """
 
@@ -299,8 +299,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(path: Path, *, only: str, share: tuple[int, int]) -> None:
-    known, isa = read(path), instruction_set()
+def run(path: Path, *, only: str, share: tuple[int, int], threads: int) -> None:
+    torch.set_num_threads(threads)
+    known = read(path)
+    isa = instruction_set() + (f"; {threads} threads" if threads > 1 else "")
     for case in all_cases()[share[0] - 1 :: share[1]]:
         row = known.get((isa, case), {})
         if only not in " ".join(map(str, asdict(case).values())):
@@ -406,6 +408,8 @@ def report(path: Path) -> str:
         for isa, case in sorted(errors, key=lambda key: -abs(errors[key]))[:10]
     ]
     where = next(iter(rows.values()))["environment"]
+    others = [row["environment"] for row in rows.values() if row["environment"] != where]
+    assert not others, f"measured in several environments: {where}, {others[0]}"
     failed = [
         f"- {isa} {' '.join(map(str, asdict(c).values()))}: {r.get('error')}"
         for (isa, c), r in every.items()
@@ -419,14 +423,17 @@ def report(path: Path) -> str:
     text = f"""# The planner's peak memory against the CPU's allocator
 
     OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
-    ONEDNN_MAX_CPU_ISA=... OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
+    ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE \
+        --share 1/2
+    OMP_NUM_THREADS=2 python benchmarks/planner_memory.py --results FILE --threads 2 --only " 32 "
     python benchmarks/planner_memory.py --results FILE --report
 
-{where["date"]}. {where["CPU"]} ({where["flags"]}), one thread; instruction sets: {isas}.
+{where["date"]}. {where["CPU"]} ({where["flags"]}); instruction sets: {isas};
+one thread where the row says no more.
 Python {where["python"]}, torch {where["torch"]}, timm {where["timm"]}, accelerate
 {where["accelerate"]}, oneDNN {where["oneDNN"]}. Seed 0, one run a case.
 
-{len(rows)} of {len(sets) * len(wanted)} cases: {len(NETWORKS)} networks under each instruction set.
+{len(rows)} cases: {len(NETWORKS)} networks, under all sets but the first a part of the cases.
 Small images ({SMALL} samples a micro-batch; networks of 224 px alone: {LARGE}) without recompute in
 both layouts, with every block recomputed, and in segments of {RUN} units channels-last; large ones
 ({LARGE} samples) without recompute or, every second network, in segments; bf16 by autocast for some
@@ -469,11 +476,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="JSON lines")
     parser.add_argument("--only", default="", help="cases whose words hold this text")
     parser.add_argument("--share", type=share_of, default=(1, 1), help="such as 1/2: every second")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.name}")
     arguments = parser.parse_args()
     if not arguments.report:
-        torch.set_num_threads(1)
-        run(arguments.results, only=arguments.only, share=arguments.share)
+        only, share, threads = arguments.only, arguments.share, arguments.threads
+        run(arguments.results, only=only, share=share, threads=threads)
         return 0
     text = report(arguments.results)
     kept = REPORT.read_text() if REPORT.exists() else ""

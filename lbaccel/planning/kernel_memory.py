@@ -137,6 +137,8 @@ def is_matrix_product(name: str, args: tuple[Any, ...]) -> bool:
 def _of_convolution(name: str, args: tuple[Any, ...]) -> int:
     op = _CONVOLUTIONS[name]
     x, *how = _parts(name, args)
+    if name.endswith("_backward") and _writes_past_its_buffers(x, how):
+        raise Unmeasured("oneDNN's gradient of strided 1 x 1 weights writes past its buffers")
     num_samples, with_samples = x.shape[0], 2 if name.endswith("_backward") else 1
 
     def call(samples: int, height: int | None = None) -> Sequence[int]:
@@ -176,6 +178,19 @@ def _parts(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Input, weight, stride, padding, dilation, transposed, output_padding, groups."""
     backward = name.endswith("_backward")
     return (*args[1:3], *args[4:10]) if backward else (*args[:2], *args[3:9])
+
+
+def _writes_past_its_buffers(x: Tensor, how: Sequence[Any]) -> bool:
+    """Whether a call may end the process.
+
+    oneDNN 3.13.3 (torch 2.15, AVX2) corrupts the heap in the weights' gradient of a channels-last
+    1 x 1 convolution with a stride and fewer than 8 input channels, one vector, such as in the stems
+    of mobileone and repvgg. A vector of AVX-512 has 16. May go when oneDNN's gradient is mended.
+    """
+    weight, stride, *_ = how
+    is_turned = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    one, few = weight.shape[2:].numel() == 1, weight.shape[1] < 16
+    return x.ndim == 4 and is_turned and one and few and how[-1] == 1 and any(n > 1 for n in stride)
 
 
 def _changes_at_many(x: Tensor, how: Sequence[Any]) -> bool:
