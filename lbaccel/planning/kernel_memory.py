@@ -184,7 +184,7 @@ def _writes_past_its_buffers(x: Tensor, how: Sequence[Any]) -> bool:
     """Whether a call may end the process.
 
     oneDNN 3.13.3 (torch 2.15, AVX2) corrupts the heap in the weights' gradient of a channels-last
-    1 x 1 convolution with a stride and fewer than 8 input channels, one vector, such as in the stems
+    1 x 1 convolution with a stride and fewer than 8 input channels (a vector), such as in the stems
     of mobileone and repvgg. A vector of AVX-512 has 16. May go when oneDNN's gradient is mended.
     """
     weight, stride, *_ = how
