@@ -425,7 +425,6 @@ def report(path: Path) -> str:
     OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
     ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE \
         --share 1/2
-    OMP_NUM_THREADS=2 python benchmarks/planner_memory.py --results FILE --threads 2 --only " 32 "
     python benchmarks/planner_memory.py --results FILE --report
 
 {where["date"]}. {where["CPU"]} ({where["flags"]}); instruction sets: {isas};

@@ -19,8 +19,7 @@ LIMITS = (
 def instruction_set() -> str:
     """The instructions that torch's CPU kernels are chosen for, and what the environment sets.
 
-    >>> instruction_set()  # doctest: +SKIP
-    'AVX-512, AMX; ONEDNN_MAX_CPU_ISA=AVX2'
+    Such as "AVX-512, AMX; ONEDNN_MAX_CPU_ISA=AVX2".
     """
     found = torch.backends.cpu.get_cpu_capability()
     words = [_NAMES.get(found, found)]
