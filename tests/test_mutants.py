@@ -22,13 +22,13 @@ MUTANTS = {
     ),
     "a workspace holds for any number of threads": (
         "planning/kernel_memory.py",
-        "return torch.get_num_threads(), torch",
-        "return 1, torch",
+        "        torch.get_num_threads(),\n",
+        "        1,\n",
         "tests/test_kernel_memory.py::test_each_number_of_threads_has_workspaces_of_its_own",
     ),
     "a kernel that can't be measured takes nothing": (
         "planning/workspace.py",
-        "return assumed_workspace(args, out)",
+        "return assumed_workspace(name, args, out)",
         "return 0",
         "tests/test_kernel_memory.py",
     ),
@@ -41,8 +41,8 @@ MUTANTS = {
     ),
     "random states are not traced": (
         "planning/update.py",
-        "        recorder.watch(state)\n",
-        "",
+        "            recorder.watch(state)\n",
+        "            pass\n",
         "tests/test_trace.py::test_the_traced_peak_is_that_of_the_real_allocator",
     ),
     "a resume scales the groups again": (
