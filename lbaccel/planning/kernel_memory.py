@@ -244,17 +244,22 @@ def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
 
 
 def _go_on(here: Sequence[int], there: Sequence[int]) -> bool:
-    """Whether both calls ran one algorithm, whose buffers do not shrink with the samples."""
-    return [n > 0 for n in here] == [n > 0 for n in there] and all(
-        abs(b) >= abs(a) for a, b in zip(here, there, strict=True)
-    )
+    """Whether both calls ran one algorithm."""
+    return [n > 0 for n in here] == [n > 0 for n in there]
 
 
 def _extrapolated(
     here: Sequence[int], there: Sequence[int], distance: int, step: int
 ) -> Sequence[int]:
-    """The allocations `distance` from the first call, where the second is `step` from it."""
-    return [a + (b - a) * distance // step for a, b in zip(here, there, strict=True)]
+    """The allocations `distance` from the first call, where the second is `step` from it.
+
+    A buffer that shrinks, such as one that two threads share when the samples are even, stays as
+    large as it was.
+    """
+    return [
+        a + (b - a) * distance // step if abs(b) > abs(a) else a
+        for a, b in zip(here, there, strict=True)
+    ]
 
 
 def _backend(x: _Tensor, how: Sequence[Any]) -> Any:
