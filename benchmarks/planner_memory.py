@@ -423,7 +423,7 @@ def report(path: Path) -> str:
     text = f"""# The planner's peak memory against the CPU's allocator
 
     OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE
-    ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE \
+    ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 python benchmarks/planner_memory.py --results FILE \\
         --share 1/2
     python benchmarks/planner_memory.py --results FILE --report
 
