@@ -1,0 +1,54 @@
+"""A run that an earlier lbaccel began goes on here, and ends as that lbaccel would have ended it.
+
+`fixtures/before_the_house/` holds runs of commit 659eb0e, in float64: `broken` was interrupted
+within an epoch, `whole` came to its end without a break. Checkpoint, settings, metrics and summary
+are as that commit wrote them. Each `--resume` here continues from its bytes; the end is compared to
+1e-9, since processors round the sums of a convolution in their own order (on the processor that
+wrote them the two are equal to the bit).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_recipe import newest, rows, tensors
+from safetensors.torch import load_file
+
+from lbaccel import train
+
+BEFORE = Path(__file__).parent / "fixtures" / "before_the_house"
+
+
+@pytest.mark.parametrize("name", ["plain", "grown"])
+def test_a_run_of_before_ends_as_it_would_have(name, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(BEFORE / name / "broken", run, symlinks=True)
+    begun = rows(run)
+    assert train.main(["--resume", str(run)]) == 0
+    truth = BEFORE / name / "whole"
+    found, expected = rows(run), rows(truth)
+    assert found[: len(begun)] == begun  # lines of before stay as they are
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, theirs in zip(found, expected, strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-9, abs=1e-9)
+            assert line[key] == value, (line, key)
+    ours, values = tensors(run), tensors(truth)
+    assert ours.keys() == values.keys()
+    for key, value in values.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=key)
+    assert any("momentum" in key or "exp_avg" in key for key in values)
+
+
+@pytest.mark.parametrize("name", ["plain", "grown"])
+def test_the_runs_of_before_hold_what_would_be_lost(name):
+    """The comparison above can fail: half the run is still to do, and it moves the weights."""
+    broken, whole = BEFORE / name / "broken", BEFORE / name / "whole"
+    assert len(rows(broken)) < len(rows(whole))
+    before, after = (load_file(newest(f) / "model.safetensors") for f in (broken, whole))
+    assert all(before[key].dtype == torch.float64 for key in before if "num_batches" not in key)
+    assert max((before[key] - after[key]).abs().max().item() for key in before) > 1e-3
