@@ -15,8 +15,6 @@ from typing import Any, Protocol
 from lbaccel.errors import InputError
 from lbaccel.stream import UpdateStream
 
-FILE = "batch_decisions.jsonl"
-
 
 class Loader(Protocol):
     """What `UpdateLoader` has."""
@@ -142,18 +140,17 @@ class AutoBatch:
         self.decisions = [Decision(**fields) for fields in state["decisions"]]
 
 
-def read_decisions(path: Path, *, first: int) -> list[Decision]:
-    """The decisions of a run's file, in order.
+def read_decisions(file: Path, *, first: int) -> list[Decision]:
+    """The decisions of a run, in order.
 
     Args:
-        path: the file, or the run folder that holds it.
+        file: a line a decision, as `AutoBatch.text` gives them.
         first: samples an update that this run starts with.
 
     Raises:
         InputError: no such file, a line that is no decision, or decisions from another start or
             that do not follow one on the other.
     """
-    file = path / FILE if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         found = [Decision(**json.loads(line)) for line in lines]

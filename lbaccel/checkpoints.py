@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,9 +16,18 @@ import torch
 from torch import Tensor
 
 from lbaccel.errors import InputError, RunFailed
-
-MANIFEST, STATE = "manifest.json", "state.pt"
-_FOLDER = re.compile(r"update_\d{6,}")
+from lbaccel.run_folder import (
+    BEST,
+    CLASSES,
+    LAST,
+    MANIFEST,
+    MODEL,
+    PREPROCESSING,
+    STATE,
+    checkpoint_name,
+    update_of,
+    weights_file,
+)
 
 
 def save_checkpoint(
@@ -47,16 +55,16 @@ def save_checkpoint(
     Raises:
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    target = folder / f"update_{update:06d}"
+    target = folder / checkpoint_name(update)
     temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         for stem, tensors in weights.items():
             plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            safetensors.torch.save_file(plain, temporary / f"{stem}.safetensors")
-        _write_json(temporary / "classes.json", list(classes))
-        _write_json(temporary / "preprocessing.json", dict(preprocessing))
+            safetensors.torch.save_file(plain, temporary / weights_file(stem))
+        _write_json(temporary / CLASSES, list(classes))
+        _write_json(temporary / PREPROCESSING, dict(preprocessing))
         if state is not None:
             torch.save(dict(state), temporary / STATE)
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
@@ -69,10 +77,10 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(target)
-        for name in ("last", *(["best"] if best else [])):
+        for name in (LAST, *([BEST] if best else [])):
             _link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
-        before = folder / "last"
+        before = folder / LAST
         kept = f"{before.resolve()} is kept" if before.exists() else "there was none before"
         raise RunFailed(
             f"the checkpoint of update {update} could not be saved in {folder}: {error}. "
@@ -89,8 +97,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first; what was not written to its end is none."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("update_")))
+    found = {path: update for path in folder.iterdir() if (update := update_of(path)) is not None}
+    return sorted(found, key=lambda path: -found[path])
 
 
 def check_checkpoint(path: Path) -> None:
@@ -102,7 +110,7 @@ def check_checkpoint(path: Path) -> None:
     if STATE not in check_files(path):
         raise InputError(
             f"{path} holds weights only, no training state. Start a run from them with "
-            f"--checkpoint {path}/model.safetensors."
+            f"--checkpoint {path / weights_file(MODEL)}."
         )
 
 
@@ -189,7 +197,7 @@ def _link(link: Path, target: str) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    linked = {(folder / name).resolve().name for name in ("last", "best")}
+    linked = {(folder / name).resolve().name for name in (LAST, BEST)}
     for path in checkpoints_in(folder)[max(1, keep) :]:
         if path.name not in linked:
             shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lbaccel.run_folder import PLOTS
 from lbaccel.runs import load_run_folder
 
 PANELS = (
@@ -49,7 +50,7 @@ def plot_run(folder: Path) -> list[Path]:
         axes.set_title(run.name, fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend()
-        path = folder / "plots" / file
+        path = folder / PLOTS / file
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=120)
         written.append(path)

@@ -20,6 +20,7 @@ from lbaccel.growth import factor_by_rule, factor_of
 from lbaccel.learning_rate import peak_rate
 from lbaccel.loss_dropout import LossDropout
 from lbaccel.noise_scale import NoiseScale
+from lbaccel.run_folder import DECISIONS
 from lbaccel.schedulers import AdaScaleLR, lr_scheduler
 from lbaccel.schedules import Schedule
 from lbaccel.stream import UpdateStream
@@ -148,7 +149,9 @@ def build_auto_batch(
         return None
     replay = None
     if s["batch_decisions"] is not None:
-        replay = read_decisions(Path(s["batch_decisions"]), first=loader.stream.global_batch_size)
+        path = Path(s["batch_decisions"])
+        file = path / DECISIONS if path.is_dir() else path
+        replay = read_decisions(file, first=loader.stream.global_batch_size)
         largest = max([decision.after for decision in replay], default=0)
         if largest > s["max_batch_size"]:
             raise InputError(

@@ -10,9 +10,9 @@ import yaml
 
 from lbaccel.errors import InputError
 from lbaccel.options import OPTIONS
+from lbaccel.run_folder import CHECKPOINTS, CONFIG, MANIFEST, run_of
 from lbaccel.settings import parse, read_yaml
 
-CONFIG = "config.yaml"
 # of the invocation, not of the run
 NOT_SAVED = ("resume", "extend", "max_hours", "dry_run", "output")
 Settings = dict[str, Any]
@@ -67,22 +67,6 @@ def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[s
     return {**merged, **added}, merged_origins
 
 
-def run_of(path: Path) -> Path:
-    """The run folder that a path names: itself, or the one a checkpoint lies in.
-
-    Raises:
-        InputError: the path is neither.
-    """
-    for folder in (path, path.parent.parent):
-        if (folder / CONFIG).is_file():
-            return folder
-    what = "is no run folder: it holds no config.yaml" if path.exists() else "does not exist"
-    raise InputError(
-        f"--resume {path} {what}. Give a folder such as runs/20261121-001312-resnet10t-gbs512, "
-        "a checkpoint in it, or 'auto'."
-    )
-
-
 def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
     """The newest run in `output` that was asked for with the same contract and has a checkpoint.
 
@@ -93,7 +77,7 @@ def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
     for folder in folders:
         if not (folder / CONFIG).is_file():
             continue
-        if not any((folder / "checkpoints").glob("update_*/manifest.json")):
+        if not any((folder / CHECKPOINTS).glob(f"update_*/{MANIFEST}")):
             continue
         try:
             saved, _ = read_run(folder)

@@ -12,13 +12,13 @@ from lbaccel.building import built
 from lbaccel.curvature import largest_curvature, sgd_momentum
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.options import OPTIONS
-from lbaccel.resume import CONFIG, Settings, read_run
+from lbaccel.resume import Settings, read_run
+from lbaccel.run_folder import CHECKPOINTS, CONFIG, LAST, MODEL, PREPROCESSING, weights_file
 from lbaccel.runs import Run
 from lbaccel.scaling import choose_rule
 from lbaccel.stability import rate_advice, rate_sentence, stability_limit, stable_rate
 
-LAST = Path("checkpoints") / "last"
-WEIGHTS = "model.safetensors"
+WEIGHTS = Path(CHECKPOINTS, LAST, weights_file(MODEL))
 # growth of the batch and the rate's way over training: neither enters the loss at given weights
 _LEFT_OUT = (
     *("batch_schedule", "factor", "max_batch_size", "past_max", "growth", "lr_growth"),
@@ -119,9 +119,9 @@ def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
     """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds no {CONFIG}, so its recipe is not known.")
-    weights = folder / LAST / WEIGHTS
+    weights = folder / WEIGHTS
     if not weights.is_file():
-        raise InputError(f"{folder} holds no {LAST / WEIGHTS}.")
+        raise InputError(f"{folder} holds no {WEIGHTS}.")
     settings, _ = read_run(folder)
     return {
         **{name: option.default for name, option in OPTIONS.items()},
@@ -135,7 +135,7 @@ def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
         "resume": None,
         "pretrained": False,
         "checkpoint": str(weights),
-        "stem": _stem(weights.parent / "preprocessing.json", settings["stem"]),
+        "stem": _stem(weights.parent / PREPROCESSING, settings["stem"]),
         "precision": "fp64" if settings["precision"] == "fp64" else "fp32",
     }
 

@@ -1,27 +1,28 @@
-"""The folder of a run and its small files: settings, environment, summary."""
+"""The folder of a run: the names of all its files, its settings and summary (no torch)."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lbaccel.errors import InputError, RunFailed
 
-PACKAGES = ("lbaccel", "torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "deepspeed")
+# the names of all files and folders of a run
+CONFIG, SUMMARY, ENVIRONMENT = "config.yaml", "summary.json", "env.json"
+METRICS, TABLE = "metrics.jsonl", "metrics.csv"
+RESUMES, DECISIONS, PLOTS = "resumes.jsonl", "batch_decisions.jsonl", "plots"
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+# of a checkpoint
+MANIFEST, STATE, CLASSES = "manifest.json", "state.pt", "classes.json"
+PREPROCESSING, MODEL, MODEL_EMA = "preprocessing.json", "model", "model_ema"
 
 
 def new_run_folder(root: Path, name: str) -> Path:
@@ -107,48 +108,49 @@ def strict_json(value: Any, *, indent: int | None = None) -> str:
 def write_config(run: Path, mapping: Mapping[str, Any]) -> None:
     """Write `config.yaml`: the settings in the order given, `plan` and `origin` nested."""
     text = yaml.safe_dump(plain(mapping), sort_keys=False, allow_unicode=True)
-    atomic_write_text(run / "config.yaml", text)
+    atomic_write_text(run / CONFIG, text)
 
 
 def write_summary(run: Path, mapping: Mapping[str, Any]) -> None:
     """Write `summary.json`: status, best and last metrics, updates, samples, seconds, peak GiB."""
-    atomic_write_text(run / "summary.json", strict_json(mapping, indent=2) + "\n")
+    atomic_write_text(run / SUMMARY, strict_json(mapping, indent=2) + "\n")
 
 
-def write_env(run: Path, *, seed: int | None = None, argv: Iterable[str] | None = None) -> None:
-    """Write `env.json`: what ran the run, without the name of the host. `argv` is sys.argv."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    environment = {
-        "command": shlex.join(sys.argv if argv is None else argv),
-        "seed": seed,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "devices": devices or ["cpu"],
-        "cuda": torch.version.cuda,
-        "git_commit": _git_commit(),
-        "versions": versions(),
-    }
-    atomic_write_text(run / "env.json", strict_json(environment, indent=2) + "\n")
+def checkpoint_name(update: int) -> str:
+    """Of the checkpoint after so many updates.
+
+    >>> checkpoint_name(40)
+    'update_000040'
+    """
+    return f"update_{update:06d}"
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that a result depends on."""
-    return {package: v for package in PACKAGES if (v := _version(package)) is not None}
+def update_of(path: Path) -> int | None:
+    """How many updates a checkpoint holds, by its name; None where it is no checkpoint's name.
+
+    >>> update_of(Path("checkpoints/update_000040")), update_of(Path("checkpoints/last"))
+    (40, None)
+    """
+    match = re.fullmatch(r"update_(\d{6,})", path.name)
+    return int(match[1]) if match else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def weights_file(stem: str) -> str:
+    """The file of a checkpoint's weights: of `MODEL`, or of `MODEL_EMA`."""
+    return f"{stem}.safetensors"
 
 
-def _git_commit() -> str | None:
-    """The commit checked out in the current folder, or None outside a repository or without git."""
-    command = ["git", "rev-parse", "--verify", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def run_of(path: Path) -> Path:
+    """The run folder that a path names: itself, or the one a checkpoint lies in.
+
+    Raises:
+        InputError: the path is neither.
+    """
+    for folder in (path, path.parent.parent):
+        if (folder / CONFIG).is_file():
+            return folder
+    what = f"is no run folder: it holds no {CONFIG}" if path.exists() else "does not exist"
+    raise InputError(
+        f"--resume {path} {what}. Give a folder such as runs/20261121-001312-resnet10t-gbs512, "
+        "a checkpoint in it, or 'auto'."
+    )

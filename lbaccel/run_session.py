@@ -22,20 +22,27 @@ from lbaccel.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
+from lbaccel.environment import versions, write_env
 from lbaccel.errors import InputError
 from lbaccel.models import load_exactly
 from lbaccel.plots import plot_run
-from lbaccel.resume import run_of
 from lbaccel.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    MODEL_EMA,
+    RESUMES,
+    SUMMARY,
     atomic_write_text,
     new_run_folder,
-    versions,
+    run_of,
+    update_of,
+    weights_file,
     write_config,
-    write_env,
     write_summary,
 )
 from lbaccel.schedulers import refresh
-from lbaccel.tracking import METRICS, keep_updates_until, start_trackers
+from lbaccel.tracking import keep_updates_until, start_trackers
 
 Say = Callable[[str], object]
 
@@ -67,9 +74,9 @@ class Session:
 
     def weights(self, whole: Any) -> dict[str, Any]:
         """File stem to state_dict."""
-        weights = {"model": whole.state_dict()}
+        weights = {MODEL: whole.state_dict()}
         if self.ema is not None:
-            weights["model_ema"] = self.ema.module.state_dict()
+            weights[MODEL_EMA] = self.ema.module.state_dict()
         return weights
 
     def save(self, *, update: int, best: bool, keep: int, **described: Any) -> None:
@@ -81,7 +88,7 @@ class Session:
         with self.whole() as whole:
             if self.accelerator.is_main_process:
                 save_checkpoint(
-                    self.folder / "checkpoints",
+                    self.folder / CHECKPOINTS,
                     update=update,
                     weights=self.weights(whole),
                     state=state,
@@ -150,9 +157,9 @@ class Session:
         origins: Mapping[str, str],
     ) -> None:
         update = self.parts["counters"].num_updates
-        remove_unfinished(folder / "checkpoints")
-        for path in checkpoints_in(folder / "checkpoints"):
-            if int(path.name.removeprefix("update_")) > update:
+        remove_unfinished(folder / CHECKPOINTS)
+        for path in checkpoints_in(folder / CHECKPOINTS):
+            if (update_of(path) or 0) > update:
                 shutil.rmtree(path, ignore_errors=True)  # damaged, or of a future that is not to be
         keep_updates_until(folder, update)
         write_config(folder, _config(s, plan, origins))
@@ -164,7 +171,7 @@ class Session:
             "command": sys.argv,
             "versions": versions(),
         }
-        before = folder / "resumes.jsonl"
+        before = folder / RESUMES
         earlier = before.read_text(encoding="utf-8") if before.exists() else ""
         atomic_write_text(before, earlier + json.dumps(line) + "\n")
 
@@ -185,7 +192,7 @@ class Session:
         if self.folder is None:
             return False
         try:
-            summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         done = self.parts["counters"].num_updates
@@ -195,7 +202,7 @@ class Session:
         """What to type after an end before time."""
         if self.folder is None:
             return "Nothing was written."
-        newest = next(iter(checkpoints_in(self.folder / "checkpoints")), None)
+        newest = next(iter(checkpoints_in(self.folder / CHECKPOINTS)), None)
         if newest is None:
             return "No checkpoint was written."
         resume = f"lbaccel train --resume {os.fspath(self.folder)}"
@@ -215,9 +222,9 @@ def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
     Raises:
         InputError: they do not fit the model.
     """
-    for stem, owner in (("model", model), ("model_ema", ema and ema.module)):
+    for stem, owner in ((MODEL, model), (MODEL_EMA, ema and ema.module)):
         if owner is not None:
-            file = path / f"{stem}.safetensors"
+            file = path / weights_file(stem)
             load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
 
 
@@ -256,10 +263,10 @@ def _choose(target: Path, say: Say) -> Path:
     if target != run:
         check_checkpoint(target)
         return target
-    path = latest_good(run / "checkpoints", say)
+    path = latest_good(run / CHECKPOINTS, say)
     if path is None:
         raise InputError(
-            f"--resume {target}: no checkpoint in {run / 'checkpoints'} can be used. "
+            f"--resume {target}: no checkpoint in {run / CHECKPOINTS} can be used. "
             "Start a new run without --resume."
         )
     return path

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import InputError
+from lbaccel.run_folder import CONFIG, METRICS, SUMMARY, RunFailed
 
-METRICS = "metrics.jsonl"
 NOT_METRICS = frozenset({"update", "samples_seen", "epoch", "perf/seconds"})
 
 
@@ -148,8 +148,8 @@ def load_run_folder(path: Path) -> Run:
         )
     return Run(
         name=path.resolve().name,
-        config=flatten(read_mapping(path / "config.yaml")),
-        summary=flatten(read_mapping(path / "summary.json")),
+        config=flatten(read_mapping(path / CONFIG)),
+        summary=flatten(read_mapping(path / SUMMARY)),
         history=history_of(read_metrics(metrics)),
         source="folder",
     )

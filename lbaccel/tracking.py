@@ -17,12 +17,20 @@ import accelerate.tracking
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
 
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.run_folder import atomic_write_text, new_run_folder, plain, strict_json, write_config
+from lbaccel.run_folder import (
+    CONFIG,
+    METRICS,
+    TABLE,
+    atomic_write_text,
+    new_run_folder,
+    plain,
+    strict_json,
+    write_config,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-METRICS = "metrics.jsonl"
 TRACKERS = ("run_folder", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -63,7 +71,7 @@ class RunFolderTracker(GeneralTracker):
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Write `config.yaml` unless it is there: `lbaccel.train` writes it before it starts."""
         assert self._run is not None, "start() comes first"
-        if not (self._run / "config.yaml").exists():
+        if not (self._run / CONFIG).exists():
             write_config(self._run, values)
 
     @on_main_process
@@ -93,7 +101,7 @@ class RunFolderTracker(GeneralTracker):
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        atomic_write_text(self._run / "metrics.csv", text.getvalue())
+        atomic_write_text(self._run / TABLE, text.getvalue())
 
 
 def keep_updates_until(run: Path, update: int) -> None:

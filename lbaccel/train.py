@@ -55,7 +55,6 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     from lbaccel import growth
     from lbaccel.accelerator import make_accelerator, zero_stage
     from lbaccel.advice import closing_advice
-    from lbaccel.auto_batch import FILE
     from lbaccel.building import build_task
     from lbaccel.data.pipelines import evaluation_batches
     from lbaccel.data.sources import ImageArray
@@ -72,7 +71,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         loss_dropout,
         rate_factor,
     )
-    from lbaccel.run_folder import atomic_write_text
+    from lbaccel.run_folder import DECISIONS, atomic_write_text
     from lbaccel.run_log import RunLog
     from lbaccel.run_session import Session, find_checkpoint, load_weights
     from lbaccel.schedulers import AdaScaleLR, refresh
@@ -255,7 +254,7 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
                         stop_at = log.stop_at = progress.total = last_update()
                     progress.note(str(decision))
                     if session.folder is not None and accelerator.is_main_process:
-                        atomic_write_text(session.folder / FILE, auto_batch.text())
+                        atomic_write_text(session.folder / DECISIONS, auto_batch.text())
                 for update in loader:
                     lr = reference_lr(scheduler.optimizer)
                     before = time.perf_counter()

@@ -16,6 +16,7 @@ from lbaccel import BatchPlan, InputError, UpdateLoader, train
 from lbaccel.adascale import adascale_gain
 from lbaccel.auto_batch import AutoBatch, Decision, next_size, read_decisions
 from lbaccel.noise_arithmetic import Interval
+from lbaccel.run_folder import DECISIONS
 
 NUM_TRAIN = 1438
 AUTO = "--global-batch-size auto --min-batch-size 64 --max-batch-size 512 --micro-batch-size 32"
@@ -112,7 +113,7 @@ def test_an_update_over_the_end_of_an_epoch_keeps_its_size():
 
 def test_the_run_follows_its_own_measurements_and_its_rate_the_rule():
     folder = run(*AUTO.split(), "--epochs", 4, "--base-lr", 0.1, "--noise-scale", "plain")
-    decisions = read_decisions(folder, first=64)
+    decisions = read_decisions(folder / DECISIONS, first=64)
     assert [d.epoch for d in decisions] == [2, 3, 4] and decisions[-1].after > 64
     lines = {line["update"]: line for line in rows(folder) if "noise/low" in line}
     for decision in decisions:  # the evidence is that of the update before
@@ -138,11 +139,13 @@ def test_the_run_follows_its_own_measurements_and_its_rate_the_rule():
 def test_a_resumed_run_decides_alike_and_a_replay_needs_no_noise(stop):
     flags = [*AUTO.split(), "--epochs", "3", "--warmup", "none", "--lr-scaling", "sqrt"]
     truth = run(*flags, output="whole")
-    assert {d.after for d in read_decisions(truth, first=64)} - {64}  # it grows
+    assert {d.after for d in read_decisions(truth / DECISIONS, first=64)} - {64}  # it grows
     broken = stopped_at(stop, *flags)
     assert run("--resume", broken, *flags) == broken
     assert not differences(broken, truth)
-    assert read_decisions(broken, first=64) == read_decisions(truth, first=64)
+    assert read_decisions(broken / DECISIONS, first=64) == read_decisions(
+        truth / DECISIONS, first=64
+    )
     if stop == 40:
         more = ["--noise-scale", "none", "--batch-decisions", truth]
         again = run(*flags, *more, output="again")
@@ -210,7 +213,7 @@ def decision(**changed):
 
 def test_decisions_come_back_as_they_were_written(tmp_path):
     file = write(tmp_path / "batch_decisions.jsonl", decision(), decision(epoch=3, before=16))
-    assert read_decisions(tmp_path, first=8) == read_decisions(file, first=8)
+    assert read_decisions(file, first=8) == [decision(), decision(epoch=3, before=16)]
     assert "global batch 8 -> 16, critical batch 40 (20 to unbounded)" in str(decision())
 
 

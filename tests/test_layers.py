@@ -49,7 +49,7 @@ LEVELS = [
         "progress",
         "options",
     },
-    {"memory"},
+    {"memory", "environment"},
     {"accumulation", "failures", "noise_scale", "preflight", "checkpoints", "settings"},
     {"data", "sharding", "update_result"},
     {"transaction"},

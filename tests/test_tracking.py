@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from lbaccel import run_folder
+from lbaccel.environment import write_env
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.run_folder import (
     atomic_write_text,
     new_run_folder,
     write_config,
-    write_env,
     write_summary,
 )
 from lbaccel.tracking import RunFolderTracker, start_trackers, wandb_mode

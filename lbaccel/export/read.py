@@ -10,13 +10,28 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lbaccel.checkpoints import MANIFEST, check_files
+from lbaccel.checkpoints import check_files
 from lbaccel.errors import InputError
 from lbaccel.export.model_card import Exported
 from lbaccel.models import model_options
 from lbaccel.options import OPTIONS
-from lbaccel.resume import CONFIG
-from lbaccel.runs import METRICS, Run, flatten, history_of, read_mapping, read_metrics
+from lbaccel.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    CLASSES,
+    CONFIG,
+    ENVIRONMENT,
+    LAST,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    MODEL_EMA,
+    PREPROCESSING,
+    RESUMES,
+    SUMMARY,
+    weights_file,
+)
+from lbaccel.runs import Run, flatten, history_of, read_mapping, read_metrics
 from lbaccel.settings import parse
 
 _PREPROCESSING = (
@@ -36,24 +51,24 @@ def read_exported(
     if not (run / CONFIG).is_file():
         raise InputError(_no_run(run))
     path = _checkpoint(run, checkpoint)
-    stem = "model_ema" if ema else "model"
+    stem = MODEL_EMA if ema else MODEL
     update = _check(path, stem)
-    pre = _json(path / "preprocessing.json", dict)
+    pre = _json(path / PREPROCESSING, dict)
     missing = [key for key in _PREPROCESSING if key not in pre]
     if missing:
         raise InputError(
-            f"{path / 'preprocessing.json'} has no {', '.join(missing)}: it was written by another "
+            f"{path / PREPROCESSING} has no {', '.join(missing)}: it was written by another "
             "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
         )
-    weights = safetensors.torch.load_file(path / f"{stem}.safetensors")
+    weights = safetensors.torch.load_file(path / weights_file(stem))
     dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
-    resumes = run / "resumes.jsonl"
+    resumes = run / RESUMES
     exported = Exported(
         run=_run(run),
-        env=read_mapping(run / "env.json"),
+        env=read_mapping(run / ENVIRONMENT),
         resumes=read_metrics(resumes) if resumes.is_file() else [],
         preprocessing=pre,
-        classes=_json(path / "classes.json", list),
+        classes=_json(path / CLASSES, list),
         update=update,
         ema=ema,
         dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
@@ -77,7 +92,7 @@ def _run(folder: Path) -> Run:
     return Run(
         name=folder.resolve().name,
         config=flatten({**settings, **added}),
-        summary=read_mapping(folder / "summary.json"),
+        summary=read_mapping(folder / SUMMARY),
         history=history_of(read_metrics(metrics)) if metrics.is_file() else {},
         source="folder",
     )
@@ -101,14 +116,14 @@ def _no_run(path: Path) -> str:
 
 
 def _checkpoint(run: Path, name: str | None) -> Path:
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    if name is not None and not re.fullmatch(r"best|last|update_\d+", name):
+    if name not in (None, BEST, LAST) and not re.fullmatch(r"update_\d+", name):
         raise InputError(
             f"--checkpoint {name} is not best, last or one such as update_000500. "
             f"Here are: {', '.join(there) or 'none'}."
         )
-    for chosen in [name] if name is not None else ["best", "last"]:
+    for chosen in [name] if name is not None else [BEST, LAST]:
         if chosen in there:
             return folder / chosen
     if not there:
@@ -117,7 +132,7 @@ def _checkpoint(run: Path, name: str | None) -> Path:
             f"lbaccel train --resume {run}"
         )
     raise InputError(
-        f"{folder / (name or 'best')} does not exist. Here are: {', '.join(there)}. "
+        f"{folder / (name or BEST)} does not exist. Here are: {', '.join(there)}. "
         f"Use --checkpoint {there[-1]}."
     )
 
@@ -129,12 +144,12 @@ def _check(path: Path, stem: str) -> int:
         raise InputError(_deepspeed(path))
     try:
         listed = check_files(path, names=())
-        files = (f"{stem}.safetensors", "classes.json", "preprocessing.json")
+        files = (weights_file(stem), CLASSES, PREPROCESSING)
         if files[0] in listed:
             check_files(path, names=files)
     except InputError as error:
         raise InputError(f"{error} {others}") from error
-    if files[0] not in listed and stem == "model_ema":
+    if files[0] not in listed and stem == MODEL_EMA:
         raise InputError(
             f"--ema: {path} has no average of the weights: the run had no --ema-decay. "
             "Leave --ema out."

@@ -21,8 +21,10 @@ from lbaccel.errors import InputError, RunFailed
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
 from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
+from lbaccel.run_folder import CHECKPOINTS, CONFIG, MODEL, weights_file
 
-FILES = ("README.md", "config.json", "config.yaml", "model.safetensors")
+CARD, ARCHITECTURE = "README.md", "config.json"  # the names that the hub looks for
+FILES = (CARD, ARCHITECTURE, CONFIG, weights_file(MODEL))
 # of timm's description of its own weights: where they are and how they were made
 _OF_OTHER_WEIGHTS = (
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "tag"),
@@ -38,7 +40,7 @@ def check_target(target: Path, run: Path, *, force: bool) -> None:
     Raises:
         InputError: the folder is not empty and `force` was not given, or it holds other files.
     """
-    checkpoints = (run / "checkpoints").resolve()
+    checkpoints = (run / CHECKPOINTS).resolve()
     if checkpoints in (target, *target.parents):
         raise InputError(f"--to {target} lies among the run's checkpoints. Give another folder.")
     if target.exists() and not target.is_dir():
@@ -92,9 +94,9 @@ def write_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
         _save(temporary, exported, model, license=license)
-        (temporary / "README.md").write_text(str(card), encoding="utf-8")
+        (temporary / CARD).write_text(str(card), encoding="utf-8")
         settings = shareable.settings_yaml(exported.run.config)
-        (temporary / "config.yaml").write_text(settings, encoding="utf-8")
+        (temporary / CONFIG).write_text(settings, encoding="utf-8")
         temporary.chmod(0o755)
         _check(temporary, exported, model)
         _take_the_place(target, temporary)
@@ -131,7 +133,7 @@ def _save(folder: Path, exported: Exported, model: Any, *, license: str | None) 
     )
     # timm 1.0.31 writes num_classes among the arguments too, beside which transformers 5.23 gives
     # its own, a TypeError; at the top of the file both read it.
-    path = folder / "config.json"
+    path = folder / ARCHITECTURE
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -178,7 +180,7 @@ def _load(folder: Path, exported: Exported) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     loaded = timm.create_model(exported.model, **exported.options)
     adapt_stem(loaded)
-    load_checkpoint(loaded, str(folder / "model.safetensors"))
+    load_checkpoint(loaded, str(folder / weights_file(MODEL)))
     return loaded
 
 
