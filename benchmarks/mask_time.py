@@ -19,10 +19,10 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from lbaccel.accumulation import accumulate
-from lbaccel.batch import MicroBatch
-from lbaccel.masks import KeyedRandomness
-from lbaccel.normalization import convert_batch_norm
+from lbaccel.batch.plan import MicroBatch
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update.accumulation import accumulate
+from lbaccel.update.normalization import convert_batch_norm
 
 MICRO, STEPS, SIZE = 8, 2, 224
 CASES = {

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from lbaccel.noise_arithmetic import Estimate, RatioAverage, estimate
+from lbaccel.noise.arithmetic import Estimate, RatioAverage, estimate
 
 STD = np.linspace(0.5, 1.5, 40)
 S = float((STD**2).sum())

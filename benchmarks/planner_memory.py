@@ -42,12 +42,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import BatchPlan, LargeBatch
-from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.data.loader import Update
-from lbaccel.normalization import has_batch_norm
-from lbaccel.planning import chain, estimate, kernel_memory, trace, update, workspace
-from lbaccel.planning.devices import find_device
-from lbaccel.planning.processor import instruction_set
+from lbaccel.planning import estimate
+from lbaccel.planning.cost import chain, kernel_memory, trace, update, workspace
+from lbaccel.planning.cost.devices import find_device
+from lbaccel.planning.cost.processor import instruction_set
+from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.update.normalization import has_batch_norm
 
 REPORT = Path(__file__).parents[1] / "docs/results/planner_memory.md"
 STEPS = 2

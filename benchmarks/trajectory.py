@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lbaccel import train
-from lbaccel.engine import LargeBatch
+from lbaccel.update.engine import LargeBatch
 
 PLANS = {
     "micro-batch 64": [],

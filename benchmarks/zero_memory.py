@@ -44,10 +44,10 @@ from lbaccel import BatchPlan, LargeBatch, plan
 from lbaccel.configs.make import deepspeed_config
 from lbaccel.data.loader import Update
 from lbaccel.models import create_backbone
-from lbaccel.normalization import has_batch_norm
-from lbaccel.optimizers import create_optimizer, has_fused_step
+from lbaccel.optim.optimizers import create_optimizer, has_fused_step
+from lbaccel.planning.cost.update import classification_loss
 from lbaccel.planning.measure import hardware_name
-from lbaccel.planning.update import classification_loss
+from lbaccel.update.normalization import has_batch_norm
 
 REPORT = Path(__file__).parents[1] / "docs/results/zero_memory.md"
 RANKS, STEPS, CLASSES = 2, 2, 10

@@ -8,25 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lbaccel.batch import BatchPlan, MicroBatch
-    from lbaccel.batch_schedules import batch_schedule
-    from lbaccel.batch_segments import Segment, segment_updates
-    from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
-    from lbaccel.curvature import largest_curvature
+    from lbaccel.batch.duration import Duration
+    from lbaccel.batch.phases import Segment, segment_updates
+    from lbaccel.batch.plan import BatchPlan, MicroBatch
+    from lbaccel.batch.rules import batch_schedule
+    from lbaccel.batch.stream import UpdateStream
     from lbaccel.data.augment import GroupMix, KeyedImages
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
-    from lbaccel.duration import Duration
-    from lbaccel.engine import LargeBatch, UpdateResult
     from lbaccel.errors import InputError, RunFailed
-    from lbaccel.momentum import correct_momentum
-    from lbaccel.noise_scale import NoiseScale
-    from lbaccel.normalization import convert_batch_norm, recalibrate
-    from lbaccel.param_groups import scale_optimizer
-    from lbaccel.planning.plan import Plan
-    from lbaccel.planning.planner import plan
-    from lbaccel.range_test import LrRange, lr_find
-    from lbaccel.scaling import (
+    from lbaccel.hyperparameters.transfer import transfer
+    from lbaccel.noise.scale import NoiseScale
+    from lbaccel.optim.groups import scale_optimizer
+    from lbaccel.optim.momentum import correct_momentum
+    from lbaccel.optim.scaling import (
         legw,
         linear_scaling,
         no_scaling,
@@ -35,57 +30,62 @@ if TYPE_CHECKING:
         scale_lr,
         sqrt_scaling,
     )
-    from lbaccel.schedulers import lr_scheduler
-    from lbaccel.schedules import make_schedule
-    from lbaccel.sheet.transfer import transfer
-    from lbaccel.stability import stable_rate
-    from lbaccel.stream import UpdateStream
+    from lbaccel.optim.scheduler import lr_scheduler
+    from lbaccel.optim.schedules import make_schedule
+    from lbaccel.planning.plan import Plan
+    from lbaccel.planning.planner import plan
+    from lbaccel.stability.curvature import largest_curvature
+    from lbaccel.stability.limit import stable_rate
+    from lbaccel.stability.range_test import LrRange, lr_find
+    from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
+    from lbaccel.update.engine import LargeBatch, UpdateResult
+    from lbaccel.update.normalization import convert_batch_norm, recalibrate
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BatchPlan": "batch",
-    "MicroBatch": "batch",
-    "Segment": "batch_segments",
-    "batch_schedule": "batch_schedules",
-    "segment_updates": "batch_segments",
-    "UpdateStream": "stream",
-    "apply_activation_checkpointing": "checkpointing",
+    "BatchPlan": "batch.plan",
+    "MicroBatch": "batch.plan",
+    "Segment": "batch.phases",
+    "batch_schedule": "batch.rules",
+    "segment_updates": "batch.phases",
+    "UpdateStream": "batch.stream",
+    "apply_activation_checkpointing": "update.checkpointing",
     "GroupMix": "data.augment",
     "KeyedImages": "data.augment",
     "Update": "data.loader",
     "UpdateLoader": "data.loader",
     "open_source": "data.sources",
-    "LargeBatch": "engine",
-    "UpdateResult": "engine",
+    "LargeBatch": "update.engine",
+    "UpdateResult": "update.engine",
     "InputError": "errors",
     "RunFailed": "errors",
-    "NoiseScale": "noise_scale",
-    "convert_batch_norm": "normalization",
-    "recalibrate": "normalization",
+    "NoiseScale": "noise.scale",
+    "convert_batch_norm": "update.normalization",
+    "recalibrate": "update.normalization",
     "Plan": "planning.plan",
     "plan": "planning.planner",
-    "apply_segments": "checkpointing",
-    "correct_momentum": "momentum",
-    "scale_optimizer": "param_groups",
-    "legw": "scaling",
-    "linear_scaling": "scaling",
-    "per_samples_scaling": "scaling",
-    "power_scaling": "scaling",
-    "no_scaling": "scaling",
-    "scale_lr": "scaling",
-    "sqrt_scaling": "scaling",
-    "Duration": "duration",
-    "LrRange": "range_test",
-    "lr_find": "range_test",
-    "largest_curvature": "curvature",
-    "stable_rate": "stability",
-    "lr_scheduler": "schedulers",
-    "make_schedule": "schedules",
+    "apply_segments": "update.checkpointing",
+    "correct_momentum": "optim.momentum",
+    "scale_optimizer": "optim.groups",
+    "legw": "optim.scaling",
+    "linear_scaling": "optim.scaling",
+    "per_samples_scaling": "optim.scaling",
+    "power_scaling": "optim.scaling",
+    "no_scaling": "optim.scaling",
+    "scale_lr": "optim.scaling",
+    "sqrt_scaling": "optim.scaling",
+    "Duration": "batch.duration",
+    "LrRange": "stability.range_test",
+    "lr_find": "stability.range_test",
+    "largest_curvature": "stability.curvature",
+    "stable_rate": "stability.limit",
+    "lr_scheduler": "optim.scheduler",
+    "make_schedule": "optim.schedules",
     "Certificate": "verification.certificate",
-    "transfer": "sheet.transfer",
+    "transfer": "hyperparameters.transfer",
     "verify": "verification.verify",
 }
 

@@ -31,17 +31,17 @@ lbaccel COMMAND --help says more.
 
 # subcommand: its module, imported when it is called
 COMMANDS = {
-    "advise": "advise_command",
-    "calibrate": "planning.calibrate_command",
-    "compare": "compare",
-    "configs": "configs.command",
-    "doctor": "doctor.command",
-    "export": "export.command",
-    "plan": "planning.command",
-    "replicate": "replication.command",
-    "schedule": "schedule_command",
-    "transfer": "sheet.command",
-    "verify": "verification.command",
+    "advise": "commands.advise",
+    "calibrate": "commands.calibrate",
+    "compare": "runs.compare",
+    "configs": "commands.configs",
+    "doctor": "commands.doctor",
+    "export": "commands.export",
+    "plan": "commands.plan",
+    "replicate": "commands.replicate",
+    "schedule": "commands.schedule",
+    "transfer": "commands.transfer",
+    "verify": "commands.verify",
 }
 
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train.main(arguments)
     if command == "lr-find":
-        from lbaccel import lr_find_command
+        from lbaccel.commands import lr_find
 
-        return lr_find_command.main(arguments)
+        return lr_find.main(arguments)
     if command in COMMANDS:
         return _run(command, arguments)
     if command in ("-h", "--help"):

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.ending import end_process_group, fail
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.options import OPTIONS
-from lbaccel.resume import resolve
-from lbaccel.settings import read_settings, show_settings
+from lbaccel.recipe.ending import end_process_group, fail
+from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.resume import resolve
+from lbaccel.recipe.settings import read_settings, show_settings
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
@@ -52,18 +52,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 
 def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
-    from lbaccel import growth
-    from lbaccel.accelerator import make_accelerator, zero_stage
-    from lbaccel.advice import closing_advice
-    from lbaccel.building import build_task
     from lbaccel.data.pipelines import evaluation_batches
     from lbaccel.data.sources import ImageArray
-    from lbaccel.engine import LargeBatch
-    from lbaccel.evaluation import evaluate
-    from lbaccel.param_groups import reference_lr
-    from lbaccel.progress import Progress, closing_table, peak_gib
-    from lbaccel.recipe import build_optimizer, check_numbers, limit_for, takes_fused_step
-    from lbaccel.recipe_growth import (
+    from lbaccel.noise.advice import closing_advice
+    from lbaccel.optim.groups import reference_lr
+    from lbaccel.optim.scheduler import AdaScaleLR, refresh
+    from lbaccel.recipe import growth
+    from lbaccel.recipe.accelerator import make_accelerator, zero_stage
+    from lbaccel.recipe.evaluation import evaluate
+    from lbaccel.recipe.measured import (
         build_auto_batch,
         build_noise_scale,
         build_scheduler,
@@ -71,11 +68,14 @@ def run(settings: dict[str, Any], origins: dict[str, str]) -> Path | None:
         loss_dropout,
         rate_factor,
     )
-    from lbaccel.run_folder import DECISIONS, atomic_write_text
-    from lbaccel.run_log import RunLog
-    from lbaccel.run_session import Session, find_checkpoint, load_weights
-    from lbaccel.schedulers import AdaScaleLR, refresh
-    from lbaccel.signals import graceful_signals
+    from lbaccel.recipe.model import build_optimizer, check_numbers, limit_for, takes_fused_step
+    from lbaccel.recipe.signals import graceful_signals
+    from lbaccel.recipe.task import build_task
+    from lbaccel.runs.folder import DECISIONS, atomic_write_text
+    from lbaccel.runs.log import RunLog
+    from lbaccel.runs.progress import Progress, closing_table, peak_gib
+    from lbaccel.runs.session import Session, find_checkpoint, load_weights
+    from lbaccel.update.engine import LargeBatch
 
     s = check_numbers(settings)
     accelerator, precision = make_accelerator(s["precision"])

@@ -14,9 +14,12 @@ import safetensors.torch
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from lbaccel import accumulation, checkpoints, engine, evaluation, run_session, tracking
 from lbaccel.data import loader
-from lbaccel.normalization import GhostNorm
+from lbaccel.recipe import evaluation
+from lbaccel.runs import checkpoints, tracking
+from lbaccel.runs import session as run_session
+from lbaccel.update import accumulation, engine
+from lbaccel.update.normalization import GhostNorm
 
 Action = Callable[[], Any]
 

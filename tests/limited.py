@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, train
-from lbaccel.memory.budget import memory_limit
+from lbaccel.update.memory.budget import memory_limit
 
 
 def two_updates(cases):

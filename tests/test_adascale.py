@@ -8,9 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from lbaccel.adascale import AdaScale, adascale_gain, moments
 from lbaccel.errors import InputError
-from lbaccel.noise_arithmetic import Estimate, RatioAverage, estimate
+from lbaccel.noise.arithmetic import Estimate, RatioAverage, estimate
+from lbaccel.optim.adascale import AdaScale, adascale_gain, moments
 
 
 def fairscales_gain(gradients):

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from lbaccel.advice import (
+from lbaccel.cli import main
+from lbaccel.noise.advice import (
     NoiseReading,
     advice,
     closing_advice,
@@ -15,9 +16,8 @@ from lbaccel.advice import (
     trade,
     updates_factor,
 )
-from lbaccel.cli import main
-from lbaccel.noise_arithmetic import UNKNOWN, Estimate, Interval
-from lbaccel.noise_scale import NoiseScale, UnitSums
+from lbaccel.noise.arithmetic import UNKNOWN, Estimate, Interval
+from lbaccel.noise.scale import NoiseScale, UnitSums
 
 
 def verdict(critical, interval, batch):

@@ -14,10 +14,10 @@ from verifying import mean_loss, net
 
 from lbaccel import InputError
 from lbaccel.cli import main
-from lbaccel.verification import against
-from lbaccel.verification.against import composed, spans_of, verify_against_ddp
 from lbaccel.verification.copies import float64_copy
-from lbaccel.verification.ddp import run_ddp
+from lbaccel.verification.ddp import against
+from lbaccel.verification.ddp.against import composed, spans_of, verify_against_ddp
+from lbaccel.verification.ddp.real import run_ddp
 from lbaccel.verification.updates import Task, planned
 
 
@@ -137,7 +137,7 @@ def test_a_rank_that_saw_other_samples_is_found(monkeypatch):
         return [*spans[:-1], [(start - 1, size) for start, size in spans[-1]]]
 
     monkeypatch.setattr(against, "spans_of", shifted)
-    monkeypatch.setattr("lbaccel.verification.ddp._check_rank", lambda spans, rank: None)
+    monkeypatch.setattr("lbaccel.verification.ddp.real._check_rank", lambda spans, rank: None)
     found = verify_against_ddp(net(nn.LayerNorm(6)), mean_loss, images(8), gpus=2)
     assert not found.equivalent
 

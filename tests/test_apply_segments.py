@@ -10,12 +10,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from updates import cross_entropy
 
-from lbaccel.accumulation import accumulate
-from lbaccel.batch import BatchPlan
-from lbaccel.checkpointing import apply_segments
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
-from lbaccel.masks import KeyedRandomness
-from lbaccel.normalization import convert_batch_norm, has_batch_norm
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update.accumulation import accumulate
+from lbaccel.update.checkpointing import apply_segments
+from lbaccel.update.normalization import convert_batch_norm, has_batch_norm
 
 CPU = torch.device("cpu")
 MICRO_BATCH, NORM_BATCH, SIZE = 4, 2, 32

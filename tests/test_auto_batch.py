@@ -13,10 +13,10 @@ from runs_of_recipe import check_refused, differences, rows, run
 from test_growth import stopped_at
 
 from lbaccel import BatchPlan, InputError, UpdateLoader, train
-from lbaccel.adascale import adascale_gain
-from lbaccel.auto_batch import AutoBatch, Decision, next_size, read_decisions
-from lbaccel.noise_arithmetic import Interval
-from lbaccel.run_folder import DECISIONS
+from lbaccel.noise.arithmetic import Interval
+from lbaccel.noise.auto_batch import AutoBatch, Decision, next_size, read_decisions
+from lbaccel.optim.adascale import adascale_gain
+from lbaccel.runs.folder import DECISIONS
 
 NUM_TRAIN = 1438
 AUTO = "--global-batch-size auto --min-batch-size 64 --max-batch-size 512 --micro-batch-size 32"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbaccel.batch import BatchPlan
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
-from lbaccel.stream import UpdateStream
 
 
 @st.composite

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbaccel.batch_schedules import RULES, batch_schedule
-from lbaccel.batch_segments import Segment, check_segments, segment_updates
+from lbaccel.batch.phases import Segment, check_segments, segment_updates
+from lbaccel.batch.rules import RULES, batch_schedule
+from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
-from lbaccel.stream import UpdateStream
 
 CIFAR = {"epochs": 200, "num_samples": 50_000}
 SIZES = {"global_batch_size": 128, **CIFAR}

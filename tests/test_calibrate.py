@@ -10,17 +10,17 @@ import pytest
 import timm
 import torch
 
-from lbaccel.batch import BatchPlan
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.cli import main
+from lbaccel.commands import calibrate as calibrate_command
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
-from lbaccel.normalization import has_batch_norm
-from lbaccel.planning import calibrate as module
-from lbaccel.planning import calibrate_command
-from lbaccel.planning.calibrate import calibrate
-from lbaccel.planning.devices import CARDS, find_device, read_calibration, write_calibration
-from lbaccel.planning.time_model import kernel_class
-from lbaccel.planning.update import Network, image_batch, trace_update
+from lbaccel.planning.cost import calibrate as module
+from lbaccel.planning.cost.calibrate import calibrate
+from lbaccel.planning.cost.devices import CARDS, find_device, read_calibration, write_calibration
+from lbaccel.planning.cost.time_model import kernel_class
+from lbaccel.planning.cost.update import Network, image_batch, trace_update
+from lbaccel.update.normalization import has_batch_norm
 
 MODELS = {"resnet18": {}, "mobilenetv2_100": {}, "vit_tiny_patch16_224": {"img_size": 32}}
 

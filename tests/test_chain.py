@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lbaccel.batch import BatchPlan
-from lbaccel.checkpointing import apply_segments
-from lbaccel.normalization import has_batch_norm
-from lbaccel.planning.chain import ChainFinder, chain_cost, mark_units
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.cost.chain import ChainFinder, chain_cost, mark_units
+from lbaccel.planning.cost.trace import Mark
+from lbaccel.planning.cost.update import Network, image_batch, trace_update
+from lbaccel.planning.cost.workspace import CpuWorkspaces
 from lbaccel.planning.segments import best_runs, predicted_peak
-from lbaccel.planning.trace import Mark
-from lbaccel.planning.update import Network, image_batch, trace_update
-from lbaccel.planning.workspace import CpuWorkspaces
+from lbaccel.update.checkpointing import apply_segments
+from lbaccel.update.normalization import has_batch_norm
 
 NUM_SAMPLES = 4
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from lbaccel.batch import MicroBatch
-from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError
-from lbaccel.normalization import convert_batch_norm, has_batch_norm
+from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.normalization import convert_batch_norm, has_batch_norm
 
 # The smallest network of each of timm's families whose own hook refuses, and an image size.
 REFUSING = {

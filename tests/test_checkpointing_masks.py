@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.update.checkpointing import apply_activation_checkpointing
 
 
 def test_recompute_repeats_the_masks_of_dropout():

@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lbaccel.checkpoints import check_checkpoint, read_state, save_checkpoint
 from lbaccel.errors import RunFailed
+from lbaccel.runs.checkpoints import check_checkpoint, read_state, save_checkpoint
 
 CLASSES = ("cat", "dog")
 

@@ -8,9 +8,9 @@ import math
 import pytest
 import yaml
 
-from lbaccel import compare
 from lbaccel.errors import InputError
-from lbaccel.runs import Point, Run
+from lbaccel.runs import compare
+from lbaccel.runs.read import Point, Run
 
 
 def a_run(name, values, *, metric="val/top1", batch=64, config=None, summary=None, hours=True):

@@ -13,8 +13,8 @@ import yaml
 from lbaccel import cli, plan
 from lbaccel.configs.make import choose_stage, launch_command
 from lbaccel.errors import InputError
-from lbaccel.options import OPTIONS
 from lbaccel.planning.zero import explain_zero
+from lbaccel.recipe.options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbaccel.planning.cuda_allocator import CachingAllocator, OutOfMemory, replay
+from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory, replay
 
 KIB, MIB = 2**10, 2**20
 

@@ -21,11 +21,11 @@ from verifying import (
     samples,
 )
 
-from lbaccel import accumulation
-from lbaccel.masks import KeyedRandomness
-from lbaccel.normalization import GhostNorm
-from lbaccel.verification import causes
-from lbaccel.verification.probe import OUTSIDE
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update import accumulation
+from lbaccel.update.normalization import GhostNorm
+from lbaccel.verification.diagnosis import causes
+from lbaccel.verification.diagnosis.probe import OUTSIDE
 
 # -- the causes -----------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ def test_with_shares_of_micro_batches_in_place_of_samples_a_ragged_cut_fails(mon
 
 
 def test_random_states_that_an_update_leaves_moved_fail_every_plan(monkeypatch):
-    monkeypatch.setattr("lbaccel.masks.restore_generators", lambda *states: None)
+    monkeypatch.setattr("lbaccel.randomness.masks.restore_generators", lambda *states: None)
     certificate = check(net())
     assert {c.verdict for c in certificate.cells} == {"fail"}
     assert not any(c.random_state_kept for c in certificate.cells)

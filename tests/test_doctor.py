@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lbaccel import cli
+from lbaccel.commands import doctor as command
 from lbaccel.configs.make import deepspeed_config
-from lbaccel.doctor import command
 from lbaccel.doctor.checks import CHECKS, diagnose
 from lbaccel.doctor.facts import Environment, gather, this_environment
 from lbaccel.doctor.script import read_script

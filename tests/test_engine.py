@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 from updates import cross_entropy, one_update, visiting_order
 
 from lbaccel import BatchPlan, LargeBatch, RunFailed, UpdateLoader
-from lbaccel.accumulation import accumulate
 from lbaccel.errors import InputError
-from lbaccel.normalization import convert_batch_norm
-from lbaccel.schedulers import lr_scheduler
+from lbaccel.optim.scheduler import lr_scheduler
+from lbaccel.update.accumulation import accumulate
+from lbaccel.update.normalization import convert_batch_norm
 
 
 def make_data(count=22, classes=3, seed=0):
@@ -45,8 +45,8 @@ def prepare(
 @pytest.mark.parametrize("last_update", ["wrap", "keep", "drop"])
 def test_three_epochs_equal_training_on_whole_batches(last_update):
     """Tails of 2 and 6 samples: each update's gradient is the mean over its own samples."""
+    from lbaccel.batch.stream import UpdateStream
     from lbaccel.data.order import samples_at
-    from lbaccel.stream import UpdateStream
 
     x, y = make_data(22)
     plan = BatchPlan(global_batch_size=8, micro_batch_size=3)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lbaccel import cli, models
 from lbaccel.export import hub
 from lbaccel.export.write import FILES
-from lbaccel.settings import read_settings
+from lbaccel.recipe.settings import read_settings
 
 FLAGS = ("--model", "resnet10t", "--max-updates", "2", "--checkpoint-every", "1")
 

@@ -29,7 +29,7 @@ from lbaccel.data.sources import open_source
 from lbaccel.export import hub, tables
 from lbaccel.export.write import FILES
 from lbaccel.models import adapt_stem
-from lbaccel.runs import Run
+from lbaccel.runs.read import Run
 
 NATIVE = ("--model", "resnet10t", "--stem", "native", "--max-updates", "2")
 

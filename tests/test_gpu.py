@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_activation_checkpointing
-from lbaccel.accumulation import accumulate
-from lbaccel.normalization import convert_batch_norm
+from lbaccel.update.accumulation import accumulate
+from lbaccel.update.normalization import convert_batch_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,8 +109,8 @@ def test_accumulation_never_waits_for_the_gpu(precision):
 
 
 def test_masks_are_those_of_the_cpu():
-    from lbaccel.batch import MicroBatch
-    from lbaccel.masks import KeyedRandomness
+    from lbaccel.batch.plan import MicroBatch
+    from lbaccel.randomness.masks import KeyedRandomness
 
     masks = []
     for device in ("cpu", "cuda"):
@@ -124,7 +124,7 @@ def test_masks_are_those_of_the_cpu():
 
 def under_a_cap(gib, *, micro, auto=False):
     """Three updates of ResNet-50 at 224 px with the allocator capped; sizes and losses."""
-    from lbaccel.memory.budget import memory_limit
+    from lbaccel.update.memory.budget import memory_limit
 
     torch.manual_seed(0)
     device = torch.device("cuda", 0)

@@ -11,13 +11,13 @@ import torch
 from runs_of_recipe import BASE
 
 from lbaccel import train
-from lbaccel.batch import BatchPlan, UpdateStream
+from lbaccel.batch.plan import BatchPlan, UpdateStream
 from lbaccel.errors import InputError
-from lbaccel.optimizers import create_optimizer
-from lbaccel.param_groups import apply_lr_scale, reference_lr, scale_optimizer
-from lbaccel.recipe import build_optimizer, check_numbers
-from lbaccel.schedulers import lr_scheduler
-from lbaccel.settings import read_settings
+from lbaccel.optim.groups import apply_lr_scale, reference_lr, scale_optimizer
+from lbaccel.optim.optimizers import create_optimizer
+from lbaccel.optim.scheduler import lr_scheduler
+from lbaccel.recipe.model import build_optimizer, check_numbers
+from lbaccel.recipe.settings import read_settings
 
 N = 1000
 

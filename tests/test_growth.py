@@ -14,11 +14,11 @@ from runs_of_recipe import BASE, check_refused, differences, rows, run
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.batch.stream import UpdateStream
 from lbaccel.cli import main
-from lbaccel.loss_dropout import LossDropout
-from lbaccel.recipe import check_numbers
-from lbaccel.settings import read_settings
-from lbaccel.stream import UpdateStream
+from lbaccel.recipe.model import check_numbers
+from lbaccel.recipe.settings import read_settings
+from lbaccel.update.loss_dropout import LossDropout
 
 NUM_TRAIN = 1438
 # 1438 samples in epochs of 12 updates of 128, then 6 of 256, then 3 of 512 (the last one short)
@@ -372,7 +372,7 @@ def test_the_recipe_drops_what_its_losses_say_and_goes_on_after_a_kill():
 def test_loss_dropout_is_refused_where_gradients_can_not_be_let_go(monkeypatch):
     plan = BatchPlan(global_batch_size=2, micro_batch_size=2)
     large_batch = LargeBatch(Accelerator(cpu=True), plan, drops=lambda loss, update: True)
-    monkeypatch.setattr("lbaccel.sharding.replicated.Replicated.droppable", False)
+    monkeypatch.setattr("lbaccel.update.sharding.replicated.Replicated.droppable", False)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match="ZeRO-3 and FSDP2"):

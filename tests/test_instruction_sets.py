@@ -20,7 +20,7 @@ WORKSPACES = """
 import torch
 torch.set_num_threads(1)
 from test_kernel_memory import convolution
-from lbaccel.planning.kernel_memory import measured_workspace
+from lbaccel.planning.cost.kernel_memory import measured_workspace
 for kernel, channels in ((1, 24), (3, 24), (3, 512)):
     for layout in ("contiguous", "channels_last"):
         for name, args in convolution(20, channels, channels, kernel, 8, layout=layout).items():

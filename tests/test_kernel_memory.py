@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import cli
-from lbaccel.planning import kernel_memory, workspace
-from lbaccel.planning.kernel_memory import (
+from lbaccel.planning.cost import kernel_memory, workspace
+from lbaccel.planning.cost.kernel_memory import (
     ROWS,
     Unmeasured,
     allocations,
@@ -20,8 +20,8 @@ from lbaccel.planning.kernel_memory import (
     is_matrix_product,
     measured_workspace,
 )
-from lbaccel.planning.processor import LIMITS
-from lbaccel.planning.workspace import MARGIN, CpuWorkspaces
+from lbaccel.planning.cost.processor import LIMITS
+from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 
 aten = torch.ops.aten
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -5,107 +5,49 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
-LEVELS = [
-    {"errors"},
-    {
-        "duration",
-        "generators",
-        "keys",
-        "launch",
-        "noise_arithmetic",
-        "option_values",
-        "scaling",
-        "stability",
-        "stream",
-    },
-    {
-        "adascale",
-        "advice",
-        "batch",
-        "batch_segments",
-        "ending",
-        "learning_rate",
-        "momentum",
-        "param_groups",
-        "schedules",
-    },
-    {"batch_schedules"},
-    {"auto_batch", "growth", "loss_dropout"},
-    {
-        "masks",
-        "schedulers",
-        "run_folder",
-        "schedule_table",
-        "normalization",
-        "checkpointing",
-        "models",
-        "optimizers",
-        "progress",
-        "options",
-    },
-    {"memory", "environment"},
-    {"accumulation", "failures", "noise_scale", "preflight", "checkpoints", "settings"},
-    {"data", "sharding", "update_result"},
-    {"transaction"},
-    {"engine", "evaluation", "tracking"},
-    {"planning", "rehearsal", "runs"},
-    {
-        "accelerator",
-        "auto_plan",
-        "compare",
-        "configs",
-        "curvature",
-        "plots",
-        "range_test",
-        "recipe",
-        "recipe_growth",
-        "resume",
-        "run_log",
-        "schedule_command",
-        "sheet",
-        "signals",
-        "verification",
-    },
-    {"building", "doctor", "export", "replication", "run_session"},
-    {"lr_find_command", "run_curvature", "train"},
-    {"advise_command"},
-    {"cli"},
-    {"__main__"},
-]
+# The rooms, from the ground up: each imports only from those before it (shared/layout.md).
+ROOMS = (
+    *("errors", "launch", "models"),
+    *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
+    *("hyperparameters", "planning", "verification", "configs", "doctor"),
+    *("recipe", "stability", "replication", "export", "train", "commands", "cli", "__main__"),
+)
 NO_TORCH = (
     "errors",
-    "stream",
-    "duration",
-    "batch",
-    "batch_schedules",
-    "batch_segments",
-    "scaling",
-    "learning_rate",
-    "schedules",
-    "auto_batch",
-    "growth",
-    "loss_dropout",
-    "keys",
-    "option_values",
-    "options",
-    "settings",
-    "stability",
-    "resume",
-    "signals",
-    "runs",
-    "compare",
-    "schedule_table",
-    "schedule_command",
-    "adascale",
-    "advice",
-    "advise_command",
-    "noise_arithmetic",
+    "batch.stream",
+    "batch.duration",
+    "batch.plan",
+    "batch.rules",
+    "batch.phases",
+    "optim.scaling",
+    "optim.learning_rate",
+    "optim.schedules",
+    "optim.adascale",
+    "noise.arithmetic",
+    "noise.auto_batch",
+    "noise.advice",
+    "randomness.keys",
+    "update.loss_dropout",
+    "recipe.growth",
+    "recipe.values",
+    "recipe.options",
+    "recipe.settings",
+    "recipe.resume",
+    "recipe.signals",
+    "recipe.schedule_table",
+    "stability.limit",
+    "runs.folder",
+    "runs.read",
+    "runs.compare",
+    "commands.schedule",
+    "commands.advise",
 )
 
 
@@ -128,32 +70,59 @@ def imports(path: Path, *, only_top: bool = False) -> set[str]:
     return found
 
 
-def level_of(module: str) -> int:
-    (level,) = (i for i, names in enumerate(LEVELS) if module in names)
-    return level
-
-
 def modules() -> list[Path]:
     return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_below(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    below = set()
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "lbaccel" and len(parts) > 1 and parts[1] != "__version__":
-            below.add(parts[1])
-    known = {name for names in LEVELS for name in names}
-    for name in (below & known) - {own}:
-        assert level_of(name) < level_of(own), f"{own} imports {name}"
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Names of the package's own modules, without `lbaccel.`."""
+    own = {name_of(other) for other in modules()}
+    return {name.removeprefix("lbaccel.") for name in imports(path)} & own
+
+
+def test_every_entry_of_the_package_is_a_room():
+    entries = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
+    }
+    assert entries - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_a_module_imports_only_from_rooms_below(path):
+    own = name_of(path).split(".")[0]
+    for name in modules_imported(path):
+        room = name.split(".")[0]
+        assert room == own or ROOMS.index(room) < ROOMS.index(own), f"{path} imports {name}"
+
+
+def test_inside_a_room_too_files_import_downward():
+    """No circle: there is an order of all files in which each imports only from those before."""
+    graph = {name_of(path): modules_imported(path) for path in modules()}
+    assert any(graph.values())
+    list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=str)
+def test_a_folder_says_what_it_holds_in_one_line_and_imports_nothing(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert (ast.get_docstring(tree) or "").strip()
+    if path.parent != PACKAGE:
+        assert len(tree.body) == 1, f"{path}: a docstring, and nothing else"
 
 
 @pytest.mark.parametrize("name", NO_TORCH)
 def test_the_arithmetic_imports_no_torch(name):
     heavy = {"torch", "timm", "accelerate", "wandb", "matplotlib", "deepspeed"}
-    top = {found.split(".")[0] for found in imports(PACKAGE / f"{name}.py", only_top=True)}
+    top = {
+        found.split(".")[0]
+        for found in imports(PACKAGE.joinpath(*name.split(".")).with_suffix(".py"), only_top=True)
+    }
     assert not top & heavy
 
 
@@ -186,11 +155,7 @@ for name in sys.argv[1:]:
 
 def test_a_plain_install_imports_every_module():
     # Accelerate exports some names only where DeepSpeed is there.
-    names = [
-        ".".join(("lbaccel", *path.relative_to(PACKAGE).with_suffix("").parts))
-        for path in modules()
-        if path.name != "__main__.py"
-    ]
+    names = [f"lbaccel.{name_of(path)}" for path in modules() if path.name != "__main__.py"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTRAS, *names], capture_output=True, text=True, check=False
     )

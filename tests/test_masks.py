@@ -21,9 +21,9 @@ from torchvision.ops import StochasticDepth
 from updates import one_update
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader
-from lbaccel.batch import MicroBatch
-from lbaccel.keys import keyed_hash
-from lbaccel.masks import MASKS, KeyedRandomness, element_bits, keep_mask
+from lbaccel.batch.plan import MicroBatch
+from lbaccel.randomness.keys import keyed_hash
+from lbaccel.randomness.masks import MASKS, KeyedRandomness, element_bits, keep_mask
 
 CPU = torch.device("cpu")
 

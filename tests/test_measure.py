@@ -15,11 +15,11 @@ from lbaccel import cli
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.models import create_backbone
 from lbaccel.planning import measure as module
-from lbaccel.planning.devices import CARDS
+from lbaccel.planning.cost.devices import CARDS
+from lbaccel.planning.cost.processor import instruction_set
 from lbaccel.planning.measure import measure, predicted_peaks
 from lbaccel.planning.network import random_images
 from lbaccel.planning.planner import plan
-from lbaccel.planning.processor import instruction_set
 from lbaccel.planning.report import as_report
 
 PX = 64
@@ -186,7 +186,7 @@ def test_a_report_has_the_plan_both_numbers_and_what_they_depend_on(tmp_path, ca
 
 
 def test_a_file_that_is_there_is_named_and_kept(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lbaccel.planning.command.plan", lambda *a, **k: pytest.fail("planned"))
+    monkeypatch.setattr("lbaccel.commands.plan.plan", lambda *a, **k: pytest.fail("planned"))
     path = tmp_path / "report.json"
     path.write_text("mine")
     assert cli.main(["plan", *FLAGS, "--device", "cpu", "--report", str(path)]) == 2

@@ -13,8 +13,8 @@ from torch import nn
 from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
 from lbaccel.models import adapt_stem, create_backbone, preprocessing, read_weights
-from lbaccel.recipe import build_model, check_numbers
-from lbaccel.settings import read_settings
+from lbaccel.recipe.model import build_model, check_numbers
+from lbaccel.recipe.settings import read_settings
 
 
 @pytest.fixture(autouse=True)

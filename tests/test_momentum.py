@@ -9,7 +9,7 @@ import pytest
 import timm.optim
 import torch
 
-from lbaccel.momentum import buffer_with_lr, correct_momentum
+from lbaccel.optim.momentum import buffer_with_lr, correct_momentum
 
 CURVATURE, MOMENTUM, START = 1.7, 0.9, 2.0
 RATES, CHANGE, END = (0.05, 0.4), 7, 20  # the rate of updates 0..6, and of 7..19

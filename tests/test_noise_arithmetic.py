@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from lbaccel.errors import InputError
-from lbaccel.noise_arithmetic import (
+from lbaccel.noise.arithmetic import (
     UNKNOWN,
     Estimate,
     Interval,

@@ -19,8 +19,8 @@ from updates import cross_entropy, visiting_order
 
 from lbaccel import BatchPlan, InputError, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.data.loader import Update
-from lbaccel.noise_arithmetic import estimate
-from lbaccel.noise_scale import UnitNorms
+from lbaccel.noise.arithmetic import estimate
+from lbaccel.noise.scale import UnitNorms
 
 COUNT, NORM = 23, 3  # eight ghost batches: seven of 3 and one of 2
 CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_an_attempt_that_ran_out_of_memory_counts_nothing():
         return cross_entropy(model, micro_batch)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lbaccel.engine.announce", lambda *_, **__: None)
+        patched.setattr("lbaccel.update.engine.announce", lambda *_, **__: None)
         _, result = update_with(make_model(), data, micro=12, noise=noise, loss_fn=loss_fn)
     assert result.num_retries == 1 and result.micro_batch_size == 6
     truth, _ = truth_of(units_of(make_model(), data, 6))

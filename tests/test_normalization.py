@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from updates import one_update, visiting_order
 
-from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.errors import InputError
-from lbaccel.normalization import convert_batch_norm, has_batch_norm, recalibrate
+from lbaccel.update.normalization import convert_batch_norm, has_batch_norm, recalibrate
 
 GROUPS = MicroBatch(0, (3, 3, 2))
 

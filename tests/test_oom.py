@@ -18,12 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader, transaction
-from lbaccel.memory import oom
-from lbaccel.memory.budget import memory_limit, parse_memory
-from lbaccel.memory.micro_batch import PATIENCE, MicroBatchSize, largest_that_fits
-from lbaccel.memory.oom import is_out_of_memory
-from lbaccel.memory.reserve import Reservation, state_like
+from lbaccel import BatchPlan, InputError, LargeBatch, RunFailed, UpdateLoader
+from lbaccel.update import transaction
+from lbaccel.update.memory import oom
+from lbaccel.update.memory.budget import memory_limit, parse_memory
+from lbaccel.update.memory.micro_batch import PATIENCE, MicroBatchSize, largest_that_fits
+from lbaccel.update.memory.oom import is_out_of_memory
+from lbaccel.update.memory.reserve import Reservation, state_like
 
 OUT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 
@@ -388,7 +389,7 @@ def test_a_rank_that_breaks_for_another_reason_ends_the_update_for_all():
 
 
 def test_the_micro_batch_grows_again_and_trying_costs_less_and_less(monkeypatch, caplog):
-    monkeypatch.setattr("lbaccel.memory.micro_batch.PATIENCE", 3)
+    monkeypatch.setattr("lbaccel.update.memory.micro_batch.PATIENCE", 3)
     run = Run()
     sizes = [r.micro_batch_size for r in run.updates(9, Faults(0))]
     assert sizes == [6, 6, 6, 12, 12, 12, 12, 12, 12]

@@ -11,13 +11,13 @@ from torch import nn
 
 import lbaccel
 from lbaccel import cli
-from lbaccel.batch import BatchPlan
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
-from lbaccel.planning.devices import CARDS, CPU, find_device
+from lbaccel.planning.cost.devices import CARDS, CPU, find_device
+from lbaccel.planning.cost.update import Network, image_batch
 from lbaccel.planning.estimate import Candidate, Estimator
 from lbaccel.planning.planner import plan
 from lbaccel.planning.search import Pinned, Search
-from lbaccel.planning.update import Network, image_batch
 
 KEYS = {
     "fits",

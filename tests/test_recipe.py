@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
 from lbaccel import LargeBatch, train
-from lbaccel.batch import BatchPlan, UpdateStream
+from lbaccel.batch.plan import BatchPlan, UpdateStream
 from lbaccel.data.sources import open_source
-from lbaccel.recipe import build_optimizer, check_numbers, choose_micro_batch_size
-from lbaccel.settings import read_settings
+from lbaccel.recipe.model import build_optimizer, check_numbers, choose_micro_batch_size
+from lbaccel.recipe.settings import read_settings
 
 NUM_TRAIN = 1438  # of digits at seed 0: 1797 less round(0.2 n) of each class
 SMALL = ["--model", "test_resnet", "--workers", "0", "--log-with", "run_folder"]
@@ -486,7 +486,8 @@ def test_an_optimizer_that_needs_what_is_not_here_is_refused(capsys):
 def test_a_full_disk_at_any_file_is_one_message_without_a_traceback(where, capsys, monkeypatch):
     import safetensors.torch
 
-    from lbaccel import run_folder, tracking
+    from lbaccel.runs import folder as run_folder
+    from lbaccel.runs import tracking
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -14,16 +14,16 @@ import yaml
 from timm.scheduler import create_scheduler_v2
 
 from lbaccel import train
+from lbaccel.batch.duration import Duration
 from lbaccel.cli import main
-from lbaccel.duration import Duration
 from lbaccel.errors import InputError
-from lbaccel.options import OPTIONS
+from lbaccel.optim.schedules import make_schedule
+from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.settings import read_settings
 from lbaccel.replication.contract import Norms, contract_of, largest_gap
-from lbaccel.replication.plain import Said, read_plain
-from lbaccel.replication.timm_args import read_timm_args
-from lbaccel.replication.torchvision_flags import read_torchvision_flags, split_command
-from lbaccel.schedules import make_schedule
-from lbaccel.settings import read_settings
+from lbaccel.replication.readers.plain import Said, read_plain
+from lbaccel.replication.readers.timm_args import read_timm_args
+from lbaccel.replication.readers.torchvision_flags import read_torchvision_flags, split_command
 
 BN = Norms(53, (0.1,) * 53)
 
@@ -328,7 +328,7 @@ def test_torchvisions_average_never_has_a_negative_decay_and_its_optimizers_are_
 def test_torchvisions_names_are_networks_of_timm():
     import timm
 
-    from lbaccel.replication.torchvision_names import MODELS
+    from lbaccel.replication.readers.torchvision_names import MODELS
 
     assert not set(MODELS.values()) - set(timm.list_models())
 

@@ -18,11 +18,13 @@ from forks import run_forked, values
 from runs_of_recipe import BASE, NUM_UPDATES, differences, newest, rows, run, tensors
 from updates import cross_entropy
 
-from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, engine, recipe, train
+from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.batch.stream import UpdateStream
 from lbaccel.data.order import samples_at
-from lbaccel.resume import resolve
-from lbaccel.settings import read_settings
-from lbaccel.stream import UpdateStream
+from lbaccel.recipe import model as recipe
+from lbaccel.recipe.resume import resolve
+from lbaccel.recipe.settings import read_settings
+from lbaccel.update import engine
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +265,7 @@ def test_an_interrupt_on_one_rank_outweighs_a_time_limit_on_another():
 def stop_reasons(rank):
     from accelerate import Accelerator
 
-    from lbaccel.accumulation import Sums, agree
+    from lbaccel.update.accumulation import Sums, agree
 
     accelerator = Accelerator(cpu=True)
     one = torch.ones((), dtype=torch.float64)

@@ -11,9 +11,9 @@ import pytest
 from runs_of_recipe import rows, run
 
 from lbaccel import cli
-from lbaccel.run_curvature import RunStability, recipe_of
-from lbaccel.settings import read_yaml
-from lbaccel.stability import stability_limit
+from lbaccel.recipe.settings import read_yaml
+from lbaccel.stability.limit import stability_limit
+from lbaccel.stability.of_run import RunStability, recipe_of
 
 SMALL = ("--micro-batch-size", "32", "--epochs", "1", "--base-lr", "0.1")
 
@@ -168,7 +168,7 @@ def test_a_run_without_weights_or_settings_says_so(copied, capsys, missing):
 
 
 def test_quick_builds_nothing_and_imports_no_torch(finished, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lbaccel.run_curvature", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "lbaccel.stability.of_run", None)  # importing it fails
     advise(finished, "--quick")
     assert "curvature" not in capsys.readouterr().out
     advise(finished, "--quick", "--json")

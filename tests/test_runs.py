@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.run_folder import new_run_folder, write_config, write_summary
-from lbaccel.runs import Point, history_of, load_run, load_run_folder, load_wandb_offline
-from lbaccel.tracking import start_trackers
+from lbaccel.runs.folder import new_run_folder, write_config, write_summary
+from lbaccel.runs.read import Point, history_of, load_run, load_run_folder, load_wandb_offline
+from lbaccel.runs.tracking import start_trackers
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_what_is_no_run_folder_says_what_to_type(tmp_path):
 
 def test_reading_and_comparing_folders_needs_neither_torch_nor_wandb():
     program = (
-        "import sys, lbaccel.compare\n"
+        "import sys, lbaccel.runs.compare\n"
         "heavy = {'torch', 'accelerate', 'wandb', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from lbaccel.errors import InputError
-from lbaccel.learning_rate import peak_rate
-from lbaccel.scaling import (
+from lbaccel.optim.learning_rate import peak_rate
+from lbaccel.optim.scaling import (
     PER_SAMPLES,
     RULES,
     choose_rule,
@@ -24,7 +24,7 @@ from lbaccel.scaling import (
     scale_lr,
     sqrt_scaling,
 )
-from lbaccel.settings import read_settings
+from lbaccel.recipe.settings import read_settings
 
 # Goyal et al. 2017, table of kn against eta; studies A and D, lr against B (published numbers)
 GOYAL = {256: 0.1, 512: 0.2, 1024: 0.4, 2048: 0.8, 4096: 1.6, 8192: 3.2, 16384: 6.4}

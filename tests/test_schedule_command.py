@@ -5,10 +5,10 @@ import struct
 
 import pytest
 
-from lbaccel.batch_schedules import batch_schedule
+from lbaccel.batch.rules import batch_schedule
 from lbaccel.cli import main
 from lbaccel.errors import InputError
-from lbaccel.schedule_table import schedule_table
+from lbaccel.recipe.schedule_table import schedule_table
 
 BSI = {
     "batch-schedule": "bsi",

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, StepLR
 
-from lbaccel.duration import Duration
+from lbaccel.batch.duration import Duration
 from lbaccel.errors import InputError
-from lbaccel.scaling import scale_lr
-from lbaccel.schedulers import lr_scheduler
-from lbaccel.schedules import (
+from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.scheduler import lr_scheduler
+from lbaccel.optim.schedules import (
     constant,
     constant_warmup,
     cosine,
@@ -477,7 +477,7 @@ def test_an_update_without_samples_is_refused(size):
 
 def test_both_modules_are_imported_without_torch():
     code = (
-        "import sys, lbaccel.scaling, lbaccel.schedules; "
+        "import sys, lbaccel.optim.scaling, lbaccel.optim.schedules; "
         "print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[1]

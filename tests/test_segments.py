@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbaccel.planning import segments
-from lbaccel.planning.chain import ChainCost, Unit, UnitCost
+from lbaccel.planning.cost.chain import ChainCost, Unit, UnitCost
 from lbaccel.planning.segments import best_runs, extra_seconds, predicted_peak
 
 

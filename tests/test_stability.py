@@ -26,8 +26,8 @@ from lbaccel import (
     largest_curvature,
     stable_rate,
 )
-from lbaccel.curvature import largest_eigenvalue, sgd_momentum
-from lbaccel.stability import rate_advice, rate_sentence, stability_limit
+from lbaccel.stability.curvature import largest_eigenvalue, sgd_momentum
+from lbaccel.stability.limit import rate_advice, rate_sentence, stability_limit
 
 FORMS = [(0.0, False), (0.5, False), (0.9, False), (0.5, True), (0.9, True), (0.99, True)]
 

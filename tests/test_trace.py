@@ -17,13 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch
-from lbaccel.checkpointing import apply_activation_checkpointing
 from lbaccel.data.loader import Update
-from lbaccel.masks import CALLS_AT_ONCE
-from lbaccel.normalization import has_batch_norm
-from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
-from lbaccel.planning.update import Network, trace_update
-from lbaccel.planning.workspace import MARGIN, CpuWorkspaces
+from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
+from lbaccel.planning.cost.update import Network, trace_update
+from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
+from lbaccel.randomness.masks import CALLS_AT_ONCE
+from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.normalization import has_batch_norm
 
 SCALARS = 64  # bytes of zero-dimensional tensors that the trace of a mask leaves out
 
@@ -413,7 +413,7 @@ def test_batch_norms_that_repeat_leave_the_trace_that_each_by_itself_would(monke
     for options in ({}, {"precision": "bf16"}):
         found = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
         with monkeypatch.context() as patch:
-            patch.setattr("lbaccel.planning.trace._REPEATED", frozenset())
+            patch.setattr("lbaccel.planning.cost.trace._REPEATED", frozenset())
             each = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
         norms = [k for k in found.kernels() if "batch_norm" in k.name]
         assert len(norms) > 2 * 3 * 10 and found.roles == each.roles

@@ -15,16 +15,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from lbaccel import run_folder
-from lbaccel.environment import write_env
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.run_folder import (
+from lbaccel.runs import folder as run_folder
+from lbaccel.runs.environment import write_env
+from lbaccel.runs.folder import (
     atomic_write_text,
     new_run_folder,
     write_config,
     write_summary,
 )
-from lbaccel.tracking import RunFolderTracker, start_trackers, wandb_mode
+from lbaccel.runs.tracking import RunFolderTracker, start_trackers, wandb_mode
 
 KEYS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
 
@@ -290,7 +290,7 @@ def test_wandb_is_not_imported_where_it_does_not_log(tmp_path, arguments):
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from lbaccel.tracking import start_trackers
+from lbaccel.runs.tracking import start_trackers
 accelerator = Accelerator(cpu=True)
 print(start_trackers(accelerator, Path({str(tmp_path)!r}), config={{}}, log_with={arguments}))
 accelerator.log({{"train/loss": 1.0}}, step=1)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 import lbaccel
 from lbaccel import cli, train
+from lbaccel.batch.stream import UpdateStream
+from lbaccel.commands.transfer import lines
 from lbaccel.errors import InputError
-from lbaccel.learning_rate import peak_rate
-from lbaccel.settings import read_settings
-from lbaccel.sheet.command import lines
-from lbaccel.sheet.items import half_life
-from lbaccel.sheet.optimizers import decay_of, is_adam
-from lbaccel.sheet.transfer import transfer
-from lbaccel.stream import UpdateStream
+from lbaccel.hyperparameters.items import half_life
+from lbaccel.hyperparameters.optimizers import decay_of, is_adam
+from lbaccel.hyperparameters.transfer import transfer
+from lbaccel.optim.learning_rate import peak_rate
+from lbaccel.recipe.settings import read_settings
 
 GOYAL = {512: 0.2, 1024: 0.4, 2048: 0.8, 4096: 1.6, 8192: 3.2, 16384: 6.4}
 batches = st.integers(1, 100_000)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lbaccel.errors import InputError
-from lbaccel.optimizers import create_optimizer, notes
+from lbaccel.optim.optimizers import create_optimizer, notes
 
 LR, DECAY, MOMENTUM, TRUST = 0.3, 1e-2, 0.9, 1e-3
 BETAS, EPS = (0.9, 0.999), 1e-6

@@ -31,8 +31,9 @@ from verifying import (
 
 from lbaccel import Certificate, InputError, RunFailed
 from lbaccel.cli import main
-from lbaccel.verification import causes, ranks
-from lbaccel.verification.probe import OUTSIDE, ROOT
+from lbaccel.verification import ranks
+from lbaccel.verification.diagnosis import causes
+from lbaccel.verification.diagnosis.probe import OUTSIDE, ROOT
 
 # -- what passes ----------------------------------------------------------------------------------
 
@@ -421,7 +422,7 @@ def test_weights_that_can_not_be_had_end_with_code_1_whatever_the_size(capsys, m
     def no_network(*args, **kwargs):
         raise RunFailed("pretrained weights can't be had")
 
-    monkeypatch.setattr("lbaccel.verification.command.create_backbone", no_network)
+    monkeypatch.setattr("lbaccel.commands.verify.create_backbone", no_network)
     code, out, err = run(capsys, "--model", "resnet10t", "--pretrained")
     assert (code, out) == (1, "") and err == "run failed: pretrained weights can't be had\n"
 

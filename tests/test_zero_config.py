@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lbaccel import BatchPlan, InputError
-from lbaccel.sharding.precision import check_precision, float32_inside
-from lbaccel.sharding.steps import filled, skeleton, with_last
-from lbaccel.sharding.zero_config import check_elementwise, settle_config
+from lbaccel.update.sharding.precision import check_precision, float32_inside
+from lbaccel.update.sharding.steps import filled, skeleton, with_last
+from lbaccel.update.sharding.zero_config import check_elementwise, settle_config
 
 AUTO = "auto"
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

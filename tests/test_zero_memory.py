@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lbaccel import auto_plan, cli, plan
+from lbaccel import cli, plan
 from lbaccel.errors import InputError
-from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.recipe import auto_plan
 
 MIB = 2**20
 BUCKET = 4 * 5_000_000

@@ -101,7 +101,7 @@ def cuda_or_exit() -> dict[str, Any]:
 def _look(_: None) -> dict[str, Any]:
     import torch
 
-    from lbaccel.planning.devices import device_at_hand
+    from lbaccel.planning.cost.devices import device_at_hand
 
     if not torch.cuda.is_available():
         raise InputError("there is no CUDA device here, and this measures nothing else.")

@@ -34,12 +34,12 @@ import torch  # noqa: E402
 from children import append, cuda_or_exit, read, results_file, run_each  # noqa: E402
 
 from lbaccel import Plan, plan  # noqa: E402
-from lbaccel.memory.oom import is_out_of_memory  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
-from lbaccel.planning.devices import GIB  # noqa: E402
+from lbaccel.planning.cost.devices import GIB  # noqa: E402
 from lbaccel.planning.measure import measure  # noqa: E402
 from lbaccel.planning.network import random_images  # noqa: E402
 from lbaccel.planning.report import as_report  # noqa: E402
+from lbaccel.update.memory.oom import is_out_of_memory  # noqa: E402
 
 PX, GLOBAL = 224, 8192
 NETWORKS = ("resnet50", "wide_resnet50_2", "convnext_tiny", "vit_base_patch16_224")

@@ -11,8 +11,8 @@ import yaml
 
 from lbaccel.configs.shipped import JSON_FOLDER, YAML_FOLDER
 from lbaccel.errors import InputError
+from lbaccel.planning.cost.zero_memory import BUCKET, STAGES, Offload
 from lbaccel.planning.plan import Plan
-from lbaccel.planning.zero_memory import BUCKET, STAGES, Offload
 
 WHOLE = 100_000  # elements: smaller tensors stay whole under ZeRO-3
 

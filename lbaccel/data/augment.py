@@ -13,10 +13,10 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
-from lbaccel.batch import MicroBatch
+from lbaccel.batch.plan import MicroBatch
 from lbaccel.data.sources import ImageArray
 from lbaccel.errors import InputError
-from lbaccel.keys import keyed_uniform
+from lbaccel.randomness.keys import keyed_uniform
 
 # One number for each kind of draw, so that no two share a hash.
 CROP_Y, CROP_X, FLIP, MIX_LAMBDA, MIX_CHOICE, BOX_Y, BOX_X = range(1, 8)

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, default_collate
 
-from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.batch.plan import BatchPlan, MicroBatch
+from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.data.order import samples_at
 from lbaccel.errors import InputError
-from lbaccel.keys import keyed_hash
-from lbaccel.stream import LastUpdate, UpdateStream
+from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
 SAMPLE_SEED = 0x5EED

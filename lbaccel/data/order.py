@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lbaccel.keys import keyed_hash
+from lbaccel.randomness.keys import keyed_hash
 
 
 @lru_cache(maxsize=3)

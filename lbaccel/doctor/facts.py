@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from lbaccel.batch import BatchPlan
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.configs.claims import Script as Said
 from lbaccel.configs.launcher import Launch, launch, read_yaml
 from lbaccel.configs.refusals import BATCH_KEYS, flat

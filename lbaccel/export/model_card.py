@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm import get_pretrained_cfg
 
 from lbaccel.export import shareable, tables
-from lbaccel.runs import Run
+from lbaccel.runs.read import Run
 
 
 @dataclass(frozen=True)

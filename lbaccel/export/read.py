@@ -10,12 +10,13 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lbaccel.checkpoints import check_files
 from lbaccel.errors import InputError
 from lbaccel.export.model_card import Exported
 from lbaccel.models import model_options
-from lbaccel.options import OPTIONS
-from lbaccel.run_folder import (
+from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.settings import parse
+from lbaccel.runs.checkpoints import check_files
+from lbaccel.runs.folder import (
     BEST,
     CHECKPOINTS,
     CLASSES,
@@ -31,8 +32,7 @@ from lbaccel.run_folder import (
     SUMMARY,
     weights_file,
 )
-from lbaccel.runs import Run, flatten, history_of, read_mapping, read_metrics
-from lbaccel.settings import parse
+from lbaccel.runs.read import Run, flatten, history_of, read_mapping, read_metrics
 
 _PREPROCESSING = (
     *("model", "num_classes", "num_channels", "img_size", "stem"),

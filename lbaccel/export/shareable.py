@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lbaccel.options import OPTIONS
+from lbaccel.recipe.options import OPTIONS
 
 # of one invocation on one machine, or of somebody's account
 _PRIVATE = ("output", "resume", "extend", "max_hours", "dry_run", "log_with")

@@ -10,11 +10,11 @@ from typing import Any
 
 from timm.optim import get_optimizer_info
 
-from lbaccel.compare import best_point
 from lbaccel.errors import InputError
 from lbaccel.export.shareable import without_folders
-from lbaccel.runs import Point, Run
-from lbaccel.scaling import scale_lr
+from lbaccel.optim.scaling import scale_lr
+from lbaccel.runs.compare import best_point
+from lbaccel.runs.read import Point, Run
 
 Rows = list[tuple[str, str]]
 

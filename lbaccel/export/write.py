@@ -21,7 +21,7 @@ from lbaccel.errors import InputError, RunFailed
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
 from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
-from lbaccel.run_folder import CHECKPOINTS, CONFIG, MODEL, weights_file
+from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MODEL, weights_file
 
 CARD, ARCHITECTURE = "README.md", "config.json"  # the names that the hub looks for
 FILES = (CARD, ARCHITECTURE, CONFIG, weights_file(MODEL))

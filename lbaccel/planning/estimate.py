@@ -11,18 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lbaccel.batch import BatchPlan
-from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
-from lbaccel.memory.reserve import state_tensors
-from lbaccel.planning.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
-from lbaccel.planning.cuda_allocator import replay
-from lbaccel.planning.devices import Device
-from lbaccel.planning.time_model import seconds
-from lbaccel.planning.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
-from lbaccel.planning.update import Network, Precision, trace_update
-from lbaccel.planning.workspace import CpuWorkspaces, Workspaces, cuda_workspace
-from lbaccel.planning.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
+from lbaccel.planning.cost.cuda_allocator import replay
+from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.time_model import seconds
+from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
+from lbaccel.planning.cost.update import Network, Precision, trace_update
+from lbaccel.planning.cost.workspace import CpuWorkspaces, Workspaces, cuda_workspace
+from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.update.memory.reserve import state_tensors
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Segments = tuple[tuple[str, ...], ...]

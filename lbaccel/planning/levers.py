@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lbaccel.planning.devices import GIB
+from lbaccel.planning.cost.devices import GIB
+from lbaccel.planning.cost.zero_memory import BUCKET, Zero
 from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.search import Choice, Search
-from lbaccel.planning.zero_memory import BUCKET, Zero
 
 LITTLE = 0.03  # of the peak: not worth a word more
 STAGES = {

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
-from lbaccel.accumulation import LossFn
-from lbaccel.batch import BatchPlan, MicroBatch
-from lbaccel.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.data.loader import Update
-from lbaccel.engine import LargeBatch
 from lbaccel.errors import InputError, RunFailed, check_whole
-from lbaccel.memory.budget import default_budget
-from lbaccel.optimizers import create_optimizer
-from lbaccel.planning.devices import GIB, device_at_hand
+from lbaccel.optim.optimizers import create_optimizer
+from lbaccel.planning.cost.devices import GIB, device_at_hand
+from lbaccel.planning.cost.update import MakeBatch, classification_loss
 from lbaccel.planning.plan import Plan
-from lbaccel.planning.update import MakeBatch, classification_loss
+from lbaccel.update.accumulation import LossFn
+from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
+from lbaccel.update.engine import LargeBatch
+from lbaccel.update.memory.budget import default_budget
 
 LR = 1e-6  # the cost of a step does not depend on it, and the loss stays finite
 MOST_WARM_UPS = 20  # fp16's scaler halves its scale until the gradient is finite

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbaccel.accumulation import LossFn
 from lbaccel.errors import InputError, check_whole
 from lbaccel.models import create_backbone
-from lbaccel.optimizers import create_optimizer, has_fused_step
-from lbaccel.planning.devices import Device
-from lbaccel.planning.update import MakeBatch, Network, Precision, image_batch
+from lbaccel.optim.optimizers import create_optimizer, has_fused_step
+from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.update import MakeBatch, Network, Precision, image_batch
+from lbaccel.update.accumulation import LossFn
 
 
 def network_of(

@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lbaccel.accumulation import LossFn
 from lbaccel.errors import RunFailed
-from lbaccel.memory.budget import default_budget
-from lbaccel.planning.devices import GIB
+from lbaccel.planning.cost.devices import GIB
+from lbaccel.planning.cost.update import MakeBatch
 from lbaccel.planning.estimate import Candidate, Estimate, Estimator
 from lbaccel.planning.measure import measure
 from lbaccel.planning.plan import Plan
-from lbaccel.planning.update import MakeBatch
+from lbaccel.update.accumulation import LossFn
+from lbaccel.update.memory.budget import default_budget
 
 TOO_MUCH = 2**60  # bytes of a candidate that does not fit on this machine at all
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lbaccel.batch import BatchPlan
-from lbaccel.planning.devices import Device
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.update import Precision
+from lbaccel.planning.cost.workspace import Workspaces
 from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.levers import Lever
 from lbaccel.planning.sweep import Point
-from lbaccel.planning.update import Precision
-from lbaccel.planning.workspace import Workspaces
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,27 +9,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lbaccel.batch import BatchPlan, NormBatchSize
+from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, check_whole
 from lbaccel.launch import calibration_file
-from lbaccel.memory.budget import default_budget, parse_memory
 from lbaccel.models import create_backbone
-from lbaccel.normalization import has_batch_norm
-from lbaccel.planning.devices import GIB, Device, device_at_hand, find_device
+from lbaccel.optim.scaling import choose_rule, scale_lr
+from lbaccel.planning.cost.devices import GIB, Device, device_at_hand, find_device
+from lbaccel.planning.cost.update import (
+    LossFn,
+    MakeBatch,
+    Precision,
+    classification_loss,
+)
+from lbaccel.planning.cost.zero_memory import BUCKET, STAGES, Offload, Zero
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
 from lbaccel.planning.levers import levers
 from lbaccel.planning.network import image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
 from lbaccel.planning.sweep import Point, sweep
-from lbaccel.planning.update import (
-    LossFn,
-    MakeBatch,
-    Precision,
-    classification_loss,
-)
-from lbaccel.planning.zero_memory import BUCKET, STAGES, Offload, Zero
-from lbaccel.scaling import choose_rule, scale_lr
+from lbaccel.update.memory.budget import default_budget, parse_memory
+from lbaccel.update.normalization import has_batch_norm
 
 WORLD_SIZES = (1, 2, 4, 8)
 NORM_BATCH_SIZE = 32

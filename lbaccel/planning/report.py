@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lbaccel import __version__
-from lbaccel.environment import versions
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.models import create_backbone
 from lbaccel.planning.measure import (
@@ -23,7 +22,8 @@ from lbaccel.planning.measure import (
 )
 from lbaccel.planning.network import image_shape, random_images
 from lbaccel.planning.plan import Plan
-from lbaccel.run_folder import atomic_write_text, strict_json
+from lbaccel.runs.environment import versions
+from lbaccel.runs.folder import atomic_write_text, strict_json
 
 
 def environment() -> dict[str, Any]:

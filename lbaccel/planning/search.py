@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lbaccel.errors import InputError
-from lbaccel.planning.chain import ChainCost, UnitCost
+from lbaccel.planning.cost.chain import ChainCost, UnitCost
 from lbaccel.planning.estimate import (
     Candidate,
     Checkpointing,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lbaccel.planning.chain import ChainCost, Unit
+from lbaccel.planning.cost.chain import ChainCost, Unit
 
 MOST_PLANS = 256  # of a front; more are thinned, which can only cost time and never the budget
 

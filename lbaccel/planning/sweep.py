@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lbaccel.errors import InputError
-from lbaccel.planning.devices import GIB
+from lbaccel.planning.cost.devices import GIB
 from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.search import Search
 

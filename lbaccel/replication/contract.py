@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lbaccel.errors import InputError
+from lbaccel.optim.scaling import scale_lr
 from lbaccel.replication.many_gpus import Average, Batch, Curve, Gap, Rate, Recipe, Row, shown
-from lbaccel.scaling import scale_lr
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lbaccel.batch.stream import LastUpdate
 from lbaccel.errors import InputError, check_whole
-from lbaccel.stream import LastUpdate
 
 
 @dataclass(frozen=True)

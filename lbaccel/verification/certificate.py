@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lbaccel.batch import NormBatchSize
+from lbaccel.batch.plan import NormBatchSize
 
 Verdict = Literal["pass", "fail", "not run"]
 WIDTH = 100

@@ -12,7 +12,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from lbaccel.errors import InputError
-from lbaccel.generators import generator_states, restore_generators
+from lbaccel.randomness.generators import generator_states, restore_generators
 
 CPU = torch.device("cpu")
 

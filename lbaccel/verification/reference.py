@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lbaccel.batch import MicroBatch, NormBatchSize
+from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.masks import KeyedRandomness
+from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.verification.copies import CPU, described, float64_copy, rows_of
 from lbaccel.verification.updates import Result, Task, result_of, stirred_states
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lbaccel import accumulation
-from lbaccel.accumulation import LossFn, Scope
-from lbaccel.batch import BatchPlan, MicroBatch, NormBatchSize
-from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.batch.plan import BatchPlan, MicroBatch, NormBatchSize
 from lbaccel.errors import RunFailed
-from lbaccel.generators import generator_states
-from lbaccel.masks import KeyedRandomness
-from lbaccel.normalization import GhostNorm, convert_batch_norm
+from lbaccel.randomness.generators import generator_states
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update import accumulation
+from lbaccel.update.accumulation import LossFn, Scope
+from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.normalization import GhostNorm, convert_batch_norm
 from lbaccel.verification.copies import CPU, float64_copy, rows_of
 
 

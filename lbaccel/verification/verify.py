@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel import __version__
-from lbaccel.accumulation import LossFn
-from lbaccel.batch import BatchPlan, NormBatchSize
-from lbaccel.checkpointing import apply_activation_checkpointing
+from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, check_number
+from lbaccel.update.accumulation import LossFn
+from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.verification.certificate import (
     Cell,
     Certificate,
@@ -30,9 +30,9 @@ from lbaccel.verification.copies import (
     float64_copy,
     unwrapped,
 )
-from lbaccel.verification.diagnosis import diagnose
+from lbaccel.verification.diagnosis.diagnosis import diagnose
+from lbaccel.verification.diagnosis.evidence import Trial
 from lbaccel.verification.differences import difference
-from lbaccel.verification.evidence import Trial
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import reference
 from lbaccel.verification.updates import Result, Task, check_ranks, converted, planned

@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from lbaccel.batch import BatchPlan, MicroBatch
+from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.data.augment import CROP_X, CROP_Y, FLIP, GroupMix, KeyedImages
 from lbaccel.data.sources import ImageArray
 from lbaccel.errors import InputError
-from lbaccel.keys import keyed_uniform
+from lbaccel.randomness.keys import keyed_uniform
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

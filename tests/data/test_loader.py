@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import UnidentifiedImageError
 
-from lbaccel.batch import BatchPlan
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.errors import InputError
 

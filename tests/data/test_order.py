@@ -4,7 +4,7 @@ import numpy as np
 from scipy import stats
 
 from lbaccel.data.order import epoch_order, samples_at
-from lbaccel.keys import keyed_hash, keyed_uniform
+from lbaccel.randomness.keys import keyed_hash, keyed_uniform
 
 
 def test_small_keys_do_not_collide():

@@ -28,7 +28,7 @@ from zero_ranks import (
 
 from lbaccel import InputError, LargeBatch, NoiseScale
 from lbaccel.data.loader import Update
-from lbaccel.noise_arithmetic import estimate
+from lbaccel.noise.arithmetic import estimate
 
 CASES = {
     **{f"ZeRO-{s}, clipped": Case(s, clip=CLIP) for s in range(3)},

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lbaccel import BatchPlan, LargeBatch, RunFailed, UpdateLoader, apply_activation_checkpointing
-from lbaccel.accumulation import accumulate, gather_rows
 from lbaccel.data.loader import Update
-from lbaccel.masks import KeyedRandomness
-from lbaccel.normalization import convert_batch_norm
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update.accumulation import accumulate, gather_rows
+from lbaccel.update.normalization import convert_batch_norm
 
 # Two ranks run 4, 2 and 3 micro-steps; in the first the last rank has one filler.
 SIZES = (39, 20, 31)

@@ -1,0 +1,1 @@
+"""Which samples an update takes, and in which pieces (no torch)."""

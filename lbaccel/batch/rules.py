@@ -1,0 +1,291 @@
+"""Batch-size schedules: how batch and learning rate change from epoch to epoch (no torch).
+
+A schedule is a tuple of `Segment`s. Epochs are numbered from 1, and a change happens at the start
+of its epoch. `docs/methods.md` says where each rule fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import ceil, inf
+
+from lbaccel.batch.phases import Segment, check_size, whole_epochs
+from lbaccel.errors import InputError, check_choice, check_number, check_whole
+
+RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant", "listed")
+MILESTONES = (60, 120, 160)
+FACTORS = {"lrd": (5,), "bsi": (5,), "bsi-doubled-end": (5,), "mixed": (4, 4, 50), "fast": (2,)}
+PAST_MAX = ("drop", "lr")
+MAX_STEPS = 1000  # of "fast" and "instant"
+
+_AT_MILESTONES = ("lrd", "bsi", "bsi-doubled-end", "mixed", "fast")
+_GROWING = ("bsi", "bsi-doubled-end", "mixed", "fast", "instant")
+_BY_EPOCH = ("fast", "instant")
+_READ_BY = {
+    "milestones": (*_AT_MILESTONES, "listed"),
+    "factors": _AT_MILESTONES,
+    "max_batch_size": _GROWING,
+    "past_max": ("bsi", "bsi-doubled-end", "mixed"),
+    "growth": _BY_EPOCH,
+    "lr_growth": _BY_EPOCH,
+    "first_epoch": _BY_EPOCH,
+    "batch_sizes": ("listed",),
+    "lr_factors": ("listed",),
+}
+
+
+def batch_schedule(
+    rule: str,
+    *,
+    global_batch_size: int,
+    epochs: float,
+    num_samples: int,
+    milestones: Sequence[float] | None = None,
+    factors: float | Sequence[float] | None = None,
+    max_batch_size: int | None = None,
+    past_max: str = "drop",
+    growth: float | None = None,
+    lr_growth: float | None = None,
+    first_epoch: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    lr_factors: Sequence[float] | None = None,
+) -> tuple[Segment, ...]:
+    """The segments of a run under a rule, those alone that change something.
+
+    With B the batch size, eta the learning rate, f a milestone's factor, M = `max_batch_size`:
+
+    - "steady": nothing changes.
+    - "lrd": eta <- eta / f at each milestone.
+    - "bsi": B <- min(f B, M) at each milestone.
+    - "bsi-doubled-end": as "bsi", with 2 f at the last milestone (factor 2 gives 2, 2, 4).
+    - "mixed": eta <- eta / f1 at the first milestone, B <- min(f B, M) at the second and third.
+    - "fast": from `first_epoch` on, at each epoch, B <- min(`growth` B, M) and
+      eta <- `lr_growth` eta until B = M; eta <- eta / f at each milestone.
+    - "instant": B <- M at `first_epoch`, and eta <- `lr_growth` ^ n eta, where n is the number of
+      steps that "fast" takes to M: the smallest with `growth` ^ n B >= M.
+    - "listed": B and eta / (the first eta) at each milestone as `batch_sizes` and `lr_factors` say.
+
+    Factors are decimal numbers and are multiplied exactly: 1 / 5 / 5 / 5 is 0.008.
+
+    Args:
+        rule: one of `RULES`.
+        global_batch_size: samples of an update in the first segment.
+        epochs: length of the run; its last epoch may be a fraction.
+        num_samples: samples of the training set.
+        milestones: epochs at whose start something changes: whole, from 2 on, increasing
+            (default: 60, 120, 160).
+        factors: one for all milestones, or one a milestone, above 1 (default: 5; "mixed" 4, 4, 50;
+            "fast" 2).
+        max_batch_size: no batch is larger (default: `num_samples`).
+        past_max: what becomes of the part of a factor for which `max_batch_size` leaves no room.
+            "drop": it is lost. "lr": it divides the learning rate, f B / M.
+        growth: factor of the batch size at an epoch of "fast" (default: 2).
+        lr_growth: factor of the learning rate at an epoch of "fast" (default: 1.3).
+        first_epoch: the first epoch with a larger batch, for "fast" and "instant" (default: 6).
+        batch_sizes: samples of an update from each milestone on, for "listed" (default: they stay).
+        lr_factors: multiple of the first segment's learning rate from each milestone on, for
+            "listed" (default: it stays).
+
+    Raises:
+        InputError: an unknown rule; a setting that the rule does not read; milestones out of order
+            or past the run's end; factors of 1 or less, or not as many as milestones; a batch that
+            is no whole number of samples or larger than the training set; nothing that can grow.
+
+    Source: study E, chapters 3 to 5 (a thesis on large and increasing batch sizes); "bsi" and
+    `past_max="lr"` after Smith et al. 2018 (arXiv 1711.00489).
+
+    >>> for segment in batch_schedule(
+    ...     "bsi", global_batch_size=2048, factors=4, epochs=200, num_samples=50_000, past_max="lr"
+    ... ):
+    ...     print(segment.epoch, segment.global_batch_size, segment.lr_factor)
+    1 2048 1.0
+    60 8192 1.0
+    120 32768 1.0
+    160 50000 0.3814697265625
+    """
+    check_choice("rule", rule, choices=RULES)
+    check_choice("past_max", past_max, choices=PAST_MAX)
+    check_whole("num_samples", num_samples)
+    check_number("epochs", epochs)
+    check_size("global_batch_size", global_batch_size, num_samples=num_samples)
+    given = {
+        "milestones": milestones,
+        "factors": factors,
+        "max_batch_size": max_batch_size,
+        "past_max": None if past_max == "drop" else past_max,
+        "growth": growth,
+        "lr_growth": lr_growth,
+        "first_epoch": first_epoch,
+        "batch_sizes": batch_sizes,
+        "lr_factors": lr_factors,
+    }
+    for name, value in given.items():
+        if value not in (None, ()) and rule not in _READ_BY[name]:
+            raise InputError(
+                f"rule={rule!r} does not read {name}={value!r}. Leave {name} out, or use rule="
+                f"{' or '.join(repr(other) for other in _READ_BY[name])}."
+            )
+    largest = num_samples if max_batch_size is None else max_batch_size
+    check_size("max_batch_size", largest, num_samples=num_samples)
+    if rule in _GROWING and (
+        largest < global_batch_size or (largest == global_batch_size and past_max == "drop")
+    ):
+        raise InputError(
+            f"max_batch_size={largest} leaves global_batch_size={global_batch_size} no room to "
+            f"grow under rule={rule!r}. Use max_batch_size > {global_batch_size}, or a smaller "
+            "global_batch_size, or rule='steady'."
+        )
+    changes: list[tuple[int, Fraction, Fraction]] = []
+    if rule in _READ_BY["milestones"]:
+        at = whole_epochs(
+            "milestones", MILESTONES if milestones is None else milestones, epochs=epochs
+        )
+        if not at and rule != "fast":
+            raise InputError(
+                f"rule={rule!r} has no milestones, so nothing would change. Use milestones such "
+                "as (60, 120, 160), or rule='steady'."
+            )
+        if rule == "listed":
+            sizes = _listed("batch_sizes", batch_sizes, first=global_batch_size, milestones=at)
+            for size in batch_sizes or ():
+                check_size("batch_sizes", size, num_samples=num_samples)
+            rates = _listed("lr_factors", lr_factors, first=1, milestones=at)
+            changes += zip(at, sizes, rates, strict=True)
+        else:
+            by = _factors(rule, FACTORS[rule] if factors is None else factors, milestones=at)
+            changes += _at_milestones(rule, at, by)
+    if rule in _BY_EPOCH:
+        (start,) = whole_epochs(
+            "first_epoch", [6 if first_epoch is None else first_epoch], epochs=epochs
+        )
+        steps = _steps_to(largest, global_batch_size, 2 if growth is None else growth)
+        lr_step = _decimal("lr_growth", 1.3 if lr_growth is None else lr_growth)
+        if rule == "instant":
+            changes.append((start, Fraction(largest, global_batch_size), lr_step ** len(steps)))
+        else:
+            epochs_left = ceil(epochs) - start + 1
+            grown = [(start + i, step, lr_step) for i, step in enumerate(steps)]
+            changes += grown[:epochs_left]
+    return _fold(sorted(changes), global_batch_size, largest=largest, past_max=past_max)
+
+
+def _listed(
+    name: str, values: Sequence[float] | None, *, first: int, milestones: Sequence[int]
+) -> list[Fraction]:
+    """Factors from value to value, beginning with `first`."""
+    if not values:
+        return [Fraction(1)] * len(milestones)
+    if len(values) != len(milestones):
+        raise InputError(
+            f"rule='listed' has {len(values)} {name} for {len(milestones)} milestones. Use one "
+            "from each milestone on."
+        )
+    exact = [Fraction(first), *(_decimal(name, value) for value in values)]
+    return [after / before for before, after in pairwise(exact)]
+
+
+def _at_milestones(
+    rule: str, milestones: Sequence[int], factors: Sequence[Fraction]
+) -> Iterator[tuple[int, Fraction, Fraction]]:
+    """Epoch, factor of the batch size, factor of the learning rate."""
+    for i, (epoch, factor) in enumerate(zip(milestones, factors, strict=True)):
+        if rule in ("lrd", "fast") or (rule == "mixed" and i == 0):
+            yield epoch, Fraction(1), 1 / factor
+        else:
+            doubled = rule == "bsi-doubled-end" and epoch == milestones[-1]
+            yield epoch, factor * (2 if doubled else 1), Fraction(1)
+
+
+def _fold(
+    changes: Sequence[tuple[int, Fraction, Fraction]],
+    global_batch_size: int,
+    *,
+    largest: int,
+    past_max: str,
+) -> tuple[Segment, ...]:
+    """Apply changes one after the other, in exact arithmetic; those that change nothing go."""
+    size, factor = Fraction(global_batch_size), Fraction(1)
+    reached = {1: (size, factor)}
+    for epoch, grow, lr in changes:
+        wanted, size = size * grow, min(size * grow, Fraction(largest))
+        factor *= lr
+        if past_max == "lr":
+            factor /= wanted / size
+        if size.denominator != 1:
+            raise InputError(
+                f"epoch {epoch} would have a global batch of {float(size):.10g} samples, "
+                f"{float(grow):.10g} times {float(size / grow):.10g}: no whole number. "
+                "Use factors that give one."
+            )
+        reached[epoch] = (size, factor)
+    states = list(reached.items())
+    kept = [states[0], *(new for old, new in pairwise(states) if new[1] != old[1])]
+    return tuple(
+        Segment(epoch=epoch, global_batch_size=int(size), lr_factor=_rounded(factor, epoch))
+        for epoch, (size, factor) in kept
+    )
+
+
+def _rounded(factor: Fraction, epoch: int) -> float:
+    try:
+        lr_factor = float(factor)
+    except OverflowError:
+        lr_factor = inf
+    if not 0 < lr_factor < inf:
+        raise InputError(
+            f"epoch {epoch} would have {lr_factor} times the first learning rate. "
+            "Use factors nearer to 1."
+        )
+    return lr_factor
+
+
+def _steps_to(largest: int, size: int, growth: float) -> list[Fraction]:
+    """The factors of "fast" until `largest` is reached."""
+    factor = _decimal("growth", growth)
+    if factor <= 1:
+        raise InputError(f"growth={growth!r} does not grow a batch. Use growth > 1, such as 2.")
+    steps, reached = [], Fraction(size)
+    while reached < largest:
+        if len(steps) == MAX_STEPS:
+            raise InputError(
+                f"growth={growth!r} takes more than {MAX_STEPS} epochs from {size} to {largest} "
+                "samples. Use a larger growth, such as 2."
+            )
+        steps.append(factor)
+        reached *= factor
+    return steps
+
+
+def _factors(
+    rule: str, factors: float | Sequence[float], *, milestones: Sequence[int]
+) -> list[Fraction]:
+    """One exact factor a milestone."""
+    values = [factors] if isinstance(factors, (int, float, str)) else list(factors)
+    count = len(milestones)
+    if rule == "mixed" and count != 3:
+        raise InputError(
+            f"rule='mixed' changes at three milestones and has {count}. Use three, such as "
+            "(60, 120, 160)."
+        )
+    if len(values) not in (1, count) or (rule == "bsi-doubled-end" and len(values) != 1):
+        allowed = "one" if rule == "bsi-doubled-end" else f"one, or {count}"
+        raise InputError(
+            f"rule={rule!r} has {len(values)} factors for {count} milestones. Use {allowed}"
+            + (" (rule='bsi' takes one a milestone)." if rule == "bsi-doubled-end" else ".")
+        )
+    exact = [_decimal("factors", value) for value in values]
+    for value, factor in zip(values, exact, strict=True):
+        if factor <= 1:
+            raise InputError(
+                f"factors: {value!r} is not above 1, so its milestone would change nothing or "
+                "undo another. Use factors > 1."
+            )
+    return exact if len(exact) == count else exact * count
+
+
+def _decimal(name: str, value: float) -> Fraction:
+    """The user's 1.3 is thirteen tenths, not the binary fraction beside it."""
+    check_number(name, value)
+    return Fraction(str(value))

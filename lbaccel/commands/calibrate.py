@@ -1,0 +1,99 @@
+"""`lbaccel calibrate`: measure the device at hand, so that plans know its rates."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lbaccel.errors import InputError, RunFailed, check_choice, check_number
+from lbaccel.launch import calibration_file
+from lbaccel.planning.cost.calibrate import calibrate
+from lbaccel.planning.cost.devices import Device, read_calibration, write_calibration
+
+SECONDS = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `lbaccel calibrate`."""
+    parser.description = (
+        "Measure what this machine's device reaches in each class of kernel, for plans of time. "
+        "Other work on the device makes it look slower than it is."
+    )
+    parser.add_argument(
+        "--device", metavar="cpu|cuda", help="what to measure (default: cuda if there, else cpu)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="about how long (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON of devices to add it to (default: $LBACCEL_CALIBRATION, or "
+        "lbaccel/calibration.json in $XDG_CACHE_HOME or ~/.cache)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the device as JSON alone")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write and print; 0.
+
+    Raises:
+        InputError: a device that is not there, seconds of 0, or a file that can't be written.
+        RunFailed: the device has no memory left.
+    """
+    a = arguments
+    name = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_choice("device", name, choices=("cpu", "cuda"))
+    check_number("seconds", a.seconds)
+    path: Path = a.output or calibration_file()
+    _prepare(path)
+    try:
+        device = calibrate(torch.device(name), seconds=a.seconds)
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(f"{name} has no memory left to measure with: {error}") from error
+    try:
+        write_calibration(path, device)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if a.json:
+        print(json.dumps({"file": str(path), **asdict(device)}, indent=1))
+    else:
+        print(_table(device))
+        print(f"written to {path}")
+    return 0
+
+
+def _prepare(path: Path) -> None:
+    """Stop before the measurement where its file could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("a", encoding="utf-8"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    read_calibration(path)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"output={str(path)!r} can't be written: {reason}. Use another --output.")
+
+
+def _table(device: Device) -> str:
+    """Aligned lines of class and rate, of this device."""
+    rates = {**device.rates, "bandwidth": device.bandwidth}
+    wide = max(map(len, rates))
+    lines = [device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"]
+    for name, rate in rates.items():
+        in_bytes = name.startswith(("norm", "elementwise", "bandwidth"))
+        lines.append(f"{name:{wide}}  {rate / 1e9:10,.1f} {'GB/s' if in_bytes else 'GFLOP/s'}")
+    lines.append(f"{'launch':{wide}}  {device.launch_seconds * 1e6:10,.1f} us")
+    return "\n".join(lines)

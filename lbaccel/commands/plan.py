@@ -1,0 +1,221 @@
+"""`lbaccel plan`: the answer as text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lbaccel.errors import InputError
+from lbaccel.planning.plan import Plan
+from lbaccel.planning.planner import IMAGENET, plan
+from lbaccel.planning.sweep import plot
+from lbaccel.recipe.values import group_samples, samples_or_auto
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The contract, what pins a part of the plan, and the output."""
+    add_plan_arguments(parser)
+    shown = parser.add_argument_group("output")
+    shown.add_argument("--json", action="store_true", help="one JSON object, GiB and seconds")
+    shown.add_argument("--sweep", action="store_true", help="the frontier of time against memory")
+    shown.add_argument("--plot", type=Path, metavar="F", help="draw the sweep (.png, .svg, .pdf)")
+    shown.add_argument(
+        "--report", type=Path, metavar="F", help="run two updates here; plan and measurement (JSON)"
+    )
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a plan is asked for."""
+    contract = parser.add_argument_group("the contract")
+    contract.add_argument("--model", required=True, help="any timm model")
+    contract.add_argument("--img-size", type=int, metavar="S", help="default: the model's")
+    contract.add_argument("--global-batch-size", type=int, required=True, metavar="B")
+    contract.add_argument("--norm-batch-size", type=_group, metavar="N", help="or 'frozen'")
+    contract.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    contract.add_argument("--optimizer", default="sgd", help="any name of timm.optim")
+    contract.add_argument("--num-classes", type=int, default=1000, metavar="C")
+    contract.add_argument("--num-samples", type=int, default=IMAGENET, help="for hours")
+    contract.add_argument("--epochs", type=float, default=90.0, help="for hours")
+    device = parser.add_argument_group("the device")
+    device.add_argument("--memory", metavar="SIZE", help="such as 8GiB; default: the device's")
+    device.add_argument("--device", metavar="NAME", help="such as 'RTX 4090' or cpu")
+    device.add_argument("--world-size", type=int, default=1, metavar="W")
+    device.add_argument(
+        "--zero", type=int, choices=(0, 1, 2, 3), help="plan for DeepSpeed's stage; default: none"
+    )
+    device.add_argument(
+        "--offload", choices=("none", "optimizer", "optimizer+parameters"), default="none"
+    )
+    pins = parser.add_argument_group("pins: what is not to be chosen")
+    pins.add_argument("--micro-batch-size", type=_size, default="auto", metavar="N")
+    pins.add_argument(
+        "--activation-checkpointing", choices=("auto", "none", "full"), default="auto"
+    )
+    pins.add_argument(
+        "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto"
+    )
+
+
+def _group(text: str) -> Any:
+    try:
+        return group_samples(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {error} or 'frozen'") from None
+
+
+def _size(text: str) -> Any:
+    try:
+        return samples_or_auto(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number or 'auto'") from error
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan; 0 where it fits, 1 where it does not.
+
+    Raises:
+        InputError: see `plan`.
+    """
+    a = arguments
+    if a.plot is not None and not a.sweep:
+        raise InputError("--plot draws a sweep. Add --sweep, or leave it out.")
+    if a.report is not None:
+        from lbaccel.planning.report import check_report, write_report  # they need accelerate
+
+        check_report(a.report)
+
+    found = find_plan(a, sweeps=a.sweep)
+    if a.plot is not None:
+        title = f"{found.model}, global batch {a.global_batch_size}, {found.device.name}"
+        plot(list(found.points), a.plot, title=title, budget_gib=found.budget_gib)
+    if a.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print("\n".join(lines(found)))
+    if a.report is not None:
+        _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
+        print(line, file=sys.stderr if a.json else sys.stdout)
+    return 0 if found.fits else 1
+
+
+def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
+    """The plan for the arguments of `add_plan_arguments`.
+
+    Raises:
+        InputError: see `plan`.
+    """
+
+    def asked(value: Any) -> Any:
+        return None if value == "auto" else value
+
+    return plan(
+        a.model,
+        global_batch_size=a.global_batch_size,
+        img_size=a.img_size,
+        memory=a.memory,
+        world_size=a.world_size,
+        device=a.device,
+        precision=a.precision,
+        optimizer=a.optimizer,
+        norm_batch_size=a.norm_batch_size,
+        num_classes=a.num_classes,
+        micro_batch_size=asked(a.micro_batch_size),
+        activation_checkpointing=asked(a.activation_checkpointing),
+        memory_format=asked(a.memory_format),
+        zero_stage=a.zero,
+        offload=a.offload,
+        num_samples=a.num_samples,
+        epochs=a.epochs,
+        sweeps=sweeps,
+    )
+
+
+def lines(found: Plan) -> Iterator[str]:
+    """The plan for people."""
+    yield f"{found.model} on {found.device.name}, {found.budget_gib:.2f} GiB a device"
+    yield str(found.batch)
+    if not found.fits:
+        yield f"does not fit: {found.why}. The nearest plan is this one:"
+    how = {
+        "none": "no recompute",
+        "full": "every block recomputed",
+        "segments": f"{len(found.segments)} segments recomputed: "
+        + ", ".join(_span(segment) for segment in found.segments),
+    }[found.activation_checkpointing]
+    fused = " fused" if found.fused_optimizer else ""
+    contract = f"{found.precision}; {found.optimizer}{fused}, lr {found.lr:g}"
+    if found.zero_stage is not None:
+        moved = "" if found.offload == "none" else f", {found.offload} offloaded"
+        how = f"ZeRO-{found.zero_stage}{moved}; {how}"
+    yield f"plan: {how}; {found.memory_format}; {contract}"
+    yield (
+        f"peak {found.predicted_peak_gib:.2f} GiB, "
+        f"{found.predicted_seconds_per_update:.3g} s an update, {found.num_updates} updates"
+    )
+    parts = [f"{part} {gib:.2f}" for part, gib in found.breakdown.items() if gib >= 0.005]
+    yield f"  of it: {', '.join(parts)}"
+    if found.workspaces is not None:
+        yield f"  {found.workspaces}"
+    if found.levers:
+        yield ""
+        yield from _table(
+            ("lever", "GiB saved", "time", "result", ""),
+            [
+                (
+                    lever.name,
+                    f"{lever.gib_saved:.2f}",
+                    f"{lever.time_pct:+.1f} %",
+                    "changes" if lever.changes_result else "same",
+                    lever.verdict,
+                )
+                for lever in found.levers
+            ],
+        )
+    if found.alternatives:
+        yield ""
+        yield from _table(
+            ("devices", "micro-batch", "peak GiB", "s an update", "hours", "GPU-hours"),
+            [
+                (
+                    str(other.world_size),
+                    str(other.micro_batch_size),
+                    f"{other.peak_gib:.2f}",
+                    f"{other.seconds_per_update:.3g}",
+                    f"{other.hours:.1f}",
+                    f"{other.gpu_hours:.1f}",
+                )
+                for other in found.alternatives
+            ],
+        )
+    if found.points:
+        yield ""
+        yield from _table(
+            ("peak GiB", "s an update", "micro-batch", "activations kept"),
+            [
+                (
+                    f"{point.peak_gib:.2f}",
+                    f"{point.seconds_per_update:.3g}",
+                    str(point.micro_batch_size),
+                    "the plan" if point.chosen else f"{point.activations_kept:.0%}",
+                )
+                for point in found.points
+                if point.best or point.chosen
+            ],
+        )
+    for note in found.notes:
+        yield f"note: {note}"
+
+
+def _span(segment: tuple[str, ...]) -> str:
+    return segment[0] if len(segment) == 1 else f"{segment[0]} .. {segment[-1]}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        first, *rest = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join([first, *rest]).rstrip()

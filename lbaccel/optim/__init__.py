@@ -1,0 +1,1 @@
+"""How fast: learning-rate rules, schedules, warmup, momentum, AdaScale, optimizers."""

@@ -1,0 +1,1 @@
+"""What an update takes in bytes and seconds on a device."""

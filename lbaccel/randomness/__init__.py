@@ -1,0 +1,1 @@
+"""Every random draw as a function of the sample and the update."""

@@ -1,0 +1,1 @@
+"""What `lbaccel train` is asked for, and what it builds from that."""

@@ -1,0 +1,188 @@
+"""What the recipe makes of `--batch-schedule`: sizes for the loader, factors for the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lbaccel.batch.phases import Segment, segment_updates
+from lbaccel.batch.rules import MILESTONES, batch_schedule
+from lbaccel.batch.stream import UpdateStream
+from lbaccel.errors import InputError, check_number
+from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.schedules import Schedule
+
+Say = Callable[[str], object]
+OWN = {"factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"}
+OWN |= {"batch_sizes", "lr_factors"}
+
+
+def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Segment, ...]:
+    """The segments that the settings ask for; none without a batch schedule.
+
+    Raises:
+        InputError: as `batch_schedule`.
+    """
+    rule = s["batch_schedule"]
+    if rule is None:
+        return ()
+    largest = s["max_batch_size"]
+    if largest is not None and largest > num_samples:
+        say(f"--max-batch-size {largest} is above the training set's {num_samples} samples: those.")
+        largest = num_samples
+    return batch_schedule(
+        rule,
+        global_batch_size=min(s["global_batch_size"], num_samples),
+        epochs=s["epochs"],
+        num_samples=num_samples,
+        milestones=milestones(s["milestones"], rule=rule, epochs=s["epochs"]),
+        factors=s["factor"][0] if len(s["factor"]) == 1 else s["factor"] or None,
+        max_batch_size=largest,
+        past_max=s["past_max"],
+        growth=s["growth"],
+        lr_growth=s["lr_growth"],
+        first_epoch=s["first_epoch"],
+        batch_sizes=tuple(int(b) if b.is_integer() else b for b in s["batch_sizes"]),  # type: ignore[misc]
+        lr_factors=s["lr_factors"],
+    )
+
+
+def milestones(
+    given: Sequence[float] | None, *, rule: str | None, epochs: float
+) -> tuple[float, ...]:
+    """The milestones asked for; under a batch schedule that has them, study E's.
+
+    >>> milestones((), rule="bsi", epochs=30), milestones((), rule="steady", epochs=30)
+    ((10, 19, 25), ())
+    """
+    if given or rule in (None, "steady", "instant"):
+        return tuple(given or ())
+    return default_milestones(epochs)
+
+
+def default_milestones(epochs: float) -> tuple[int, ...]:
+    """Study E's starts of epochs 60, 120 and 160 of 200 (59, 119 and 159 done), in proportion.
+
+    Raises:
+        InputError: a run so short that two of them would be one, or one the run's start.
+
+    >>> default_milestones(200), default_milestones(30)
+    ((60, 120, 160), (10, 19, 25))
+    """
+    check_number("epochs", epochs)
+    found = tuple(1 + round((epoch - 1) / 200 * epochs) for epoch in MILESTONES)
+    if len({1, *found}) < 4:
+        raise InputError(
+            f"epochs={epochs:g} is too short for milestones at {MILESTONES} of 200, in proportion: "
+            "each is the start of an epoch of its own, after the first. Use --milestones, such as "
+            "2, or --epochs 4 or more."
+        )
+    return found
+
+
+def check_growth(s: Mapping[str, Any]) -> None:
+    """Stop at settings of a growing batch that do not go together.
+
+    Raises:
+        InputError: in the names of the flags.
+    """
+    rule = s["batch_schedule"]
+    if s["auto_batch"]:
+        _check_auto(s)
+        _check_unread(s, OWN - {"max_batch_size"})
+    elif s["min_batch_size"] is not None or s["batch_decisions"] is not None:
+        raise InputError(
+            "--min-batch-size and --batch-decisions are read with --global-batch-size auto alone. "
+            "Leave them out."
+        )
+    elif rule is None:
+        _check_unread(s, OWN)
+    elif s["schedule"] in ("step", "multistep"):
+        raise InputError(
+            f"--schedule {s['schedule']} with --batch-schedule {rule}: both change the rate at "
+            "milestones. Use --batch-schedule lrd (the rate falls) or mixed, or --schedule cosine."
+        )
+
+
+def _check_unread(s: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if s[name] not in ((), None, "drop"):
+            several = isinstance(s[name], tuple)
+            shown = " ".join(f"{x:g}" for x in s[name]) if several else s[name]
+            flag = f"--{name.replace('_', '-')} {shown}"
+            raise InputError(f"{flag} is read with --batch-schedule alone, such as bsi. Add it.")
+
+
+def _check_auto(s: Mapping[str, Any]) -> None:
+    low, high = s["min_batch_size"], s["max_batch_size"]
+    if low is None or high is None or not 0 < low <= high:
+        raise InputError(
+            f"--global-batch-size auto with --min-batch-size {low} and --max-batch-size {high}: it "
+            "grows from the one to the other, so both are needed. Use --min-batch-size 256 "
+            "--max-batch-size 8192, say."
+        )
+    if s["batch_schedule"] is not None:
+        raise InputError(
+            f"--batch-schedule {s['batch_schedule']} with --global-batch-size auto: two would say "
+            "how the batch grows. Leave one out."
+        )
+    if s["noise_scale"] == "none" and s["batch_decisions"] is None:
+        raise InputError(
+            "--noise-scale none with --global-batch-size auto: the batch follows what is measured. "
+            "Leave --noise-scale out."
+        )
+    if s["last_update"] == "drop":
+        raise InputError(
+            "--last-update drop with --global-batch-size auto: every size would leave out other "
+            "samples. Use keep or wrap."
+        )
+
+
+def largest(s: Mapping[str, Any], segments: Sequence[Segment]) -> int:
+    """The largest batch that a run may come to."""
+    if s["auto_batch"]:
+        return s["max_batch_size"]
+    return max([s["global_batch_size"], *(segment.global_batch_size for segment in segments)])
+
+
+def factor_of(segments: Sequence[Segment], *, samples_per_epoch: int) -> Schedule:
+    """The factor of the learning rate in the segment that `samples_seen` lies in."""
+    starts = [((segment.epoch - 1) * samples_per_epoch, segment.lr_factor) for segment in segments]
+    return lambda samples_seen: [f for start, f in starts if start <= samples_seen][-1]
+
+
+def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedule:
+    """The factor of the learning rate where the batch grows as the run decides: the rule's.
+
+    Args:
+        loader: whose `stream` knows the sizes so far.
+        rule: of `scale_lr`, from the first size to the one that `samples_seen` lies in.
+        exponent: of the rule "power".
+    """
+
+    def factor(samples_seen: float) -> float:
+        stream = loader.stream
+        size = stream.size_in(int(samples_seen // stream.samples_per_epoch))
+        # k counts, whatever batch the rate is stated for
+        return scale_lr(
+            1.0,
+            base_batch_size=stream.global_batch_size,
+            global_batch_size=size,
+            rule={"legw": "sqrt"}.get(rule, "linear" if rule.startswith("per-") else rule),
+            exponent=exponent,
+        )
+
+    return factor
+
+
+def explain(segments: Sequence[Segment], *, stream: UpdateStream, epochs: float, lr: float) -> str:
+    """A line a segment: from which epoch on, how many samples, at which rate, how many updates."""
+    counts = segment_updates(
+        segments, epochs=epochs, num_samples=stream.num_samples, last_update=stream.last_update
+    )
+    rows = [
+        f"  from epoch {segment.epoch}: {segment.global_batch_size} samples an update, "
+        f"lr {segment.lr(lr):.6g}, {count} updates"
+        for segment, count in zip(segments, counts, strict=True)
+    ]
+    return "\n".join(["batch schedule:", *rows])

@@ -1,0 +1,210 @@
+"""The recipe's settings: one table of options, read from defaults, a YAML file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lbaccel.errors import InputError
+from lbaccel.optim.scaling import PER_SAMPLES
+from lbaccel.recipe.options import GROUPS, OPTIONS
+from lbaccel.recipe.values import (
+    Option,
+    group_samples,
+    numbers,
+    samples_or_auto,
+    start_rate,
+    switch,
+    whole,
+    words,
+)
+
+EPILOG = """examples:
+  lbaccel train
+      a small ResNet on handwritten digits at global batch 512, in two minutes on a CPU
+  lbaccel train --data folder:flowers --model mobilenetv2_100 --pretrained \\
+      --global-batch-size 512 --micro-batch-size 8 --norm-batch-size frozen
+      finetune at 224 px on the memory of 8 images
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m lbaccel.train \\
+      --config recipe.yaml --global-batch-size 4096
+      the settings of a file on several GPUs, one of them changed
+"""
+
+
+def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
+    """The command line of the recipe; a flag that was not typed is absent from its result."""
+    parser = _Parser(
+        prog=prog,
+        description="Train or finetune a timm backbone at a global batch that does not fit.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="YAML", help="a file of these settings; flags win")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print each value and its origin, and stop"
+    )
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            flag = "--" + option.name.replace("_", "-")
+            shown = option.shown or option.default
+            if isinstance(shown, tuple):
+                shown = " ".join(shown)
+            text = f"{option.help} (default: {shown})".replace("%", "%%")
+            if option.parse is switch:
+                group.add_argument(
+                    flag, nargs="?", const=True, metavar="BOOL", dest=option.name, help=text
+                )
+            elif option.parse in (numbers, words):
+                group.add_argument(flag, nargs="+", metavar="X", dest=option.name, help=text)
+            else:
+                choices = "{" + ",".join(option.choices) + "}" if option.choices else "X"
+                group.add_argument(flag, metavar=choices, dest=option.name, help=text)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        parts = message.rsplit(": ", 1)
+        if parts[0] == "unrecognized arguments":
+            flag = parts[1].split()[0].split("=")[0]
+            flags = ["--" + name.replace("_", "-") for name in OPTIONS]
+            near = _nearest(flag, flags)
+            if flag in ("--batch-size", "-b"):  # timm's, samples of one GPU
+                near = " Did you mean --global-batch-size, or --micro-batch-size?"
+            message = f"unknown flag {flag}.{near} See --help."
+        raise InputError(message)
+
+
+def read_settings(
+    argv: Sequence[str], *, prog: str = "lbaccel train"
+) -> tuple[dict[str, Any], dict[str, str], bool]:
+    """Values, the origin of each, and whether --print-config was given; flags win over YAML.
+
+    Raises:
+        InputError: an unknown flag or key (with the nearest that exists), or a value of no use.
+    """
+    typed = vars(make_parser(prog).parse_args(argv))
+    config, show = typed.pop("config", None), typed.pop("print_config", False)
+    values = {name: option.default for name, option in OPTIONS.items()}
+    origins = dict.fromkeys(OPTIONS, "default")
+    layers: list[tuple[str, Mapping[str, Any]]] = [("flag", typed)]
+    if config is not None:
+        layers.insert(0, (config, read_yaml(Path(config))))
+    for origin, layer in layers:
+        for name, raw in layer.items():
+            values[name] = parse(OPTIONS[name], raw, origin)
+            origins[name] = origin
+    return {**values, **under_a_batch_schedule(values, origins)}, origins, show
+
+
+def under_a_batch_schedule(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+    """Other defaults with --batch-schedule: its rates are as they are written, nothing decays.
+
+    Raises:
+        InputError: a scaling rule was asked for, and no batch that the rate was tuned at.
+    """
+    if values["batch_schedule"] is None:
+        return {}
+    others = {"schedule": "constant", "warmup": "none", "last_update": "keep"}
+    if origins["warmup_epochs"] != "default":
+        del others["warmup"]
+    if origins["base_lr"] != "default":
+        others["base_batch_size"] = values["global_batch_size"]
+        rule = values["lr_scaling"]
+        if rule in PER_SAMPLES:  # it names its own
+            del others["base_batch_size"]
+        elif rule not in ("auto", "none") and origins["base_batch_size"] == "default":
+            raise InputError(
+                f"--lr-scaling {rule} with --batch-schedule has no reference batch: say at how "
+                f"many samples --base-lr {values['base_lr']:g} was tuned, --base-batch-size 256, "
+                "or leave --lr-scaling out, where it is the rate of the first batch."
+            )
+    return {name: value for name, value in others.items() if origins[name] == "default"}
+
+
+def show_settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """A line a setting: name, value, origin; aligned."""
+    rows = [(name, str(values[name]), origins.get(name, "")) for name in values]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {o}".rstrip() for n, v, o in rows)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file, unparsed; what a run folder adds to its own is left out."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"--config {path} is no YAML: {problem}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path} holds no mapping; write lines such as 'epochs: 10'.")
+    layer = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in (
+            "plan",
+            "origin",
+            "asked",
+            "extensions",
+        ):  # what config.yaml of a run folder adds
+            continue
+        if name not in OPTIONS:
+            raise InputError(
+                f"--config {path}: unknown key {key!r}.{_nearest(name, OPTIONS)} "
+                "lbaccel train --help lists them all."
+            )
+        layer[name] = value
+    return layer
+
+
+def parse(option: Option, raw: Any, origin: str) -> Any:
+    """The value of a setting from text or YAML.
+
+    Raises:
+        InputError: it is of no use; the text names the flag, or the key and its file.
+    """
+    flag = "--" + option.name.replace("_", "-")
+    where = flag if origin == "flag" else f"{option.name} in {origin}"
+    if raw is None or (option.may_be_none and raw == "none" and "none" not in option.choices):
+        if option.may_be_none:
+            return None
+        raise InputError(f"{where} is empty; leave it out for its default, {option.default!r}.")
+    if isinstance(raw, list) and option.parse is numbers:
+        raw = [part for item in raw for part in str(item).replace(",", " ").split()]
+    try:
+        if isinstance(raw, (list, dict)) and option.parse not in (numbers, words):
+            raise ValueError("one value")
+        if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
+            raise ValueError("no truth value")
+        value = option.parse(raw)
+    except (ValueError, TypeError):
+        kind = {whole: "a whole number", float: "a number", numbers: "numbers"}.get(option.parse)
+        kind = kind or {
+            switch: "true or false",
+            group_samples: "a whole number or 'frozen'",
+            samples_or_auto: "a whole number or 'auto'",
+            start_rate: "'reference', 'zero' or a learning rate",
+            words: "words",
+        }.get(option.parse, "one word or path")
+        raise InputError(f"{where}={raw!r} is not {kind}.") from None
+    if option.choices and value not in option.choices:
+        near = _nearest(str(value), option.choices)
+        raise InputError(f"{where}={value!r} is not one of {', '.join(option.choices)}.{near}")
+    return value
+
+
+def _nearest(word: str, words: Any) -> str:
+    found = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {found[0]}?" if found else ""

@@ -1,0 +1,1 @@
+"""The recipes that others publish: timm, torchvision, Accelerate, DeepSpeed, plain numbers."""

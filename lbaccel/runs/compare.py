@@ -1,0 +1,327 @@
+"""`lbaccel compare`: runs side by side, on the axis that is fair to batch sizes (samples)."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lbaccel.errors import InputError
+from lbaccel.runs.read import Point, Run, Series, load_run
+
+Axis = Literal["samples", "updates", "hours"]
+Cell = str | int | float | bool | None
+AXIS_LABELS: dict[Axis, str] = {
+    "samples": "samples seen (images)",
+    "updates": "updates (optimizer steps)",
+    "hours": "training time (hours)",
+}
+# How a number of a column is printed; what is not listed is a setting, printed as it was given.
+FORMATS = {
+    "updates": ",d",
+    "samples": ",d",
+    "seconds": ",.1f",
+    "peak_gib": ".2f",
+    "samples_to_target": ",d",
+    "seconds_to_target": ",.1f",
+    "delta": "+.4g",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lbaccel compare`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or wandb's")
+    parser.add_argument("--x", choices=tuple(AXIS_LABELS), default="samples", help="axis")
+    parser.add_argument("--metric", default="val/top1", help="such as val/top1 or train/loss")
+    parser.add_argument("--target", type=float, help="value whose first reaching is timed")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--md", action="store_true", help="print a Markdown table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the metric (.png, .svg)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison that the arguments ask for; 0, or an InputError."""
+    runs = distinct_names([load_run(path) for path in args.runs])
+    rows = table(runs, args.metric, x=args.x, target=args.target)
+    equal, _ = split_settings(compared_settings([one.config for one in runs]))
+    print(settings_line(equal, len(runs)))
+    print(markdown(rows, args.metric) if args.md else aligned(rows, args.metric))
+    if args.csv is not None:
+        _writable(args.csv).write_text(as_csv(rows), encoding="utf-8")
+    if args.plot is not None:
+        plot(runs, args.plot, metric=args.metric, x=args.x, target=args.target)
+    return 0
+
+
+def distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs, later ones of the same name with ` (2)`, ` (3)` added."""
+    seen: Counter[str] = Counter()
+    named = []
+    for one in runs:
+        seen[one.name] += 1
+        suffix = f" ({seen[one.name]})" if seen[one.name] > 1 else ""
+        named.append(replace(one, name=one.name + suffix))
+    return named
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a loss by its name.
+
+    >>> lower_is_better("val/loss"), lower_is_better("val/top1")
+    (True, False)
+    """
+    return "loss" in metric.rsplit("/", 1)[-1]
+
+
+def best_point(series: Series, metric: str) -> Point | None:
+    """The first of the best finite points: the lowest of a loss, the highest of anything else."""
+    finite = [(point.value, point) for point in series if point.value is not None]
+    choose = min if lower_is_better(metric) else max
+    return choose(finite, key=lambda pair: pair[0])[1] if finite else None
+
+
+def first_reaching(series: Series, metric: str, *, target: float) -> Point | None:
+    """The first point at least as good as `target`: <= for a loss, >= for anything else."""
+    sign = -1 if lower_is_better(metric) else 1
+    reached = (p for p in series if p.value is not None and sign * p.value >= sign * target)
+    return next(reached, None)
+
+
+def compared_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Settings that can decide a result: not the origin of the values, the output, or wandb's.
+
+    A value of the plan that repeats a setting in every run (`plan/seed`) is left out.
+
+    >>> compared_settings([{"seed": 0, "output": "runs", "origin/seed": "default", "plan/seed": 0}])
+    [{'seed': 0}]
+    """
+
+    def counts(key: str) -> bool:
+        if key.split("/")[0] in ("origin", "output") or key.startswith("wandb_"):
+            return False
+        if key in ("plan/equation", "plan/gradient_accumulation_steps"):  # follow from the rest
+            return False
+        name = key.removeprefix("plan/")
+        return name == key or any(one.get(key) != one.get(name, ...) for one in configs)
+
+    return [{key: value for key, value in one.items() if counts(key)} for one in configs]
+
+
+def split_settings(configs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Settings equal in all runs, and the names of those that differ or are missing in some.
+
+    >>> split_settings([{"seed": 0, "lr": 0.1}, {"seed": 0, "lr": 0.2, "ema": True}])
+    ({'seed': 0}, ['lr', 'ema'])
+    """
+    keys = dict.fromkeys(key for config in configs for key in config)
+    first = configs[0]
+    equal = [k for k in keys if all(k in one and one[k] == first.get(k) for one in configs)]
+    return {key: first[key] for key in equal}, [key for key in keys if key not in equal]
+
+
+def table(
+    runs: Sequence[Run], metric: str, *, x: Axis = "samples", target: float | None = None
+) -> list[dict[str, Cell]]:
+    """One row a run; every row has the same columns, None is missing.
+
+    Columns: name, the settings that differ, `best` and where on the x-axis, `last`, updates,
+    samples, seconds, peak_gib, `samples_to_target` and `seconds_to_target` with a target, and
+    `delta`: best minus the best of the first run.
+
+    Raises:
+        InputError: no run has the metric.
+    """
+    _check_metric(runs, metric)
+    configs = compared_settings([one.config for one in runs])
+    _, differing = split_settings(configs)
+    first = best_point(runs[0].history.get(metric, ()), metric)
+    reference = None if first is None else first.value
+    rows: list[dict[str, Cell]] = []
+    for one, config in zip(runs, configs, strict=True):
+        series = one.history.get(metric, ())
+        best = best_point(series, metric)
+        row: dict[str, Cell] = {"name": one.name}
+        for key in differing:
+            taken = key in ("name", "best", "last", *FORMATS)
+            row[f"config/{key}" if taken else key] = _cell(config.get(key))
+        row["best"] = value = None if best is None else best.value
+        row[f"best_at_{x}"] = None if best is None else axis_value(best, x)
+        row["last"] = None if not series else _or_nan(series[-1].value)
+        row |= _totals(one)
+        if target is not None:
+            reached = first_reaching(series, metric, target=target)
+            row["samples_to_target"] = reached and reached.samples_seen
+            row["seconds_to_target"] = reached and _seconds(reached)
+        if value is not None and reference is not None and one is not runs[0]:
+            row["delta"] = value - reference
+        else:
+            row["delta"] = None
+        rows.append(row)
+    return rows
+
+
+def _check_metric(runs: Sequence[Run], metric: str) -> None:
+    available = sorted({name for one in runs for name in one.history})
+    if metric not in available:
+        raise InputError(
+            f"--metric {metric}: none of the {len(runs)} runs has logged it. "
+            f"Use one of: {', '.join(available) or '(nothing was logged)'}"
+        )
+
+
+def axis_value(point: Point, x: Axis) -> float | None:
+    """Where a point stands on an axis; None where the run did not log it."""
+    return {"samples": point.samples_seen, "updates": point.update, "hours": point.hours}[x]
+
+
+def _totals(one: Run) -> dict[str, Cell]:
+    """Size of the run, out of its summary; out of its history where it has none (a crash)."""
+    points = [point for series in one.history.values() for point in series]
+    peaks = [point.value for point in one.history.get("memory/peak_gib", ())]
+    logged: dict[str, list[Any]] = {
+        "num_updates": [point.update for point in points],
+        "samples_seen": [point.samples_seen for point in points],
+        "seconds": [_seconds(point) for point in points],
+        "peak_gib": peaks,
+    }
+    total = {key: one.summary.get(key) for key in logged}
+    for key, values in logged.items():
+        if total[key] is None:
+            total[key] = max((value for value in values if value is not None), default=None)
+    return {key.removeprefix("num_").removesuffix("_seen"): total[key] for key in total}
+
+
+def _seconds(point: Point) -> float | None:
+    return None if point.hours is None else point.hours * 3600
+
+
+def _or_nan(value: float | None) -> float:
+    # It was logged, and was not finite: a diverged run must not look like a missing value.
+    return float("nan") if value is None else value
+
+
+def _cell(value: Any) -> Cell:
+    return value if isinstance(value, Cell) else json.dumps(value, default=str)
+
+
+def formatted(column: str, value: Cell) -> str:
+    """Text of one cell; what is missing is `-`, never 0.
+
+    >>> formatted("samples", 1234567), formatted("best", 2 / 3), formatted("peak_gib", None)
+    ('1,234,567', '0.66667', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, (str, bool)):
+        return str(value)
+    if column.startswith("best_at_"):
+        return f"{value:,.3f}" if isinstance(value, float) else f"{value:,d}"
+    spec = FORMATS.get(column, ".5g" if column in ("best", "last") else "")
+    return format(round(value) if spec == ",d" else value, spec)
+
+
+def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
+    """Header and cells as text; `best` becomes `best val/top1`."""
+    titles = {"best": f"best {metric}", "last": f"last {metric}"}
+    header = [titles.get(column, column) for column in rows[0]]
+    return [header, *([formatted(key, value) for key, value in row.items()] for row in rows)]
+
+
+def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
+    """The table as text: names to the left, all other columns to the right."""
+    grid = _grid(rows, metric)
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in grid
+    )
+
+
+def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
+    """The table in Markdown."""
+    grid = [[cell.replace("|", "\\|") for cell in line] for line in _grid(rows, metric)]
+    rule = ["---", *["---:"] * (len(grid[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])
+
+
+def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """The table as CSV: numbers in full, missing values empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def settings_line(equal: Mapping[str, Any], num_runs: int) -> str:
+    """The settings that all runs share, once, wrapped at 100 columns."""
+    listed = ", ".join(f"{key}={value}" for key, value in equal.items()) or "no setting"
+    title = "settings" if num_runs == 1 else f"same in all {num_runs} runs"
+    return textwrap.fill(f"{title}: {listed}", 100, subsequent_indent="  ") + "\n"
+
+
+def _writable(path: Path) -> Path:
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}. Use: mkdir -p {path.parent}")
+    return path
+
+
+def plot(
+    runs: Sequence[Run],
+    path: Path,
+    *,
+    metric: str,
+    x: Axis = "samples",
+    target: float | None = None,
+) -> None:
+    """Draw the metric over an axis, one labelled curve a run; a gap is a value that is not finite.
+
+    Raises:
+        InputError: no run has the metric on this axis, or `path` cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    _check_metric(runs, metric)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if path.suffix.removeprefix(".") not in canvas.get_supported_filetypes():
+        raise InputError(f"--plot {path}: cannot draw a {path.suffix!r} file. Use .png, .svg, .pdf")
+    axes = figure.add_subplot()
+    drawn = 0
+    for one in runs:
+        points = [(axis_value(p, x), _or_nan(p.value)) for p in one.history.get(metric, ())]
+        known = [(at, value) for at, value in points if at is not None]
+        drawn += len(known)
+        marker = "o" if len(known) <= 30 else ""
+        label = one.name if known else f"{one.name} (no data)"
+        axes.plot([at for at, _ in known], [v for _, v in known], marker, ls="-", ms=4, label=label)
+    if not drawn:
+        raise InputError(f"--x {x}: no run has logged {metric} on this axis. Use --x updates")
+    if target is not None:
+        axes.axhline(target, color="0.4", linestyle="--", linewidth=1, label=f"target {target:g}")
+    axes.set_xlabel(AXIS_LABELS[x])
+    axes.set_ylabel(metric + unit_of(metric))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    if x == "samples":
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.savefig(_writable(path), dpi=120)
+
+
+def unit_of(metric: str) -> str:
+    """Unit of a metric for an axis label, by lbaccel's names; empty where there is none.
+
+    >>> unit_of("val/top1"), unit_of("memory/peak_gib"), unit_of("train/loss")
+    (' (%)', ' (GiB)', '')
+    """
+    ends = {"_gib": "GiB", "_seconds": "s", "_pct": "%", "_per_second": "1/s"}
+    ends |= {"top1": "%", "top5": "%"}
+    return next((f" ({unit})" for end, unit in ends.items() if metric.endswith(end)), "")

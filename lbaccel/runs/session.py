@@ -1,0 +1,272 @@
+"""A run on disk: its folder opened, its checkpoints written and read again, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from accelerate.utils import broadcast_object_list
+
+from lbaccel.errors import InputError
+from lbaccel.models import load_exactly
+from lbaccel.optim.scheduler import refresh
+from lbaccel.runs.checkpoints import (
+    check_checkpoint,
+    checkpoints_in,
+    latest_good,
+    read_state,
+    remove_unfinished,
+    save_checkpoint,
+)
+from lbaccel.runs.environment import versions, write_env
+from lbaccel.runs.figures import plot_run
+from lbaccel.runs.folder import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    MODEL_EMA,
+    RESUMES,
+    SUMMARY,
+    atomic_write_text,
+    new_run_folder,
+    run_of,
+    update_of,
+    weights_file,
+    write_config,
+    write_summary,
+)
+from lbaccel.runs.tracking import keep_updates_until, start_trackers
+
+Say = Callable[[str], object]
+
+
+class Session:
+    """What a run is made of, so that it can be saved and restored as one.
+
+    Args:
+        accelerator: the main process writes, all processes read.
+        model: unwrapped.
+        whole: gives the model with all its weights, as `LargeBatch.whole_model` does; a collective.
+        parts: name to object with `state_dict` and `load_state_dict`: optimizer, scheduler,
+            counters, loader, log, and the scaler where there is one.
+        ema: an average of the weights with a `module`, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: Any,
+        whole: Callable[[], AbstractContextManager[Any]],
+        parts: Mapping[str, Any],
+        *,
+        ema: Any = None,
+    ) -> None:
+        self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
+        self.whole = whole
+        self.folder: Path | None = None
+
+    def weights(self, whole: Any) -> dict[str, Any]:
+        """File stem to state_dict."""
+        weights = {MODEL: whole.state_dict()}
+        if self.ema is not None:
+            weights[MODEL_EMA] = self.ema.module.state_dict()
+        return weights
+
+    def save(self, *, update: int, best: bool, keep: int, **described: Any) -> None:
+        """Write a checkpoint from the main process; the others wait."""
+        if self.folder is None:
+            return
+        # on every rank: a sharded optimizer gathers its state
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        with self.whole() as whole:
+            if self.accelerator.is_main_process:
+                save_checkpoint(
+                    self.folder / CHECKPOINTS,
+                    update=update,
+                    weights=self.weights(whole),
+                    state=state,
+                    best=best,
+                    keep=keep,
+                    **described,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, path: Path, *, say: Say) -> int:
+        """Take the state of a checkpoint, of which `load_weights` took the weights; its update.
+
+        Raises:
+            InputError: it was saved at another precision.
+        """
+        state = read_state(path)
+        if state.keys() != self.parts.keys():
+            raise InputError(
+                f"{path} holds the state of {sorted(state)}, this run has {sorted(self.parts)}: "
+                "it was saved at another precision, or with another lbaccel."
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        refresh(self.parts["scheduler"])  # an extension may have changed its schedule
+        update = self.parts["counters"].num_updates
+        self.folder = run_of(path)
+        say(f"resume: {path} (update {update})")
+        return update
+
+    def open(
+        self, settings: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
+    ) -> str | None:
+        """Make the run folder, or cut its metrics to where the run goes on, and start trackers.
+
+        Returns:
+            One line about wandb, or None.
+        """
+        s = settings
+        resumed = self.folder is not None
+        folder = self.folder or Path(s["output"])
+        if self.accelerator.is_main_process:
+            if resumed:
+                self._go_on(folder, s, plan, origins)
+            else:
+                folder = new_run_folder(folder, f"{s['model']}-gbs{s['global_batch_size']}")
+                write_config(folder, _config(s, plan, origins))
+                write_env(folder, seed=s["seed"])
+        self.folder = folder
+        return start_trackers(
+            self.accelerator,
+            folder,
+            config={**s, **{f"plan/{k}": v for k, v in plan.items()}},
+            log_with=s["log_with"],
+            project=s["wandb_project"],
+            group=s["wandb_group"],
+            name=s["wandb_name"],
+            tags=s["wandb_tags"],
+            mode=s["wandb_mode"],
+        )
+
+    def _go_on(
+        self,
+        folder: Path,
+        s: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        origins: Mapping[str, str],
+    ) -> None:
+        update = self.parts["counters"].num_updates
+        remove_unfinished(folder / CHECKPOINTS)
+        for path in checkpoints_in(folder / CHECKPOINTS):
+            if (update_of(path) or 0) > update:
+                shutil.rmtree(path, ignore_errors=True)  # damaged, or of a future that is not to be
+        keep_updates_until(folder, update)
+        write_config(folder, _config(s, plan, origins))
+        line = {
+            "update": update,
+            "world_size": self.accelerator.num_processes,
+            "plan": plan["equation"],
+            "epochs": s["epochs"],
+            "command": sys.argv,
+            "versions": versions(),
+        }
+        before = folder / RESUMES
+        earlier = before.read_text(encoding="utf-8") if before.exists() else ""
+        atomic_write_text(before, earlier + json.dumps(line) + "\n")
+
+    def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
+        """Write the summary, end the trackers and, after a good end, draw the plots."""
+        if self.folder is None:
+            return
+        try:
+            if self.accelerator.is_main_process:
+                write_summary(self.folder, summary)
+        finally:
+            self.accelerator.end_training()
+        if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
+            plot_run(self.folder)
+
+    def was_closed(self) -> bool:
+        """Whether the run came to its end before, summary and plots included."""
+        if self.folder is None:
+            return False
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        done = self.parts["counters"].num_updates
+        return summary.get("status") == "done" and summary.get("num_updates") == done
+
+    def how_to_go_on(self) -> str:
+        """What to type after an end before time."""
+        if self.folder is None:
+            return "Nothing was written."
+        newest = next(iter(checkpoints_in(self.folder / CHECKPOINTS)), None)
+        if newest is None:
+            return "No checkpoint was written."
+        resume = f"lbaccel train --resume {os.fspath(self.folder)}"
+        return f"{newest.name} is kept. To go on: {resume}"
+
+
+def _config(
+    s: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
+) -> dict[str, Any]:
+    saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
+    return {**saved, "plan": plan, "origin": origins}
+
+
+def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
+    """Take the weights of a checkpoint that `find_checkpoint` gave, before the model is sharded.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
+    for stem, owner in ((MODEL, model), (MODEL_EMA, ema and ema.module)):
+        if owner is not None:
+            file = path / weights_file(stem)
+            load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
+
+
+def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:
+    """The checkpoint to go on from, the same on every rank: the one given, or a run's newest good.
+
+    Args:
+        accelerator: the main process reads the checksums and tells the others.
+        target: a run folder or a checkpoint; None is a new run.
+        auto: nobody named the run, so that a new one starts where none of its checkpoints is good.
+        say: is told which checkpoints were refused, and why.
+
+    Raises:
+        InputError: no checkpoint can be used.
+    """
+    if target is None:
+        return None
+    chosen: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            chosen[0] = str(_choose(Path(target), say))
+        except InputError as error:  # all ranks must know
+            chosen[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    if chosen[1] is None:
+        return Path(chosen[0])
+    if not auto:
+        raise InputError(chosen[1])
+    say(f"{chosen[1]} A new one starts.")
+    return None
+
+
+def _choose(target: Path, say: Say) -> Path:
+    run = run_of(target)
+    if target != run:
+        check_checkpoint(target)
+        return target
+    path = latest_good(run / CHECKPOINTS, say)
+    if path is None:
+        raise InputError(
+            f"--resume {target}: no checkpoint in {run / CHECKPOINTS} can be used. "
+            "Start a new run without --resume."
+        )
+    return path

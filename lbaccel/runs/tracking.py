@@ -1,0 +1,277 @@
+"""Trackers: the run folder is the truth, wandb is a mirror."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import netrc
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
+
+import accelerate.tracking
+from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
+
+from lbaccel.errors import InputError, RunFailed
+from lbaccel.runs.folder import (
+    CONFIG,
+    METRICS,
+    TABLE,
+    atomic_write_text,
+    new_run_folder,
+    plain,
+    strict_json,
+    write_config,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TRACKERS = ("run_folder", "wandb")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+class RunFolderTracker(GeneralTracker):
+    """Accelerate tracker that appends one strict JSON object a `log` call to `metrics.jsonl`.
+
+    The file is line-buffered, so a crash loses one line at most; `finish` adds `metrics.csv`. In a
+    loop of your own: `import lbaccel.runs.tracking`, then `Accelerator(log_with="run_folder")`
+    makes `runs/<time>-<project>`, or the folder in `init_kwargs={"run_folder": {"run": path}}`.
+    """
+
+    name = "run_folder"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self, project_name: str, *, run: Path | None = None):
+        super().__init__()
+        self._project_name = project_name
+        self._run = run
+        self._file: TextIO | None = None
+
+    @property
+    def tracker(self) -> Path | None:
+        """The run folder; None before `start`, unless it was given."""
+        return self._run
+
+    @on_main_process
+    def start(self) -> None:
+        """Open `metrics.jsonl` for appending; a line that a crash cut off is taken away first."""
+        if self._run is None:
+            self._run = new_run_folder(Path("runs"), self._project_name)
+        path = self._run / METRICS
+        _mend_last_line(path)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Write `config.yaml` unless it is there: `lbaccel.train` writes it before it starts."""
+        assert self._run is not None, "start() comes first"
+        if not (self._run / CONFIG).exists():
+            write_config(self._run, values)
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Append one line; `step` is the update where `values` does not hold `update` itself."""
+        assert self._file is not None, "start() comes first"
+        update = values.get("update", step)
+        if update is None:
+            raise InputError(
+                "log() was given neither step nor 'update': every line of metrics.jsonl belongs to "
+                "one update. Use accelerator.log(values, step=update)."
+            )
+        self._file.write(strict_json({"update": update, **values}) + "\n")
+
+    @on_main_process
+    def finish(self) -> None:
+        """Close `metrics.jsonl` and write `metrics.csv` (all columns, missing values empty)."""
+        if self._file is None:
+            return
+        assert self._run is not None
+        self._file.close()
+        self._file = None
+        with (self._run / METRICS).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(self._run / TABLE, text.getvalue())
+
+
+def keep_updates_until(run: Path, update: int) -> None:
+    """Cut `metrics.jsonl` to the lines up to `update`, beside and renamed: each update is once."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a crash
+            continue
+        if row["update"] <= update:
+            kept.append(line + "\n")
+    atomic_write_text(path, "".join(kept))
+
+
+def _mend_last_line(path: Path) -> None:
+    """End the file with a whole line: without it the next line would be glued to the cut one."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    last = content[content.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    try:
+        json.loads(last)
+        with path.open("ab") as file:
+            file.write(b"\n")
+    except ValueError:
+        os.truncate(path, len(content) - len(last))
+
+
+class _WandB(WandBTracker):
+    """wandb on our own counters: its step would drop what a resumed run logs a second time."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        super().log(values, step=None, **kwargs)
+
+
+# Registered once: a second time (importlib.reload) would be a warning.
+if RunFolderTracker.name not in accelerate.tracking.LOGGER_TYPE_TO_CLASS:
+    accelerate.tracking.register_tracker_class(RunFolderTracker)
+
+
+def _has_wandb_key() -> bool:
+    """Whether an API key lies in the environment or in netrc. wandb is not asked.
+
+    wandb 0.31 deprecates `wandb.api.api_key` (it warns), and the replacement it names,
+    `wandb.login(prompt=False)`, rewrites its settings file and verifies over the network.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    homes = (Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser())
+    given = os.environ.get("NETRC")
+    for path in (Path(given),) if given else homes:
+        try:
+            if host in netrc.netrc(path).hosts:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def wandb_mode(requested: str | None = None) -> tuple[str, str]:
+    """Where wandb writes, and why: what was asked for, `WANDB_MODE`, else whether a key is there.
+
+    >>> wandb_mode("offline")
+    ('offline', 'requested')
+
+    Raises:
+        InputError: a mode other than online, offline, disabled.
+    """
+    for value, origin in ((requested, "requested"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")):
+        if not value:
+            continue
+        if value not in WANDB_MODES:
+            raise InputError(
+                f"wandb mode {value!r} ({origin}) is not one of {', '.join(WANDB_MODES)}. "
+                f"Use offline to log without a network."
+            )
+        return value, origin
+    return ("online", "API key found") if _has_wandb_key() else ("offline", "not logged in")
+
+
+def start_trackers(
+    accelerator: Accelerator,
+    run: Path,
+    *,
+    config: Mapping[str, Any],
+    log_with: tuple[str, ...] = TRACKERS,
+    project: str = "lbaccel",
+    group: str | None = None,
+    name: str | None = None,
+    tags: Iterable[str] = (),
+    mode: str | None = None,
+) -> str | None:
+    """Start the run folder and wandb side by side behind `accelerator.log(values, step=update)`.
+
+    Call it on every rank, once, with a bare `Accelerator()`; only the main process opens files.
+    Where `<run>/wandb` holds an earlier run (resume), wandb goes on under its id. Trackers that
+    the accelerator was built with stay. wandb is imported only where it will log.
+
+    Returns:
+        One line for the user about wandb, or None (no wandb, or not the main process).
+
+    Raises:
+        InputError: an unknown tracker or wandb mode, or trackers that have been started before.
+        RunFailed: wandb could not start.
+    """
+    unknown = [tracker for tracker in log_with if tracker not in TRACKERS]
+    if unknown:
+        raise InputError(
+            f"log_with={unknown[0]!r} is not one of {', '.join(TRACKERS)}. Other trackers of "
+            f"Accelerate go into your own Accelerator(log_with=...)."
+        )
+    if accelerator.trackers:
+        raise InputError("start_trackers() was called twice for one Accelerator. Call it once.")
+    chosen, reason = wandb_mode(mode) if "wandb" in log_with else ("disabled", "not in log_with")
+    if not accelerator.is_main_process:
+        return None
+    ours: list[GeneralTracker] = []
+    if chosen != "disabled":
+        names = {"group": group, "name": name or run.name, "tags": list(tags)}
+        ours.append(_WandB(project, config=plain(config), **names, **_wandb(run, chosen)))
+    if "run_folder" in log_with:  # last: it has no file open where wandb cannot start
+        ours.append(RunFolderTracker(project, run=run))
+    others = [tracker for tracker in accelerator.log_with if str(tracker) not in TRACKERS]
+    accelerator.log_with = [*others, *ours]
+    try:
+        accelerator.init_trackers(project)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        accelerator.trackers.clear()  # end_training() would finish what has not begun
+        raise RunFailed(
+            f"wandb ({chosen}: {reason}) did not start: {error}. "
+            f"Use wandb mode offline and upload later with wandb sync."
+        ) from error
+    if chosen == "disabled":
+        return f"wandb: disabled ({reason})." if "wandb" in log_with else None
+    wandb_run: Any = accelerator.get_tracker("wandb", unwrap=True)
+    wandb_run.define_metric("samples_seen")
+    wandb_run.define_metric("*", step_metric="samples_seen")
+    if chosen == "online":
+        return f"wandb: online ({reason}). This run: {wandb_run.url}"
+    folder = Path(wandb_run.dir).parent
+    return (
+        f"wandb: offline ({reason}). This run: {folder}; "
+        f"upload later with: wandb sync {shlex.quote(str(folder))}"
+    )
+
+
+def _wandb(run: Path, mode: str) -> dict[str, Any]:
+    """Arguments of `wandb.init`: quiet, inside the run folder, under the id of an earlier start."""
+    import wandb
+
+    earlier = sorted(
+        (run / "wandb").glob("*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime
+    )
+    # Asked to go online without a key that we know of, wandb must be able to ask for one.
+    silent = mode == "offline" or _has_wandb_key()
+    return {
+        "mode": mode,
+        "dir": str(run),
+        "id": earlier[-1].stem.removeprefix("run-") if earlier else None,
+        "resume": "allow" if earlier else None,
+        "reinit": "finish_previous",
+        "settings": wandb.Settings(silent=silent, console="off"),
+    }

@@ -1,0 +1,1 @@
+"""The largest learning rate at which training stays stable, predicted and measured."""

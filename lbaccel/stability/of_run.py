@@ -1,0 +1,153 @@
+"""How high a rate the curvature at a run's last weights allows, beside the rates that it had."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lbaccel.errors import InputError, RunFailed
+from lbaccel.optim.scaling import choose_rule
+from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.resume import Settings, read_run
+from lbaccel.recipe.task import built
+from lbaccel.runs.folder import CHECKPOINTS, CONFIG, LAST, MODEL, PREPROCESSING, weights_file
+from lbaccel.runs.read import Run
+from lbaccel.stability.curvature import largest_curvature, sgd_momentum
+from lbaccel.stability.limit import rate_advice, rate_sentence, stability_limit, stable_rate
+
+WEIGHTS = Path(CHECKPOINTS, LAST, weights_file(MODEL))
+# growth of the batch and the rate's way over training: neither enters the loss at given weights
+_LEFT_OUT = (
+    *("batch_schedule", "factor", "max_batch_size", "past_max", "growth", "lr_growth"),
+    *("first_epoch", "min_batch_size", "batch_decisions", "lr_exponent"),
+    *("warmup_epochs", "milestones", "final_lr", "loss_dropout"),
+    # of the machine that trained
+    *("micro_batch_size", "memory", "activation_checkpointing", "memory_format"),
+)
+
+
+@dataclass(frozen=True)
+class RunStability:
+    """The stable rate at a run's last weights; rates are those of the group with the highest."""
+
+    lambda_max: float
+    residual: float  # an eigenvalue lies this near
+    num_samples: int
+    momentum: float
+    nesterov: bool
+    peak_lr: float  # of all updates that were logged
+    last_lr: float
+
+    @property
+    def stable_rate(self) -> float:
+        """Infinite where no positive curvature was found."""
+        return stable_rate(self.lambda_max, momentum=self.momentum, nesterov=self.nesterov)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `lbaccel lr-find --json` has them; no number for infinity."""
+        rate = self.stable_rate
+        limit = stability_limit(momentum=self.momentum, nesterov=self.nesterov)
+        return asdict(self) | {
+            "limit": limit,
+            "stable_rate": rate if math.isfinite(rate) else None,
+        }
+
+    def lines(self) -> list[str]:
+        """How the run's rates stand to it."""
+        form = {"momentum": self.momentum, "nesterov": self.nesterov}
+        found = ["by the curvature at the run's last weights:"]
+        names = {"peak": self.peak_lr, "last": self.last_lr}
+        if self.peak_lr == self.last_lr:
+            del names["peak"]
+        for name, lr in names.items():
+            text = rate_sentence(lr, self.lambda_max, num_samples=self.num_samples, **form)
+            found.append(f"{name} {text}")
+        found.append(f"    {rate_advice(self.peak_lr, self.lambda_max, **form)}")
+        return found
+
+
+def run_stability(folder: Path, one: Run, *, global_batch_size: int) -> RunStability | str:
+    """lambda_max of the recipe of a run at its last weights, or why there is no figure.
+
+    The run's recipe is built anew from its config.yaml, in one process and in fp32 (fp64 where it
+    ran in that), and measured on the first samples of its order; nothing in the folder is written.
+
+    Args:
+        folder: the run's.
+        one: its metrics, as `load_run` reads them.
+        global_batch_size: of the run's last updates.
+    """
+    optimizer = one.config.get("optimizer")
+    try:
+        if isinstance(optimizer, str) and choose_rule(optimizer)[0] != "linear":
+            return _no_figure(optimizer)
+        return _measured(folder, one, global_batch_size)
+    except (InputError, RunFailed, OSError, ImportError) as error:
+        return f"stable rate: not measured. {' '.join(str(error).split())}"
+
+
+def _measured(folder: Path, one: Run, global_batch_size: int) -> RunStability | str:
+    rates = [p.value for p in one.history.get("optim/lr", ()) if p.value is not None]
+    if not rates:
+        return "stable rate: not measured. No optim/lr in the run's metrics to compare with."
+    settings = recipe_of(folder, global_batch_size=global_batch_size)
+    with built(settings, say=lambda _: None) as b:
+        form = sgd_momentum(b.optimizer)
+        if form is None:
+            return _no_figure(str(one.config.get("optimizer")))
+        curvature = largest_curvature(b.large_batch, b.loader, b.loss_fn)
+        highest = b.largest_lr / b.lr  # logged is the rate of scale 1
+    return RunStability(
+        lambda_max=curvature.lambda_max,
+        residual=curvature.residual,
+        num_samples=curvature.num_samples,
+        momentum=form[0],
+        nesterov=form[1],
+        peak_lr=highest * max(rates),
+        last_lr=highest * rates[-1],
+    )
+
+
+def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
+    """The settings of a run at one batch, with its last weights, for one process of this machine.
+
+    Raises:
+        InputError: no run of the recipe, or no checkpoint with whole weights.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no {CONFIG}, so its recipe is not known.")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{folder} holds no {WEIGHTS}.")
+    settings, _ = read_run(folder)
+    return {
+        **{name: option.default for name, option in OPTIONS.items()},
+        **settings,
+        **{name: OPTIONS[name].default for name in _LEFT_OUT},
+        "global_batch_size": global_batch_size,
+        "lr_scaling": "none",
+        "warmup": "none",
+        "schedule": "constant",
+        "extensions": [],
+        "resume": None,
+        "pretrained": False,
+        "checkpoint": str(weights),
+        "stem": _stem(weights.parent / PREPROCESSING, settings["stem"]),
+        "precision": "fp64" if settings["precision"] == "fp64" else "fp32",
+    }
+
+
+def _stem(path: Path, asked: str) -> str:
+    """The stem that the weights were trained with: "auto" meant "native" where pretrained."""
+    try:
+        stem = json.loads(path.read_text(encoding="utf-8"))["stem"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return asked
+    return stem if stem in ("small", "native") else asked
+
+
+def _no_figure(optimizer: str) -> str:
+    return f"stable rate: known for SGD, not for {optimizer}"

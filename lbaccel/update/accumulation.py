@@ -1,0 +1,301 @@
+"""The exact update: the gradient of the weighted mean loss over all samples, as a transaction.
+
+With micro-batches i of all ranks, their mean losses l_i and weights w_i (their number of samples,
+or what the loss function returns), an update's gradient is
+
+    g = sum_i w_i grad(l_i) / sum_i w_i
+
+Forward and backward add w_i / B grad(l_i) to `.grad` and write nothing else that lasts; the ranks
+then agree on success, and only then are gradients, losses and weights summed and committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lbaccel.batch.plan import MicroBatch
+from lbaccel.errors import InputError, RunFailed
+from lbaccel.update.memory.oom import is_out_of_memory
+
+LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
+"""(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
+
+Stop = Literal["time limit", "interrupt"]
+"""Why a run ends after an update, before its time; an interrupt outweighs a time limit."""
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class Scope(Protocol):
+    """What must know which samples run: BatchNorm's ghost batches, the masks of dropout."""
+
+    def forward(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch."""
+        ...
+
+    def backward(self) -> AbstractContextManager[Any]:
+        """Around its backward, where a forward is a recompute."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one rank's micro-batches add up to; tensors stay on the device until the commit."""
+
+    loss: Tensor  # float64 [], sum of w_i l_i
+    weight: Tensor  # float64 [], sum of w_i
+    own_weights: bool  # the loss function returned weights
+
+
+def accumulate(
+    model: Any,
+    micro_batches: Iterable[tuple[MicroBatch, Any]],
+    loss_fn: LossFn,
+    *,
+    num_samples: int,
+    scopes: Sequence[Scope] = (),
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    after: Callable[[Tensor | float], object] | None = None,
+) -> Sums:
+    """Add the gradients of one rank's micro-batches to `.grad`; no host synchronisation.
+
+    Each loss is multiplied by w_i / `num_samples` before its backward, so that `.grad` never
+    leaves the scale of a mean. A filler has weight zero.
+
+    Args:
+        model: handed to `loss_fn` as it is.
+        micro_batches: pairs of a `MicroBatch` and its data, on the device.
+        loss_fn: (model, data) -> mean loss [], or (mean loss [], weight [] or float).
+        num_samples: samples of the update over all ranks (B).
+        scopes: entered around each micro-batch, such as the model's `GhostNorm`.
+        backward: runs the backward pass of a scaled loss.
+        after: told the weight of each micro-batch after its backward pass; a filler's is 0.
+
+    Raises:
+        InputError: the loss is no scalar that requires grad, or only some micro-batches weigh.
+    """
+    loss_sum: Tensor | float = 0.0
+    weight_sum: Tensor | float = 0.0
+    weighs: bool | None = None
+    device = None
+    for micro_batch, data in micro_batches:
+        with ExitStack() as around:
+            for scope in scopes:
+                around.enter_context(scope.forward(micro_batch))
+            out = loss_fn(model, data)
+            loss, weight = out if isinstance(out, tuple) else (out, None)
+            _check_loss(loss)
+            device = loss.device
+            if weighs is None:
+                weighs = weight is not None
+            elif weighs != (weight is not None):
+                raise InputError(
+                    "the loss function returned a weight for some micro-batches of this update "
+                    "and none for others. Return (loss, weight) always or never."
+                )
+            if micro_batch.is_filler:
+                weight = 0.0
+            elif weight is None:
+                weight = float(micro_batch.num_samples)
+            elif isinstance(weight, Tensor):
+                weight = weight.detach().double()  # int64 / int would be float32
+            share = weight / num_samples
+            scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
+            with ExitStack() as recompute:
+                for scope in scopes:
+                    recompute.enter_context(scope.backward())
+                backward(scaled)
+            if after is not None:
+                after(weight)
+            if not micro_batch.is_filler:
+                loss_sum = loss_sum + loss.detach().double() * weight
+                weight_sum = weight_sum + weight
+            del out, loss, scaled
+    as_double = {"dtype": torch.float64, "device": device}
+    return Sums(
+        torch.as_tensor(loss_sum, **as_double),
+        torch.as_tensor(weight_sum, **as_double),
+        bool(weighs),
+    )
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        grad = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise InputError(
+            f"the loss function returned {shape}{grad}: it must return the mean loss of the "
+            "micro-batch, a scalar that requires grad (reduction='mean'), or (loss, weight)."
+        )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of an update before anything is reduced."""
+
+    loss: float  # weighted mean over all samples of the update
+    weight: float  # sum of the weights over all ranks
+    present: tuple[bool, ...]  # which parameters have a gradient on some rank
+    stop: Stop | None  # some rank wants to end the run after this update
+    out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
+    short_of_memory: bool = False  # some rank's allocator had to empty its cache
+
+
+def agree(
+    sums: Sums | None,
+    present: Sequence[bool],
+    *,
+    world_size: int,
+    device: torch.device,
+    stop: Stop | None = None,
+    short_of_memory: bool = False,
+    error: BaseException | None = None,
+) -> Agreement:
+    """One small all-reduce: did every rank succeed, and what do losses and weights add up to?
+
+    Where memory ran out on some ranks and nothing else happened, nothing is raised and all of them
+    learn it: `Agreement.out_of_memory`.
+
+    Args:
+        sums: this rank's sums; None where it failed with `error`.
+        present: which parameters have a gradient here, in the same order on every rank.
+        world_size: data-parallel processes.
+        device: where the collective runs.
+        stop: this rank wants to end the run after this update.
+        short_of_memory: this rank's allocator had to empty its cache.
+        error: what this rank raised.
+
+    Raises:
+        BaseException: `error` itself, on the rank that failed.
+        RunFailed: on the others, with what the failing ranks said.
+        InputError: the weights of the update add up to zero.
+    """
+    ran_out = error is not None and is_out_of_memory(error)
+    stops = {None: 0, "time limit": 1, "interrupt": world_size + 1}  # a sum tells which there are
+    status = [float(sums is None and not ran_out), float(ran_out), float(stops[stop])]
+    there = [float(here) for here in present]
+    head = [*status, float(short_of_memory), 0.0, 0.0]
+    vector = torch.tensor(head + there, dtype=torch.float64).to(device)
+    if sums is not None:
+        vector[4], vector[5] = sums.loss, sums.weight
+    if world_size > 1:
+        dist.all_reduce(vector)
+    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *num_present = vector.tolist()
+    if num_failed and world_size > 1:
+        said: list[str | None] = [None] * world_size
+        dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
+        if error is None:
+            reasons = "; ".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
+            raise RunFailed(
+                f"{int(num_failed + num_ran_out)} of {world_size} ranks failed in this update, so "
+                f"no rank committed it. {reasons}"
+            )
+    if error is not None and num_failed:
+        raise error
+    agreed: Stop | None = None
+    if stop_sum:
+        agreed = "interrupt" if stop_sum > world_size else "time limit"
+    if num_ran_out:
+        return Agreement(0.0, 0.0, (), agreed, out_of_memory=True)
+    if weight == 0.0:
+        raise InputError(
+            "the weights of this update add up to 0, so its mean loss is not defined. "
+            "Every update needs at least one sample, token or class of weight above 0."
+        )
+    return Agreement(
+        loss / weight,
+        weight,
+        tuple(n > 0 for n in num_present),
+        agreed,
+        short_of_memory=num_short > 0,
+    )
+
+
+def reduction_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
+    """Bytes for the largest bucket of `reduce_gradients`, to be held before they are needed."""
+    if not parameters:
+        return None
+    size = max(BUCKET_BYTES, max(p.nbytes for p in parameters))
+    return torch.empty(
+        min(size, sum(p.nbytes for p in parameters)),
+        dtype=torch.uint8,
+        device=parameters[0].device,
+    )
+
+
+@torch.no_grad()
+def reduce_gradients(
+    parameters: list[nn.Parameter],
+    present: tuple[bool, ...],
+    *,
+    world_size: int,
+    divisor: float = 1.0,
+    buffer: Tensor | None = None,
+) -> None:
+    """Sum `.grad` over the ranks in fixed buckets of 25 MiB in a fixed order, then divide.
+
+    A parameter with a gradient on some rank only gets zeros on the others; one with none anywhere
+    keeps None, as in one process. `buffer` is what `reduction_buffer` gave; with it, a bucket
+    takes no memory that might not be there.
+    """
+    if world_size > 1:
+        bucket: list[Tensor] = []
+        size = 0
+        for parameter, there in zip(parameters, present, strict=True):
+            if not there:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (
+                size + parameter.grad.nbytes > BUCKET_BYTES
+                or bucket[0].dtype != parameter.grad.dtype
+            ):
+                _all_reduce_bucket(bucket, buffer)
+                bucket, size = [], 0
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
+        if bucket:
+            _all_reduce_bucket(bucket, buffer)
+    if divisor != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= divisor
+
+
+def _all_reduce_bucket(grads: list[Tensor], buffer: Tensor | None) -> None:
+    out = None
+    num_bytes = sum(g.nbytes for g in grads)
+    if buffer is not None and num_bytes <= buffer.nbytes:
+        out = buffer[:num_bytes].view(grads[0].dtype)
+    flat = torch.cat([g.reshape(-1) for g in grads], out=out)
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view(grad.shape))
+
+
+def gather_rows(vector: Tensor) -> Tensor:
+    """All ranks' vectors [L] as the rows of a matrix [world_size, L], in order of rank."""
+    rows = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, vector)
+    return torch.stack(rows)
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of the whole gradient vector, as a scalar tensor."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Multiply the gradient by min(1, `max_norm` / (`norm` + 1e-6)): torch's own rule.
+
+    Pascanu et al. 2013, algorithm 1; called once, after the sum over all micro-batches and ranks.
+    """
+    clip_grads_with_norm_(parameters, max_norm, norm)

@@ -1,0 +1,360 @@
+"""LargeBatch: the object that plugs into the user's own Accelerate loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.data.loader import Update, UpdateLoader
+from lbaccel.errors import InputError
+from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update import failures
+from lbaccel.update.accumulation import Agreement, LossFn, Stop
+from lbaccel.update.memory.adaptive import AdaptivePlan, announce
+from lbaccel.update.memory.micro_batch import largest_that_fits
+from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
+from lbaccel.update.preflight import check_accelerator
+from lbaccel.update.result import UpdateResult
+from lbaccel.update.sharding.optimizer_state import OptimizerState
+from lbaccel.update.sharding.prepare import prepare
+from lbaccel.update.sharding.replicated import Replicated
+from lbaccel.update.sharding.steps import MicroBatches, Sharding
+from lbaccel.update.transaction import Transaction
+
+
+class LargeBatch:
+    """Runs optimizer updates of any global batch on the memory of a micro-batch.
+
+    An update is a transaction: gradients, BatchNorm statistics, scheduler, EMA and counters are
+    written together at its end, or not at all. Under DDP and ZeRO-0 to 2 every micro-batch runs
+    without gradient synchronisation, and one reduction follows the last; ZeRO-3 and FSDP2 (torch's
+    `fully_shard`) reduce each micro-step.
+
+    Where memory runs out in forward or backward, on any rank, the attempt is dropped and all ranks
+    do the update again in smaller micro-batches; the global batch stays (`MicroBatchSize` says
+    when they grow again). Under ZeRO-3 and FSDP2 a rank that fails ends the run.
+
+    Args:
+        accelerator: the user's own, built with `gradient_accumulation_steps=1`.
+        plan: the batch; `world_size` must be `accelerator.num_processes`.
+        clip_grad_norm: largest norm of the summed gradient; None does not clip.
+        bn_statistics: "per_ghost" or "per_update", see `convert_batch_norm`.
+        seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
+        drops: (loss, update) -> whether an update's gradient is dropped, such as `LossDropout`.
+            Statistics, counters and scheduler move; weights, optimizer state and EMA do not.
+        noise_scale: measures the critical batch size as updates go by; not under ZeRO-3 and FSDP2.
+
+    Raises:
+        InputError: the accelerator contradicts the plan, or would not do what it says.
+
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from lbaccel import BatchPlan, LargeBatch, UpdateLoader
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> data = [(torch.ones(2), torch.ones(1)) for _ in range(10)]
+    >>> plan = BatchPlan(global_batch_size=5, micro_batch_size=2)
+    >>> large_batch = LargeBatch(Accelerator(cpu=True), plan)
+    >>> model, optimizer, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
+    >>> def loss_fn(model, micro_batch):
+    ...     x, y = micro_batch
+    ...     return torch.nn.functional.mse_loss(model(x), y)
+    >>> results = [large_batch.update(update, loss_fn) for update in loader]
+    >>> [result.samples_seen for result in results]
+    [5, 10]
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        plan: BatchPlan,
+        *,
+        clip_grad_norm: float | None = None,
+        bn_statistics: BatchNormStatistics = "per_ghost",
+        seed: int = 0,
+        drops: Callable[[float, int], bool] | None = None,
+        noise_scale: NoiseScale | None = None,
+    ) -> None:
+        check_accelerator(accelerator, plan)
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise InputError(f"clip_grad_norm={clip_grad_norm}: give a norm above 0, or None.")
+        self.accelerator = accelerator
+        self._adaptive = AdaptivePlan(plan)
+        self.clip_grad_norm = clip_grad_norm
+        self.bn_statistics: BatchNormStatistics = bn_statistics
+        self._drops = drops
+        self.num_updates = 0
+        self.samples_seen = 0
+        self.randomness = KeyedRandomness(seed, accelerator.device)
+        self.norm: GhostNorm | None = None
+        self.noise_scale = noise_scale
+        self._scheduler: Any = None
+        self._ema: Any = None
+        self._transaction: Transaction | None = None
+        self._stop_requested: Stop | None = None
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan as it stands: its micro-batch follows the memory, the rest never changes."""
+        return self._adaptive.plan
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loader: Any,
+        scheduler: Any = None,
+        *,
+        ema: Any = None,
+    ) -> tuple[Any, ...]:
+        """Prepare the user's objects; takes the place of `accelerator.prepare`.
+
+        Model and optimizer go through `accelerator.prepare`; BatchNorm layers take ghost batches.
+        The loader (an `UpdateLoader`, or any iterable of `Update`) comes back as it is, and so do
+        `scheduler` (counted in updates, not prepared) and `ema` (with `update(model)`, such as
+        timm's ModelEmaV3), which `update` moves at its commit: don't step them yourself.
+
+        Under DeepSpeed the plugin's "auto" values are filled from the plan and `clip_grad_norm`.
+
+        Returns:
+            model, optimizer, loader and, where given, scheduler: in the order given.
+
+        Raises:
+            InputError: model, optimizer or DeepSpeed's configuration would break the contract.
+        """
+        self.norm = convert_batch_norm(
+            model, self.plan.norm_batch_size, statistics=self.bn_statistics
+        )
+        model, optimizer, sharding = prepare(
+            self.accelerator,
+            model,
+            optimizer,
+            plan=self.plan,
+            clip_grad_norm=self.clip_grad_norm,
+            ema=ema,
+        )
+        if self._drops is not None and not sharding.droppable:
+            raise failures.not_dropped()
+        self._transaction = Transaction(
+            self.accelerator,
+            model,
+            sharding,
+            norm=self.norm,
+            randomness=self.randomness,
+            units=self._unit_norms(sharding, optimizer),
+        )
+        self._scheduler, self._ema = scheduler, ema
+        for thing in (self, scheduler, loader):
+            if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
+                self.accelerator.register_for_checkpointing(thing)
+        return (model, optimizer, loader) + (() if scheduler is None else (scheduler,))
+
+    def _unit_norms(self, sharding: Sharding, optimizer: Any) -> UnitNorms | None:
+        if self.noise_scale is None:
+            return None
+        preconditioned = self.noise_scale.preconditioned is not None
+        whole = isinstance(sharding, Replicated)
+        if not sharding.droppable or (preconditioned and not whole):
+            raise failures.no_noise_scale(preconditioned=preconditioned and sharding.droppable)
+        return UnitNorms(
+            sharding.parameters,
+            optimizer=optimizer.optimizer if preconditioned else None,
+            scaler=self.accelerator.scaler,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def update(self, update: Update, loss_fn: LossFn) -> UpdateResult:
+        """One optimizer update over all micro-batches of all ranks.
+
+        Args:
+            update: an item of the loader; its data is moved to the device a micro-batch at a time.
+            loss_fn: (model, data) -> mean loss over the micro-batch, or (mean loss, weight) where
+                weight is the sum of token, mask or class weights that the mean was taken over.
+
+        Raises:
+            RunFailed: the loss or the gradient is not finite (without fp16's scaler), or another
+                rank failed; weights, statistics and counters are as before.
+        """
+        transaction = self._ready()
+        transaction.sharding.reserve()
+        for num_retries in range(self.plan.micro_batch_size + 1):
+            try:
+                agreement, own_weights = transaction.attempt(
+                    update, self._cut(update), loss_fn, stop=self._stop_requested
+                )
+                if agreement.out_of_memory:
+                    self._shrink(update)
+                    continue
+                return self._commit(
+                    update,
+                    agreement,
+                    num_retries,
+                    divisor=agreement.weight / update.num_samples if own_weights else 1.0,
+                )
+            except BaseException:
+                transaction.drop()
+                raise
+        raise AssertionError("each retry halves the micro-batch")
+
+    def find_micro_batch_size(self, loader: UpdateLoader, loss_fn: LossFn) -> int:
+        """Search the largest micro-batch that fits, and take it; all else stays as it was.
+
+        Each trial runs two micro-batches of the next update, with the room for the optimizer's
+        state taken, and drops them. On a CPU set a limit first (`memory_limit`): without one the
+        system kills a process that takes too much.
+
+        Args:
+            loader: what `prepare` returned; its next update stays the next one.
+            loss_fn: as for `update`.
+
+        Raises:
+            InputError: under ZeRO-3 or FSDP2.
+            RunFailed: not even one group fits.
+        """
+        transaction = self._ready()
+        if not transaction.sharding.droppable:
+            raise failures.not_searched()
+        transaction.sharding.reserve()
+        update, unit, device = loader.peek(), self.plan.group_size, self.accelerator.device
+
+        def fits(size: int) -> bool:
+            assert update.recut is not None
+            two = islice(update.recut(size), 2)
+            try:
+                return not transaction.attempt(update, two, loss_fn)[0].out_of_memory
+            finally:
+                transaction.drop()
+
+        most = replace(
+            self.plan, micro_batch_size=self.plan.num_groups(update.num_samples) * unit
+        ).largest_micro_batch(update.num_samples)
+        found = largest_that_fits(fits, unit=unit, most=most)
+        if found is None:
+            raise failures.nothing_fits(self.plan, device, update=update.index + 1)
+        self._adaptive.ask(replace(self.plan, micro_batch_size=found))
+        self._cut(loader.peek())
+        return found
+
+    def _ready(self) -> Transaction:
+        if self._transaction is None:
+            raise failures.not_prepared()
+        if self._transaction.sharding.half_stepped:
+            raise failures.half_stepped()
+        return self._transaction
+
+    def _cut(self, update: Update) -> MicroBatches:
+        if update.recut is None:
+            return update.micro_batches
+        return update.recut(self.plan.micro_batch_size)
+
+    def _shrink(self, update: Update) -> None:
+        """Take the next smaller micro-batch after memory ran out, or say what to try."""
+        if update.recut is None:
+            raise failures.not_recut(self.plan)
+        device = self.accelerator.device
+        note = self._adaptive.shrink(update=update.index + 1, num_samples=update.num_samples)
+        if note is None:
+            raise failures.nothing_fits(self.plan, device, update=update.index + 1)
+        announce(note, speak=self.accelerator.is_main_process)
+
+    def request_stop(self, reason: Stop = "interrupt") -> None:
+        """Ask for the run's end from any rank: `UpdateResult.stop` then tells all of them."""
+        if self._stop_requested != "interrupt":
+            self._stop_requested = reason
+
+    def _commit(
+        self, update: Update, agreement: Agreement, num_retries: int, *, divisor: float
+    ) -> UpdateResult:
+        transaction = self._ready()
+        drops = self._drops is not None and self._drops(agreement.loss, update.index)
+        if drops:
+            step = transaction.commit_statistics()
+        else:
+            step = transaction.commit(
+                agreement, divisor=divisor, plan=self.plan, num_updates=self.num_updates
+            )
+        if step.outcome == "not finite":
+            raise failures.not_finite(
+                agreement.loss,
+                step.grad_norm,
+                num_updates=self.num_updates,
+                samples_seen=self.samples_seen,
+            )
+        if step.outcome in ("written", "dropped"):
+            if self.noise_scale is not None and transaction.units is not None and not drops:
+                self.noise_scale.add(
+                    transaction.units.read(),
+                    grad_norm=step.grad_norm,
+                    num_samples=update.num_samples,
+                    weight=agreement.weight,
+                    start=self.samples_seen,
+                )
+            self.num_updates += 1
+            self.samples_seen += update.num_samples
+            if self._scheduler is not None:
+                self._scheduler.step()
+            if self._ema is not None and not drops:
+                self._ema.update(transaction.sharding.module)
+        size = self.plan.micro_batch_size
+        note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
+        announce(note, speak=self.accelerator.is_main_process)
+        return UpdateResult(
+            applied=step.outcome == "written",
+            loss=agreement.loss,
+            grad_norm=step.grad_norm,
+            num_samples=update.num_samples,
+            num_updates=self.num_updates,
+            samples_seen=self.samples_seen,
+            micro_batch_size=size,
+            num_retries=num_retries,
+            stop=agreement.stop,
+            dropped=drops,
+        )
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[Transaction]:
+        """Inside, an update moves weights and optimizer alone; see `rehearsal`."""
+        names = ("_scheduler", "_ema", "_adaptive", "_drops", "noise_scale")
+        kept = {name: getattr(self, name) for name in (*names, "num_updates", "samples_seen")}
+        self._scheduler = self._ema = self._drops = self.noise_scale = None
+        self._adaptive = copy.deepcopy(self._adaptive)
+        try:
+            yield self._ready()
+        finally:
+            vars(self).update(kept)
+
+    def whole_model(self) -> AbstractContextManager[nn.Module]:
+        """The model with all its weights, for evaluation and for saving; every rank enters it.
+
+        Under ZeRO-3 and FSDP2 it is a plain copy with gathered weights.
+        """
+        return self._ready().sharding.whole()
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's whole state, to be saved and loaded by all ranks together."""
+        return self._ready().sharding.optimizer_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, and the noise scale's averages where they are taken."""
+        state = {"num_updates": self.num_updates, "samples_seen": self.samples_seen}
+        if self.noise_scale is not None:
+            return {**state, "noise_scale": self.noise_scale.state_dict()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters, and the noise scale's averages where both have them."""
+        self.num_updates = int(state["num_updates"])
+        self.samples_seen = int(state["samples_seen"])
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])
+        if self._transaction is not None:
+            self._transaction.sharding.half_stepped = False

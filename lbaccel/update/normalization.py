@@ -1,0 +1,356 @@
+"""BatchNorm under accumulation and recompute: ghost batches, statistics at commit, recalibration.
+
+Statistics of a ghost batch never touch the running buffers during an update. A layer's forward
+hands torch's kernel an accumulator A in place of the buffer r (A starts at 0, momentum m):
+
+    A <- (1 - m) A + m s_g          for each ghost batch g of this rank, in order
+
+and `GhostNorm.commit` writes, with G_k the number of ghost batches on the ranks after rank k,
+
+    r <- (1 - m)^G r + sum_k (1 - m)^(G_k) A_k
+
+which is what training the G ghost batches one after the other would leave (Hoffer et al. 2017,
+algorithm 1, with the statistics moved once a ghost batch). The accumulators cost no kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lbaccel.batch.plan import MicroBatch, NormBatchSize
+from lbaccel.errors import InputError
+
+BatchNormStatistics = Literal["per_ghost", "per_update"]
+Gather = Callable[[Tensor], Tensor]
+"""Takes a vector [L] of this rank, returns the matrix [world_size, L] of all ranks' vectors."""
+
+
+class _Slot:
+    """Where one layer's statistics of the running update lie (views of `GhostNorm`'s vectors)."""
+
+    def __init__(self, norm: GhostNorm, name: str) -> None:
+        self.norm, self.name = norm, name
+        self.mean = self.var = self.spare_mean = self.spare_var = None
+        self.num_groups = 0
+        self.num_values = 0
+        self.calls = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot | None:
+        # A copied model (EMA, recalibration) takes no part in updates: its layers are plain.
+        return None
+
+
+def _ghost_forward(self: Any, x: Tensor) -> Tensor:
+    slot: _Slot | None = self._ghost_slot
+    norm = slot.norm if slot is not None else None
+    if norm is None or not self.training or not (norm.frozen or norm.micro_batch is not None):
+        return type(self)._plain_forward(self, x)
+    assert slot is not None
+    if norm.frozen:
+        mean, var = self.running_mean, self.running_var
+        y = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+    else:
+        y = _normalise_groups(self, x, slot, norm)
+    return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+def _normalise_groups(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm) -> Tensor:
+    assert norm.micro_batch is not None
+    sizes = norm.micro_batch.group_sizes
+    if x.shape[0] != norm.micro_batch.num_samples:
+        raise InputError(
+            f"BatchNorm layer {slot.name!r} got {x.shape[0]} samples where the micro-batch holds "
+            f"{norm.micro_batch.num_samples}: ghost batches are cut by sample, so the model must "
+            "see each micro-batch once, whole. Use norm_batch_size='frozen' for this loss."
+        )
+    smallest = min(sizes) * x.shape[2:].numel()
+    if smallest < 2:
+        raise InputError(
+            f"BatchNorm layer {slot.name!r} has one value a channel in a ghost batch of "
+            f"{min(sizes)} sample: no variance can be taken. Use norm_batch_size >= 2, larger "
+            "images, or norm_batch_size='frozen'."
+        )
+    discard = norm.recomputing or norm.micro_batch.is_filler
+    if not discard:
+        slot.calls += 1
+        if slot.calls > 1 and len(sizes) > 1:
+            raise InputError(
+                f"BatchNorm layer {slot.name!r} runs {slot.calls} times in one forward, so the "
+                f"order of its statistics would depend on the {len(sizes)} ghost batches of a "
+                f"micro-batch. Use micro_batch_size=norm_batch_size={max(sizes)}, or 'frozen'."
+            )
+    if len(sizes) == 1:
+        return _normalise(layer, x, slot, norm, discard)
+    return torch.cat([_normalise(layer, part, slot, norm, discard) for part in x.split(sizes)])
+
+
+def _normalise(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm, discard: bool) -> Tensor:
+    """Batch norm of one ghost batch; its moments go to the accumulator unless `discard`."""
+
+    def kernel(mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
+        return nn.functional.batch_norm(
+            x, mean, var, layer.weight, layer.bias, True, momentum, layer.eps
+        )
+
+    if slot.mean is None:  # the layer keeps no running statistics
+        return kernel(None, None, 0.0)
+    # A recompute saves as many tensors as the forward did, so it gets buffers as well, to spoil.
+    if discard:
+        return kernel(slot.spare_mean, slot.spare_var, 0.0)
+    slot.num_groups += 1
+    if norm.statistics == "per_ghost":
+        momentum = layer.momentum
+        return kernel(slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum)
+    assert slot.mean is not None and slot.var is not None
+    mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
+    y = kernel(mean, var, 1.0)
+    n = x.numel() // x.shape[1]
+    # Not in place: the backward pass has saved `mean` and `var`.
+    _merge(slot.mean, slot.var, slot.num_values, mean, var * (n - 1), n)
+    slot.num_values += n
+    return y
+
+
+def _merge(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: Any) -> None:
+    """Chan, Golub and LeVeque 1983, eq. 2.1: moments (n, mean, sum of squares) of both sets."""
+    delta = mean_b - mean
+    mean += delta * (n_b / (n + n_b))
+    m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))
+
+
+def _ghost_class(base: type[nn.Module], plain: Any, **more: Any) -> type[nn.Module]:
+    body = {"forward": _ghost_forward, "_plain_forward": plain, "__module__": __name__, **more}
+    return type(f"Ghost{base.__name__}", (base,), body)
+
+
+def _any_dim(self: Any, x: Tensor) -> None:
+    """SyncBatchNorm checks nothing, and as a plain layer it needs a check to call."""
+
+
+def _plain_act_forward(self: Any, x: Tensor) -> Tensor:
+    y = _BatchNorm.forward(self, x)
+    return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+_GHOST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    base: _ghost_class(base, base.forward)
+    for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+}
+for _sync in (nn.SyncBatchNorm, SyncBatchNormAct):
+    _GHOST_CLASSES[_sync] = _ghost_class(_sync, _plain_act_forward, _check_input_dim=_any_dim)
+
+
+class GhostNorm:
+    """The BatchNorm layers of one model, and their statistics of the running update.
+
+    Built by `convert_batch_norm`. `recomputing` is set around backward by the update, so that
+    activation checkpointing's second forward leaves no trace.
+    """
+
+    def __init__(self, *, frozen: bool, statistics: BatchNormStatistics) -> None:
+        self.frozen = frozen
+        self.statistics = statistics
+        self.micro_batch: MicroBatch | None = None
+        self.recomputing = False
+        self.layers: list[Any] = []
+        self._pending: Tensor | None = None
+        self._spare: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextmanager
+    def forward(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Inside, the layers see the ghost batches of `micro_batch`, in forward and recompute."""
+        self.micro_batch = micro_batch
+        for layer in self.layers:
+            layer._ghost_slot.calls = 0
+        try:
+            yield
+        finally:
+            self.micro_batch, self.recomputing = None, False
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Inside, a forward of a layer is a recompute and takes no statistic."""
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+    def begin(self) -> None:
+        """Forget what an update left behind and start the next (statistics of a dropped update)."""
+        if self.frozen or not self.layers:
+            return
+        tracked = [layer for layer in self.layers if layer.running_mean is not None]
+        if (tracked and self._pending is None) or self._moved(tracked):
+            self._allocate(tracked)
+        if self._pending is not None:
+            self._pending.zero_()
+        for layer in self.layers:
+            layer._ghost_slot.num_groups = layer._ghost_slot.num_values = 0
+
+    def _moved(self, tracked: list[Any]) -> bool:
+        pending = self._pending
+        if pending is None:
+            return False
+        buffer = tracked[0].running_mean
+        return pending.device != buffer.device or pending.dtype != buffer.dtype
+
+    def _allocate(self, tracked: list[Any]) -> None:
+        like = {(b.dtype, b.device) for layer in tracked for b in (layer.running_mean,)}
+        if len(like) > 1:
+            raise InputError(
+                f"BatchNorm buffers have several dtypes or devices {sorted(map(str, like))}; "
+                "cast and move the model as a whole."
+            )
+        sizes = [layer.num_features for layer in tracked]
+        dtype, device = like.pop()
+        self._pending = torch.zeros(2 * sum(sizes), dtype=dtype, device=device)
+        self._spare = torch.zeros_like(self._pending)
+        for vector, names in ((self._pending, "mean var"), (self._spare, "spare_mean spare_var")):
+            halves = vector.view(2, -1)
+            for name, half in zip(names.split(), halves, strict=True):
+                for layer, view in zip(tracked, half.split(sizes), strict=True):
+                    setattr(layer._ghost_slot, name, view)
+
+    @torch.no_grad()
+    def commit(self, gather: Gather | None = None) -> None:
+        """Write the update's statistics to the running buffers, once, in order of the ranks.
+
+        Args:
+            gather: collects a vector of every rank (one collective); None in one process.
+        """
+        if self.frozen or self._pending is None:
+            return
+        tracked = [layer for layer in self.layers if layer.running_mean is not None]
+        slots = [layer._ghost_slot for layer in tracked]
+        per_ghost = self.statistics == "per_ghost"
+        counts = self._pending.new_tensor(
+            [s.num_groups if per_ghost else s.num_values for s in slots], dtype=torch.float64
+        )
+        # Counts ride along in float64, exact to 2^53.
+        vector = torch.cat([counts, self._pending.double()])
+        rows = vector[None] if gather is None else gather(vector)
+        counts, moments = rows[:, : len(slots)], rows[:, len(slots) :]
+        half = moments.shape[1] // 2
+        start = 0
+        for i, layer in enumerate(tracked):
+            stop = start + layer.num_features
+            means, variances = moments[:, start:stop], moments[:, half + start : half + stop]
+            write = _write_per_ghost if per_ghost else _write_per_update
+            write(layer, counts[:, i], means, variances)
+            start = stop
+
+
+def _write_per_ghost(layer: Any, counts: Tensor, means: Tensor, variances: Tensor) -> None:
+    total = counts.sum()
+    if layer.momentum is None:  # cumulative average: A_k is the mean over rank k's ghost batches
+        keep = layer.num_batches_tracked.double()
+        decay, weights = keep / (keep + total).clamp(min=1), counts / (keep + total).clamp(min=1)
+    else:
+        after = counts.flip(0).cumsum(0).flip(0) - counts
+        decay, weights = (1 - layer.momentum) ** total, (1 - layer.momentum) ** after
+    for buffer, rows in ((layer.running_mean, means), (layer.running_var, variances)):
+        buffer.copy_(decay * buffer.double() + (weights[:, None] * rows).sum(0))
+    layer.num_batches_tracked += total.to(layer.num_batches_tracked.dtype)
+
+
+def _write_per_update(layer: Any, counts: Tensor, means: Tensor, sums: Tensor) -> None:
+    n, mean, m2 = counts[0].clone(), means[0].clone(), sums[0].clone()
+    for k in range(1, len(counts)):
+        if counts[k] > 0:
+            _merge(mean, m2, n, means[k].clone(), sums[k].clone(), counts[k])
+            n += counts[k]
+    if n == 0:
+        return
+    layer.num_batches_tracked += 1
+    m = layer.momentum
+    m = 1.0 / float(layer.num_batches_tracked) if m is None else m
+    for buffer, value in ((layer.running_mean, mean), (layer.running_var, m2 / (n - 1))):
+        buffer.copy_((1 - m) * buffer.double() + m * value)
+
+
+def convert_batch_norm(
+    model: nn.Module,
+    norm_batch_size: NormBatchSize,
+    *,
+    statistics: BatchNormStatistics = "per_ghost",
+) -> GhostNorm:
+    """Make every BatchNorm layer of `model` see ghost batches inside an update, in place.
+
+    Only the class of the layers changes: parameters, buffers and `state_dict` stay, and outside
+    an update the layers do what they did. With "frozen" they normalise by their running
+    statistics in training as well (gamma and beta still train).
+
+    Args:
+        model: any module; nn.BatchNorm1d to 3d, nn.SyncBatchNorm, and timm's BatchNormAct2d.
+        norm_batch_size: samples of a statistic, "frozen", or None (then there must be no layer).
+        statistics: "per_ghost" moves running statistics once a ghost batch, "per_update" once an
+            update by merged moments (few updates then leave them far behind the weights).
+
+    Returns:
+        The `GhostNorm` to hand to the update; `len()` is the number of layers.
+
+    Raises:
+        InputError: BatchNorm layers but no `norm_batch_size`, or a layer of an unknown subclass.
+    """
+    if statistics not in ("per_ghost", "per_update"):
+        raise InputError(f"statistics={statistics!r} is not 'per_ghost' or 'per_update'.")
+    norm = GhostNorm(frozen=norm_batch_size == "frozen", statistics=statistics)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    if found and norm_batch_size is None:
+        raise InputError(
+            f"the model has {len(found)} BatchNorm layers (first: {found[0][0]!r}), and the plan "
+            "has no norm_batch_size: what BatchNorm sees decides the result. Give "
+            "BatchPlan(norm_batch_size=32), another number of samples, or 'frozen'."
+        )
+    ghost_classes = set(_GHOST_CLASSES.values())
+    for name, layer in found:
+        if type(layer) not in _GHOST_CLASSES and type(layer) not in ghost_classes:
+            raise InputError(
+                f"BatchNorm layer {name!r} is a {type(layer).__name__}, which lbaccel does not "
+                f"know how to cut. Known: {', '.join(c.__name__ for c in _GHOST_CLASSES)}."
+            )
+        if norm.frozen and layer.running_mean is None:
+            raise InputError(
+                f"BatchNorm layer {name!r} keeps no running statistics (track_running_stats="
+                "False), so there are none to freeze. Use norm_batch_size=32 or another number."
+            )
+    for name, layer in found:
+        layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
+        layer._ghost_slot = _Slot(norm, name)  # type: ignore[assignment]
+        norm.layers.append(layer)
+    return norm
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether `model` holds a BatchNorm layer."""
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def recalibrate(
+    model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None
+) -> nn.Module:
+    """A copy of `model` whose running statistics are the mean over `batches` of training samples.
+
+    r = (1 / K) sum_k s_k over the K batches, as `torch.optim.swa_utils.update_bn` does; take
+    batches of `norm_batch_size` samples. The model itself is left alone.
+
+    Args:
+        model: the network, unwrapped.
+        batches: inputs [n, C, H, W], or tuples that begin with them.
+        device: where to move the inputs.
+    """
+    twin = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, twin, device=device)  # type: ignore[arg-type]
+    return twin

@@ -1,0 +1,205 @@
+"""An update as a transaction: an attempt, what the ranks agree on, and the commit."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.data.loader import Update
+from lbaccel.errors import InputError, RankFailed, RunFailed
+from lbaccel.noise.scale import UnitNorms
+from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.update import accumulation, failures
+from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
+from lbaccel.update.normalization import GhostNorm
+from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
+
+
+class Transaction:
+    """What an update writes together or not at all: weights, optimizer state, statistics.
+
+    Args:
+        accelerator: its device, scaler and processes are used.
+        model: prepared.
+        sharding: of the model.
+        norm: BatchNorm's statistics of the running update.
+        randomness: the draws of the running update.
+        units: the norms of its micro-batches' gradients, where the noise scale is measured.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        sharding: Sharding,
+        *,
+        norm: GhostNorm,
+        randomness: KeyedRandomness,
+        units: UnitNorms | None = None,
+    ) -> None:
+        self.accelerator, self.model, self.sharding = accelerator, model, sharding
+        self.norm, self.randomness, self.units = norm, randomness, units
+
+    def drop(self) -> None:
+        """Take back what an attempt left in gradients and statistics."""
+        self.sharding.drop()
+        self.norm.begin()
+
+    def attempt(
+        self,
+        update: Update,
+        micro_batches: MicroBatches,
+        loss_fn: LossFn,
+        *,
+        stop: Stop | None = None,
+    ) -> tuple[Agreement, bool]:
+        """Add up gradients, and learn whether all ranks could.
+
+        Where memory ran out on some rank, what this rank's attempt holds is let go. Where ranks
+        meet within micro-steps (ZeRO-3, FSDP2) there is no agreeing after a failure: the others
+        wait in a collective that this rank will not come to, so its end must end them.
+
+        Args:
+            update: its index is the key of its draws.
+            micro_batches: of this rank, moved to the device one at a time.
+            loss_fn: as for `accumulate`.
+            stop: this rank wants to end the run after this update.
+
+        Returns:
+            What the ranks agreed on, and whether the loss function returned weights.
+
+        Raises:
+            Exception: what this rank raised, other than a lack of memory.
+            RunFailed: another rank failed, or this one did where ranks meet within micro-steps.
+        """
+        self.drop()
+        device, world_size = self.accelerator.device, self.accelerator.num_processes
+        retries = allocator_retries(device)
+        with self.randomness.update(update.index):
+            sums, error = self._try(micro_batches, loss_fn, update.num_samples)
+            if error is not None and not self.sharding.droppable and world_size > 1:
+                raise _cut_off(error, self.accelerator.process_index) from error
+            agreement = accumulation.agree(
+                sums,
+                self.sharding.present(),
+                world_size=world_size,
+                device=device,
+                stop=stop,
+                short_of_memory=allocator_retries(device) > retries,
+                error=error,
+            )
+            if agreement.out_of_memory:
+                let_go(error, device)
+        return agreement, sums is not None and sums.own_weights
+
+    def _try(
+        self, micro_batches: MicroBatches, loss_fn: LossFn, num_samples: int
+    ) -> tuple[Sums | None, BaseException | None]:
+        device = self.accelerator.device
+        on_device = (
+            (m, send_to_device(data, device, non_blocking=True))
+            for m, data in self.sharding.micro_steps(micro_batches)
+        )
+        try:
+            # Weights that each forward gathers anew must not live on in their casts.
+            keeps = self.sharding.droppable
+            cache = _autocast_cache(device.type) if keeps else nullcontext()
+            listening = self.units.collect() if self.units is not None else nullcontext()
+            with self.sharding.around(), cache, listening:
+                sums = accumulation.accumulate(
+                    self.model,
+                    on_device,
+                    loss_fn,
+                    num_samples=num_samples,
+                    scopes=(self.norm, self.randomness),
+                    backward=self.sharding.backward,
+                    after=None if self.units is None else self.units.add,
+                )
+        except Exception as error:
+            return None, error
+        return sums, None
+
+    def commit(
+        self, agreement: Agreement, *, divisor: float, plan: BatchPlan, num_updates: int
+    ) -> Step:
+        """Reduce, clip, step, and write the statistics.
+
+        The optimizer's step is not undone and not repeated, since half of it may be written.
+
+        Args:
+            agreement: of the attempt.
+            divisor: of the summed gradient, for losses with weights of their own.
+            plan: the batch.
+            num_updates: applied before this one.
+
+        Raises:
+            RunFailed: memory ran out in the step, or an fp16 overflow that no loss scale cures.
+        """
+        scaler = self.accelerator.scaler
+        try:
+            with self.units.at_step() if self.units is not None else nullcontext():
+                step = self.sharding.commit(agreement, divisor=divisor)
+        except Exception as error:
+            if not (self.sharding.half_stepped and is_out_of_memory(error)):
+                raise
+            raise failures.step_ran_out(plan, num_updates=num_updates) from error
+        if step.outcome == "written":
+            self._commit_statistics()
+        elif step.outcome == "skipped" and scaler is not None and scaler.get_scale() < 1.0:
+            raise failures.overflow(scaler.get_scale(), num_updates=num_updates)
+        if step.outcome != "not finite":
+            self.sharding.drop()
+        return step
+
+    def commit_statistics(self) -> Step:
+        """Write BatchNorm's statistics alone and let the gradient go."""
+        self._commit_statistics()
+        self.sharding.drop()
+        return Step(math.nan, "dropped")
+
+    def _commit_statistics(self) -> None:
+        several = self.accelerator.num_processes > 1
+        self.norm.commit(accumulation.gather_rows if several else None)
+
+
+def _cut_off(error: BaseException, rank: int) -> BaseException:
+    """What to raise where the other ranks can't be told."""
+    if isinstance(error, (InputError, RunFailed)):
+        return error
+    what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if is_out_of_memory(error):
+        return RankFailed(
+            f"memory ran out on rank {rank} ({what}). Under ZeRO-3 and FSDP2 ranks meet in every "
+            "forward, so the update can't be done again in smaller micro-batches. Start with a "
+            "smaller --micro-batch-size, or use ZeRO-2, which recovers by itself."
+        )
+    if isinstance(error, torch.distributed.DistError) or "onnection" in what:
+        return RankFailed(
+            f"rank {rank} lost another rank in the middle of an update ({what}). That rank's own "
+            "message says why."
+        )
+    return RankFailed(
+        f"rank {rank} failed in a micro-step ({what}). Under ZeRO-3 and FSDP2 the other ranks "
+        "wait for it in a collective, so the run ends."
+    )
+
+
+def _autocast_cache(device_type: str) -> AbstractContextManager[Any]:
+    """Keep autocast's cast weights over all micro-batches, changing nothing else.
+
+    Autocast drops its casts where its outermost context ends; the model's own context (put there
+    by `accelerator.prepare`) ends with each forward. This one is outside, in the state found.
+    """
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )

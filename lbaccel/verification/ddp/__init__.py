@@ -1,0 +1,1 @@
+"""Real DistributedDataParallel beside one process of lbaccel."""

@@ -1,0 +1,1 @@
+"""Why an update differs: causes, and the evidence for each."""
