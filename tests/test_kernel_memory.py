@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import cli
@@ -21,6 +21,7 @@ from lbaccel.planning.cost.kernel_memory import (
     measured_workspace,
 )
 from lbaccel.planning.cost.processor import LIMITS
+from lbaccel.planning.cost.trace import fake_tensors
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 
 aten = torch.ops.aten
@@ -170,7 +171,7 @@ def test_what_was_measured_once_is_not_measured_again(monkeypatch):
 
 def test_fake_tensors_of_any_size_cost_no_memory_and_leave_no_trace():
     state, enabled = torch.get_rng_state(), torch.is_grad_enabled()
-    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16):
         calls = convolution(50_000, 64, 64, 3, 56)
         found = [measured_workspace(name, args) for name, args in calls.items()]
         assert torch.is_autocast_enabled("cpu") and isinstance(torch.zeros(1), FakeTensor)
@@ -237,7 +238,7 @@ def test_bf16_products_are_measured_on_blocks_where_onednn_runs_them(monkeypatch
 
     monkeypatch.setattr(kernel_memory, "_allocations", taken)
     monkeypatch.setattr(kernel_memory, "_has_bf16_products", lambda: True)
-    with FakeTensorMode():
+    with fake_tensors():
         x, weight = torch.empty(50_000, 384, dtype=torch.bfloat16), torch.empty(384, 1536)
         assert not is_chosen_by_processor("aten.mm", (x.float(), weight))
         assert is_chosen_by_processor("aten.mm", (x, weight.bfloat16()))
@@ -334,7 +335,7 @@ def test_a_call_that_may_not_fit_in_memory_is_not_made(monkeypatch):
 
 def test_a_kernel_that_would_end_the_process_is_not_called(monkeypatch):
     """mobileone's and repvgg's stems, channels-last: see `_writes_past_its_buffers`."""
-    with FakeTensorMode():
+    with fake_tensors():
         calls = convolution(8, 3, 48, 1, 32, stride=2, padding=0, layout="channels_last")
     monkeypatch.setattr(kernel_memory, "allocations", lambda call: pytest.fail("called"))
     with pytest.raises(Unmeasured, match="past its buffers"):

@@ -126,6 +126,12 @@ def test_the_arithmetic_imports_no_torch(name):
     assert not top & heavy
 
 
+def test_tensors_without_memory_have_one_door():
+    """`fake_tensors` keeps this process able to fork; FakeTensorMode by itself does not."""
+    users = {path.name for path in modules() if "FakeTensorMode" in path.read_text()}
+    assert users == {"trace.py"}
+
+
 def test_deepspeed_wandb_and_matplotlib_are_imported_only_where_used():
     for path in modules():
         top = {found.split(".")[0] for found in imports(path, only_top=True)}

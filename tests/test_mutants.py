@@ -14,6 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, tests that must notice)
 MUTANTS = {
+    "a trace takes the stand-in GPU for a device of autograd's": (
+        "planning.cost.trace",
+        '        torch.ones((), device="cpu", requires_grad=True).backward()\n',
+        "        pass\n",
+        "tests/test_trace.py::test_a_process_can_fork_after_a_trace_and_a_backward_pass",
+    ),
     "a workspace is measured below the samples where its algorithm changes": (
         "planning.cost.kernel_memory",
         "        first = MANY\n",

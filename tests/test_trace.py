@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from forks import run_forked, run_fresh
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -18,7 +19,7 @@ from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch
 from lbaccel.data.loader import Update
-from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
+from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace, fake_tensors
 from lbaccel.planning.cost.update import Network, trace_update
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 from lbaccel.randomness.masks import CALLS_AT_ONCE
@@ -546,3 +547,15 @@ def test_a_trace_runs_under_any_default_device_and_leaves_it():
         trace = traced(mlp(), vectors, 8)
         assert torch.get_default_device() == torch.device("meta")
     assert trace.peak() == traced(mlp(), vectors, 8).peak()
+
+
+def backward_in_a_child_after_a_trace():
+    with fake_tensors():
+        torch.ones(3)
+    backward = torch.ones((), requires_grad=True).backward
+    backward()  # the first one after the trace
+    return run_forked(lambda rank: backward())[0].error
+
+
+def test_a_process_can_fork_after_a_trace_and_a_backward_pass():
+    assert run_fresh("test_trace", "backward_in_a_child_after_a_trace") == ""

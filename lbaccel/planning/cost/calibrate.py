@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbaccel.errors import InputError, check_number
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.time_model import MANY, kernel_class
-from lbaccel.planning.cost.trace import Kernel, Recorder
+from lbaccel.planning.cost.trace import Kernel, Recorder, fake_tensors
 
 aten = torch.ops.aten
 
@@ -221,7 +220,7 @@ def _kernel(
     build: Callable[[Make], Call], dtype: torch.dtype, layout: torch.memory_format
 ) -> Kernel:
     """What the tracer sees of a call."""
-    with FakeTensorMode():
+    with fake_tensors():
         make = partial(_tensor, torch.device("cpu"), dtype, layout)
         call = build(make)
         with Recorder() as recorder:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -23,6 +23,18 @@ Role = Literal["weights", "gradients", "optimizer", "activations"]
 
 Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
+
+
+def fake_tensors(*, allow_non_fake_inputs: bool = False) -> FakeTensorMode:
+    """A mode in which tensors hold no memory, and after which this process may still fork.
+
+    torch's autograd counts the devices at its first backward pass and starts a thread for each, and
+    no child forked later may run a backward pass. FakeTensorMode registers a stand-in for a GPU,
+    which would be counted. So a backward pass comes first.
+    """
+    with torch.inference_mode(False):
+        torch.ones((), device="cpu", requires_grad=True).backward()
+    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lbaccel.batch.plan import BatchPlan, MicroBatch
-from lbaccel.planning.cost.trace import Recorder, Trace, Workspace
+from lbaccel.planning.cost.trace import Recorder, Trace, Workspace, fake_tensors
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn
@@ -83,7 +83,7 @@ def trace_update(
     Raises:
         Exception: whatever the model raises on fake tensors.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensors(allow_non_fake_inputs=True)
     states = [] if network.optimizer is None else state_tensors(network.optimizer)
     recorder = Recorder(workspace)
     with mode, ExitStack() as around:
