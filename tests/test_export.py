@@ -121,7 +121,8 @@ def test_the_card_has_the_runs_figures_and_nothing_of_the_machine(plain, tmp_pat
 
 def test_the_exported_settings_are_those_of_the_run_for_the_recipe(plain, tmp_path):
     assert export(plain, "--to", tmp_path / "out") == 0
-    ours, *_ = read_settings(["--config", str(tmp_path / "out/config.yaml")], prog="x")
+    settings, _ = read_settings(["--config", str(tmp_path / "out/config.yaml")], prog="x")
+    ours = settings.values()
     theirs = yaml.safe_load((plain / "config.yaml").read_text())
     for name in ("model", "global_batch_size", "norm_batch_size", "seed", "stem", "epochs"):
         assert ours[name] == theirs[name], name

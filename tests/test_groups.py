@@ -6,30 +6,28 @@ import json
 import math
 
 import pytest
+import recipes
 import timm
 import torch
 from runs_of_recipe import BASE
 
 from lbaccel import train
-from lbaccel.batch.plan import BatchPlan, UpdateStream
+from lbaccel.batch.plan import UpdateStream
 from lbaccel.errors import InputError
 from lbaccel.optim.groups import apply_lr_scale, reference_lr, scale_optimizer
 from lbaccel.optim.optimizers import create_optimizer
 from lbaccel.optim.scheduler import lr_scheduler
-from lbaccel.recipe.model import build_optimizer, check_numbers
-from lbaccel.recipe.settings import read_settings
 
 N = 1000
 
 
 def build(model, *flags, batch=100):
     """Optimizer and scheduler as the recipe makes them, and each parameter's group by name."""
-    s = check_numbers(read_settings([str(flag) for flag in flags])[0])
     stream = UpdateStream(batch, N)
-    plan = BatchPlan(global_batch_size=batch, micro_batch_size=50)
-    optimizer, schedule, values = build_optimizer(
-        s, model, plan=plan, stream=stream, say=lambda _: None
+    optimizer, schedule, rate = recipes.optimizer_of(
+        recipes.settings_of(*flags), model, stream=stream
     )
+    values = rate.as_asked() | {"lr": rate.lr}
     return optimizer, lr_scheduler(optimizer, schedule, samples_per_update=batch), values
 
 

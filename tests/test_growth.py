@@ -10,13 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forks import run_forked, values
+from recipes import settings_of
 from runs_of_recipe import BASE, check_refused, differences, rows, run
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.cli import main
-from lbaccel.recipe.model import check_numbers
 from lbaccel.recipe.settings import read_settings
 from lbaccel.update.loss_dropout import LossDropout
 
@@ -284,7 +284,7 @@ def test_a_rate_stated_per_samples_has_its_reference_under_a_batch_schedule_too(
 
 
 def read(flags):
-    return read_settings(flags.split())[0]
+    return read_settings(flags.split())[0].values()
 
 
 def test_under_a_batch_schedule_the_rate_is_as_written_and_what_is_typed_wins():
@@ -299,8 +299,7 @@ def test_under_a_batch_schedule_the_rate_is_as_written_and_what_is_typed_wins():
     assert (values["schedule"], values["warmup"], values["last_update"]) == (
         "cosine", "gradual", "wrap",
     )  # fmt: skip
-    values = read("--batch-schedule bsi --warmup-epochs 2")
-    assert check_numbers(values)["warmup"] == "gradual"
+    assert settings_of("--batch-schedule", "bsi", "--warmup-epochs", 2).rate.warmup == "gradual"
 
 
 # -- loss dropout -----------------------------------------------------------------------------

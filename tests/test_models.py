@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import recipes
 import timm
 import torch
 from safetensors.torch import save_file
@@ -13,8 +14,7 @@ from torch import nn
 from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
 from lbaccel.models import adapt_stem, create_backbone, preprocessing, read_weights
-from lbaccel.recipe.model import build_model, check_numbers
-from lbaccel.recipe.settings import read_settings
+from lbaccel.recipe.model import build_model
 
 
 @pytest.fixture(autouse=True)
@@ -130,16 +130,17 @@ def test_pretrained_weights_of_another_network_are_refused():
 
 
 def settings_of(*flags):
-    return check_numbers(read_settings(["--model", "resnet18", *flags])[0])
+    found = recipes.settings_of("--model", "resnet18", *flags)
+    return found.model, found.data
 
 
 def test_a_checkpoint_with_a_small_stem_fits_the_run_that_it_came_from():
     source, said = open_source("digits"), []
-    model, values = build_model(settings_of(), source, num_classes=10, say=said.append)
+    model, values = build_model(*settings_of(), source, num_classes=10, say=said.append)
     assert values["stem"] == "small" and any(line.startswith("stem: small") for line in said)
     save_file(model.state_dict(), "w.safetensors")
     flags = ["--checkpoint", "w.safetensors"]
-    again, _ = build_model(settings_of(*flags), source, num_classes=10, say=said.append)
+    again, _ = build_model(*settings_of(*flags), source, num_classes=10, say=said.append)
     truth, found = model.state_dict(), again.state_dict()
     assert all(torch.equal(truth[k], found[k]) for k in truth)
     with pytest.raises(InputError, match=r"conv1\.weight is \(64, 1, 3, 3\), the model's"):

@@ -58,15 +58,15 @@ MUTANTS = {
         "tests/test_groups.py",
     ),
     "layer decay and head factor are left to timm's schedulers": (
-        "recipe.model",
+        "recipe.optimizer",
         "    apply_lr_scale(optimizer)\n",
         "",
         "tests/test_groups.py",
     ),
     "the head's rate is logged": (
         "train",
-        "lr = reference_lr(scheduler.optimizer)",
-        "lr = max(scheduler.get_last_lr())",
+        "lr = reference_lr(t.scheduler.optimizer)",
+        "lr = max(t.scheduler.get_last_lr())",
         "tests/test_groups.py::"
         "test_the_recipe_logs_the_rate_without_the_head_s_factor_and_resumes_with_it",
     ),
@@ -101,9 +101,9 @@ MUTANTS = {
         "tests/test_trust_ratio.py",
     ),
     "LEGW's warmup is saved multiplied": (
-        "recipe.model",
-        '"warmup_epochs": rate.asked_warmup_epochs',
-        '"warmup_epochs": rate.warmup_epochs',
+        "recipe.rate",
+        '"warmup_epochs": self.asked_warmup_epochs',
+        '"warmup_epochs": self.warmup_epochs',
         "tests/test_groups.py",
     ),
     "tail divided by the full batch": (
@@ -373,14 +373,14 @@ MUTANTS = {
         "tests/test_resume.py::test_a_resumed_run_is_the_unbroken_one_to_the_bit",
     ),
     "a cosine is stretched in silence": (
-        "recipe.model",
-        'if s["schedule"] != "cosine" or how == "stretch":',
-        'if s["schedule"] != "cosine" or how in ("stretch", None):',
+        "recipe.optimizer",
+        'if self.options.schedule != "cosine" or how == "stretch":',
+        'if self.options.schedule != "cosine" or how in ("stretch", None):',
         "tests/test_resume.py::test_a_cosine_asks_how_it_goes_on_and_shows_the_three_in_numbers",
     ),
     "a resume changes the contract": (
         "recipe.resume",
-        'if value not in (saved[name], saved["asked"].get(name, saved[name])):',
+        "if value not in (has, saved.asked.get(name, has)):",
         "if False:",
         "tests/test_resume.py::test_a_setting_that_decides_the_result_cannot_change",
     ),
@@ -455,6 +455,12 @@ MUTANTS = {
         '    config["gradient_clipping"] = wanted\n',
         "",
         "tests/test_zero_config.py",
+    ),
+    "a base batch that was given and is the default is overridden": (
+        "recipe.rate",
+        "if not given or rule is None",
+        "if rate.base_batch_size == 256 or rule is None",
+        "tests/test_scaling.py::test_the_recipe_s_rate_per_n_samples_is_swin_s",
     ),
     "rates of a batch schedule compound": (
         "recipe.growth",

@@ -9,23 +9,26 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import recipes
 import timm
 import torch
 from PIL import Image
+from recipes import settings_of
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
 from lbaccel import LargeBatch, train
-from lbaccel.batch.plan import BatchPlan, UpdateStream
+from lbaccel.batch.plan import UpdateStream
 from lbaccel.data.sources import open_source
-from lbaccel.recipe.model import build_optimizer, check_numbers, choose_micro_batch_size
-from lbaccel.recipe.settings import read_settings
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.sizes import choose_micro_batch_size
 
 NUM_TRAIN = 1438  # of digits at seed 0: 1797 less round(0.2 n) of each class
 SMALL = ["--model", "test_resnet", "--workers", "0", "--log-with", "run_folder"]
@@ -276,11 +279,8 @@ def test_the_average_of_the_weights_is_the_recursion_and_is_evaluated_beside():
 
 
 def optimizer_of(model, *flags, batch=512):
-    settings = check_numbers(read_settings([str(flag) for flag in flags])[0])
-    stream = UpdateStream(batch, NUM_TRAIN)
-    plan = BatchPlan(global_batch_size=batch, micro_batch_size=64)
-    said = []
-    found = build_optimizer(settings, model, plan=plan, stream=stream, say=said.append)
+    stream, said = UpdateStream(batch, NUM_TRAIN), []
+    found = recipes.optimizer_of(settings_of(*flags), model, stream=stream, say=said.append)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = {names[id(p)]: group for group in found[0].param_groups for p in group["params"]}
     assert groups.keys() == set(names.values())  # each parameter, once
@@ -339,7 +339,7 @@ def test_layer_decay_is_a_power_of_the_distance_to_the_head():
 )
 def test_defaults_and_the_sentence_follow_the_optimizer(flags, peak, decay, words):
     _, values, said = optimizer_of(timm.create_model("test_resnet", num_classes=3), *flags)
-    assert values["lr"] == pytest.approx(peak, rel=1e-12) and values["weight_decay"] == decay
+    assert values.lr == pytest.approx(peak, rel=1e-12) and values.weight_decay == decay
     assert words in said[0] and f"Learning rate ({peak:.6g})" in said[0]
 
 
@@ -347,9 +347,10 @@ def test_defaults_and_the_sentence_follow_the_optimizer(flags, peak, decay, word
     ("norm", "micro"), [(32, 64), (48, 48), (20, 60), (100, 100), ("frozen", 64), (None, 64)]
 )
 def test_the_micro_batch_by_default_holds_whole_ghost_batches(norm, micro):
-    settings = read_settings([])[0]
-    assert choose_micro_batch_size(settings, norm_batch_size=norm) == micro
-    assert choose_micro_batch_size(settings | {"micro_batch_size": 7}, norm_batch_size=norm) == 7
+    batch = BatchOptions()
+    assert choose_micro_batch_size(batch, norm_batch_size=norm) == micro
+    given = replace(batch, micro_batch_size=7)
+    assert choose_micro_batch_size(given, norm_batch_size=norm) == 7
 
 
 @pytest.mark.parametrize("batch", [1, 20, 33])

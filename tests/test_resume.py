@@ -21,7 +21,7 @@ from updates import cross_entropy
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.data.order import samples_at
-from lbaccel.recipe import model as recipe
+from lbaccel.recipe.checks import checked
 from lbaccel.recipe.resume import resolve
 from lbaccel.recipe.settings import read_settings
 from lbaccel.update import engine
@@ -502,12 +502,13 @@ def test_a_deleted_metrics_file_is_no_obstacle():
 
 def test_every_setting_of_the_contract_is_kept_by_config_yaml():
     folder = stopped_at(1)
-    values_, _ = resolve(*read_settings(["--resume", str(folder)])[:2])
-    typed, _ = resolve(*read_settings(BASE)[:2])
-    for name, value in typed.items():
+    resumed = resolve(read_settings(["--resume", str(folder)])[0])
+    values_ = resumed.values()
+    typed = resolve(read_settings(BASE)[0])
+    for name, value in typed.values().items():
         if name not in ("resume", "output", "lr_scaling") and value is not None:
             assert values_[name] == value, name
-    assert recipe.check_numbers(values_)
+    assert checked(resumed)
     assert InputError and engine
 
 

@@ -180,6 +180,6 @@ def test_the_stem_is_that_of_the_weights_and_nothing_is_downloaded(copied, stem)
     set_in(copied, "pretrained: false", "pretrained: true")
     last = copied / "checkpoints" / "last" / "preprocessing.json"
     last.write_text(json.dumps(json.loads(last.read_text()) | {"stem": stem}))
-    found = SimpleNamespace(**recipe_of(copied, global_batch_size=128))
+    found = SimpleNamespace(**recipe_of(copied, global_batch_size=128).values())
     assert (found.stem, found.pretrained) == (stem, False)
     assert found.checkpoint.endswith("model.safetensors")

@@ -6,24 +6,31 @@ import pytest
 import timm.optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes import rate_of
 from scipy.optimize import minimize_scalar
 
+from lbaccel import cli
 from lbaccel.errors import InputError
-from lbaccel.optim.learning_rate import peak_rate
 from lbaccel.optim.scaling import (
+    CHOICES,
+    HELP,
     PER_SAMPLES,
     RULES,
+    TABLE,
     choose_rule,
     explain_lr,
+    find_rule,
     legw,
     linear_scaling,
     no_scaling,
     per_samples_scaling,
     power_scaling,
     reference_batch,
+    rule_named,
     scale_lr,
     sqrt_scaling,
 )
+from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import read_settings
 
 # Goyal et al. 2017, table of kn against eta; studies A and D, lr against B (published numbers)
@@ -260,12 +267,65 @@ def test_the_step_sizes_that_the_docs_derive_minimise_the_bound(updates, samples
     assert mean == pytest.approx(samples * total, rel=1e-4)
 
 
+# -- the table of rules ---------------------------------------------------------------------------
+
+ROWS = {rule.name: rule for rule in (*TABLE, rule_named("per-512"))}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@given(k=st.floats(1e-3, 1e3), p=st.floats(0.0, 2.0))
+@settings(deadline=None)
+def test_the_formula_of_a_rule_is_its_factor(name, k, p):
+    row = ROWS[name]
+    if row.measured:  # its formula is no function of k
+        assert row.factor(k, p) == 1
+        return
+    written = row.formula_at(repr(k), p)
+    assert not set("kp") & set(written.replace("sqrt", "").replace("exp", ""))
+    found = eval(written.replace("^", "**"), {"sqrt": math.sqrt, "log": math.log})
+    assert found == pytest.approx(row.factor(k, p), rel=1e-12)
+    if row.power is not None:
+        assert k ** float(row.power) == pytest.approx(row.factor(k, p), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_the_table_holds_together(name):
+    row = ROWS[name]
+    assert row.factor(1.0, 0.7) == 1
+    exponent = 0.7 if "lr_exponent" in row.reads else None
+    said = row.explain(0.1, base_batch_size=256, global_batch_size=512, exponent=exponent)
+    assert said.startswith("Learning rate (")
+    assert "{" not in said
+    assert row.source
+    assert row.measured or row.samples or row.sure
+    assert set(row.reads) <= set(OPTIONS)
+    assert row.name in CHOICES
+    assert f"{row.name}: {row.help}" in HELP or not row.help or row.samples
+    plain = rule_named(row.plain)
+    assert plain.factor(3.0, 0.7) == row.factor(3.0, 0.7)
+    assert (plain.warmup_times_k, plain.samples, plain.plain) == (False, None, plain.name)
+    sizes = {"base_batch_size": 256, "global_batch_size": 1024}
+    assert row.warmup(2.0, **sizes) == (8.0 if row.warmup_times_k else 2.0)
+
+
+def test_auto_is_a_choice_and_no_rule():
+    assert find_rule("auto") is None
+    assert ("auto", *RULES, *PER_SAMPLES, "adascale") == CHOICES
+    with pytest.raises(InputError, match="rule='auto' is not one of"):
+        rule_named("auto")
+
+
+def test_a_measured_rule_has_no_rate_that_follows_from_the_sizes():
+    with pytest.raises(InputError, match="rule='adascale' is not one of"):
+        scale_lr(0.1, base_batch_size=256, global_batch_size=512, rule="adascale")
+
+
 # -- the recipe's words ---------------------------------------------------------------------------
 
 
 def rate(*flags, batch=8192):
-    found, _, _ = read_settings([str(flag) for flag in flags])
-    return peak_rate(found, global_batch_size=batch)
+    found, _ = read_settings([str(flag) for flag in flags])
+    return rate_of(found, batch=batch)
 
 
 def test_the_recipe_s_legw_multiplies_the_warmup_and_keeps_what_was_asked_for_a_resume():
@@ -305,3 +365,15 @@ def test_the_recipe_s_rate_per_n_samples_is_swin_s():
     assert rate(*flags, "--base-batch-size", 512, batch=1024).lr == found.lr
     with pytest.raises(InputError, match="per 512 samples, and --base-batch-size 128 says"):
         rate(*flags, "--base-batch-size", 128)
+    with pytest.raises(InputError, match="per 512 samples, and --base-batch-size 256 says"):
+        rate(*flags, "--base-batch-size", 256)  # given, though it is the default
+
+
+@pytest.mark.parametrize("command", ["train", "transfer"])
+def test_a_base_batch_in_a_file_contradicts_a_rate_per_n_samples_too(command, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base_batch_size: 256\nlr_scaling: per-512\nglobal_batch_size: 512\n")
+    flags = ["--dry-run"] if command == "train" else ["--global-batch-size", "1024"]
+    assert cli.main([command, "--config", str(path), *flags]) == 2
+    assert "per 512 samples, and --base-batch-size 256 says" in capsys.readouterr().err
+    assert rate("--config", path, "--base-batch-size", 512).base_batch_size == 512

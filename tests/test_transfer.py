@@ -11,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes import rate_of
 
 import lbaccel
 from lbaccel import cli, train
@@ -20,7 +21,6 @@ from lbaccel.errors import InputError
 from lbaccel.hyperparameters.items import half_life
 from lbaccel.hyperparameters.optimizers import decay_of, is_adam
 from lbaccel.hyperparameters.transfer import transfer
-from lbaccel.optim.learning_rate import peak_rate
 from lbaccel.recipe.settings import read_settings
 
 GOYAL = {512: 0.2, 1024: 0.4, 2048: 0.8, 4096: 1.6, 8192: 3.2, 16384: 6.4}
@@ -298,8 +298,9 @@ def test_the_file_is_read_by_the_recipe_which_comes_to_the_sheet_s_values(tmp_pa
     path = tmp_path / "new.yaml"
     run(*FLAGS, "--warmup-epochs", 0.5, *flags, "--json", "--out", path)
     sheet = json.loads(capsys.readouterr().out)
-    values, origins, _ = read_settings(["--config", str(path)])
-    rate = peak_rate(values, global_batch_size=values["global_batch_size"])
+    settings, _ = read_settings(["--config", str(path)])
+    values, origins = settings.values(), settings.origins
+    rate = rate_of(settings, batch=settings.batch.global_batch_size)
     rows = {row["item"]: row["new"] for row in sheet["rows"]}
     assert rate.lr == pytest.approx(sheet["lr"], rel=1e-14)
     assert f"Learning rate ({sheet['lr']:.6g}) calculated" in rate.sentence
@@ -330,10 +331,11 @@ def test_a_recipe_s_file_is_moved_from_its_own_batch_and_keeps_the_rest(tmp_path
     rows = {row["item"]: (row["old"], row["new"]) for row in sheet["rows"]}
     assert rows["learning rate"] == pytest.approx((0.2, 1.6))
     assert rows["EMA decay"] == pytest.approx((0.999, 0.999**8))
-    values, _, _ = read_settings(["--config", str(path)])
+    settings, _ = read_settings(["--config", str(path)])
+    values = settings.values()
     kept = {key: values[key] for key in ("model", "data", "layer_decay", "epochs")}
     assert kept == {key: recipe[key] for key in kept}
-    assert peak_rate(values, global_batch_size=4096).lr == pytest.approx(1.6)
+    assert rate_of(settings, batch=4096).lr == pytest.approx(1.6)
     run("--config", old, "--global-batch-size", 4096, "--ema-decay", 0.9999, "--json")
     rows = {row["item"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["EMA decay"]["old"] == 0.9999  # flags win
@@ -353,11 +355,12 @@ def test_moving_there_and_back_comes_to_the_recipe_again(tmp_path, capsys):
     ]
     run("--base-batch-size", 256, "--global-batch-size", 1024, *flags, "--out", there)
     run("--config", there, "--global-batch-size", 256, "--out", back, "--json")
-    values, _, _ = read_settings(["--config", str(back)])
+    settings, _ = read_settings(["--config", str(back)])
+    values = settings.values()
     assert values["betas"] == pytest.approx((0.9, 0.999))
     found = [values[key] for key in ("weight_decay", "ema_decay", "eps")]
     assert found == pytest.approx([0.05, 0.999, 1e-8])
-    assert peak_rate(values, global_batch_size=256).lr == pytest.approx(0.001)
+    assert rate_of(settings, batch=256).lr == pytest.approx(0.001)
     capsys.readouterr()
 
 
@@ -409,13 +412,13 @@ def test_under_a_batch_schedule_the_old_rate_is_the_one_that_the_recipe_trains_a
     """There the base rate is that of the first batch, and there is no warmup by default."""
     recipe = {"batch_schedule": "bsi", "factor": 2, "global_batch_size": 128, "base_lr": 0.1}
     sheet, old, new = moved(tmp_path, capsys, recipe | {"epochs": 30} | more)
-    trained = peak_rate(old, global_batch_size=128)
+    trained = rate_of(old, batch=128)
     rows = {row["item"]: row for row in sheet["rows"]}
     assert (
         rows["learning rate"]["old"] == trained.lr == (0.05 if "base_batch_size" in more else 0.1)
     )
-    assert rows["warmup, epochs"]["old"] == trained.warmup_epochs * (old["warmup"] != "none")
-    found = peak_rate(new, global_batch_size=512)
+    assert rows["warmup, epochs"]["old"] == trained.warmup_epochs * (old.rate.warmup != "none")
+    found = rate_of(new, batch=512)
     assert found.lr == pytest.approx(4 * trained.lr)
     assert found.warmup_epochs == more.get("warmup_epochs", 0)
     assert "max_batch_size stay as they are" in sheet["warnings"][-1]
@@ -425,7 +428,7 @@ def test_a_recipe_by_legw_is_moved_by_legw(tmp_path, capsys):
     """As `lbaccel train --config old.yaml --global-batch-size 1024` would train it."""
     recipe = {"global_batch_size": 512, "lr_scaling": "legw", "warmup_epochs": 2, "epochs": 20}
     _, old, new = moved(tmp_path, capsys, recipe, batch=1024)
-    trained, found = (peak_rate(s, global_batch_size=1024) for s in (old, new))
+    trained, found = (rate_of(s, batch=1024) for s in (old, new))
     assert found.lr == pytest.approx(trained.lr)  # 0.1 sqrt(4)
     assert found.warmup_epochs == trained.warmup_epochs == 8
 
@@ -449,8 +452,8 @@ def test_a_recipe_whose_rate_follows_what_is_measured_has_none_to_move(
 def test_without_a_warmup_given_it_is_the_recipe_s_and_fits_in_the_run(tmp_path, capsys, epochs):
     path = tmp_path / "new.yaml"
     run(*SIZES, "--epochs", epochs, "--out", path)
-    values, _, _ = read_settings(["--config", str(path)])
-    assert values["warmup_epochs"] == min(5, epochs / 4)
+    settings, _ = read_settings(["--config", str(path)])
+    assert settings.rate.warmup_epochs == min(5, epochs / 4)
 
 
 @pytest.mark.parametrize(

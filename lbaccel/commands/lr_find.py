@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lbaccel.errors import InputError, RunFailed, check_number
 from lbaccel.launch import rank
 from lbaccel.recipe.ending import end_process_group, fail
+from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import read_settings, show_settings
 from lbaccel.stability.limit import rate_advice, rate_sentence, stability_limit, stable_rate
 
@@ -65,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 user's input, 130 stopped."""
     try:
         own, rest = make_parser().parse_known_args(argv)
-        settings, origins, show = read_settings(rest, prog=PROG)
+        settings, show = read_settings(rest, prog=PROG)
         if show:
-            print(show_settings(settings, origins))
+            print(show_settings(settings))
             return 0
         _run(own, settings)
     except InputError as error:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
+def _run(own: argparse.Namespace, settings: Settings) -> None:
     for name in ("min_lr", "max_lr"):
         if getattr(own, name) is not None:
             check_number(f"--{name.replace('_', '-')}", getattr(own, name))
@@ -94,7 +95,7 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
     if own.plot is not None and not own.plot.parent.is_dir():
         raise InputError(f"--plot {own.plot}: there is no folder {own.plot.parent}. Make it first.")
 
-    from lbaccel.recipe.task import built
+    from lbaccel.recipe.built import built
     from lbaccel.stability.curvature import largest_curvature, sgd_momentum
     from lbaccel.stability.range_test import lr_find
 
@@ -152,16 +153,20 @@ def _run(own: argparse.Namespace, settings: dict[str, Any]) -> None:
     stability = _stability(curvature, momentum, nesterov)
     if own.plot is not None:
         stable = None if stability is None else stability["stable_rate"]
-        title = f"{settings['model']}, {settings['data']}, global batch {size}"
+        title = f"{settings.model.model}, {settings.data.data}, global batch {size}"
         plot(found, own.plot, own_lr=own_lr, stable=stable, title=title)
     if own.json:
-        about = {"own_lr": own_lr, "optimizer": settings["optimizer"], "stability": stability}
+        about = {
+            "own_lr": own_lr,
+            "optimizer": settings.optimizer.optimizer,
+            "stability": stability,
+        }
         print(json.dumps(found.to_dict() | about, indent=2, allow_nan=False))
         return
     print("\n".join(table(found)))
     print("\n".join(in_words(found, own_lr=own_lr, base_lr=b.base_lr)))
     if sgd is None:
-        print(f"stable rate: known for SGD, not for {settings['optimizer']}")
+        print(f"stable rate: known for SGD, not for {settings.optimizer.optimizer}")
     if curvature is not None:
         form = {"momentum": momentum, "nesterov": nesterov}
         for who, lr in (("recipe", own_lr), ("suggested", found.suggested_lr)):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -18,9 +18,9 @@ from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
 from lbaccel.optim.scaling import scale_lr
 from lbaccel.planning.planner import IMAGENET, plan
-from lbaccel.recipe.model import check_numbers
-from lbaccel.recipe.options import OPTIONS
-from lbaccel.recipe.settings import parse
+from lbaccel.recipe.checks import checked
+from lbaccel.recipe.options import Settings
+from lbaccel.recipe.settings import layered
 from lbaccel.recipe.values import switch
 from lbaccel.replication.contract import Contract, Norms, contract_of
 from lbaccel.replication.many_gpus import Recipe, Row
@@ -213,11 +213,9 @@ def check_contract(contract: Contract) -> None:
     Raises:
         InputError: such a value, under its name in the contract.
     """
-    values = {name: option.default for name, option in OPTIONS.items()}
-    for name, value in contract.settings.items():
-        values[name] = parse(OPTIONS[name], value, "the contract")
+    settings = layered(Settings(), contract.settings, origin="the contract")
     # fp16 needs a GPU where the contract is run, not where it is written
-    check_numbers(values | {"precision": None})
+    checked(settings.with_values({"precision": None}))
 
 
 def _write(path: Path, text: str, *, force: bool) -> None:
@@ -230,28 +228,33 @@ def _write(path: Path, text: str, *, force: bool) -> None:
 
 
 def _plan(contract: Contract, a: argparse.Namespace) -> int:
-    s = contract.settings
     print()
-    if "model" not in s:
+    if "model" not in contract.settings:
         print("plan: none, since no network is named; add --model NAME")
         return 0
+    s = layered(Settings(), contract.settings, origin="the contract")
     found = plan(
-        s["model"],
-        global_batch_size=s["global_batch_size"],
-        norm_batch_size=s.get("norm_batch_size"),
-        img_size=s.get("img_size"),
-        num_classes=s.get("num_classes", 1000),
-        optimizer=s.get("optimizer", "sgd"),
-        precision=s.get("precision", "fp32"),
-        mix_pairs=bool(s.get("mixup") or s.get("cutmix")),
-        clip_grad_norm=s.get("clip_grad_norm") is not None,
+        s.model.model,
+        global_batch_size=s.batch.first_size,
+        norm_batch_size=s.batch.norm_batch_size,
+        img_size=s.data.img_size,
+        num_classes=s.model.num_classes or 1000,
+        optimizer=s.optimizer.optimizer,
+        precision=cast(Any, s.batch.precision or "fp32"),
+        mix_pairs=bool(s.data.mixup or s.data.cutmix),
+        clip_grad_norm=s.optimizer.clip_grad_norm is not None,
         num_samples=a.num_samples or IMAGENET,
-        epochs=s.get("epochs", OPTIONS["epochs"].default),
+        epochs=s.rate.epochs,
         memory=a.memory,
         device=a.device,
     )
-    if "base_lr" in s:  # the planner shows the rate of lbaccel's defaults
-        sizes = {name: s[name] for name in ("base_batch_size", "global_batch_size")}
-        found = replace(found, lr=scale_lr(s["base_lr"], rule=s["lr_scaling"], **sizes))
+    if s.rate.base_lr is not None:  # the planner shows the rate of lbaccel's defaults
+        lr = scale_lr(
+            s.rate.base_lr,
+            base_batch_size=s.rate.base_batch_size,
+            global_batch_size=s.batch.first_size,
+            rule=s.rate.lr_scaling,
+        )
+        found = replace(found, lr=lr)
     print("\n".join(plan_lines(found)))
     return 0 if found.fits else 1

@@ -14,14 +14,14 @@ from lbaccel.batch.duration import Duration
 from lbaccel.batch.phases import Segment, segment_stream
 from lbaccel.batch.rules import PAST_MAX, RULES, batch_schedule
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
-from lbaccel.optim.scaling import explain_lr, scale_lr
+from lbaccel.optim.scaling import TABLE, explain_lr, rule_named, scale_lr
 from lbaccel.optim.schedules import WARMUPS, Schedule, make_schedule, warmup_start
 from lbaccel.recipe.growth import milestones
 from lbaccel.recipe.schedule_table import FORMATS, ScheduleTable, plot, schedule_table
 from lbaccel.recipe.values import start_rate
 
 DECAYS = ("constant", "cosine")
-LR_RULES = ("linear", "sqrt", "power", "none")
+LR_RULES = tuple(r.name for r in TABLE if not r.measured and not r.warmup_times_k)
 MOST_EPOCHS = 10**9  # beyond, a drawing's axis and float64's samples end
 KEEPS_FACTORS = ("bsi", "bsi-doubled-end", "mixed")  # they read past_max
 
@@ -224,7 +224,7 @@ def _first_lr(a: argparse.Namespace) -> tuple[float, list[str]]:
     """The learning rate of the first segment, and how it came about."""
     check_choice("lr_scaling", a.lr_scaling, choices=LR_RULES)
     check_number("base_lr", a.base_lr)
-    if a.lr_scaling == "none":
+    if "base_batch_size" not in rule_named(a.lr_scaling).reads:
         if a.lr_exponent is not None:
             raise InputError(
                 f"--lr-exponent {a.lr_exponent:g} is not read without --lr-scaling power. Add it, "

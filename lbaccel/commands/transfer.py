@@ -16,10 +16,11 @@ from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import DECAYS
 from lbaccel.hyperparameters.rows import Row, Sheet, shown
 from lbaccel.hyperparameters.transfer import transfer
-from lbaccel.optim.learning_rate import peak_rate
-from lbaccel.optim.scaling import PER_SAMPLES, RULES
-from lbaccel.recipe.options import OPTIONS
-from lbaccel.recipe.settings import parse, read_yaml, under_a_batch_schedule
+from lbaccel.optim.scaling import PER_SAMPLES, RULES, is_measured, rule_named
+from lbaccel.recipe.checks import check_read
+from lbaccel.recipe.options import Settings
+from lbaccel.recipe.rate import check_scaling, peak_rate
+from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
 
 WIDTH = 100
 OF_A_RUN = ("resume", "extend", "dry_run", "output", "max_hours", "max_updates")
@@ -90,37 +91,43 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _values_of(layer: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `transfer` takes, at the global batch of a recipe's file and with its peak rate."""
-    s = {name: option.default for name, option in OPTIONS.items()}
-    s |= {name: parse(OPTIONS[name], raw, str(path)) for name, raw in layer.items()}
-    origins = {name: str(path) if name in layer else "default" for name in OPTIONS}
-    s |= under_a_batch_schedule(s, origins)
-    batch = s["global_batch_size"]
-    for flag, moves in (
-        ("--global-batch-size auto", batch == "auto"),
-        ("--lr-scaling adascale", s["lr_scaling"] == "adascale"),
-    ):
-        if moves:
-            raise InputError(
-                f"{path} has {flag}: what a run measures sets its learning rate, so there is no "
-                "rate to move. Give a recipe with one batch and a rule, or the values as flags."
-            )
+    """The values that `transfer` takes, at the batch of a recipe's file and with its peak rate."""
+    s = under_a_batch_schedule(layered(Settings(), layer, origin=str(path)))
+    check_read(s)
+    batch, rule = s.batch.global_batch_size, s.rate.lr_scaling
+    measured = f"--lr-scaling {rule}" if is_measured(rule) else None
+    if batch == "auto" or measured is not None:
+        raise InputError(
+            f"{path} has {'--global-batch-size auto' if batch == 'auto' else measured}: what a run "
+            "measures sets its learning rate, so there is no rate to move. Give a recipe with one "
+            "batch and a rule, or the values as flags."
+        )
     asked = given.get("base_batch_size", batch)
     if asked != batch and "base_lr" not in given:
         raise InputError(
             f"--base-batch-size {asked}: {path} is a recipe for {batch}. Leave the flag out, or "
             f"give --base-lr at {asked} too."
         )
-    rate = peak_rate(s, global_batch_size=batch)
-    names = ("optimizer", "ema_decay", "clip_grad_norm", "eps", "epochs", "eval_every")
-    values = {name: s[name] for name in (*names, "log_every", "checkpoint_every")}
-    for i, beta in enumerate(s["betas"] or ()):
+    check_scaling(s.rate, s.batch, noise_scale=s.run.noise_scale)
+    rate = peak_rate(s.rate, s.optimizer, pretrained=s.model.pretrained, global_batch_size=batch)
+    values = {
+        "optimizer": s.optimizer.optimizer,
+        "ema_decay": s.optimizer.ema_decay,
+        "clip_grad_norm": s.optimizer.clip_grad_norm,
+        "eps": s.optimizer.eps,
+        "epochs": s.rate.epochs,
+        "eval_every": s.run.eval_every,
+        "log_every": s.run.log_every,
+        "checkpoint_every": s.run.checkpoint_every,
+    }
+    for i, beta in enumerate(s.optimizer.betas or ()):
         values[f"beta{i + 1}"] = beta
     if "momentum" in layer:
-        values["momentum"] = s["momentum"]
-    if rate.rule.startswith("per-"):
-        values["lr_scaling"] = "linear"
-    elif rate.rule != "none":  # "none" states an absolute rate, which is no rule to go on with
+        values["momentum"] = s.optimizer.momentum
+    row = rule_named(rate.rule)
+    if row.samples is not None:
+        values["lr_scaling"] = row.plain
+    elif "base_batch_size" in row.reads:  # else the rate is absolute: no rule to go on with
         values |= {"lr_scaling": rate.rule, "lr_exponent": rate.exponent}
     if "lr_scaling" in given:
         values.pop("lr_exponent", None)

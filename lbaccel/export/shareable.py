@@ -9,11 +9,8 @@ from typing import Any
 
 import yaml
 
-from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.options import OPTIONS, Settings, is_read
 
-# of one invocation on one machine, or of somebody's account
-_PRIVATE = ("output", "resume", "extend", "max_hours", "dry_run", "log_with")
-_TRACKERS = "wandb"
 _PROGRAMS = {"__main__.py": "lbaccel", "train.py": "lbaccel train"}
 
 
@@ -35,13 +32,17 @@ def without_folders(text: str) -> str:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run's `config.yaml` that another machine can use; paths lose their folders.
 
+    A setting that nothing reads beside the others is left out: a new run would refuse it.
+
     >>> settings({"data": "folder:/data/flowers", "output": "runs", "seed": 3, "wandb_name": "a"})
     {'data': 'folder:flowers', 'seed': 3}
     """
+    of_recipe = {name: value for name, value in config.items() if name in OPTIONS}
+    whole = Settings().with_values(of_recipe)
     return {
         name: without_folders(value) if isinstance(value, str) else value
-        for name, value in config.items()
-        if name in OPTIONS and name not in _PRIVATE and not name.startswith(_TRACKERS)
+        for name, value in of_recipe.items()
+        if not OPTIONS[name].private and is_read(OPTIONS[name], whole)
     }
 
 
@@ -51,7 +52,7 @@ def settings_yaml(config: Mapping[str, Any]) -> str:
 
 
 def command(line: str) -> str:
-    """A command line without flags of `_PRIVATE` and of trackers; paths lose their folders.
+    """A command line without the flags of a machine or an account; paths lose their folders.
 
     >>> command("/opt/bin/lbaccel train --data folder:/data/flowers --wandb-tags a b --seed 3")
     'lbaccel train --data folder:flowers --seed 3'
@@ -74,7 +75,7 @@ def _kept(words: Iterable[str]) -> list[str]:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             name = flag[2:].replace("-", "_")
-            private = name in _PRIVATE or name.startswith(_TRACKERS)
+            private = name in OPTIONS and OPTIONS[name].private
             word = flag + equals + without_folders(value)
         else:
             word = without_folders(word)

@@ -12,7 +12,7 @@ from timm.optim import get_optimizer_info
 
 from lbaccel.errors import InputError
 from lbaccel.export.shareable import without_folders
-from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.scaling import find_rule, scale_lr
 from lbaccel.runs.compare import best_point
 from lbaccel.runs.read import Point, Run
 
@@ -190,11 +190,12 @@ def _learning_rate(config: Mapping[str, Any], batch: int | None) -> str | None:
         scaled = math.nan
     if not math.isclose(lr, scaled, rel_tol=1e-9):
         return f"{lr:.6g} at the peak"
-    k = f"{batch} / {base_batch}"
-    factors = {"none": "", "sqrt": f" x sqrt({k})", "legw": f" x sqrt({k})"}
-    factors["power"] = f" x ({k})^{exponent}"
+    row = find_rule(rule)
+    assert row is not None  # the rate was scaled by it
+    factor = row.formula_at(f"{batch} / {base_batch}", exponent)
+    times = "" if factor == "1" else f" x {factor}"
     return (
-        f"{lr:.6g} at the peak = {base:g}{factors.get(rule, f' x {k}')} (rule: {rule}; base pair: "
+        f"{lr:.6g} at the peak = {base:g}{times} (rule: {rule}; base pair: "
         f"{base:g} at {base_batch} samples)"
     )
 
@@ -219,7 +220,8 @@ def _warmup(config: Mapping[str, Any]) -> str | None:
         return shape and "none"
     if start == "reference":
         start = "the base learning rate"
-    where = " at the base batch, times k" if config.get("lr_scaling") == "legw" else ""
+    rule = find_rule(str(config.get("lr_scaling")))
+    where = " at the base batch, times k" if rule is not None and rule.warmup_times_k else ""
     return f"{shape}, {epochs:g} epochs{where}" + (f", from {start}" if start is not None else "")
 
 

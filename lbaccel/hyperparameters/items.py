@@ -10,21 +10,7 @@ from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import decay_of, is_adam, is_rmsprop
 from lbaccel.hyperparameters.rows import Row
-from lbaccel.optim.scaling import choose_rule, legw
-
-GOYAL = "Goyal et al. 2017, arXiv 1706.02677"
-MALLADI = "Malladi et al. 2022, arXiv 2205.10287"
-_RULES = {
-    "linear": (
-        "eta = k eta0",
-        f"{GOYAL}, section 2.1",
-        "well tested for SGD, up to 8k on ImageNet",
-    ),
-    "sqrt": ("eta = sqrt(k) eta0", f"{MALLADI}, section 5", "derived for noisy gradients; tested"),
-    "legw": ("eta = sqrt(k) eta0", "You et al. 2019, arXiv 1901.08256", "its authors' tests only"),
-    "power": ("eta = k^p eta0", "a fit to tuned rates, as in study E", "as good as the fit"),
-    "none": ("eta = eta0", "the control arm of study D", "certain to lose at large k"),
-}
+from lbaccel.optim.scaling import CHOSEN, GOYAL, MALLADI, Rule, choose_rule, is_sgd, rule_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +44,14 @@ class Move:
         return self.global_batch_size / self.base_batch_size
 
     @property
+    def row(self) -> Rule:
+        """All that is known of the rule."""
+        return rule_named(self.rule)
+
+    @property
     def by_root(self) -> bool:
         """Whether the rate goes by the square root, whatever the rule is called."""
-        return self.rule in ("sqrt", "legw") or self.lr_exponent == 0.5
+        return 0.5 in (self.row.power, self.lr_exponent)
 
 
 def all_rows(m: Move, warnings: list[str]) -> list[Row]:
@@ -72,13 +63,13 @@ def all_rows(m: Move, warnings: list[str]) -> list[Row]:
 
 
 def _learning_rate(m: Move) -> Row:
-    equation, source, sure = _RULES[m.rule]
-    if m.rule in ("linear", "sqrt") and choose_rule(m.optimizer)[0] != m.rule:
+    source, sure = m.row.source, m.row.sure
+    if m.rule in CHOSEN and choose_rule(m.optimizer)[0] != m.rule:
         source, sure = "as asked", f"not the usual rule for {m.optimizer}"
-    elif m.rule == "sqrt" and not (is_adam(m.optimizer) or is_rmsprop(m.optimizer)):
+    elif m.rule in CHOSEN and not any(f(m.optimizer) for f in (is_sgd, is_adam, is_rmsprop)):
         sure = f"cautious: no derivation for {m.optimizer}"
     p = "" if m.lr_exponent is None else f", p = {m.lr_exponent:g}"
-    rule = f"{m.rule}: {equation}, k = {m.k:.6g}{p}"
+    rule = f"{m.rule}: {m.row.equation}, k = {m.k:.6g}{p}"
     return Row("learning rate", m.base_lr, m.lr, rule, source, sure)
 
 
@@ -86,20 +77,17 @@ def _warmup(m: Move) -> Row:
     old = new = m.warmup_epochs
     rule, source = "the same epochs", f"{GOYAL}, section 2.2"
     sure = "usual; few updates at large k may want more epochs"
-    if m.rule == "legw":
-        _, new = legw(
-            m.base_lr,
-            base_batch_size=m.base_batch_size,
-            global_batch_size=m.global_batch_size,
-            warmup_epochs=old,
+    if m.row.warmup_times_k:
+        new = m.row.warmup(
+            old, base_batch_size=m.base_batch_size, global_batch_size=m.global_batch_size
         )
-        rule, source, sure = "the same updates: epochs x k", _RULES["legw"][1], _RULES["legw"][2]
+        rule, source, sure = "the same updates: epochs x k", m.row.source, m.row.sure
         if m.epochs is not None and new > m.epochs:
             raise InputError(
-                f"lr_scaling='legw': warmup_epochs={old:g} become {new:g} at "
+                f"lr_scaling={m.rule!r}: warmup_epochs={old:g} become {new:g} at "
                 f"{m.global_batch_size} samples, longer than epochs={m.epochs:g}. Use "
                 f"warmup_epochs <= {m.epochs / m.k:.4g}, epochs >= {new:g}, or "
-                "lr_scaling='sqrt'."
+                f"lr_scaling={m.row.plain!r}."
             )
     if m.num_samples is not None:
         before = math.ceil(old * m.num_samples / m.base_batch_size)
@@ -223,7 +211,7 @@ def half_life(decay: float) -> float:
 
 def _noise(m: Move, warnings: list[str]) -> list[Row]:
     n = m.num_samples
-    if n is None or m.momentum is None or choose_rule(m.optimizer)[0] != "linear":
+    if n is None or m.momentum is None or not is_sgd(m.optimizer):
         return []
     old = m.base_lr * (n / m.base_batch_size - 1)
     new = m.lr * (n / m.global_batch_size - 1)

@@ -10,8 +10,8 @@ from lbaccel.errors import InputError, check_choice, check_number, check_whole
 from lbaccel.hyperparameters.items import Move, all_rows
 from lbaccel.hyperparameters.optimizers import DECAYS, is_adam
 from lbaccel.hyperparameters.rows import Sheet
-from lbaccel.optim.learning_rate import default_base_lr, default_weight_decay
-from lbaccel.optim.scaling import choose_rule, reference_batch, scale_lr
+from lbaccel.optim.defaults import default_base_lr, default_weight_decay
+from lbaccel.optim.scaling import choose_rule, find_rule, is_sgd, rule_named, scale_lr
 
 
 def transfer(
@@ -80,15 +80,14 @@ def transfer(
     check_whole("base_batch_size", base_batch_size)
     check_whole("global_batch_size", global_batch_size)
     check_choice("decay", decay, choices=DECAYS)
-    usual = choose_rule(optimizer)[0]
-    rule = usual if lr_scaling == "auto" else lr_scaling
+    rule = choose_rule(optimizer)[0] if lr_scaling == "auto" else lr_scaling
     if base_lr is None:
         base_lr = default_base_lr(optimizer, pretrained=False)
     if weight_decay is None:
         weight_decay = default_weight_decay(optimizer)
     if warmup_epochs is None:
         warmup_epochs = 5.0 if epochs is None else min(5.0, epochs / 4)
-    if momentum is None and usual == "linear":
+    if momentum is None and is_sgd(optimizer):
         momentum = 0.9
     if is_adam(optimizer):
         beta1, beta2 = (0.9 if beta1 is None else beta1), (0.999 if beta2 is None else beta2)
@@ -127,10 +126,10 @@ def transfer(
             f"a batch of {largest} is above num_samples={num_samples}: an update can't hold more "
             f"than an epoch. Use batches of at most {num_samples}."
         )
-    reference = reference_batch(rule, base_batch_size)
-    if rule.startswith("per-"):  # the rate of each batch, from the one it is stated at
-        stated = {"base_batch_size": reference, "rule": rule, "exponent": lr_exponent}
-        base_lr, rule = scale_lr(base_lr, **stated, global_batch_size=base_batch_size), "linear"
+    row = find_rule(rule)
+    if row is not None and row.samples is not None:  # the rate of each batch, from N samples'
+        stated = {"base_batch_size": row.samples, "rule": rule, "exponent": lr_exponent}
+        base_lr, rule = scale_lr(base_lr, **stated, global_batch_size=base_batch_size), row.plain
     lr = scale_lr(
         base_lr,
         base_batch_size=base_batch_size,
@@ -202,7 +201,7 @@ def _settings(move: Move, new: Mapping[str, Any]) -> dict[str, Any]:
         "global_batch_size": move.global_batch_size,
         "base_lr": move.base_lr,
         "base_batch_size": move.base_batch_size,
-        "lr_scaling": "sqrt" if move.rule == "legw" else move.rule,
+        "lr_scaling": rule_named(move.rule).plain,
         "lr_exponent": move.lr_exponent,
         "warmup_epochs": new["warmup, epochs"],
         "epochs": move.epochs,

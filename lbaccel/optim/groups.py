@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lbaccel.errors import InputError, check_number
-from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.scaling import rule_named, scale_lr
 
 SCALED_TO = "lr_batch_size"  # the batch that a group's learning rate belongs to
 APPLIED = "lr_scale_applied"
@@ -60,10 +60,12 @@ def scale_optimizer(
                 "this optimizer has a learning-rate scheduler, which would put its own rate back. "
                 "Call scale_optimizer before the scheduler is built."
             )
-        if rule.startswith("per-"):
-            factor = global_batch_size / stands_at
-        else:
-            factor = scale_lr(1.0, base_batch_size=stands_at, **sizes)
+        factor = rule_named(rule).scaled(
+            1.0,
+            base_batch_size=stands_at,
+            global_batch_size=global_batch_size,
+            exponent=exponent,
+        )
         factors.append(1.0 if stands_at == global_batch_size else factor)
     for group, factor in zip(optimizer.param_groups, factors, strict=True):
         group["lr"] = group["lr"] * factor  # not in place: groups may share one tensor

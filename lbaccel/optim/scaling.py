@@ -2,19 +2,100 @@
 
 With k = `global_batch_size` / `base_batch_size`, the pair (`base_lr`, `base_batch_size`) is the
 recipe's reference, such as 0.1 at 256. `docs/methods.md` says where each rule fails.
+
+`TABLE` holds the rules: a new rule is a new row, and no other file names it.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from fractions import Fraction
 
 from lbaccel.errors import InputError, check_choice, check_number
+from lbaccel.optim.rule import Rule, sentence
 
-RULES = ("linear", "sqrt", "power", "legw", "none")
-_PER_SAMPLES = re.compile(r"per-([1-9]\d*)")
+GOYAL = "Goyal et al. 2017, arXiv 1706.02677"
+MALLADI = "Malladi et al. 2022, arXiv 2205.10287"
+
+_LINEAR = Rule(
+    name="linear",
+    factor=lambda k, _: k,
+    formula="k",
+    power=Fraction(1),
+    source=f"{GOYAL}, section 2.1",
+    sure="well tested for SGD, up to 8k on ImageNet",
+)
+_SQRT = Rule(
+    name="sqrt",
+    factor=lambda k, _: math.sqrt(k),
+    formula="sqrt(k)",
+    power=Fraction(1, 2),
+    source=f"{MALLADI}, section 5",
+    sure="derived for noisy gradients; tested",
+)
+_POWER = Rule(
+    name="power",
+    factor=lambda k, exponent: k**exponent,
+    formula="k^p",
+    source="a fit to tuned rates, as in study E",
+    sure="as good as the fit",
+    explanation=sentence("{name} {exponent:g}"),
+    reads=("base_batch_size", "lr_exponent"),
+)
+_LEGW = replace(
+    _SQRT,
+    name="legw",
+    source="You et al. 2019, arXiv 1901.08256",
+    sure="its authors' tests only",
+    help="sqrt, and --warmup-epochs x k",
+    warmup_times_k=True,
+    same_factor_as="sqrt",
+)
+_NONE = Rule(
+    name="none",
+    factor=lambda *_: 1,
+    formula="1",
+    power=Fraction(0),
+    source="the control arm of study D",
+    sure="certain to lose at large k",
+    explanation=sentence("no"),
+    reads=(),
+)
+_PER_N = replace(
+    _LINEAR,
+    name="per-N",
+    source="Touvron et al. 2021, arXiv 2012.12877",
+    help="linear, --base-lr is per N samples",
+    reads=(),
+    same_factor_as="linear",
+)
+_ADASCALE = Rule(
+    name="adascale",
+    factor=lambda *_: 1,
+    formula="gain",
+    source="Johnson et al. 2020, arXiv 2007.05105",
+    help="the measured gain of each update",
+    explanation=(
+        "Learning rate ({base_lr:.6g} at {base_batch_size}) times AdaScale's gain, between 1 and "
+        "{k:.6g}, measured at each update; the run takes up to {k:.6g} times as many updates as "
+        "said above"
+    ),
+    reads=("base_batch_size", "noise_scale"),
+    measured=True,
+)
+TABLE = (_LINEAR, _SQRT, _POWER, _LEGW, _NONE, _ADASCALE)
+RULES = tuple(rule.name for rule in TABLE if not rule.measured)
 PER_SAMPLES = ("per-256", "per-512", "per-1024", "per-4096")  # what recipes are stated in
-
+CHOICES = ("auto", *RULES, *PER_SAMPLES, *(rule.name for rule in TABLE if rule.measured))
+HELP = "; ".join(
+    f"{rule.name}: {rule.help}"
+    for rule in sorted((*TABLE, _PER_N), key=lambda rule: rule.measured)
+    if rule.help
+)
+_PER_SAMPLES = re.compile(r"per-([1-9]\d*)")
+CHOSEN = (_LINEAR.name, _SQRT.name)  # by `choose_rule`
 # timm's and torch's names: nesterov, momentum, sgdw, sgdp, csgdw, fusedsgd, bnbsgd8bit, asgd, ...
 _SGD_FAMILY = re.compile(r"(lookahead_)?(fused|bnb|c|a)?(sgd|nesterov|momentum)[wpc]*(8bit)?")
 
@@ -33,7 +114,9 @@ def linear_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: i
     >>> linear_scaling(0.1, base_batch_size=256, global_batch_size=8192)
     3.2
     """
-    return _usable(base_lr * _ratio(base_lr, base_batch_size, global_batch_size))
+    return _LINEAR.scaled(
+        base_lr, base_batch_size=base_batch_size, global_batch_size=global_batch_size
+    )
 
 
 def sqrt_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int) -> float:
@@ -51,7 +134,9 @@ def sqrt_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int
     >>> sqrt_scaling(0.001, base_batch_size=256, global_batch_size=1024)
     0.002
     """
-    return _usable(base_lr * math.sqrt(_ratio(base_lr, base_batch_size, global_batch_size)))
+    return _SQRT.scaled(
+        base_lr, base_batch_size=base_batch_size, global_batch_size=global_batch_size
+    )
 
 
 def no_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int) -> float:
@@ -65,8 +150,9 @@ def no_scaling(base_lr: float, *, base_batch_size: int, global_batch_size: int) 
     >>> no_scaling(0.025, base_batch_size=32, global_batch_size=2048)
     0.025
     """
-    _ratio(base_lr, base_batch_size, global_batch_size)
-    return base_lr
+    return _NONE.scaled(
+        base_lr, base_batch_size=base_batch_size, global_batch_size=global_batch_size
+    )
 
 
 def power_scaling(
@@ -85,12 +171,8 @@ def power_scaling(
     >>> power_scaling(0.1, base_batch_size=256, global_batch_size=4096, exponent=0.75)
     0.8
     """
-    ratio = _ratio(base_lr, base_batch_size, global_batch_size)
-    check_number("exponent", exponent, zero=True)
-    try:
-        return _usable(base_lr * ratio**exponent)
-    except OverflowError:
-        return _usable(math.inf)
+    sizes = {"base_batch_size": base_batch_size, "global_batch_size": global_batch_size}
+    return _POWER.scaled(base_lr, **sizes, exponent=exponent)
 
 
 def legw(
@@ -120,8 +202,7 @@ def legw(
     """
     sizes = {"base_batch_size": base_batch_size, "global_batch_size": global_batch_size}
     check_number("warmup_epochs", warmup_epochs, zero=True)
-    lr = sqrt_scaling(base_lr, **sizes)
-    return lr, warmup_epochs * (global_batch_size / base_batch_size)
+    return _LEGW.scaled(base_lr, **sizes), _LEGW.warmup(warmup_epochs, **sizes)
 
 
 def per_samples_scaling(base_lr: float, *, global_batch_size: int, samples: int = 1024) -> float:
@@ -142,14 +223,49 @@ def per_samples_scaling(base_lr: float, *, global_batch_size: int, samples: int 
     return linear_scaling(base_lr, base_batch_size=samples, global_batch_size=global_batch_size)
 
 
+def find_rule(name: str) -> Rule | None:
+    """The row of a rule's name; None for other names, such as "auto", which is a choice of rules.
+
+    >>> find_rule("sqrt").formula, find_rule("per-640").samples, find_rule("auto")
+    ('sqrt(k)', 640, None)
+    """
+    per_samples = _PER_SAMPLES.fullmatch(name)
+    if per_samples:
+        return replace(_PER_N, name=name, samples=int(per_samples[1]))
+    return next((rule for rule in TABLE if rule.name == name), None)
+
+
+def rule_named(name: str) -> Rule:
+    """The row of a rule's name.
+
+    Raises:
+        InputError: there is no rule of that name.
+    """
+    found = find_rule(name)
+    if found is None:
+        check_choice("rule", name, choices=(*RULES, *PER_SAMPLES))
+        raise AssertionError(name)  # each of the choices has a row
+    return found
+
+
+def is_measured(name: str) -> bool:
+    """Whether the rate under a choice of `--lr-scaling` follows what the run measures.
+
+    >>> is_measured("adascale"), is_measured("auto")
+    (True, False)
+    """
+    rule = find_rule(name)
+    return rule is not None and rule.measured
+
+
 def reference_batch(rule: str, base_batch_size: int) -> int:
     """The batch that `base_lr` belongs to: N under a rule "per-N", else `base_batch_size`.
 
     >>> reference_batch("per-512", 256), reference_batch("linear", 256)
     (512, 256)
     """
-    named = _PER_SAMPLES.fullmatch(rule)
-    return int(named[1]) if named else base_batch_size
+    found = find_rule(rule)
+    return base_batch_size if found is None or found.samples is None else found.samples
 
 
 def scale_lr(
@@ -185,28 +301,36 @@ def scale_lr(
             "Use rule=choose_rule(optimizer)[0]."
         )
     sizes = {"base_batch_size": base_batch_size, "global_batch_size": global_batch_size}
-    per_samples = bool(_PER_SAMPLES.fullmatch(rule))
-    reference = reference_batch(rule, base_batch_size)
-    if per_samples and reference != base_batch_size:
+    if is_measured(rule):
+        check_choice("rule", rule, choices=(*RULES, *PER_SAMPLES))  # no size alone gives the rate
+    row = rule_named(rule)
+    if row.samples not in (None, base_batch_size):
         raise InputError(
-            f"rule={rule!r} states base_lr per {reference} samples, and "
-            f"base_batch_size={base_batch_size}. Use base_batch_size={reference}, or rule='linear'."
+            f"rule={rule!r} states base_lr per {row.samples} samples, and base_batch_size="
+            f"{base_batch_size}. Use base_batch_size={row.samples}, or rule='linear'."
         )
-    check_choice("rule", "linear" if per_samples else rule, choices=(*RULES, *PER_SAMPLES))
-    if rule == "power":
-        if exponent is None:
-            raise InputError(
-                "rule='power' needs its exponent. Use exponent=0.7, such as study E's fit, or "
-                "rule='linear' (1), rule='sqrt' (0.5)."
-            )
-        return power_scaling(base_lr, **sizes, exponent=exponent)
-    if exponent is not None:
+    if "lr_exponent" in row.reads and exponent is None:
+        raise InputError(
+            f"rule={rule!r} needs its exponent. Use exponent=0.7, such as study E's fit, or "
+            "rule='linear' (1), rule='sqrt' (0.5)."
+        )
+    if "lr_exponent" not in row.reads and exponent is not None:
         raise InputError(
             f"rule={rule!r} does not read exponent={exponent!r}. Use rule='power', or leave it out."
         )
-    if rule in ("sqrt", "legw"):
-        return sqrt_scaling(base_lr, **sizes)
-    return (no_scaling if rule == "none" else linear_scaling)(base_lr, **sizes)
+    return row.scaled(base_lr, **sizes, exponent=exponent)
+
+
+def is_sgd(optimizer: str) -> bool:
+    """Whether an optimizer's name is of the SGD family.
+
+    Raises:
+        InputError: an empty name.
+    """
+    name = optimizer.strip().lower()
+    if not name:
+        raise InputError("optimizer='' names no optimizer. Use a name such as 'sgd' or 'adamw'.")
+    return _SGD_FAMILY.fullmatch(name) is not None
 
 
 def choose_rule(optimizer: str) -> tuple[str, str]:
@@ -226,15 +350,12 @@ def choose_rule(optimizer: str) -> tuple[str, str]:
     >>> choose_rule("sgd")[0], choose_rule("AdamW")[0]
     ('linear', 'sqrt')
     """
-    name = optimizer.strip().lower()
-    if not name:
-        raise InputError("optimizer='' names no optimizer. Use a name such as 'sgd' or 'adamw'.")
-    if _SGD_FAMILY.fullmatch(name):
-        return "linear", (
+    if is_sgd(optimizer):
+        return _LINEAR.name, (
             f"{optimizer} is of the SGD family: its update is proportional to the gradient, so one "
             "update over k times the samples replaces k updates (Goyal et al. 2017, section 2.1)"
         )
-    return "sqrt", (
+    return _SQRT.name, (
         f"{optimizer} normalises its update, so the update's size doesn't shrink with the gradient "
         "noise as SGD's does: the square root keeps the noise of the trajectory "
         "(Malladi et al. 2022, section 5)"
@@ -258,36 +379,6 @@ def explain_lr(
     'Learning rate (0.2) calculated from base learning rate (0.1 at 256) and global batch size
     (512) with linear scaling.'
     """
-    lr = scale_lr(
-        base_lr,
-        base_batch_size=base_batch_size,
-        global_batch_size=global_batch_size,
-        rule=rule,
-        exponent=exponent,
-    )
-    named = "no" if rule == "none" else rule
-    if exponent is not None:
-        named += f" {exponent:g}"
-    return (
-        f"Learning rate ({lr:.6g}) calculated from base learning rate ({base_lr:.6g} at "
-        f"{base_batch_size}) and global batch size ({global_batch_size}) with "
-        f"{named} scaling."
-    )
-
-
-def _usable(lr: float) -> float:
-    """The scaled rate, where it is one."""
-    if not 0 < lr < math.inf:
-        raise InputError(
-            f"the scaled learning rate is {lr:g}. Use a rate, an exponent and batches that give a "
-            "finite number above 0."
-        )
-    return lr
-
-
-def _ratio(base_lr: float, base_batch_size: int, global_batch_size: int) -> float:
-    """k, after checking all three; the ratio comes first, so that k = 1 gives `base_lr` exactly."""
-    check_number("base_lr", base_lr)
-    check_number("base_batch_size", base_batch_size)
-    check_number("global_batch_size", global_batch_size)
-    return global_batch_size / base_batch_size
+    sizes = {"base_batch_size": base_batch_size, "global_batch_size": global_batch_size}
+    scale_lr(base_lr, **sizes, rule=rule, exponent=exponent)  # refuses what the rule does not take
+    return rule_named(rule).explain(base_lr, **sizes, exponent=exponent)

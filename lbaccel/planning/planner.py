@@ -13,6 +13,7 @@ from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, check_whole
 from lbaccel.launch import calibration_file
 from lbaccel.models import create_backbone
+from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
 from lbaccel.planning.cost.devices import GIB, Device, device_at_hand, find_device
 from lbaccel.planning.cost.update import (
@@ -229,7 +230,7 @@ def _plan(
         optimizer=optimizer_name,
         fused_optimizer=estimator.steps_fused,
         lr=scale_lr(
-            0.1 if rule == "linear" else 1e-3,
+            default_base_lr(optimizer_name, pretrained=False),
             base_batch_size=256,
             global_batch_size=batch.global_batch_size,
             rule=rule,

@@ -1,13 +1,12 @@
-"""What the recipe leaves to the planner: `auto` as micro-batch, recompute or memory format."""
+"""The planner's part in a run: `auto` as micro-batch, recompute or memory format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from lbaccel.batch.plan import NormBatchSize
@@ -18,11 +17,13 @@ from lbaccel.planning.cost.devices import Device, device_at_hand
 from lbaccel.planning.cost.zero_memory import BUCKET, DEEPSPEEDS_BUCKET, STAGES
 from lbaccel.planning.estimate import Untraceable
 from lbaccel.planning.planner import plan
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.options_training import OptimizerOptions
+from lbaccel.runs.ranks import decided
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.memory.budget import default_budget, parse_memory
 
 Say = Callable[[str], object]
-CHOSEN = ("micro_batch_size", "activation_checkpointing", "memory_format")
 
 
 @dataclass(frozen=True)
@@ -35,115 +36,103 @@ class Chosen:
     memory_format: str
 
 
-def as_asked(s: Mapping[str, Any]) -> Chosen:
-    """What the settings state; where they say "auto", what is done without a plan."""
-    return Chosen(
-        None if s["micro_batch_size"] == "auto" else s["micro_batch_size"],
-        "none" if s["activation_checkpointing"] == "auto" else s["activation_checkpointing"],
-        (),
-        "contiguous" if s["memory_format"] == "auto" else s["memory_format"],
-    )
+def as_asked(batch: BatchOptions) -> Chosen:
+    """The plan that the settings state; where they say "auto", the one without a planner."""
+    asked, recompute = _asked(batch.micro_batch_size), _asked(batch.activation_checkpointing)
+    return Chosen(asked, recompute or "none", (), _asked(batch.memory_format) or "contiguous")
 
 
-def wants_plan(s: Mapping[str, Any]) -> bool:
+def _asked(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def wants_plan(batch: BatchOptions) -> bool:
     """Whether the settings leave anything to the planner."""
-    return any(s[name] == "auto" for name in CHOSEN)
+    of_plan = (batch.micro_batch_size, batch.activation_checkpointing, batch.memory_format)
+    return "auto" in of_plan
 
 
-def choose(
-    s: Mapping[str, Any],
-    model: nn.Module,
-    *,
-    accelerator: Any,
-    norm_batch_size: NormBatchSize,
-    num_samples: int,
-    image_shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    precision: str,
-    say: Say,
-) -> Chosen:
-    """What stands in the settings, and the planner's choice where they say "auto".
+@dataclass(frozen=True)
+class Workload:
+    """What an update of the run holds, for the planner."""
+
+    model: nn.Module
+    optimizer: OptimizerOptions
+    largest_batch: int  # samples an update that the run may come to
+    norm_batch_size: NormBatchSize
+    mix_pairs: bool
+    image_shape: tuple[int, int, int]
+    dtype: torch.dtype
+    precision: str
+
+    def make_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of so many samples, without content."""
+        images = torch.empty(size, *self.image_shape, dtype=self.dtype)
+        return images, torch.zeros(size, dtype=torch.long)
+
+
+def choose(batch: BatchOptions, work: Workload, accelerator: Any, *, say: Say) -> Chosen:
+    """The plan in the settings, with the planner's choice where they say "auto".
 
     Rank 0 plans, and all take its plan: what is free may differ between them. A model that can't
     be traced is left to a search by real micro-batches, with a line that says so.
+
+    Raises:
+        InputError: no plan fits.
     """
-    shared: list[Any] = [None]
-    if accelerator.is_main_process:
-        shared = [
-            _plan(
-                s, model, accelerator, norm_batch_size, num_samples, image_shape, dtype, precision
-            )
-        ]
-    chosen, line, error = cast(Any, broadcast_object_list(shared)[0])
-    if error is not None:
-        raise InputError(error)
+    chosen, line = decided(accelerator, lambda: _plan(batch, work, accelerator))
     say(line)
     return chosen
 
 
-def _plan(
-    s: Mapping[str, Any],
-    model: nn.Module,
-    accelerator: Any,
-    norm_batch_size: NormBatchSize,
-    num_samples: int,
-    image_shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    precision: str,
-) -> tuple[Chosen | None, str, str | None]:
-    def make_batch(size: int) -> tuple[Tensor, Tensor]:
-        return torch.empty(size, *image_shape, dtype=dtype), torch.zeros(size, dtype=torch.long)
-
-    def asked(name: str) -> Any:
-        return None if s[name] == "auto" else s[name]
-
+def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen, str]:
     device = _device(accelerator.device)
-    if s["memory"] is None:
+    if batch.memory is None:
         budget = default_budget(accelerator.device, ranks=local_world_size())
     else:
-        budget = parse_memory(s["memory"])
-    if s["ema_decay"] is not None:
-        budget -= sum(t.nbytes for t in model.state_dict().values())
+        budget = parse_memory(batch.memory)
+    if work.optimizer.ema_decay is not None:
+        budget -= sum(t.nbytes for t in work.model.state_dict().values())
     try:
         found = plan(
-            model,
-            global_batch_size=min(s["global_batch_size"], num_samples),
+            work.model,
+            global_batch_size=work.largest_batch,
             memory=max(budget, 1) + device.context,  # --memory caps the allocator alone
             world_size=accelerator.num_processes,
             device=device,
-            precision=cast(Any, {"fp64": "fp32"}.get(precision, precision)),
-            optimizer=s["optimizer"],
-            norm_batch_size=norm_batch_size,
-            mix_pairs=bool(s["mixup"] or s["cutmix"]),
-            clip_grad_norm=s["clip_grad_norm"] is not None,
-            micro_batch_size=asked("micro_batch_size"),
-            activation_checkpointing=asked("activation_checkpointing"),
-            memory_format=asked("memory_format"),
+            precision=cast(Any, {"fp64": "fp32"}.get(work.precision, work.precision)),
+            optimizer=work.optimizer.optimizer,
+            norm_batch_size=work.norm_batch_size,
+            mix_pairs=work.mix_pairs,
+            clip_grad_norm=work.optimizer.clip_grad_norm is not None,
+            micro_batch_size=_asked(batch.micro_batch_size),
+            activation_checkpointing=_asked(batch.activation_checkpointing),
+            memory_format=_asked(batch.memory_format),
             **_sharding(accelerator),
-            make_batch=make_batch,
+            make_batch=work.make_batch,
             observes=False,
             compare=False,
         )
     except Untraceable as error:
-        return as_asked(s), f"no plan: {error} Micro-batches are tried out.", None
-    except InputError as error:
-        return None, "", str(error)
+        return as_asked(batch), f"no plan: {error} Micro-batches are tried out."
     if not found.fits:
-        text = f"no plan fits in the memory: {found.why}."
-        return None, "", f"{text} Give more --memory, or a smaller model or image."
-    chosen = Chosen(
-        found.micro_batch_size, found.activation_checkpointing, found.segments, found.memory_format
-    )
+        raise InputError(
+            f"no plan fits in the memory: {found.why}. Give more --memory, or a smaller model or "
+            "image."
+        )
     how = {
         "none": "no recompute",
         "full": "every block recomputed",
         "segments": f"{len(found.segments)} segments recomputed",
     }[found.activation_checkpointing]
+    chosen = Chosen(
+        found.micro_batch_size, found.activation_checkpointing, found.segments, found.memory_format
+    )
     line = (
         f"plan: micro-batch {found.micro_batch_size}, {how}, {found.memory_format}; predicted peak "
         f"{found.predicted_peak_gib:.2f} GiB of {found.budget_gib:.2f}"
     )
-    return chosen, line, None
+    return chosen, line
 
 
 def _sharding(accelerator: Any) -> dict[str, Any]:

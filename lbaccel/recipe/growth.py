@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lbaccel.batch.phases import Segment, segment_updates
 from lbaccel.batch.rules import MILESTONES, batch_schedule
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError, check_number
-from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.scaling import rule_named
 from lbaccel.optim.schedules import Schedule
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.options_training import RateOptions
 
 Say = Callable[[str], object]
-OWN = {"factor", "max_batch_size", "past_max", "growth", "lr_growth", "first_epoch"}
-OWN |= {"batch_sizes", "lr_factors"}
 
 
-def segments_of(s: Mapping[str, Any], *, num_samples: int, say: Say) -> tuple[Segment, ...]:
+def segments_of(
+    batch: BatchOptions, rate: RateOptions, *, num_samples: int, say: Say
+) -> tuple[Segment, ...]:
     """The segments that the settings ask for; none without a batch schedule.
 
     Raises:
         InputError: as `batch_schedule`.
     """
-    rule = s["batch_schedule"]
+    rule = batch.batch_schedule
     if rule is None:
         return ()
-    largest = s["max_batch_size"]
+    largest = batch.max_batch_size
     if largest is not None and largest > num_samples:
         say(f"--max-batch-size {largest} is above the training set's {num_samples} samples: those.")
         largest = num_samples
     return batch_schedule(
         rule,
-        global_batch_size=min(s["global_batch_size"], num_samples),
-        epochs=s["epochs"],
+        global_batch_size=min(batch.first_size, num_samples),
+        epochs=rate.epochs,
         num_samples=num_samples,
-        milestones=milestones(s["milestones"], rule=rule, epochs=s["epochs"]),
-        factors=s["factor"][0] if len(s["factor"]) == 1 else s["factor"] or None,
+        milestones=milestones(rate.milestones, rule=rule, epochs=rate.epochs),
+        factors=batch.factor[0] if len(batch.factor) == 1 else batch.factor or None,
         max_batch_size=largest,
-        past_max=s["past_max"],
-        growth=s["growth"],
-        lr_growth=s["lr_growth"],
-        first_epoch=s["first_epoch"],
-        batch_sizes=tuple(int(b) if b.is_integer() else b for b in s["batch_sizes"]),  # type: ignore[misc]
-        lr_factors=s["lr_factors"],
+        past_max=batch.past_max,
+        growth=batch.growth,
+        lr_growth=batch.lr_growth,
+        first_epoch=batch.first_epoch,
+        batch_sizes=tuple(int(b) if b.is_integer() else b for b in batch.batch_sizes),  # type: ignore[misc]
+        lr_factors=batch.lr_factors,
     )
 
 
@@ -80,69 +82,52 @@ def default_milestones(epochs: float) -> tuple[int, ...]:
     return found
 
 
-def check_growth(s: Mapping[str, Any]) -> None:
+def check_growth(batch: BatchOptions, rate: RateOptions, *, noise_scale: str) -> None:
     """Stop at settings of a growing batch that do not go together.
 
     Raises:
         InputError: in the names of the flags.
     """
-    rule = s["batch_schedule"]
-    if s["auto_batch"]:
-        _check_auto(s)
-        _check_unread(s, OWN - {"max_batch_size"})
-    elif s["min_batch_size"] is not None or s["batch_decisions"] is not None:
+    if batch.follows_noise:
+        _check_auto(batch, noise_scale=noise_scale)
+    elif batch.batch_schedule is not None and rate.schedule in ("step", "multistep"):
         raise InputError(
-            "--min-batch-size and --batch-decisions are read with --global-batch-size auto alone. "
-            "Leave them out."
-        )
-    elif rule is None:
-        _check_unread(s, OWN)
-    elif s["schedule"] in ("step", "multistep"):
-        raise InputError(
-            f"--schedule {s['schedule']} with --batch-schedule {rule}: both change the rate at "
-            "milestones. Use --batch-schedule lrd (the rate falls) or mixed, or --schedule cosine."
+            f"--schedule {rate.schedule} with --batch-schedule {batch.batch_schedule}: both change "
+            "the rate at milestones. Use --batch-schedule lrd (the rate falls) or mixed, or "
+            "--schedule cosine."
         )
 
 
-def _check_unread(s: Mapping[str, Any], names: Iterable[str]) -> None:
-    for name in sorted(names):
-        if s[name] not in ((), None, "drop"):
-            several = isinstance(s[name], tuple)
-            shown = " ".join(f"{x:g}" for x in s[name]) if several else s[name]
-            flag = f"--{name.replace('_', '-')} {shown}"
-            raise InputError(f"{flag} is read with --batch-schedule alone, such as bsi. Add it.")
-
-
-def _check_auto(s: Mapping[str, Any]) -> None:
-    low, high = s["min_batch_size"], s["max_batch_size"]
+def _check_auto(batch: BatchOptions, *, noise_scale: str) -> None:
+    low, high = batch.min_batch_size, batch.max_batch_size
     if low is None or high is None or not 0 < low <= high:
         raise InputError(
             f"--global-batch-size auto with --min-batch-size {low} and --max-batch-size {high}: it "
             "grows from the one to the other, so both are needed. Use --min-batch-size 256 "
             "--max-batch-size 8192, say."
         )
-    if s["batch_schedule"] is not None:
+    if batch.batch_schedule is not None:
         raise InputError(
-            f"--batch-schedule {s['batch_schedule']} with --global-batch-size auto: two would say "
+            f"--batch-schedule {batch.batch_schedule} with --global-batch-size auto: two would say "
             "how the batch grows. Leave one out."
         )
-    if s["noise_scale"] == "none" and s["batch_decisions"] is None:
+    if noise_scale == "none" and batch.batch_decisions is None:
         raise InputError(
             "--noise-scale none with --global-batch-size auto: the batch follows what is measured. "
             "Leave --noise-scale out."
         )
-    if s["last_update"] == "drop":
+    if batch.last_update == "drop":
         raise InputError(
             "--last-update drop with --global-batch-size auto: every size would leave out other "
             "samples. Use keep or wrap."
         )
 
 
-def largest(s: Mapping[str, Any], segments: Sequence[Segment]) -> int:
+def largest(batch: BatchOptions, segments: Sequence[Segment]) -> int:
     """The largest batch that a run may come to."""
-    if s["auto_batch"]:
-        return s["max_batch_size"]
-    return max([s["global_batch_size"], *(segment.global_batch_size for segment in segments)])
+    if batch.follows_noise and batch.max_batch_size is not None:
+        return batch.max_batch_size
+    return max([batch.first_size, *(segment.global_batch_size for segment in segments)])
 
 
 def factor_of(segments: Sequence[Segment], *, samples_per_epoch: int) -> Schedule:
@@ -156,7 +141,7 @@ def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedul
 
     Args:
         loader: whose `stream` knows the sizes so far.
-        rule: of `scale_lr`, from the first size to the one that `samples_seen` lies in.
+        rule: its name, from the first size to the one that `samples_seen` lies in.
         exponent: of the rule "power".
     """
 
@@ -164,11 +149,10 @@ def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedul
         stream = loader.stream
         size = stream.size_in(int(samples_seen // stream.samples_per_epoch))
         # k counts, whatever batch the rate is stated for
-        return scale_lr(
+        return rule_named(rule).scaled(
             1.0,
             base_batch_size=stream.global_batch_size,
             global_batch_size=size,
-            rule={"legw": "sqrt"}.get(rule, "linear" if rule.startswith("per-") else rule),
             exponent=exponent,
         )
 

@@ -1,8 +1,8 @@
-"""What the recipe builds where batch or rate follow what is measured, or updates are dropped."""
+"""The parts of a run where batch or rate follow a measurement, or updates are dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from lbaccel.errors import InputError
 from lbaccel.noise.auto_batch import AutoBatch, read_decisions
 from lbaccel.noise.scale import NoiseScale
 from lbaccel.optim.adascale import AdaScale
-from lbaccel.optim.learning_rate import peak_rate
+from lbaccel.optim.scaling import is_measured
 from lbaccel.optim.scheduler import AdaScaleLR, lr_scheduler
 from lbaccel.optim.schedules import Schedule
 from lbaccel.recipe.growth import factor_by_rule, factor_of
+from lbaccel.recipe.options import Settings
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.options_training import RateOptions
+from lbaccel.recipe.rate import PeakRate
 from lbaccel.runs.folder import DECISIONS
 from lbaccel.update.loss_dropout import LossDropout
 
@@ -29,10 +33,12 @@ Say = Callable[[str], object]
 
 
 def loss_dropout(
-    s: Mapping[str, Any], stream: UpdateStream | Callable[[], UpdateStream]
+    epochs: Sequence[float],
+    stream: UpdateStream | Callable[[], UpdateStream],
+    *,
+    rate: RateOptions,
 ) -> LossDropout | None:
-    """What drops updates, if asked for."""
-    epochs = s["loss_dropout"]
+    """The part that drops updates between two epochs, if asked for."""
     if not epochs:
         return None
     if len(epochs) != 2 or not all(float(epoch).is_integer() and epoch > 0 for epoch in epochs):
@@ -41,20 +47,19 @@ def loss_dropout(
             f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
             "dropped, numbered from 1, such as --loss-dropout 3 119."
         )
-    if epochs[0] > ceil(s["epochs"]) and s["lr_scaling"] != "adascale":  # which runs for longer
+    if epochs[0] > ceil(rate.epochs) and not is_measured(rate.lr_scaling):  # which runs longer
         raise InputError(
             f"--loss-dropout {epochs[0]:g} {epochs[1]:g} begins after the last epoch of a run of "
-            f"--epochs {s['epochs']:g}: nothing would be dropped. Use an earlier one."
+            f"--epochs {rate.epochs:g}: nothing would be dropped. Use an earlier one."
         )
     return LossDropout(stream, first_epoch=int(epochs[0]), last_epoch=int(epochs[1]))
 
 
 def rate_factor(
-    s: Mapping[str, Any], segments: Sequence[Segment], loader: UpdateLoader
+    batch: BatchOptions, rate: PeakRate, *, segments: Sequence[Segment], loader: UpdateLoader
 ) -> Schedule | None:
-    """What a growing batch does to the learning rate; None where the batch stays."""
-    if s["auto_batch"]:
-        rate = peak_rate(s, global_batch_size=loader.plan.global_batch_size)
+    """The factor of a growing batch on the learning rate; None where the batch stays."""
+    if batch.follows_noise:
         return factor_by_rule(loader, rule=rate.rule, exponent=rate.exponent)
     if not segments:
         return None
@@ -62,14 +67,14 @@ def rate_factor(
 
 
 def build_noise_scale(
-    s: Mapping[str, Any], loader: UpdateLoader, accelerator: Any, *, searches: bool, say: Say
+    s: Settings, loader: UpdateLoader, accelerator: Any, *, searches: bool, say: Say
 ) -> NoiseScale | None:
-    """What measures the critical batch size; None where `--noise-scale` says so, or auto can't.
+    """The measurement of the critical batch; None where `--noise-scale` says so, or auto can't.
 
     Its averages halve over a tenth of the run.
 
     Args:
-        s: settings.
+        s: settings of all groups: what is measured has a say in batch and rate.
         loader: of the run.
         accelerator: tells the sharding.
         searches: the micro-batch will be found by trial, so that the plan's is not the last word.
@@ -78,10 +83,10 @@ def build_noise_scale(
     Raises:
         InputError: the batch or the rate is to follow it, and it can't be measured.
     """
-    kind, stream, plan = s["noise_scale"], loader.stream, loader.plan
+    kind, stream, plan = s.run.noise_scale, loader.stream, loader.plan
     if kind == "none":
         return None
-    needed = _what_follows_the_noise(s)
+    needed = follows_noise(s.batch, s.rate)
     if kind == "auto":
         plugin = accelerator.deepspeed_plugin
         stage = plugin.zero_stage if plugin is not None else 0
@@ -96,7 +101,7 @@ def build_noise_scale(
             say("noise scale: not measured, as an update is one micro-batch (it takes two)")
             return None
     if not searches:
-        check_measurable(s, plan)
+        check_measurable(needed, plan)
     if needed is not None:
         say(
             f"{needed}: what is measured depends on its units, which are micro-batches, so another "
@@ -105,7 +110,7 @@ def build_noise_scale(
     # Here, as it maps more memory than a tight limit on it may leave in the middle of the run.
     import scipy.special  # noqa: F401
 
-    end = stream.samples_seen(stream.num_updates(s["epochs"]))
+    end = stream.samples_seen(stream.num_updates(s.rate.epochs))
     return NoiseScale(
         half_life_samples=end / 10,
         training_set_size=stream.num_samples,
@@ -114,20 +119,23 @@ def build_noise_scale(
     )
 
 
-def _what_follows_the_noise(s: Mapping[str, Any]) -> str | None:
-    """The setting that can't be without the noise scale."""
-    if s["auto_batch"] and s["batch_decisions"] is None:
+def follows_noise(batch: BatchOptions, rate: RateOptions) -> str | None:
+    """The setting that can't be without the noise scale, as it is typed."""
+    if batch.follows_noise and batch.batch_decisions is None:
         return "--global-batch-size auto"
-    return "--lr-scaling adascale" if s["lr_scaling"] == "adascale" else None
+    return f"--lr-scaling {rate.lr_scaling}" if is_measured(rate.lr_scaling) else None
 
 
-def check_measurable(s: Mapping[str, Any], plan: BatchPlan) -> None:
+def check_measurable(needed: str | None, plan: BatchPlan) -> None:
     """Stop where rate or batch follow the noise, and an update has no spread to measure.
+
+    Args:
+        needed: from `follows_noise`.
+        plan: how an update is cut.
 
     Raises:
         InputError: an update is one micro-batch.
     """
-    needed = _what_follows_the_noise(s)
     if needed is not None and _num_units(plan) < 2:
         raise InputError(
             f"{needed} measures the spread of an update's micro-batches, and "
@@ -142,53 +150,52 @@ def _num_units(plan: BatchPlan) -> int:
 
 
 def build_auto_batch(
-    s: Mapping[str, Any], loader: UpdateLoader, noise_scale: NoiseScale | None
+    batch: BatchOptions, loader: UpdateLoader, noise_scale: NoiseScale | None
 ) -> AutoBatch | None:
-    """What grows the batch as the run goes; None without `--global-batch-size auto`."""
-    if not s["auto_batch"]:
+    """The part that grows the batch as the run goes; None without `--global-batch-size auto`."""
+    if not batch.follows_noise or batch.max_batch_size is None:
         return None
-    replay = None
-    if s["batch_decisions"] is not None:
-        path = Path(s["batch_decisions"])
+    replay, most = None, batch.max_batch_size
+    if batch.batch_decisions is not None:
+        path = Path(batch.batch_decisions)
         file = path / DECISIONS if path.is_dir() else path
         replay = read_decisions(file, first=loader.stream.global_batch_size)
         largest = max([decision.after for decision in replay], default=0)
-        if largest > s["max_batch_size"]:
+        if largest > most:
             raise InputError(
-                f"--batch-decisions {s['batch_decisions']} grow to {largest} samples, above "
-                f"--max-batch-size {s['max_batch_size']}. Use --max-batch-size {largest}, or "
-                "another file."
+                f"--batch-decisions {path} grow to {largest} samples, above --max-batch-size "
+                f"{most}. Use --max-batch-size {largest}, or another file."
             )
     return AutoBatch(
         loader,
-        largest=min(s["max_batch_size"], loader.stream.num_samples),
+        largest=min(most, loader.stream.num_samples),
         average=None if noise_scale is None else noise_scale.average,
         replay=replay,
     )
 
 
 def build_scheduler(
-    s: Mapping[str, Any],
+    rate: RateOptions,
     optimizer: Optimizer,
     schedule: Schedule,
     *,
     loader: UpdateLoader,
     noise_scale: NoiseScale | None,
 ) -> Any:
-    """What moves the learning rate after each update."""
+    """The part that moves the learning rate after each update."""
 
     def size(update: int) -> int:
         return loader.stream.span(update)[1]
 
-    if s["lr_scaling"] != "adascale":
+    if not is_measured(rate.lr_scaling):
         return lr_scheduler(optimizer, schedule, samples_per_update=size)
     assert noise_scale is not None
     stream = loader.stream
     return AdaScaleLR(
         optimizer,
         schedule,
-        rule=AdaScale(s["base_batch_size"]),
+        rule=AdaScale(rate.base_batch_size),
         averages=noise_scale.average,
         sizes=size,
-        total_samples=stream.samples_seen(stream.num_updates(s["epochs"])),
+        total_samples=stream.samples_seen(stream.num_updates(rate.epochs)),
     )

@@ -3,68 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lbaccel.errors import InputError
-from lbaccel.recipe.options import OPTIONS
-from lbaccel.recipe.settings import parse, read_yaml
+from lbaccel.optim.scaling import is_measured
+from lbaccel.recipe.options import OPTIONS, Settings
+from lbaccel.recipe.settings import ASKED, EXTENSIONS, ORIGIN, parse, read_yaml
+from lbaccel.recipe.values import flag_of
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, run_of
 
-# of the invocation, not of the run
-NOT_SAVED = ("resume", "extend", "max_hours", "dry_run", "output")
-Settings = dict[str, Any]
+AUTO = "auto"
 
 
-def resolve(values: Settings, origins: dict[str, str]) -> tuple[Settings, dict[str, str]]:
+def resolve(settings: Settings) -> Settings:
     """The settings of the run that `resume` names, with what was typed now on top.
 
     `resume` becomes the path of a run folder or of a checkpoint, or None where "auto" found none.
-    Two keys are added: `asked`, the settings of the contract that were typed when the run began,
-    and `extensions`, its history of lengths: pairs (epochs before, how the cosine went on).
+    `asked` becomes the settings of the contract that were typed when the run began, and
+    `extensions` its history of lengths: pairs (epochs before, how the cosine went on).
 
     Raises:
         InputError: no such run, a setting typed that decides the result and differs from the
             run's, or `extend` where nothing is extended.
     """
-    target = values["resume"]
-    fresh = {**values, "asked": _typed_contract(values, origins), "extensions": []}
+    target, how = settings.run.resume, settings.run.extend
+    fresh = replace(settings, asked=_typed_contract(settings))
     if target is None:
-        if values["extend"] is not None:
+        if how is not None:
             raise InputError("--extend is for a resumed run with other --epochs. Add --resume.")
-        return fresh, origins
-    if values["dry_run"]:
+        return fresh
+    if settings.run.dry_run:
         raise InputError("--dry-run writes nothing and --resume goes on writing. Use one of them.")
-    if target == "auto":
-        origins = {**origins, "resume": "auto"}
-        run = newest_run(Path(values["output"]), fresh["asked"])
+    if target == AUTO:
+        fresh = replace(fresh, origins={**fresh.origins, "resume": AUTO})
+        run = newest_run(Path(settings.run.output), fresh.asked)
         if run is None:
-            return {**fresh, "resume": None}, origins
+            return fresh.with_values({"resume": None})
         target = str(run)
     run = run_of(Path(target))
-    saved, saved_origins = read_run(run)
-    extensions = saved["extensions"]
-    typed = {name for name, origin in origins.items() if origin != "default"}
-    _check_contract(run, saved, fresh["asked"])
-    _check_units(run, saved, values, origins)
-    merged, merged_origins = dict(values), dict(origins)
-    for name in OPTIONS:
-        if name not in typed and name not in NOT_SAVED and name in saved:
-            merged[name] = saved[name]
-            merged_origins[name] = saved_origins.get(name, str(run / CONFIG))
-    before, after = saved["epochs"], merged["epochs"]
+    saved = read_run(run)
+    _check_contract(run, saved, fresh.asked)
+    _check_units(run, saved, settings)
+    merged = _merged(run, saved, fresh)
+    before, after = saved.rate.epochs, merged.rate.epochs
+    extensions = saved.extensions
     if after != before:
-        _check_extension(values["extend"], before=before, after=after)
-        extensions = [*extensions, (before, values["extend"])]
-    elif values["extend"] is not None:
+        _check_extension(how, before=before, after=after)
+        extensions = (*extensions, (before, how))
+    elif how is not None:
         raise InputError(
-            f"--extend {values['extend']}: the run already has --epochs {before:g}. Give the new "
+            f"--extend {how}: the run already has --epochs {before:g}. Give the new "
             f"length too, such as --epochs {2 * before:g}."
         )
-    added = {"resume": target, "asked": saved["asked"], "extensions": extensions}
-    return {**merged, **added}, merged_origins
+    return replace(merged.with_values({"resume": target}), asked=saved.asked, extensions=extensions)
+
+
+def _merged(run: Path, saved: Settings, now: Settings) -> Settings:
+    """The run's own settings where nobody types another value now."""
+    kept = [n for n, row in OPTIONS.items() if row.of_run and now.origin(n) == "default"]
+    where = str(run / CONFIG)
+    origins = {name: saved.origins.get(name, where) for name in kept}
+    return replace(
+        now.with_values({name: saved.value(name) for name in kept}),
+        origins={**now.origins, **origins},
+    )
 
 
 def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
@@ -80,16 +86,16 @@ def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
         if not any((folder / CHECKPOINTS).glob(f"update_*/{MANIFEST}")):
             continue
         try:
-            saved, _ = read_run(folder)
+            saved = read_run(folder)
         except InputError:
             continue
-        if saved["asked"] == asked:
+        if saved.asked == asked:
             return folder
     return None
 
 
-def read_run(run: Path) -> tuple[Settings, dict[str, str]]:
-    """Settings of a run and their origins, with `asked` and `extensions`, from its config.yaml.
+def read_run(run: Path) -> Settings:
+    """Settings of a run, from its config.yaml; an option that it does not know has its default.
 
     Raises:
         InputError: the file is damaged, or of a version with other settings.
@@ -97,62 +103,65 @@ def read_run(run: Path) -> tuple[Settings, dict[str, str]]:
     path = run / CONFIG
     saved = _parsed(read_yaml(path), path)
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    origins, asked = content.get("origin"), content.get("asked")
-    # what a run of an earlier version could not be asked for, it did by default
+    origins, asked = content.get(ORIGIN), content.get(ASKED)
     missing = [name for name in ("model", "data", "global_batch_size") if name not in saved]
-    saved = {**{n: option.default for n, option in OPTIONS.items() if option.contract}, **saved}
     if missing or not isinstance(origins, dict) or not isinstance(asked, dict):
         raise InputError(
-            f"{path} is not whole: {', '.join([*missing, 'origin', 'asked'])[:80]} is missing. "
+            f"{path} is not whole: {', '.join([*missing, ORIGIN, ASKED])[:80]} is missing. "
             "Restore it, or start from the weights with --checkpoint."
         )
     try:
-        history = [(float(before), how) for before, how in content["extensions"]]
+        history = tuple((float(before), how) for before, how in content[EXTENSIONS])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its extensions can't be read ({error}).") from error
     known = {name: value for name, value in asked.items() if name in OPTIONS}
-    saved |= {"asked": _parsed(known, path), "extensions": history}
-    return saved, {str(k): str(v) for k, v in origins.items()}
+    return replace(
+        Settings().with_values(saved),
+        origins={str(name): str(origin) for name, origin in origins.items()},
+        asked=_parsed(known, path),
+        extensions=history,
+    )
 
 
-def _parsed(layer: Mapping[str, Any], path: Path) -> Settings:
+def _parsed(layer: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {name: parse(OPTIONS[name], raw, str(path)) for name, raw in layer.items()}
 
 
-def _typed_contract(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+def _typed_contract(settings: Settings) -> dict[str, Any]:
     return {
-        name: values[name]
-        for name, option in OPTIONS.items()
-        if option.contract and origins.get(name, "default") != "default"
+        name: settings.value(name)
+        for name, row in OPTIONS.items()
+        if row.contract and settings.origin(name) != "default"
     }
 
 
-def _check_contract(run: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> None:
     """Stop at a setting that differs from what the run was asked for and from what came of it."""
     for name, value in asked.items():
-        if value not in (saved[name], saved["asked"].get(name, saved[name])):
-            flag = "--" + name.replace("_", "-")
+        has = saved.value(name)
+        if value not in (has, saved.asked.get(name, has)):
+            flag = flag_of(name)
             raise InputError(
-                f"{flag} {value}: the run in {run} has {saved[name]}, and this setting decides its "
+                f"{flag} {value}: the run in {run} has {has}, and this setting decides its "
                 f"result, so a resume can't change it. Leave {flag} out, or start a new run "
                 "without --resume."
             )
 
 
-def _check_units(run: Path, saved: Settings, values: Settings, origins: Mapping[str, str]) -> None:
+def _check_units(run: Path, saved: Settings, now: Settings) -> None:
     """Stop at another micro-batch where batch or rate follow what micro-batches measure.
 
     Raises:
         InputError: it is typed, and differs.
     """
     follows = {
-        "--lr-scaling adascale": saved["lr_scaling"] == "adascale",
-        "--global-batch-size auto": saved["global_batch_size"] == "auto"
-        and saved["batch_decisions"] is None,
+        f"--lr-scaling {saved.rate.lr_scaling}": is_measured(saved.rate.lr_scaling),
+        "--global-batch-size auto": saved.batch.follows_noise
+        and saved.batch.batch_decisions is None,
     }
     name = next((flag for flag, holds in follows.items() if holds), None)
-    size, asked = saved.get("micro_batch_size"), values["micro_batch_size"]
-    if name is None or origins["micro_batch_size"] == "default" or asked == size:
+    size, asked = saved.batch.micro_batch_size, now.batch.micro_batch_size
+    if name is None or now.origin("micro_batch_size") == "default" or asked == size:
         return
     raise InputError(
         f"--micro-batch-size {asked}: the run in {run} has {size}, and under {name} micro-batches "

@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lbaccel.errors import InputError
-from lbaccel.optim.scaling import PER_SAMPLES
-from lbaccel.recipe.options import GROUPS, OPTIONS
+from lbaccel.optim.scaling import find_rule
+from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
 from lbaccel.recipe.values import (
     Option,
     group_samples,
     numbers,
     samples_or_auto,
+    shown,
     start_rate,
     switch,
     whole,
     words,
 )
+
+PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
+ADDED = (PLAN, ORIGIN, ASKED, EXTENSIONS)  # to the settings, in config.yaml of a run folder
 
 EPILOG = """examples:
   lbaccel train
@@ -50,24 +55,27 @@ def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-config", action="store_true", help="print each value and its origin, and stop"
     )
-    for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            flag = "--" + option.name.replace("_", "-")
-            shown = option.shown or option.default
-            if isinstance(shown, tuple):
-                shown = " ".join(shown)
-            text = f"{option.help} (default: {shown})".replace("%", "%%")
-            if option.parse is switch:
-                group.add_argument(
-                    flag, nargs="?", const=True, metavar="BOOL", dest=option.name, help=text
-                )
-            elif option.parse in (numbers, words):
-                group.add_argument(flag, nargs="+", metavar="X", dest=option.name, help=text)
-            else:
-                choices = "{" + ",".join(option.choices) + "}" if option.choices else "X"
-                group.add_argument(flag, metavar=choices, dest=option.name, help=text)
+    for name, rows in GROUPS.items():
+        group = parser.add_argument_group(TITLES.get(name, name))
+        for row in rows:
+            _add_option(group, row)
     return parser
+
+
+def _add_option(group: Any, row: Option) -> None:
+    default = row.shown or (
+        " ".join(row.default) if isinstance(row.default, tuple) else row.default
+    )
+    text = f"{row.help} (default: {default})".replace("%", "%%")
+    if row.parse is switch:
+        group.add_argument(
+            row.flag, nargs="?", const=True, metavar="BOOL", dest=row.name, help=text
+        )
+    elif row.parse in (numbers, words):
+        group.add_argument(row.flag, nargs="+", metavar="X", dest=row.name, help=text)
+    else:
+        choices = "{" + ",".join(row.choices) + "}" if row.choices else "X"
+        group.add_argument(row.flag, metavar=choices, dest=row.name, help=text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,70 +83,95 @@ class _Parser(argparse.ArgumentParser):
         parts = message.rsplit(": ", 1)
         if parts[0] == "unrecognized arguments":
             flag = parts[1].split()[0].split("=")[0]
-            flags = ["--" + name.replace("_", "-") for name in OPTIONS]
-            near = _nearest(flag, flags)
+            near = _nearest(flag, [row.flag for row in OPTIONS.values()])
             if flag in ("--batch-size", "-b"):  # timm's, samples of one GPU
                 near = " Did you mean --global-batch-size, or --micro-batch-size?"
             message = f"unknown flag {flag}.{near} See --help."
         raise InputError(message)
 
 
-def read_settings(
-    argv: Sequence[str], *, prog: str = "lbaccel train"
-) -> tuple[dict[str, Any], dict[str, str], bool]:
-    """Values, the origin of each, and whether --print-config was given; flags win over YAML.
+def read_settings(argv: Sequence[str], *, prog: str = "lbaccel train") -> tuple[Settings, bool]:
+    """The settings, and whether --print-config was given; flags win over YAML.
 
     Raises:
         InputError: an unknown flag or key (with the nearest that exists), or a value of no use.
     """
     typed = vars(make_parser(prog).parse_args(argv))
     config, show = typed.pop("config", None), typed.pop("print_config", False)
-    values = {name: option.default for name, option in OPTIONS.items()}
-    origins = dict.fromkeys(OPTIONS, "default")
-    layers: list[tuple[str, Mapping[str, Any]]] = [("flag", typed)]
+    settings = Settings()
     if config is not None:
-        layers.insert(0, (config, read_yaml(Path(config))))
-    for origin, layer in layers:
-        for name, raw in layer.items():
-            values[name] = parse(OPTIONS[name], raw, origin)
-            origins[name] = origin
-    return {**values, **under_a_batch_schedule(values, origins)}, origins, show
+        settings = from_file(Path(config))
+    return under_a_batch_schedule(layered(settings, typed, origin="flag")), show
 
 
-def under_a_batch_schedule(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
+def from_file(path: Path) -> Settings:
+    """The defaults, and on them the settings of a YAML file.
+
+    A file that names a default, as a run folder's config.yaml does, asks for nothing by it.
+    """
+    content = _content(path)
+    settings = layered(Settings(), _options_in(content, path), origin=str(path))
+    before = content.get(ORIGIN)
+    by_default = {k for k, v in before.items() if v == "default"} if before else set()
+    asked = {n for n in settings.given if settings.value(n) != OPTIONS[n].default}
+    return replace(settings, given=frozenset(asked - by_default))
+
+
+def layered(settings: Settings, layer: Mapping[str, Any], *, origin: str) -> Settings:
+    """The settings with those of a layer on top, which are text or YAML's values."""
+    values = {name: parse(OPTIONS[name], raw, origin) for name, raw in layer.items()}
+    return replace(
+        settings.with_values(values),
+        origins={**settings.origins, **dict.fromkeys(values, origin)},
+        given=settings.given | values.keys(),
+    )
+
+
+def under_a_batch_schedule(settings: Settings) -> Settings:
     """Other defaults with --batch-schedule: its rates are as they are written, nothing decays.
 
     Raises:
         InputError: a scaling rule was asked for, and no batch that the rate was tuned at.
     """
-    if values["batch_schedule"] is None:
-        return {}
-    others = {"schedule": "constant", "warmup": "none", "last_update": "keep"}
-    if origins["warmup_epochs"] != "default":
+    if settings.batch.batch_schedule is None:
+        return settings
+    others: dict[str, Any] = {"schedule": "constant", "warmup": "none", "last_update": "keep"}
+    if settings.origin("warmup_epochs") != "default":
         del others["warmup"]
-    if origins["base_lr"] != "default":
-        others["base_batch_size"] = values["global_batch_size"]
-        rule = values["lr_scaling"]
-        if rule in PER_SAMPLES:  # it names its own
+    rate = settings.rate
+    if settings.origin("base_lr") != "default":
+        others["base_batch_size"] = settings.batch.global_batch_size
+        rule = find_rule(rate.lr_scaling)  # none under auto
+        if rule is not None and rule.samples is not None:  # it names its own
             del others["base_batch_size"]
-        elif rule not in ("auto", "none") and origins["base_batch_size"] == "default":
+        elif (
+            rule is not None
+            and "base_batch_size" in rule.reads
+            and settings.origin("base_batch_size") == "default"
+        ):
             raise InputError(
-                f"--lr-scaling {rule} with --batch-schedule has no reference batch: say at how "
-                f"many samples --base-lr {values['base_lr']:g} was tuned, --base-batch-size 256, "
-                "or leave --lr-scaling out, where it is the rate of the first batch."
+                f"--lr-scaling {rule.name} with --batch-schedule has no reference batch: say at "
+                f"how many samples --base-lr {shown(rate.base_lr)} was tuned, --base-batch-size "
+                "256, or leave --lr-scaling out, where it is the rate of the first batch."
             )
-    return {name: value for name, value in others.items() if origins[name] == "default"}
+    return settings.with_values(
+        {name: value for name, value in others.items() if settings.origin(name) == "default"}
+    )
 
 
-def show_settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+def show_settings(settings: Settings) -> str:
     """A line a setting: name, value, origin; aligned."""
-    rows = [(name, str(values[name]), origins.get(name, "")) for name in values]
+    rows = [(name, str(value), settings.origin(name)) for name, value in settings.values().items()]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {o}".rstrip() for n, v, o in rows)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a file, unparsed; what a run folder adds to its own is left out."""
+    return _options_in(_content(path), path)
+
+
+def _content(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,15 +183,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"--config {path} holds no mapping; write lines such as 'epochs: 10'.")
+    return content
+
+
+def _options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     layer = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name in (
-            "plan",
-            "origin",
-            "asked",
-            "extensions",
-        ):  # what config.yaml of a run folder adds
+        if name in ADDED:
             continue
         if name not in OPTIONS:
             raise InputError(
@@ -175,8 +207,7 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
     Raises:
         InputError: it is of no use; the text names the flag, or the key and its file.
     """
-    flag = "--" + option.name.replace("_", "-")
-    where = flag if origin == "flag" else f"{option.name} in {origin}"
+    where = option.flag if origin == "flag" else f"{option.name} in {origin}"
     if raw is None or (option.may_be_none and raw == "none" and "none" not in option.choices):
         if option.may_be_none:
             return None

@@ -1,9 +1,8 @@
-"""What a run of the recipe is made of, up to its first update; shared by all that run one."""
+"""Data, model, batch and loss of a run: all that comes before an optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +12,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from lbaccel.batch.phases import Segment, growth_of
-from lbaccel.batch.plan import BatchPlan
+from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.sources import Source, open_source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
-from lbaccel.recipe.accelerator import make_accelerator
-from lbaccel.recipe.auto_plan import Chosen
-from lbaccel.recipe.model import (
-    Say,
-    build_model,
-    build_optimizer,
-    check_numbers,
-    choose_micro_batch_size,
-    choose_norm_batch_size,
-    limit_for,
-    takes_fused_step,
-)
+from lbaccel.recipe.auto_plan import Chosen, Workload
+from lbaccel.recipe.checks import Checked
+from lbaccel.recipe.model import build_model
+from lbaccel.recipe.options_batch import DataOptions
+from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
+from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update.accumulation import LossFn
-from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
+
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -56,12 +50,12 @@ class Task:
 
 
 def build_task(
-    s: Mapping[str, Any], accelerator: Any, precision: str, *, say: Say, load_weights: bool = True
+    s: Checked, accelerator: Any, precision: str, *, say: Say, load_weights: bool = True
 ) -> Task:
     """Data, model, batch and loss of the settings, seeded by them.
 
     Args:
-        s: from `check_numbers`.
+        s: all settings.
         accelerator: its device and processes are planned for.
         precision: of the forward pass.
         say: prints a line.
@@ -70,97 +64,43 @@ def build_task(
     Raises:
         InputError: settings that can't be used.
     """
-    set_seed(s["seed"])
+    set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-
-    # -- data and model -----------------------------------------------------------------------
-    source = open_source(s["data"], val_fraction=s["val_fraction"], seed=s["seed"])
+    source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed))
     say(f"data: {source.description}")
-    num_classes = len(source.train.classes)
-    if s["num_classes"] is not None and s["num_classes"] < num_classes:
-        raise InputError(
-            f"--num-classes {s['num_classes']} is below the {num_classes} classes of "
-            f"{s['data']}. Leave it out, or give at least {num_classes}."
-        )
-    num_classes = s["num_classes"] or num_classes
+    num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)
     model, preprocessing = build_model(
-        s, source, num_classes=num_classes, say=say, load_weights=load_weights
+        s.model,
+        s.data,
+        source,
+        num_classes=num_classes,
+        bn_momentum=s.batch.bn_momentum,
+        say=say,
+        load_weights=load_weights,
     )
-    model = model.to(dtype)
-
-    # -- the batch ----------------------------------------------------------------------------
-    mixes = bool(s["mixup"] or s["cutmix"])
-    num_samples, size = len(source.train), preprocessing["img_size"]
+    model, num_samples = model.to(dtype), len(source.train)
     norm_batch_size = choose_norm_batch_size(
-        s, has_batch_norm=has_batch_norm(model), num_samples=num_samples
+        s.batch, model=s.model.model, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
-    segments = growth.segments_of(s, num_samples=num_samples, say=say)
-    sizes = growth_of(segments)
-    chosen = auto_plan.as_asked(s)
-    if auto_plan.wants_plan(s):
-        chosen = auto_plan.choose(
-            {**s, "global_batch_size": growth.largest(s, segments)},
+    segments = growth.segments_of(s.batch, s.rate, num_samples=num_samples, say=say)
+    size, mixes = preprocessing["img_size"], bool(s.data.mixup or s.data.cutmix)
+    chosen = auto_plan.as_asked(s.batch)
+    if auto_plan.wants_plan(s.batch):
+        work = Workload(
             model,
-            accelerator=accelerator,
+            s.optimizer,
+            largest_batch=min(growth.largest(s.batch, segments), num_samples),
             norm_batch_size=norm_batch_size,
-            num_samples=num_samples,
+            mix_pairs=mixes,
             image_shape=(source.num_channels, size, size),
             dtype=dtype,
             precision=precision,
-            say=say,
         )
+        chosen = auto_plan.choose(s.batch, work, accelerator, say=say)
     model = auto_plan.apply(model, chosen, say=say)
-    plan = BatchPlan(
-        global_batch_size=s["global_batch_size"],
-        micro_batch_size=chosen.micro_batch_size
-        or choose_micro_batch_size(s, norm_batch_size=norm_batch_size),
-        world_size=accelerator.num_processes,
-        norm_batch_size=norm_batch_size,
-        mix_pairs=mixes,
-    )
-    say(
-        plan.explain(
-            num_samples=num_samples,
-            epochs=s["epochs"],
-            last_update=s["last_update"],
-            growth=sizes,
-        )
-    )
-    plan = plan.capped(num_samples)
-    if norm_batch_size == "frozen" and not (s["pretrained"] or s["checkpoint"]):
-        say(
-            "warning: BatchNorm is frozen in a network without pretrained weights, so it does not "
-            "normalise at all. Use --norm-batch-size 32, or --pretrained."
-        )
-    mix = None
-    if mixes:
-        mix = GroupMix(num_classes, s["mixup"], s["cutmix"], s["label_smoothing"], s["seed"])
-    loader = UpdateLoader(
-        training_set(
-            source.train,
-            preprocessing=preprocessing,
-            seed=s["seed"],
-            mirror=source.name != "digits",
-            auto_augment=s["auto_augment"],
-        ),
-        plan,
-        rank=accelerator.process_index,
-        seed=s["seed"],
-        last_update=s["last_update"],
-        growth=sizes,
-        num_workers=s["workers"],
-        transform=mix,
-    )
-
-    def loss_fn(model: Any, micro_batch: Any) -> Any:
-        images, targets = micro_batch
-        images = images.to(dtype)
-        if chosen.memory_format == "channels_last":
-            images = images.to(memory_format=torch.channels_last)
-        if targets.is_floating_point():  # soft targets of mixup, smoothed already
-            return F.cross_entropy(model(images), targets.to(dtype))
-        return F.cross_entropy(model(images), targets, label_smoothing=s["label_smoothing"])
-
+    world_size = accelerator.num_processes
+    plan = _plan(s, chosen, norm_batch_size, num_samples, growth_of(segments), world_size, say=say)
+    loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(segments), accelerator)
     return Task(
         source=source,
         model=model,
@@ -170,70 +110,99 @@ def build_task(
         precision=precision,
         plan=plan,
         chosen=chosen,
-        searches=s["micro_batch_size"] == "auto" and chosen.micro_batch_size is None,
+        searches=s.batch.micro_batch_size == "auto" and chosen.micro_batch_size is None,
         segments=segments,
         loader=loader,
-        loss_fn=loss_fn,
+        loss_fn=_loss_fn(dtype, chosen.memory_format, s.data.label_smoothing),
     )
 
 
-@dataclass(frozen=True)
-class Built:
-    """A recipe right before its first update: fresh weights, or those of `checkpoint`."""
-
-    large_batch: LargeBatch
-    loader: UpdateLoader
-    optimizer: Any
-    loss_fn: LossFn
-    base_lr: float
-    lr: float  # peak, of the global batch: `base_lr` scaled
-
-    @property
-    def largest_lr(self) -> float:
-        """The peak rate of the group with the highest, such as a head at 10 times the rate."""
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+def _open(data: DataOptions, *, seed: int) -> Source:
+    return open_source(data.data, val_fraction=data.val_fraction, seed=seed)
 
 
-@contextmanager
-def built(settings: Mapping[str, Any], *, say: Say) -> Iterator[Built]:
-    """What `lbaccel train` would train with these settings; inside, its memory limit holds.
-
-    Args:
-        settings: of the recipe, as `read_settings` returns them.
-        say: prints a line.
-
-    Raises:
-        InputError: settings that can't be used, or `resume`.
-    """
-    s = check_numbers(settings)
-    if s["resume"] is not None:
+def _num_classes(asked: int | None, source: Source, *, data: str) -> int:
+    there = len(source.train.classes)
+    if asked is not None and asked < there:
         raise InputError(
-            f"--resume {s['resume']}: this starts from fresh weights, or from a file: --checkpoint "
-            "runs/NAME/checkpoints/last/model.safetensors."
+            f"--num-classes {asked} is below the {there} classes of {data}. Leave it out, or give "
+            f"at least {there}."
         )
-    accelerator, precision = make_accelerator(s["precision"])
-    task = build_task(s, accelerator, precision, say=say)
-    optimizer, _, values = build_optimizer(
-        s,
-        task.model,
-        plan=task.plan,
-        stream=task.loader.stream,
-        fused=takes_fused_step(s, accelerator, precision),
-        say=say,
+    return asked or there
+
+
+def _plan(
+    s: Checked,
+    chosen: Chosen,
+    norm_batch_size: NormBatchSize,
+    num_samples: int,
+    sizes: Any,
+    world_size: int,
+    *,
+    say: Say,
+) -> BatchPlan:
+    plan = BatchPlan(
+        global_batch_size=s.batch.first_size,
+        micro_batch_size=chosen.micro_batch_size
+        or choose_micro_batch_size(s.batch, norm_batch_size=norm_batch_size),
+        world_size=world_size,
+        norm_batch_size=norm_batch_size,
+        mix_pairs=bool(s.data.mixup or s.data.cutmix),
     )
-    task.model.to(accelerator.device)
-    large_batch = LargeBatch(
-        accelerator,
-        task.plan,
-        clip_grad_norm=s["clip_grad_norm"],
-        bn_statistics=s["bn_statistics"],
-        seed=s["seed"],
+    say(
+        plan.explain(
+            num_samples=num_samples,
+            epochs=s.rate.epochs,
+            last_update=s.batch.last_update,
+            growth=sizes,
+        )
     )
-    _, optimizer, loader = large_batch.prepare(task.model, optimizer, task.loader)
-    with limit_for(s, accelerator.device, auto=s["micro_batch_size"] == "auto") as line:
-        if line:
-            say(line)
-        if task.searches:
-            found = large_batch.find_micro_batch_size(loader, task.loss_fn)
-            say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
-        yield Built(large_batch, loader, optimizer, task.loss_fn, values["base_lr"], values["lr"])
+    if norm_batch_size == "frozen" and not (s.model.pretrained or s.model.checkpoint):
+        say(
+            "warning: BatchNorm is frozen in a network without pretrained weights, so it does not "
+            "normalise at all. Use --norm-batch-size 32, or --pretrained."
+        )
+    return plan.capped(num_samples)
+
+
+def _loader(
+    s: Checked,
+    source: Source,
+    plan: BatchPlan,
+    preprocessing: dict[str, Any],
+    num_classes: int,
+    sizes: Any,
+    accelerator: Any,
+) -> UpdateLoader:
+    data, seed, mix = s.data, s.run.seed, None
+    if data.mixup or data.cutmix:
+        mix = GroupMix(num_classes, data.mixup, data.cutmix, data.label_smoothing, seed)
+    return UpdateLoader(
+        training_set(
+            source.train,
+            preprocessing=preprocessing,
+            seed=seed,
+            mirror=source.name != "digits",
+            auto_augment=data.auto_augment,
+        ),
+        plan,
+        rank=accelerator.process_index,
+        seed=seed,
+        last_update=s.batch.last_update,
+        growth=sizes,
+        num_workers=data.workers,
+        transform=mix,
+    )
+
+
+def _loss_fn(dtype: torch.dtype, memory_format: str, label_smoothing: float) -> LossFn:
+    def loss_fn(model: Any, micro_batch: Any) -> Any:
+        images, targets = micro_batch
+        images = images.to(dtype)
+        if memory_format == "channels_last":
+            images = images.to(memory_format=torch.channels_last)
+        if targets.is_floating_point():  # soft targets of mixup, smoothed already
+            return F.cross_entropy(model(images), targets.to(dtype))
+        return F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
+
+    return loss_fn

@@ -52,18 +52,125 @@ def start_rate(text: Any) -> float | str:
     return text if text in ("reference", "zero") else float(text)
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option.
+
+    >>> flag_of("base_lr")
+    '--base-lr'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed.
+
+    >>> shown((30.0, 0.5)), shown(0.1), shown(True)
+    ('30 0.5', '0.1', 'true')
+    """
+    if isinstance(value, (tuple, list)):
+        return " ".join(shown(item) for item in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class ReadWith:
+    """An option is read where another one has a certain value.
+
+    Attributes:
+        other: its name.
+        holds: whether its value is one with which the option is read.
+        use: the advice to somebody who gave the option with another value.
+    """
+
+    other: str
+    holds: Callable[[Any], bool]
+    use: str
+
+
+def one_of(*values: Any) -> Callable[[Any], bool]:
+    """Whether a value is one of these."""
+    return lambda value: value in values
+
+
+def none_of(*values: Any) -> Callable[[Any], bool]:
+    """Whether a value is none of these."""
+    return lambda value: value not in values
+
+
+def holds(word: str) -> Callable[[Any], bool]:
+    """Whether a word is among those of a value."""
+    return lambda value: word in value
+
+
+def of_kind(*kinds: str) -> Callable[[Any], bool]:
+    """Whether data are of one of these kinds, such as "folder" of folder:PATH."""
+    return lambda value: value.partition(":")[0] in kinds
+
+
+def is_set(value: Any) -> bool:
+    """Whether there is a value at all."""
+    return value is not None
+
+
+SCHEDULED = ReadWith("batch_schedule", is_set, "Add --batch-schedule, such as bsi")
+
+
+def has_momentum(optimizer: str) -> bool:
+    """Whether timm gives an optimizer of this name a momentum; an unknown one is not judged."""
+    from timm.optim import get_optimizer_info
+
+    try:
+        return get_optimizer_info(optimizer.lower()).has_momentum
+    except ValueError:
+        return True
+
+
 @dataclass(frozen=True)
 class Option:
-    """One setting: its flag is `--name` with dashes, its YAML key `name`."""
+    """All that is known of one setting: its flag is `--name` with dashes, its YAML key `name`.
 
-    name: str
+    Attributes:
+        parse: text or YAML to a value.
+        default: of `Settings`.
+        help: of `--help`.
+        choices: the only values.
+        shown: the default in words, where it depends on other settings.
+        contract: it decides the result, so a resume can't change it.
+        plan: it says how an update fits this machine.
+        over_time: it says how batch and rate change in training, or who measures that; it has no
+            part in the loss at given weights.
+        of_run: it belongs to the run; else to one start of it, and a resume takes no saved value.
+        private: of a machine or an account; an export leaves it out.
+        reads_with: what makes it read; one of several is enough.
+    """
+
     parse: Callable[[Any], Any]
     default: Any
     help: str
     choices: tuple[str, ...] = ()
-    shown: str = ""  # the default in words, where it depends on other settings
-    contract: bool = True  # decides the result; the others may differ in a resume
-    may_be_none: bool = field(init=False)
+    shown: str = ""
+    contract: bool = True
+    plan: bool = False
+    over_time: bool = False
+    of_run: bool = True
+    private: bool = False
+    reads_with: tuple[ReadWith, ...] = ()
+    name: str = ""
+    group: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "may_be_none", self.default is None)
+    @property
+    def may_be_none(self) -> bool:
+        """Whether "none" is a value."""
+        return self.default is None
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return flag_of(self.name)
+
+
+def option(default: Any, parse: Callable[[Any], Any], help: str, **known: Any) -> Any:
+    """A field of a group: its row; name and group follow from where it stands."""
+    return field(default=default, metadata={"row": Option(parse, default, help, **known)})

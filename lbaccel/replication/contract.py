@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.optim.scaling import scale_lr
+from lbaccel.optim.scaling import rule_named, scale_lr
 from lbaccel.replication.many_gpus import Average, Batch, Curve, Gap, Rate, Recipe, Row, shown
 
 
@@ -179,10 +179,10 @@ def _rate(rate: Rate | None, batch: Batch, draft: _Draft) -> float | None:
     if rate.base_batch_size is None:
         why = f"absolute: the rate of an update of {batch.size} samples"
         draft.say(rate.said, "base_lr", rate.lr, why)
-        draft.say(rate.said, "base_batch_size", base, "that update")
         draft.say(rate.said, "lr_scaling", "none", f"lr = base_lr = {peak:.6g}")
         return peak
-    power = {"linear": "", "sqrt": "^(1/2)"}[rule]
+    exponent = rule_named(rule).power
+    power = "" if exponent == 1 else f"^({exponent})"
     draft.say(rate.said, "base_lr", rate.lr, f"at {base} samples an update")
     draft.say(rate.said, "base_batch_size", base, "the divisor")
     draft.say(

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from lbaccel.batch.stream import UpdateStream
+from lbaccel.runs.length import Length
 from lbaccel.runs.progress import peak_gib
 
 
@@ -21,18 +22,19 @@ class RunLog:
         stream: where updates lie.
         log_every: updates a line; the loss is the mean over its samples.
         eval_every: epochs between evaluations, exact to the sample.
-        stop_at: the last update, which is always logged and evaluated.
+        length: its `stop_at` is the last update, which is always logged and evaluated.
     """
 
     def __init__(
-        self, stream: UpdateStream, *, log_every: int, eval_every: float, stop_at: int
+        self, stream: UpdateStream, *, log_every: int, eval_every: float, length: Length
     ) -> None:
-        self.stream, self.log_every, self.stop_at = stream, log_every, stop_at
+        self.stream, self.log_every, self.length = stream, log_every, length
         self.eval_samples = Fraction(str(eval_every)) * stream.samples_per_epoch
         self.window: list[tuple[float, int]] = []
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.training_seconds = 0.0
+        self.window_seconds = 0.0
         self._seconds_before = 0.0
         self._started = time.perf_counter()
 
@@ -60,8 +62,9 @@ class RunLog:
     ) -> dict[str, float] | None:
         """Take a counted update in; the metrics of a line, `more` among them, where one is due."""
         self.training_seconds += seconds
+        self.window_seconds += seconds
         self.window.append((result.loss, result.num_samples))
-        if result.num_updates % self.log_every and result.num_updates != self.stop_at:
+        if result.num_updates % self.log_every and result.num_updates != self.length.stop_at:
             return None
         weight = sum(n for _, n in self.window)
         metrics = {
@@ -70,11 +73,12 @@ class RunLog:
             **({} if result.dropped else {"optim/grad_norm": result.grad_norm}),
             "batch/global": result.num_samples,
             "batch/micro": result.micro_batch_size,
-            "perf/samples_per_second": result.samples_seen / self.training_seconds,
+            "perf/samples_per_second": weight / max(self.window_seconds, 1e-9),
+            "perf/samples_per_second_mean": result.samples_seen / self.training_seconds,
             "memory/peak_gib": peak_gib(),
             **more(),
         }
-        self.window = []
+        self.window, self.window_seconds = [], 0.0
         self.latest |= metrics
         return metrics
 
@@ -82,7 +86,7 @@ class RunLog:
         """Whether an evaluation is due: an end of `eval_every` epochs lies in this update."""
         before = (result.samples_seen - result.num_samples) // self.eval_samples
         return result.samples_seen // self.eval_samples > before or (
-            result.num_updates == self.stop_at
+            result.num_updates == self.length.stop_at
         )
 
     def after_evaluation(self, result: Any, metrics: dict[str, float]) -> bool:
@@ -114,6 +118,7 @@ class RunLog:
             "best": dict(self.best),
             "latest": dict(self.latest),
             "training_seconds": self.training_seconds,
+            "window_seconds": self.window_seconds,
             "seconds": self.seconds,
         }
 
@@ -122,5 +127,6 @@ class RunLog:
         self.window = [(float(loss), int(n)) for loss, n in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
         self.training_seconds = float(state["training_seconds"])
+        self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2
         self._seconds_before = float(state["seconds"])
         self._started = time.perf_counter()

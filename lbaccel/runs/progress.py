@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 
+from lbaccel.runs.length import Length
+
 PLAIN_LINES = 20  # progress lines of a run where there is no terminal
 
 
 class Progress:
     """A bar on a terminal, plain lines elsewhere; silent on all ranks but the first."""
 
-    def __init__(self, total: int, is_main_process: bool) -> None:
-        self.total, self.is_main_process = total, is_main_process
-        self.every = max(1, total // PLAIN_LINES)
+    def __init__(self, length: Length, is_main_process: bool) -> None:
+        self.length, self.is_main_process = length, is_main_process
+        self.every = max(1, length.stop_at // PLAIN_LINES)
         self.bar: Any = None
         if is_main_process and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, unit="update", dynamic_ncols=True)
+            self.bar = tqdm(total=length.stop_at, unit="update", dynamic_ncols=True)
 
     def show(self, update: int, metrics: dict[str, Any]) -> None:
         """Say where the run stands after `update`."""
@@ -35,15 +37,17 @@ class Progress:
                 shown[name] = format(metrics[key], spec)
         if "val/top1" in metrics:
             shown["val/top1"] = f"{metrics['val/top1']:.2f}"
+        total = self.length.stop_at
         if self.bar is not None:
+            self.bar.total = total
             self.bar.update(update - self.bar.n)
             self.bar.set_postfix(shown)
-        elif self.is_main_process and (update % self.every == 0 or update == self.total):
+        elif self.is_main_process and (update % self.every == 0 or update == total):
             if "perf/samples_per_second" in metrics:
                 shown["samples/s"] = f"{metrics['perf/samples_per_second']:,.0f}"
                 shown["peak"] = f"{metrics['memory/peak_gib']:.2f} GiB"
             line = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"update {update}/{self.total}  {line}", flush=True)
+            print(f"update {update}/{total}  {line}", flush=True)
 
     def note(self, text: str) -> None:
         """Print a line that is not part of the progress."""

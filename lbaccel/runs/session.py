@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from accelerate.utils import broadcast_object_list
 
 from lbaccel.errors import InputError
 from lbaccel.models import load_exactly
@@ -42,9 +41,12 @@ from lbaccel.runs.folder import (
     write_config,
     write_summary,
 )
-from lbaccel.runs.tracking import keep_updates_until, start_trackers
+from lbaccel.runs.ranks import decided
+from lbaccel.runs.tracking import keep_updates_until
 
 Say = Callable[[str], object]
+SINCE: dict[str, str] = {}
+"""Parts that a checkpoint of an earlier version may lack: name to the version that brought it."""
 
 
 class Session:
@@ -101,73 +103,69 @@ class Session:
     def restore(self, path: Path, *, say: Say) -> int:
         """Take the state of a checkpoint, of which `load_weights` took the weights; its update.
 
+        A part that came with a later version than the checkpoint's keeps its fresh state, and a
+        line names it.
+
         Raises:
             InputError: it was saved at another precision.
         """
         state = read_state(path)
-        if state.keys() != self.parts.keys():
+        absent = self.parts.keys() - state.keys()
+        required = {name for name in absent if name not in SINCE}
+        if required or state.keys() - self.parts.keys():
             raise InputError(
                 f"{path} holds the state of {sorted(state)}, this run has {sorted(self.parts)}: "
                 "it was saved at another precision, or with another lbaccel."
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        for name in sorted(absent):
+            say(f"resume: {path} is older than lbaccel {SINCE[name]}: {name} starts afresh")
+        for name in state:
+            self.parts[name].load_state_dict(state[name])
         refresh(self.parts["scheduler"])  # an extension may have changed its schedule
         update = self.parts["counters"].num_updates
         self.folder = run_of(path)
         say(f"resume: {path} (update {update})")
         return update
 
-    def open(
-        self, settings: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
-    ) -> str | None:
-        """Make the run folder, or cut its metrics to where the run goes on, and start trackers.
+    def open(self, output: Path, *, name: str, seed: int, config: Mapping[str, Any]) -> Path:
+        """Make the run folder, or cut its metrics to where the run goes on; a collective.
+
+        Args:
+            output: folder of run folders.
+            name: of a new run folder, behind the time.
+            seed: written beside the environment.
+            config: what config.yaml holds.
 
         Returns:
-            One line about wandb, or None.
+            The run folder, the same on every rank.
         """
-        s = settings
-        resumed = self.folder is not None
-        folder = self.folder or Path(s["output"])
-        if self.accelerator.is_main_process:
-            if resumed:
-                self._go_on(folder, s, plan, origins)
-            else:
-                folder = new_run_folder(folder, f"{s['model']}-gbs{s['global_batch_size']}")
-                write_config(folder, _config(s, plan, origins))
-                write_env(folder, seed=s["seed"])
-        self.folder = folder
-        return start_trackers(
-            self.accelerator,
-            folder,
-            config={**s, **{f"plan/{k}": v for k, v in plan.items()}},
-            log_with=s["log_with"],
-            project=s["wandb_project"],
-            group=s["wandb_group"],
-            name=s["wandb_name"],
-            tags=s["wandb_tags"],
-            mode=s["wandb_mode"],
-        )
+        resumed = self.folder
 
-    def _go_on(
-        self,
-        folder: Path,
-        s: Mapping[str, Any],
-        plan: Mapping[str, Any],
-        origins: Mapping[str, str],
-    ) -> None:
+        def made() -> Path:
+            if resumed is not None:
+                self._go_on(resumed, config)
+                return resumed
+            folder = new_run_folder(output, name)
+            write_config(folder, config)
+            write_env(folder, seed=seed)
+            return folder
+
+        self.folder = decided(self.accelerator, made)
+        return self.folder
+
+    def _go_on(self, folder: Path, config: Mapping[str, Any]) -> None:
         update = self.parts["counters"].num_updates
         remove_unfinished(folder / CHECKPOINTS)
         for path in checkpoints_in(folder / CHECKPOINTS):
             if (update_of(path) or 0) > update:
                 shutil.rmtree(path, ignore_errors=True)  # damaged, or of a future that is not to be
         keep_updates_until(folder, update)
-        write_config(folder, _config(s, plan, origins))
+        write_config(folder, config)
         line = {
             "update": update,
             "world_size": self.accelerator.num_processes,
-            "plan": plan["equation"],
-            "epochs": s["epochs"],
+            "plan": config["plan"]["equation"],
+            "epochs": config["epochs"],
             "command": sys.argv,
             "versions": versions(),
         }
@@ -209,13 +207,6 @@ class Session:
         return f"{newest.name} is kept. To go on: {resume}"
 
 
-def _config(
-    s: Mapping[str, Any], plan: Mapping[str, Any], origins: Mapping[str, str]
-) -> dict[str, Any]:
-    saved = {key: value for key, value in s.items() if key not in ("resume", "extend")}
-    return {**saved, "plan": plan, "origin": origins}
-
-
 def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
     """Take the weights of a checkpoint that `find_checkpoint` gave, before the model is sharded.
 
@@ -242,20 +233,13 @@ def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Sa
     """
     if target is None:
         return None
-    chosen: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            chosen[0] = str(_choose(Path(target), say))
-        except InputError as error:  # all ranks must know
-            chosen[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(chosen)
-    if chosen[1] is None:
-        return Path(chosen[0])
-    if not auto:
-        raise InputError(chosen[1])
-    say(f"{chosen[1]} A new one starts.")
-    return None
+    try:
+        return decided(accelerator, lambda: _choose(Path(target), say))
+    except InputError as error:
+        if not auto:
+            raise
+        say(f"{error} A new one starts.")
+        return None
 
 
 def _choose(target: Path, say: Say) -> Path:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.optim.scaling import choose_rule
-from lbaccel.recipe.options import OPTIONS
-from lbaccel.recipe.resume import Settings, read_run
-from lbaccel.recipe.task import built
+from lbaccel.optim.scaling import is_sgd
+from lbaccel.recipe.built import built
+from lbaccel.recipe.options import OPTIONS, Settings
+from lbaccel.recipe.resume import read_run
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, LAST, MODEL, PREPROCESSING, weights_file
 from lbaccel.runs.read import Run
 from lbaccel.stability.curvature import largest_curvature, sgd_momentum
 from lbaccel.stability.limit import rate_advice, rate_sentence, stability_limit, stable_rate
 
 WEIGHTS = Path(CHECKPOINTS, LAST, weights_file(MODEL))
-# growth of the batch and the rate's way over training: neither enters the loss at given weights
-_LEFT_OUT = (
-    *("batch_schedule", "factor", "max_batch_size", "past_max", "growth", "lr_growth"),
-    *("first_epoch", "min_batch_size", "batch_decisions", "lr_exponent"),
-    *("warmup_epochs", "milestones", "final_lr", "loss_dropout"),
-    # of the machine that trained
-    *("micro_batch_size", "memory", "activation_checkpointing", "memory_format"),
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ def run_stability(folder: Path, one: Run, *, global_batch_size: int) -> RunStabi
     """
     optimizer = one.config.get("optimizer")
     try:
-        if isinstance(optimizer, str) and choose_rule(optimizer)[0] != "linear":
+        if isinstance(optimizer, str) and not is_sgd(optimizer):
             return _no_figure(optimizer)
         return _measured(folder, one, global_batch_size)
     except (InputError, RunFailed, OSError, ImportError) as error:
@@ -122,22 +114,24 @@ def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{folder} holds no {WEIGHTS}.")
-    settings, _ = read_run(folder)
-    return {
-        **{name: option.default for name, option in OPTIONS.items()},
-        **settings,
-        **{name: OPTIONS[name].default for name in _LEFT_OUT},
-        "global_batch_size": global_batch_size,
-        "lr_scaling": "none",
-        "warmup": "none",
-        "schedule": "constant",
-        "extensions": [],
-        "resume": None,
-        "pretrained": False,
-        "checkpoint": str(weights),
-        "stem": _stem(weights.parent / PREPROCESSING, settings["stem"]),
-        "precision": "fp64" if settings["precision"] == "fp64" else "fp32",
-    }
+    settings = read_run(folder)
+    # neither growth of batch and rate nor the machine that trained enters the loss at given weights
+    left_out = [row for row in OPTIONS.values() if row.over_time or row.plan or not row.of_run]
+    stem = _stem(weights.parent / PREPROCESSING, settings.data.stem)
+    found = settings.with_values(
+        {
+            **{row.name: row.default for row in left_out},
+            "global_batch_size": global_batch_size,
+            "lr_scaling": "none",
+            "warmup": "none",
+            "schedule": "constant",
+            "pretrained": False,
+            "checkpoint": str(weights),
+            "stem": stem,
+            "precision": "fp64" if settings.batch.precision == "fp64" else "fp32",
+        }
+    )
+    return replace(found, extensions=())
 
 
 def _stem(path: Path, asked: str) -> str:

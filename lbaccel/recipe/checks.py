@@ -1,0 +1,121 @@
+"""Settings that can be used: ranges, pairs that contradict, and options that nothing would read."""
+
+from __future__ import annotations
+
+import math
+from typing import NewType
+
+import torch
+
+from lbaccel.errors import InputError
+from lbaccel.recipe.growth import check_growth
+from lbaccel.recipe.options import OPTIONS, Settings, is_read
+from lbaccel.recipe.options_training import RateOptions
+from lbaccel.recipe.rate import check_reference, check_scaling
+from lbaccel.recipe.values import Option, flag_of, shown
+from lbaccel.runs.tracking import TRACKERS
+from lbaccel.update.memory.budget import parse_memory
+
+Checked = NewType("Checked", Settings)
+"""Settings that `checked` let pass."""
+
+_ABOVE_ZERO = (
+    *("epochs", "eval_every", "log_every", "keep", "max_updates", "checkpoint_every", "max_hours"),
+    *("base_lr", "base_batch_size", "img_size", "head_lr_scale", "eps"),
+)
+_BELOW_ONE = ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay")
+_FROM_ZERO = ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs", "final_lr")
+_SHARES = ("bn_momentum", "layer_decay")
+
+
+def checked(settings: Settings) -> Checked:
+    """The same settings, where their numbers can be used at all and go together.
+
+    Raises:
+        InputError: they can't, in the names of the flags.
+    """
+    check_growth(settings.batch, settings.rate, noise_scale=settings.run.noise_scale)
+    _check_ranges(settings)
+    _check_schedule(settings.rate)
+    check_scaling(settings.rate, settings.batch, noise_scale=settings.run.noise_scale)
+    if settings.batch.memory is not None:
+        parse_memory(settings.batch.memory)
+    for tracker in settings.run.log_with:
+        if tracker not in TRACKERS:
+            raise InputError(f"--log-with {tracker} is not one of {', '.join(TRACKERS)}.")
+    if settings.batch.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
+    if settings.run.resume is None:  # a run of before may hold what is refused now
+        check_read(settings)
+    return Checked(settings)
+
+
+def check_read(settings: Settings) -> None:
+    """Stop at an option that was given and that nothing would read.
+
+    Raises:
+        InputError: with what stands against it.
+    """
+    check_reference(settings.rate, given="base_batch_size" in settings.given)
+    for name, row in OPTIONS.items():
+        if name in settings.given and row.reads_with and not is_read(row, settings):
+            raise InputError(_unread(row, settings))
+
+
+def _unread(row: Option, settings: Settings) -> str:
+    first = row.reads_with[0]
+    other, value = settings.value(first.other), settings.value(row.name)
+    where = f"{flag_of(first.other)} {shown(other)}" if other is not None else "this recipe"
+    it = "them" if isinstance(value, tuple) and len(value) > 1 else "it"
+    use = first.use if len(row.reads_with) == 1 else " or ".join(_advice(row))
+    return f"{where} does not read {row.flag} {shown(value)}. {use}, or leave {it} out."
+
+
+def _advice(row: Option) -> list[str]:
+    first, *others = (r.use for r in row.reads_with)
+    return [first, *(use[:1].lower() + use[1:] for use in others)]
+
+
+def _check_ranges(s: Settings) -> None:
+    for name in _ABOVE_ZERO:
+        value = s.value(name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{flag_of(name)} {value} must be above 0.")
+    for name in _BELOW_ONE:
+        value = s.value(name)
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"{flag_of(name)} {value} must be in 0..1, below 1.")
+    for name in _FROM_ZERO:
+        value = s.value(name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"{flag_of(name)} {value} must be a number from 0 on.")
+    if s.run.seed >= 2**31:
+        raise InputError(f"--seed {s.run.seed} must be below 2^31.")
+    for name in _SHARES:
+        value = s.value(name)
+        if value is not None and not 0 < value <= 1:
+            raise InputError(f"{flag_of(name)} {value} must be above 0 and at most 1.")
+    for beta in s.optimizer.betas or ():
+        if not 0 <= beta < 1:
+            raise InputError(f"--betas {beta} must be in 0..1, below 1.")
+    for name in ("mean", "std"):
+        value = s.value(name)
+        if value is not None and not all(math.isfinite(x) for x in value):
+            raise InputError(f"{flag_of(name)} {value} must be finite numbers.")
+    if s.data.crop_pct is not None and not 0 < s.data.crop_pct <= 1:
+        raise InputError(f"--crop-pct {s.data.crop_pct} must be in 0..1.")
+
+
+def _check_schedule(rate: RateOptions) -> None:
+    """The same that `make_schedule` would refuse, in the names of the flags."""
+    if rate.warmup_epochs is not None and rate.warmup_epochs > rate.epochs:
+        raise InputError(
+            f"--warmup-epochs {rate.warmup_epochs:g} is longer than the run of --epochs "
+            f"{rate.epochs:g}: the warmup must end within it. Use --warmup-epochs <= "
+            f"{rate.epochs:g}, or --epochs >= {rate.warmup_epochs:g}."
+        )
+    flag = f"--schedule {rate.schedule}"
+    if rate.schedule == "step" and len(rate.milestones) != 1:
+        raise InputError(f"{flag} needs one --milestones, its period in epochs: --milestones 50.")
+    if rate.schedule == "multistep" and not rate.milestones:
+        raise InputError(f"{flag} needs --milestones in epochs, such as --milestones 30 60 80.")

@@ -1,0 +1,277 @@
+"""The recipe's options on model, data and batch: a class a group, a row a setting (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lbaccel.batch.rules import PAST_MAX
+from lbaccel.batch.rules import RULES as BATCH_RULES
+from lbaccel.recipe.values import (
+    SCHEDULED,
+    ReadWith,
+    group_samples,
+    none_of,
+    numbers,
+    of_kind,
+    one_of,
+    option,
+    samples_or_auto,
+    switch,
+    whole,
+)
+
+_AUTO = ReadWith("global_batch_size", one_of("auto"), "Use --global-batch-size auto")
+_ROLLING = ReadWith(
+    "norm_batch_size",
+    none_of("frozen"),
+    "Frozen statistics stay as they are: use --norm-batch-size 32",
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The backbone, and the weights it starts from."""
+
+    model: str = option("resnet10t", str, "any timm model")
+    pretrained: bool = option(False, switch, "start from timm's weights, or from --checkpoint")
+    checkpoint: str | None = option(None, str, "weights file (.safetensors, .pth) to start from")
+    num_classes: int | None = option(None, whole, "outputs", shown="the data's classes")
+    drop_rate: float = option(0.0, float, "dropout before the classifier, probability")
+    drop_path: float = option(0.0, float, "stochastic depth, probability")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images, and what is done to them."""
+
+    data: str = option("digits", str, "digits, cifar10, cifar100, folder:PATH or parquet:PATH")
+    val_fraction: float = option(
+        0.2,
+        float,
+        "share held out where the data has no validation set",
+        reads_with=(
+            ReadWith(
+                "data",
+                of_kind("digits", "folder", "parquet"),
+                "Its validation set is its own: use other data",
+            ),
+        ),
+    )
+    workers: int = option(2, whole, "processes that load image files, per rank", contract=False)
+    img_size: int | None = option(
+        None, whole, "pixels a side", shown="small images: their own; else the model's"
+    )
+    stem: str = option(
+        "auto", str, "small: stride 1 for images below 64 px", choices=("auto", "small", "native")
+    )
+    mean: tuple[float, ...] | None = option(
+        None, numbers, "per channel, of 0..1", shown="the model's"
+    )
+    std: tuple[float, ...] | None = option(
+        None, numbers, "per channel, of 0..1", shown="the model's"
+    )
+    interpolation: str | None = option(
+        None, str, "bilinear or bicubic", choices=("bilinear", "bicubic"), shown="the model's"
+    )
+    crop_pct: float | None = option(
+        None,
+        float,
+        "share of the image kept in evaluation",
+        shown="the model's",
+        reads_with=(
+            ReadWith(
+                "data",
+                of_kind("folder", "parquet"),
+                "Images in memory are evaluated whole: use folder:PATH or parquet:PATH",
+            ),
+        ),
+    )
+    label_smoothing: float = option(0.0, float, "0..1")
+    mixup: float = option(0.0, float, "alpha; 0 is off")
+    cutmix: float = option(0.0, float, "alpha; 0 is off")
+    auto_augment: str | None = option(
+        None, str, "timm's policy, such as rand-m9-mstd0.5", shown="none"
+    )
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How many samples an update takes, and how they fit in memory."""
+
+    global_batch_size: int | Literal["auto"] = option(
+        512,
+        samples_or_auto,
+        "samples an update, over all ranks; experimental: auto grows it with the critical batch, "
+        "from --min-batch-size to --max-batch-size",
+    )
+    min_batch_size: int | None = option(
+        None,
+        whole,
+        "of auto: samples an update at the start",
+        shown="-",
+        over_time=True,
+        reads_with=(_AUTO,),
+    )
+    batch_decisions: str | None = option(
+        None,
+        str,
+        "of auto: a run folder whose decisions are taken again, in place of measuring",
+        shown="none",
+        over_time=True,
+        reads_with=(_AUTO,),
+    )
+    micro_batch_size: int | Literal["auto"] | None = option(
+        None,
+        samples_or_auto,
+        "samples a forward of one rank, or 'auto'; no effect on the result",
+        shown="64, or what is near it and a multiple of --norm-batch-size",
+        contract=False,
+        plan=True,
+    )
+    memory: str | None = option(
+        None,
+        str,
+        "budget such as 8GiB, enforced",
+        shown="what is free, less a margin, on a GPU and for auto",
+        contract=False,
+        plan=True,
+    )
+    norm_batch_size: int | Literal["frozen"] | None = option(
+        None,
+        group_samples,
+        "samples BatchNorm sees at once, or 'frozen'",
+        shown="32, at most the global batch and the training set",
+    )
+    bn_statistics: Literal["per_ghost", "per_update"] = option(
+        "per_ghost",
+        str,
+        "running statistics move once a ghost batch or once an update",
+        choices=("per_ghost", "per_update"),
+        reads_with=(_ROLLING,),
+    )
+    bn_momentum: float | None = option(
+        None,
+        float,
+        "share of the newest statistic at each move of BatchNorm's running statistics",
+        shown="the model's",
+        reads_with=(_ROLLING,),
+    )
+    last_update: Literal["wrap", "keep", "drop"] = option(
+        "wrap",
+        str,
+        "an epoch's remainder: into the next epoch, a short update, or left out",
+        choices=("wrap", "keep", "drop"),
+        shown="wrap; under a batch schedule keep",
+    )
+    batch_schedule: str | None = option(
+        None,
+        str,
+        "rule by which batch and learning rate change with the epochs; see `lbaccel schedule`",
+        choices=BATCH_RULES,
+        shown="the batch stays",
+        over_time=True,
+    )
+    factor: tuple[float, ...] = option(
+        (),
+        numbers,
+        "of --batch-schedule: one, or one a milestone",
+        shown="5; mixed 4 4 50; fast 2",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    max_batch_size: int | None = option(
+        None,
+        whole,
+        "largest batch of --batch-schedule and of auto",
+        shown="the training set",
+        over_time=True,
+        reads_with=(
+            SCHEDULED,
+            _AUTO,
+        ),
+    )
+    past_max: str = option(
+        "drop",
+        str,
+        "what of a factor has no room below --max-batch-size is lost, or divides the rate",
+        choices=PAST_MAX,
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    growth: float | None = option(
+        None,
+        float,
+        "fast, instant: factor of the batch, an epoch",
+        shown="2",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    lr_growth: float | None = option(
+        None,
+        float,
+        "fast, instant: factor of the rate, an epoch",
+        shown="1.3",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    batch_sizes: tuple[float, ...] = option(
+        (),
+        numbers,
+        "listed: samples an update from each milestone on",
+        shown="they stay",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    lr_factors: tuple[float, ...] = option(
+        (),
+        numbers,
+        "listed: multiples of the first rate from each milestone on",
+        shown="it stays",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    first_epoch: int | None = option(
+        None,
+        whole,
+        "fast, instant: first larger batch",
+        shown="6",
+        over_time=True,
+        reads_with=(SCHEDULED,),
+    )
+    activation_checkpointing: str = option(
+        "none",
+        str,
+        "recompute in the backward pass; no effect on the result",
+        choices=("none", "full", "auto"),
+        contract=False,
+        plan=True,
+    )
+    memory_format: str = option(
+        "contiguous",
+        str,
+        "of weights and images",
+        choices=("contiguous", "channels_last", "auto"),
+        contract=False,
+        plan=True,
+    )
+    precision: str | None = option(
+        None,
+        str,
+        "of the forward pass; fp64 proves a plan",
+        choices=("fp32", "bf16", "fp16", "fp64"),
+        shown="the launcher's, else fp32",
+    )
+
+    @property
+    def follows_noise(self) -> bool:
+        """Whether the batch grows with what is measured."""
+        return self.global_batch_size == "auto"
+
+    @property
+    def first_size(self) -> int:
+        """Samples of the first update."""
+        if self.global_batch_size != "auto":
+            return self.global_batch_size
+        assert self.min_batch_size is not None, "checked settings have one"
+        return self.min_batch_size

@@ -1,0 +1,283 @@
+"""The recipe's options on learning rate, optimizer and run: a row a setting (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lbaccel.optim.scaling import CHOICES, CHOSEN, HELP, find_rule, rule_named
+from lbaccel.recipe.values import (
+    SCHEDULED,
+    ReadWith,
+    has_momentum,
+    holds,
+    none_of,
+    numbers,
+    one_of,
+    option,
+    start_rate,
+    switch,
+    whole,
+    words,
+)
+
+
+def rule_reads(setting: str) -> Callable[[str], bool]:
+    """Whether the rule of a choice of --lr-scaling reads a setting; auto chooses linear or sqrt."""
+    return lambda name: setting in (find_rule(name) or rule_named(CHOSEN[0])).reads
+
+
+def has_reference(name: str) -> bool:
+    """Whether the rate under a choice of --lr-scaling belongs to a batch: one given, or its own."""
+    rule = find_rule(name)
+    return rule is None or "base_batch_size" in rule.reads or rule.samples is not None
+
+
+_WARMED = ReadWith("warmup", none_of("none"), "Use --warmup gradual")
+_WANDB = ReadWith("log_with", holds("wandb"), "Use --log-with run_folder wandb")
+
+
+@dataclass(frozen=True)
+class RateOptions:
+    """How fast, and for how long."""
+
+    epochs: float = option(20.0, float, "passes over the training set", contract=False)
+    max_updates: int | None = option(
+        None,
+        whole,
+        "stop after so many updates; the schedule stays that of --epochs",
+        shown="no limit",
+        contract=False,
+    )
+    base_lr: float | None = option(
+        None,
+        float,
+        "learning rate at --base-batch-size",
+        shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001",
+    )
+    base_batch_size: int = option(
+        256,
+        whole,
+        "samples that --base-lr was tuned at",
+        shown="256; under a batch schedule the first batch, if --base-lr is given",
+        reads_with=(ReadWith("lr_scaling", has_reference, "Use --lr-scaling linear"),),
+    )
+    lr_scaling: str = option(
+        "auto",
+        str,
+        f"rule from the base to the global batch; auto: linear for SGD, else sqrt; {HELP}",
+        choices=CHOICES,
+    )
+    lr_exponent: float | None = option(
+        None,
+        float,
+        "p of --lr-scaling power: base lr x k^p",
+        shown="not read",
+        over_time=True,
+        reads_with=(ReadWith("lr_scaling", rule_reads("lr_exponent"), "Use --lr-scaling power"),),
+    )
+    warmup: str = option(
+        "gradual",
+        str,
+        "shape of the warmup",
+        choices=("gradual", "constant", "stairs", "none"),
+        shown="gradual; under a batch schedule none",
+    )
+    warmup_epochs: float | None = option(
+        None,
+        float,
+        "length of the warmup, epochs",
+        shown="5, at most a quarter of --epochs",
+        over_time=True,
+        reads_with=(_WARMED,),
+    )
+    warmup_start: float | str = option(
+        "reference",
+        start_rate,
+        "learning rate at the start: reference (base lr), zero or a number",
+        reads_with=(_WARMED,),
+    )
+    schedule: str = option(
+        "cosine",
+        str,
+        "decay after the warmup",
+        choices=("constant", "cosine", "step", "multistep"),
+        shown="cosine; under a batch schedule constant",
+    )
+    milestones: tuple[float, ...] = option(
+        (),
+        numbers,
+        "epochs: the period of step, the steps of multistep and of --batch-schedule",
+        shown="none; under a batch schedule 60 120 160 of 200, in proportion",
+        over_time=True,
+        reads_with=(
+            ReadWith("schedule", one_of("step", "multistep"), "Use --schedule multistep"),
+            SCHEDULED,
+        ),
+    )
+    gamma: float = option(
+        0.1,
+        float,
+        "factor at each step",
+        reads_with=(
+            ReadWith("schedule", one_of("step", "multistep"), "Use --schedule step or multistep"),
+        ),
+    )
+    final_lr: float = option(
+        0.0,
+        float,
+        "learning rate at the end of a cosine",
+        over_time=True,
+        reads_with=(ReadWith("schedule", one_of("cosine"), "Use --schedule cosine"),),
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How a gradient becomes a step."""
+
+    optimizer: str = option("sgd", str, "any name of timm.optim (sgd is Nesterov's)")
+    fused_optimizer: str = option(
+        "auto",
+        str,
+        "torch's step in one kernel; auto: where it has one, not in fp16",
+        choices=("auto", "no"),
+        contract=False,
+    )
+    momentum: float = option(
+        0.9,
+        float,
+        "of SGD and its kin",
+        reads_with=(
+            ReadWith("optimizer", has_momentum, "Use an optimizer of the SGD family, such as sgd"),
+        ),
+    )
+    weight_decay: float | None = option(
+        None, float, "on weights; biases and norms are left out", shown="1e-4 (SGD) or 0.05"
+    )
+    decay_all: bool = option(False, switch, "weight decay on biases and norms too")
+    layer_decay: float | None = option(
+        None, float, "learning-rate factor from layer to layer downwards", shown="none"
+    )
+    head_lr_scale: float | None = option(
+        None, float, "learning-rate factor of the classifier", shown="1"
+    )
+    lr_groups: str = option(
+        "none",
+        str,
+        "three: classifier 1, last five blocks 0.6, the rest 0.4 of the learning rate",
+        choices=("none", "three"),
+    )
+    betas: tuple[float, ...] | None = option(
+        None, numbers, "of Adam and its kin", shown="the optimizer's"
+    )
+    eps: float | None = option(None, float, "of Adam and its kin", shown="the optimizer's")
+    momentum_correction: bool = option(
+        False,
+        switch,
+        "rescale a momentum that holds the learning rate (rmsproptf) when that changes",
+    )
+    clip_grad_norm: float | None = option(
+        None, float, "largest norm of the summed gradient", shown="no clipping"
+    )
+    loss_dropout: tuple[float, ...] = option(
+        (),
+        numbers,
+        "first and last epoch in which an update of lower loss than the one before is dropped",
+        shown="off",
+        over_time=True,
+    )
+    ema_decay: float | None = option(
+        None, float, "of an average of the weights, per update", shown="no average"
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is written, and when it ends."""
+
+    noise_scale: str = option(
+        "auto",
+        str,
+        "measure the critical batch size; preconditioned: by Adam's moments too (dear); "
+        "auto: plain, where an update has two micro-batches",
+        choices=("auto", "plain", "preconditioned", "none"),
+        contract=False,
+    )
+    resume: str | None = option(
+        None,
+        str,
+        "go on: a run folder, a checkpoint in one, or 'auto' (the newest of this recipe)",
+        shown="a new run",
+        contract=False,
+        of_run=False,
+        private=True,
+    )
+    extend: str | None = option(
+        None,
+        str,
+        "a resumed cosine with other --epochs: how the learning rate goes on",
+        choices=("restart", "stretch", "constant"),
+        shown="an error that shows the three",
+        contract=False,
+        of_run=False,
+        private=True,
+    )
+    max_hours: float | None = option(
+        None,
+        float,
+        "stop in good order after so long; --resume goes on",
+        shown="no limit",
+        contract=False,
+        of_run=False,
+        private=True,
+    )
+    seed: int = option(0, whole, "of weights, order, augmentation and split")
+    output: str = option(
+        "runs", str, "folder of run folders", contract=False, of_run=False, private=True
+    )
+    log_every: int = option(1, whole, "updates a line of metrics.jsonl", contract=False)
+    eval_every: float = option(1.0, float, "epochs between evaluations", contract=False)
+    checkpoint_every: int | None = option(
+        None, whole, "updates between checkpoints", shown="at evaluations", contract=False
+    )
+    keep: int = option(2, whole, "newest checkpoints kept, besides the best", contract=False)
+    dry_run: bool = option(
+        False,
+        switch,
+        "build everything, run two updates, write nothing",
+        contract=False,
+        of_run=False,
+        private=True,
+    )
+    log_with: tuple[str, ...] = option(
+        ("run_folder", "wandb"), words, "trackers: run_folder, wandb", contract=False, private=True
+    )
+    wandb_project: str = option(
+        "lbaccel", str, "wandb project", contract=False, private=True, reads_with=(_WANDB,)
+    )
+    wandb_group: str | None = option(
+        None, str, "wandb group", shown="none", contract=False, private=True, reads_with=(_WANDB,)
+    )
+    wandb_name: str | None = option(
+        None,
+        str,
+        "wandb run name",
+        shown="the run folder's",
+        contract=False,
+        private=True,
+        reads_with=(_WANDB,),
+    )
+    wandb_tags: tuple[str, ...] = option(
+        (), words, "wandb tags", shown="none", contract=False, private=True, reads_with=(_WANDB,)
+    )
+    wandb_mode: str | None = option(
+        None,
+        str,
+        "online, offline or disabled",
+        choices=("online", "offline", "disabled"),
+        shown="online if logged in, else offline",
+        contract=False,
+        private=True,
+        reads_with=(_WANDB,),
+    )

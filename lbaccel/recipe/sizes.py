@@ -1,0 +1,63 @@
+"""Sizes that the settings leave open, and the memory that a run may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lbaccel.batch.plan import NormBatchSize
+from lbaccel.errors import InputError
+from lbaccel.launch import local_world_size
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.update.memory.budget import default_budget, memory_limit, parse_memory
+
+
+def choose_norm_batch_size(
+    batch: BatchOptions, *, model: str, has_batch_norm: bool, num_samples: int
+) -> NormBatchSize:
+    """The norm_batch_size given, by default 32 (Goyal et al. 2017: samples a worker).
+
+    Raises:
+        InputError: an option of BatchNorm for a model without it, or more samples than there are.
+    """
+    given = batch.norm_batch_size
+    if not has_batch_norm:
+        if given is not None:
+            raise InputError(f"--norm-batch-size {given}: {model} has no BatchNorm. Leave it out.")
+        return None
+    if given is None:
+        return min(32, batch.first_size, num_samples)
+    if given != "frozen" and given > num_samples:
+        raise InputError(
+            f"--norm-batch-size {given} is above the training set's {num_samples} samples: "
+            f"BatchNorm can't see more than an update has. Use at most {num_samples}."
+        )
+    return given
+
+
+def choose_micro_batch_size(batch: BatchOptions, *, norm_batch_size: NormBatchSize) -> int:
+    """The micro_batch_size given; by default 64, cut to whole ghost batches or pairs."""
+    if batch.micro_batch_size is not None and batch.micro_batch_size != "auto":
+        return batch.micro_batch_size
+    unit = max(1, norm_batch_size) if isinstance(norm_batch_size, int) else 2
+    return max(unit, 64 // unit * unit)
+
+
+@contextmanager
+def limit_for(batch: BatchOptions, device: torch.device) -> Iterator[str | None]:
+    """Inside, the memory budget is enforced; yields a line that says so, or None.
+
+    It is `memory`, by default what is free now less a margin: on a GPU always (a driver that
+    spills into host memory would only get slow), on a CPU where a micro-batch is searched.
+    """
+    if batch.memory is None and device.type == "cpu" and batch.micro_batch_size != "auto":
+        yield None
+        return
+    if batch.memory is None:
+        num_bytes = default_budget(device, ranks=local_world_size())
+    else:
+        num_bytes = parse_memory(batch.memory)
+    with memory_limit(num_bytes, device) as line:
+        yield line

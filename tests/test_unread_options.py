@@ -1,0 +1,132 @@
+"""Each option that is given and that nothing would read is refused, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from lbaccel import train
+from lbaccel.errors import InputError
+from lbaccel.recipe.checks import check_read
+from lbaccel.recipe.options import OPTIONS, Settings
+from lbaccel.recipe.settings import layered
+
+# values of the settings that decide whether another one is read
+OTHERS = {
+    "data": ["digits", "cifar10", "cifar100", "folder:images", "parquet:images"],
+    "norm_batch_size": [None, 32, "frozen"],
+    "global_batch_size": [512, "auto"],
+    "batch_schedule": [None, "bsi", "lrd"],
+    "schedule": list(OPTIONS["schedule"].choices),
+    # "per-N" has a base batch of its own: another one is a contradiction, and refused as such
+    "lr_scaling": [x for x in OPTIONS["lr_scaling"].choices if not x.startswith("per-")],
+    "warmup": list(OPTIONS["warmup"].choices),
+    "optimizer": ["sgd", "adamw", "lamb", "lars", "rmsprop", "no such optimizer"],
+    "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
+}
+# by the documentation, in other words than the table's: (option, other): values that read it
+READ_AT = {
+    ("val_fraction", "data"): {"digits", "folder:images", "parquet:images"},
+    ("crop_pct", "data"): {"folder:images", "parquet:images"},
+    ("bn_statistics", "norm_batch_size"): {None, 32},
+    ("bn_momentum", "norm_batch_size"): {None, 32},
+    ("min_batch_size", "global_batch_size"): {"auto"},
+    ("batch_decisions", "global_batch_size"): {"auto"},
+    ("max_batch_size", "global_batch_size"): {"auto"},
+    ("max_batch_size", "batch_schedule"): {"bsi", "lrd"},
+    **{
+        (name, "batch_schedule"): {"bsi", "lrd"}
+        for name in ("factor", "past_max", "growth", "lr_growth", "batch_sizes", "lr_factors")
+    },
+    ("first_epoch", "batch_schedule"): {"bsi", "lrd"},
+    ("gamma", "schedule"): {"step", "multistep"},
+    ("milestones", "schedule"): {"step", "multistep"},
+    ("milestones", "batch_schedule"): {"bsi", "lrd"},
+    ("final_lr", "schedule"): {"cosine"},
+    ("lr_exponent", "lr_scaling"): {"power"},
+    ("base_batch_size", "lr_scaling"): {"auto", "linear", "sqrt", "power", "legw", "adascale"},
+    ("warmup_epochs", "warmup"): {"gradual", "constant", "stairs"},
+    ("warmup_start", "warmup"): {"gradual", "constant", "stairs"},
+    ("momentum", "optimizer"): {"sgd", "lars", "rmsprop", "no such optimizer"},
+    **{
+        (f"wandb_{name}", "log_with"): {("run_folder", "wandb"), ("wandb",)}
+        for name in ("project", "group", "name", "tags", "mode")
+    },
+}
+
+
+def given(name):
+    """A value that `name` can have."""
+    row = OPTIONS[name]
+    if row.choices:
+        return row.choices[-1]
+    for value in ("0.5", "2", "true", "per-512"):
+        try:
+            return row.parse(value)
+        except ValueError:
+            continue
+    raise AssertionError(name)
+
+
+def settings_with(name, other, value):
+    settings = layered(Settings().with_values({other: value}), {name: given(name)}, origin="flag")
+    assert settings.given == {name}
+    return settings
+
+
+def test_the_cases_are_the_table_s():
+    assert set(READ_AT) == {
+        (name, condition.other) for name, row in OPTIONS.items() for condition in row.reads_with
+    }
+
+
+@pytest.mark.parametrize(("name", "other"), READ_AT)
+def test_an_option_is_refused_just_where_nothing_reads_it(name, other):
+    refused = []
+    for value in OTHERS[other]:
+        settings = settings_with(name, other, value)
+        if value in READ_AT[name, other]:
+            check_read(settings)
+            continue
+        with pytest.raises(InputError) as caught:
+            check_read(settings)
+        text = str(caught.value)
+        refused.append(value)
+        assert OPTIONS[name].flag in text and "leave" in text
+        assert len([c.use for c in OPTIONS[name].reads_with if c.use[3:] in text]) >= 1
+    assert refused, "no value of the other setting leaves the option unread"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--gamma 0.5", "--schedule cosine does not read --gamma 0.5"),
+        ("--gamma 0.1", "--schedule cosine does not read --gamma 0.1"),  # the default, but typed
+        ("--optimizer adamw --momentum 0.8", "--optimizer adamw does not read --momentum 0.8"),
+        ("--crop-pct 0.9", "--data digits does not read --crop-pct 0.9"),
+        ("--data cifar10 --val-fraction 0.1", "--data cifar10 does not read --val-fraction 0.1"),
+        ("--lr-scaling none --base-batch-size 64", "--lr-scaling none does not read --base-batch"),
+        (
+            "--norm-batch-size frozen --bn-statistics per_update",
+            "--norm-batch-size frozen does not read --bn-statistics per_update",
+        ),
+        ("--warmup none --warmup-start zero", "--warmup none does not read --warmup-start zero"),
+        ("--log-with run_folder --wandb-name a", "--log-with run_folder does not read --wandb-nam"),
+        ("--factor 5", "this recipe does not read --factor 5. Add --batch-schedule, such as bsi"),
+        ("--min-batch-size 8", "--global-batch-size 512 does not read --min-batch-size 8"),
+    ],
+)
+def test_the_command_line_refuses_them(flags, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(flags.split()) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_yaml_that_names_a_default_asks_for_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("gamma: 0.1\nmodel: test_vit\n")
+    assert train.main(["--config", "c.yaml", "--print-config"]) == 0
+    (tmp_path / "c.yaml").write_text("gamma: 0.2\nmodel: test_vit\n")
+    capsys.readouterr()
+    assert train.main(["--config", "c.yaml"]) == 2
+    assert "--schedule cosine does not read --gamma 0.2" in capsys.readouterr().err
