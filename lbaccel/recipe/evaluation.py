@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update.sharding.precision import autocast
 
 
@@ -23,10 +24,14 @@ def evaluate(
         model: unwrapped, so that ranks may have different numbers of batches.
         batches: (images [n, C, H, W], labels [n]) of this rank.
         dtype: of the images.
+
+    Raises:
+        InputError: an image of some rank can't be read; on every rank.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    raised: Exception | None = None
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     try:
         for images, labels in batches:
             images = images.to(accelerator.device, dtype, non_blocking=True)
@@ -36,10 +41,21 @@ def evaluate(
             logits = logits.double() if dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(logits, labels, reduction="sum").double()
             hits = (logits.argmax(1) == labels).sum().double()
-            sums += torch.stack([loss, hits, torch.full_like(loss, len(labels))])
+            count = torch.full_like(loss, len(labels))
+            sums += torch.stack([loss, hits, count, torch.zeros_like(loss)])
+    except Exception as error:  # the other ranks wait for this one's sums
+        raised = error
+        sums[3] += 1
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(sums)
-    loss_sum, num_hits, count = sums.tolist()
-    return {"loss": loss_sum / count, "top1": 100 * num_hits / count}
+    loss_sum, num_hits, num_images, num_failed = sums.tolist()
+    if num_failed:
+        on_each_rank(accelerator, lambda: _raise(raised))
+    return {"loss": loss_sum / num_images, "top1": 100 * num_hits / num_images}
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -34,6 +34,7 @@ class Settings:
     given: frozenset[str] = frozenset()  # what somebody asked for, by name
     asked: Mapping[str, Any] = field(default_factory=dict)  # of the contract, when the run began
     extensions: tuple[tuple[float, str | None], ...] = ()  # (epochs before, how it went on)
+    identity: Mapping[str, Any] | None = None  # of the data, when the run began
 
     def value(self, name: str) -> Any:
         """The value of an option by its name, for what walks the table."""

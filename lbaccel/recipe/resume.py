@@ -12,7 +12,7 @@ import yaml
 from lbaccel.errors import InputError
 from lbaccel.optim.scaling import is_measured
 from lbaccel.recipe.options import OPTIONS, Settings
-from lbaccel.recipe.settings import ASKED, EXTENSIONS, ORIGIN, parse, read_yaml
+from lbaccel.recipe.settings import ASKED, EXTENSIONS, IDENTITY, ORIGIN, parse, read_yaml
 from lbaccel.recipe.values import flag_of
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, run_of
 
@@ -59,7 +59,12 @@ def resolve(settings: Settings) -> Settings:
             f"--extend {how}: the run already has --epochs {before:g}. Give the new "
             f"length too, such as --epochs {2 * before:g}."
         )
-    return replace(merged.with_values({"resume": target}), asked=saved.asked, extensions=extensions)
+    return replace(
+        merged.with_values({"resume": target}),
+        asked=saved.asked,
+        extensions=extensions,
+        identity=saved.identity,
+    )
 
 
 def _merged(run: Path, saved: Settings, now: Settings) -> Settings:
@@ -103,7 +108,7 @@ def read_run(run: Path) -> Settings:
     path = run / CONFIG
     saved = _parsed(read_yaml(path), path)
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    origins, asked = content.get(ORIGIN), content.get(ASKED)
+    origins, asked, identity = (content.get(key) for key in (ORIGIN, ASKED, IDENTITY))
     missing = [name for name in ("model", "data", "global_batch_size") if name not in saved]
     if missing or not isinstance(origins, dict) or not isinstance(asked, dict):
         raise InputError(
@@ -120,6 +125,7 @@ def read_run(run: Path) -> Settings:
         origins={str(name): str(origin) for name, origin in origins.items()},
         asked=_parsed(known, path),
         extensions=history,
+        identity=identity if isinstance(identity, dict) else None,  # none before 0.2
     )
 
 
@@ -139,6 +145,8 @@ def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> Non
     """Stop at a setting that differs from what the run was asked for and from what came of it."""
     for name, value in asked.items():
         has = saved.value(name)
+        if name == "data" and saved.identity is not None and _same_kind(value, has):
+            continue  # the images are the contract, wherever they lie: `check_identity`
         if value not in (has, saved.asked.get(name, has)):
             flag = flag_of(name)
             raise InputError(
@@ -146,6 +154,12 @@ def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> Non
                 f"result, so a resume can't change it. Leave {flag} out, or start a new run "
                 "without --resume."
             )
+
+
+def _same_kind(one: str, other: str) -> bool:
+    """Whether two sources are both folders, or both parquet files."""
+    (kind, colon, _), (other_kind, _, _) = one.partition(":"), other.partition(":")
+    return bool(colon) and kind == other_kind
 
 
 def _check_units(run: Path, saved: Settings, now: Settings) -> None:

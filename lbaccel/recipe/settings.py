@@ -27,7 +27,14 @@ from lbaccel.recipe.values import (
 )
 
 PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
-ADDED = (PLAN, ORIGIN, ASKED, EXTENSIONS)  # to the settings, in config.yaml of a run folder
+IDENTITY = "data_identity"
+ADDED = (
+    PLAN,
+    ORIGIN,
+    ASKED,
+    EXTENSIONS,
+    IDENTITY,
+)  # to the settings, in config.yaml of a run folder
 
 EPILOG = """examples:
   lbaccel train

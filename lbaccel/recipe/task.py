@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lbaccel.batch.phases import Segment, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
+from lbaccel.data.identity import check_identity
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.sources import Source, open_source
@@ -66,7 +67,7 @@ def build_task(
     """
     set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed))
+    source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed, before=s.identity))
     say(f"data: {source.description}")
     num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)
     model, preprocessing = build_model(
@@ -117,8 +118,10 @@ def build_task(
     )
 
 
-def _open(data: DataOptions, *, seed: int) -> Source:
-    return open_source(data.data, val_fraction=data.val_fraction, seed=seed)
+def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> Source:
+    source = open_source(data.data, val_fraction=data.val_fraction, seed=seed)
+    check_identity(source, before, data=data.data)
+    return source
 
 
 def _num_classes(asked: int | None, source: Source, *, data: str) -> int:

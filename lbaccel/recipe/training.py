@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from lbaccel.data.identity import identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.noise.auto_batch import AutoBatch
@@ -30,7 +31,7 @@ from lbaccel.recipe.measured import (
 )
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
 from lbaccel.recipe.rate import PeakRate, lines_of, peak_rate
-from lbaccel.recipe.settings import ASKED, EXTENSIONS, ORIGIN, PLAN
+from lbaccel.recipe.settings import ASKED, EXTENSIONS, IDENTITY, ORIGIN, PLAN
 from lbaccel.recipe.task import Task, build_task
 from lbaccel.runs.folder import DECISIONS, atomic_write_text
 from lbaccel.runs.length import Length
@@ -112,7 +113,11 @@ class Training:
         )
         if s.batch.micro_batch_size != "auto":
             taken["micro_batch_size"] = task.plan.micro_batch_size
-        history = {ASKED: dict(s.asked), EXTENSIONS: [list(pair) for pair in s.extensions]}
+        history = {
+            ASKED: dict(s.asked),
+            EXTENSIONS: [list(pair) for pair in s.extensions],
+            IDENTITY: s.identity or identity_of(task.source),
+        }
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
 
     def config(self) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Which images a run is trained on, wherever they lie: their number, classes, names and sizes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.row_images import RowImages
+from lbaccel.data.sources import Source
+from lbaccel.errors import InputError
+
+MOST_SIZES = 4096  # files whose size is looked up; a call each, which a network's disk makes slow
+
+
+def identity_of(source: Source) -> dict[str, Any]:
+    """The identity of training and validation images: equal for a copy at another path.
+
+    The fingerprint is a hash of the names in order with their labels, and of the sizes of at most
+    `MOST_SIZES` files, evenly spread; of images in memory it is a hash of their pixels.
+
+    >>> from lbaccel.data.sources import open_source
+    >>> found = identity_of(open_source("digits"))
+    >>> found["num_train"], found["num_val"], found["num_classes"]
+    (1438, 359, 10)
+    """
+    digest = hashlib.sha256()
+    for images in (source.train, source.val):
+        for part in _parts(images):
+            digest.update(part)
+    return {
+        "num_train": len(source.train),
+        "num_val": len(source.val),
+        "num_classes": len(source.train.classes),
+        "fingerprint": digest.hexdigest()[:32],
+    }
+
+
+def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: str) -> None:
+    """Stop where the images are not those that the run began with; None knows of none.
+
+    Raises:
+        InputError: what differs.
+    """
+    if before is None:
+        return
+    now = identity_of(source)
+    told = [
+        f"{now[key]} {name} in place of {before.get(key)}"
+        for key, name in (
+            ("num_train", "training images"),
+            ("num_val", "validation images"),
+            ("num_classes", "classes"),
+        )
+        if now[key] != before.get(key)
+    ]
+    if now == dict(before):
+        return
+    raise InputError(
+        f"--data {data} holds other images than the run began with: "
+        f"{', '.join(told) or 'other names, labels or sizes of files'}. A resume goes on with the "
+        "same ones, at any path. Restore them, or start a new run from the weights with "
+        "--checkpoint."
+    )
+
+
+def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes]:
+    yield repr(images.classes).encode()
+    if isinstance(images, ImageArray):
+        yield images.images.numpy().tobytes()
+        yield images.labels.numpy().tobytes()
+        return
+    for name, label in zip(images.names, images.labels, strict=True):
+        yield f"{name}\0{label}\n".encode()
+    yield repr(list(_sizes(images))).encode()
+
+
+def _sizes(images: ImageFiles) -> Iterator[int]:
+    read: Any = images.read
+    if isinstance(read, RowImages):
+        yield from (Path(file).stat().st_size for file in read.files)
+    elif isinstance(read, partial) and "root" in read.keywords:
+        every = max(1, len(images) // MOST_SIZES)
+        for name in images.samples[::every]:
+            path = Path(read.keywords["root"], name)
+            yield path.stat().st_size if path.exists() else -1  # a reader says so, when it comes
