@@ -14,6 +14,8 @@ from lbaccel.optim.scaling import choose_rule, legw
 
 GOYAL = "Goyal et al. 2017, arXiv 1706.02677"
 MALLADI = "Malladi et al. 2022, arXiv 2205.10287"
+EPFL = '"On the large-batch training of CIFAR-10" (EPFL report)'
+THESIS = "a thesis on large and increasing batch sizes"
 _RULES = {
     "linear": (
         "eta = k eta0",
@@ -22,8 +24,8 @@ _RULES = {
     ),
     "sqrt": ("eta = sqrt(k) eta0", f"{MALLADI}, section 5", "derived for noisy gradients; tested"),
     "legw": ("eta = sqrt(k) eta0", "You et al. 2019, arXiv 1901.08256", "its authors' tests only"),
-    "power": ("eta = k^p eta0", "a fit to tuned rates, as in study E", "as good as the fit"),
-    "none": ("eta = eta0", "the control arm of study D", "certain to lose at large k"),
+    "power": ("eta = k^p eta0", f"a fit to tuned rates, as in {THESIS}", "as good as the fit"),
+    "none": ("eta = eta0", f"the control arm of {EPFL}", "certain to lose at large k"),
 }
 
 
@@ -190,7 +192,7 @@ def _clip(m: Move, warnings: list[str]) -> list[Row]:
     if old is None:
         return []
     sure = "open: the noise's share of the norm falls with sqrt(k), so it clips less often"
-    return [Row("clip norm", old, old, "kept: of the mean gradient", "study E", sure)]
+    return [Row("clip norm", old, old, "kept: of the mean gradient", THESIS, sure)]
 
 
 def _ema(m: Move, warnings: list[str]) -> list[Row]:
@@ -229,7 +231,7 @@ def _noise(m: Move, warnings: list[str]) -> list[Row]:
     new = m.lr * (n / m.global_batch_size - 1)
     left = 1 - m.momentum
     rule = f"g = eta (N / B - 1); over 1 - m: {old / left:.6g} -> {new / left:.6g}"
-    source = "study D, equation 4; Smith and Le 2018, arXiv 1710.06451"
+    source = f"Smith and Le 2018, arXiv 1710.06451; {EPFL}, equation 4"
     return [Row("SGD noise scale", old, new, rule, source, "a figure, no setting; for B << N")]
 
 
