@@ -1,12 +1,13 @@
-"""Growing the batch against decaying the learning rate, in pairs of seeds (study E in small).
+"""Growing the batch against decaying the learning rate, in pairs of seeds.
 
 python benchmarks/batch_schedule_study.py --cifar10 FOLDER --work FOLDER [--seeds 0 1 2]
 
 FOLDER holds CIFAR-10 as the hub's parquet files. 10,000 of its training images (1,000 a class,
 chosen with seed 0) and its test images; timm's test_byobnet at 40 px (4.7 MFLOP a forward) from
-scratch, 30 epochs; otherwise study E: SGD with momentum 0.9, weight decay 5e-4 on everything,
-clipping at 5, ghost batches of 128, the last incomplete batch kept, changes in proportion to 60,
-120 and 160 of 200. Each run is the command that `--dry` prints; one that is done is not run again.
+scratch, 30 epochs; otherwise as the thesis on large and increasing batch sizes does it
+(`docs/sources.md`): SGD with momentum 0.9, weight decay 5e-4 on everything, clipping at 5, ghost
+batches of 128, the last incomplete batch kept, changes in proportion to 60, 120 and 160 of 200.
+Each run is the command that `--dry` prints; one that is done is not run again.
 The result goes to WORK/result.json and, as a table, to the screen.
 """
 

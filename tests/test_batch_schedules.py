@@ -15,8 +15,8 @@ from lbaccel.errors import InputError
 CIFAR = {"epochs": 200, "num_samples": 50_000}
 SIZES = {"global_batch_size": 128, **CIFAR}
 
-# Study E, the whole table: rule, settings, learning rate; epoch, batch size and rate of each
-# segment; updates over 200 epochs.
+# The whole table of the thesis on large and increasing batch sizes: rule, settings, learning rate;
+# epoch, batch size and rate of each segment; updates over 200 epochs.
 FAST = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 50000]
 TABLE = {
     "LRD 128, factor 5": (
@@ -147,7 +147,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_study_e_is_reproduced_exactly(name):
+def test_the_thesis_s_table_is_reproduced_exactly(name):
     rule, settings, lr, expected, num_updates = TABLE[name]
     segments = batch_schedule(rule, **settings, **CIFAR)
     assert [(s.epoch, s.global_batch_size) for s in segments] == [row[:2] for row in expected]

@@ -47,7 +47,8 @@ def three_of(name, blocks):
 
 
 LAST_FIVE = {
-    # study C's network: its last convolution and norm go with the last block
+    # the network of "large_batch_training" (2021), part 3: its last convolution and norm go with
+    # the last block
     "mobilenetv2_100": (
         *("blocks.4.2", "blocks.5.0", "blocks.5.1", "blocks.5.2", "blocks.6.0"),
         *("conv_head", "bn2"),

@@ -33,13 +33,14 @@ from lbaccel.optim.scaling import (
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import read_settings
 
-# Goyal et al. 2017, table of kn against eta; studies A and D, lr against B (published numbers)
+# Published numbers: Goyal et al. 2017, table of kn against eta; then lr against B of
+# "large_batch_training" (2021), part 1, and of "On the large-batch training of CIFAR-10" (EPFL)
 GOYAL = {256: 0.1, 512: 0.2, 1024: 0.4, 2048: 0.8, 4096: 1.6, 8192: 3.2, 16384: 6.4}
-STUDY_A = {32: 0.0125, 64: 0.025, 128: 0.05, 256: 0.1, 512: 0.2, 1024: 0.4, 2048: 0.8}
-STUDY_D = {32: 0.025, 64: 0.05, 128: 0.1, 256: 0.2, 512: 0.4, 1024: 0.8, 2048: 1.6, 4096: 3.2}
+LARGE_BATCH_TRAINING = {32: 0.0125, 64: 0.025, 128: 0.05, 256: 0.1, 512: 0.2, 1024: 0.4, 2048: 0.8}
+EPFL = {32: 0.025, 64: 0.05, 128: 0.1, 256: 0.2, 512: 0.4, 1024: 0.8, 2048: 1.6, 4096: 3.2}
 
-# study E: learning rates tuned one by one (published numbers)
-STUDY_E = {
+# learning rates tuned one by one: the thesis on large and increasing batch sizes
+THESIS = {
     128: 0.05,
     256: 0.09,
     512: 0.125,
@@ -60,7 +61,7 @@ batches = st.integers(1, 100_000)
 
 @pytest.mark.parametrize(
     ("base_lr", "base_batch_size", "table"),
-    [(0.1, 256, GOYAL), (0.1, 256, STUDY_A), (0.025, 32, STUDY_D)],
+    [(0.1, 256, GOYAL), (0.1, 256, LARGE_BATCH_TRAINING), (0.025, 32, EPFL)],
 )
 def test_linear_rule_gives_the_learning_rates_of_the_published_tables(
     base_lr, base_batch_size, table
@@ -194,8 +195,8 @@ def test_the_power_rule_holds_linear_square_root_and_none(lr, base, batch):
         assert found == pytest.approx(scale_lr(lr, **sizes, rule=rule), rel=1e-14)
 
 
-def test_study_e_s_tuned_rates_lie_between_the_square_root_and_linear_at_the_stated_power():
-    k, lr = np.array(list(STUDY_E)) / 128, np.array(list(STUDY_E.values()))
+def test_rates_tuned_one_by_one_lie_between_the_square_root_and_linear_at_the_stated_power():
+    k, lr = np.array(list(THESIS)) / 128, np.array(list(THESIS.values()))
     x, y = np.log(k), np.log(lr)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     left = y - y.mean() - slope * (x - x.mean())

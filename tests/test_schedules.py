@@ -327,7 +327,7 @@ def test_warmup_is_the_same_number_of_samples_for_every_batch_size(
 
 
 @pytest.mark.parametrize("batch", BATCH_SIZES)
-def test_study_d_counts_its_steps_from_the_end_of_the_warmup(batch):
+def test_steps_are_counted_from_the_end_of_the_warmup(batch):
     _, schedule = recipe(
         batch,
         total=Duration(epochs=200),

@@ -168,7 +168,7 @@ def test_updates_are_those_of_the_recipe(batch):
         assert found == UpdateStream(size, 1438).num_updates(2.5)
 
 
-def test_the_noise_scale_is_study_d_s_and_zero_at_the_full_batch():
+def test_the_noise_scale_is_the_published_one_and_zero_at_the_full_batch():
     sheet = transfer(base_batch_size=32, base_lr=0.025, global_batch_size=2048, num_samples=50_000)
     row = sheet.row("SGD noise scale")
     assert row.old == pytest.approx(0.025 * (50_000 / 32 - 1))

@@ -93,7 +93,7 @@ def batch_schedule(
             or past the run's end; factors of 1 or less, or not as many as milestones; a batch that
             is no whole number of samples or larger than the training set; nothing that can grow.
 
-    Source: study E, chapters 3 to 5 (a thesis on large and increasing batch sizes); "bsi" and
+    Source: a thesis on large and increasing batch sizes, chapters 3 to 5; "bsi" and
     `past_max="lr"` after Smith et al. 2018 (arXiv 1711.00489).
 
     >>> for segment in batch_schedule(

@@ -10,7 +10,17 @@ from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import decay_of, is_adam, is_rmsprop
 from lbaccel.hyperparameters.rows import Row
-from lbaccel.optim.scaling import CHOSEN, GOYAL, MALLADI, Rule, choose_rule, is_sgd, rule_named
+from lbaccel.optim.scaling import (
+    CHOSEN,
+    EPFL,
+    GOYAL,
+    MALLADI,
+    THESIS,
+    Rule,
+    choose_rule,
+    is_sgd,
+    rule_named,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +188,7 @@ def _clip(m: Move, warnings: list[str]) -> list[Row]:
     if old is None:
         return []
     sure = "open: the noise's share of the norm falls with sqrt(k), so it clips less often"
-    return [Row("clip norm", old, old, "kept: of the mean gradient", "study E", sure)]
+    return [Row("clip norm", old, old, "kept: of the mean gradient", THESIS, sure)]
 
 
 def _ema(m: Move, warnings: list[str]) -> list[Row]:
@@ -217,7 +227,7 @@ def _noise(m: Move, warnings: list[str]) -> list[Row]:
     new = m.lr * (n / m.global_batch_size - 1)
     left = 1 - m.momentum
     rule = f"g = eta (N / B - 1); over 1 - m: {old / left:.6g} -> {new / left:.6g}"
-    source = "study D, equation 4; Smith and Le 2018, arXiv 1710.06451"
+    source = f"Smith and Le 2018, arXiv 1710.06451; {EPFL}, equation 4"
     return [Row("SGD noise scale", old, new, rule, source, "a figure, no setting; for B << N")]
 
 

@@ -112,8 +112,8 @@ def lr_factors(
         model: of timm, or with `get_classifier()`, and `group_matcher()` for "three".
         head_lr_scale: factor of the classifier's parameters.
         lr_groups: "three" gives the classifier 1, the last five blocks 0.6 and the rest 0.4
-            (study C). Blocks are timm's: what belongs to the last block (a final norm, a last
-            convolution) is in its group.
+            (HaoKang-Timmy, "large_batch_training", 2021, part 3). Blocks are timm's: what belongs
+            to the last block (a final norm, a last convolution) is in its group.
 
     Raises:
         InputError: both, or a model that does not tell its classifier or its blocks.

@@ -59,7 +59,7 @@ def stairs_warmup(samples_seen: float, *, warmup_samples: float, epoch_samples: 
     Raises:
         InputError: a negative or infinite number, or `epoch_samples` of 0.
 
-    Source: study D, "On the large-batch training of CIFAR-10" (EPFL), with E = 10.
+    Source: "On the large-batch training of CIFAR-10" (EPFL report), with E = 10.
 
     >>> [stairs_warmup(s, warmup_samples=40, epoch_samples=10) for s in (0, 9, 10, 30, 40)]
     [0.25, 0.25, 0.5, 1.0, 1.0]
@@ -111,7 +111,7 @@ def step_decay(samples_seen: float, *, every: float, gamma: float) -> float:
     Raises:
         InputError: a negative or infinite number, or `every` or `gamma` of 0.
 
-    Source: study D (a tenth every 50 epochs).
+    Source: "On the large-batch training of CIFAR-10" (EPFL report): a tenth every 50 epochs.
 
     >>> [step_decay(s, every=50, gamma=0.5) for s in (0, 49, 50, 100)]
     [1.0, 1.0, 0.5, 0.25]
@@ -190,9 +190,9 @@ def make_schedule(
         global_batch_size: samples of an update.
         num_samples: samples that one epoch consumes (see `Duration.to_samples`).
         decay: "cosine" runs from the end of the warmup to the end of the run; "step" has a period
-            of `milestones[0]` epochs, counted from the end of the warmup (study D); "multistep"
-            has `milestones` in epochs of the whole run (Goyal's 30, 60, 80), the first not before
-            the end of the warmup; "constant".
+            of `milestones[0]` epochs, counted from the end of the warmup (see `step_decay`);
+            "multistep" has `milestones` in epochs of the whole run (Goyal's 30, 60, 80), the first
+            not before the end of the warmup; "constant".
         warmup: "gradual", "constant", "stairs" (one step an epoch) or "none".
         warmup_duration: length of the warmup; not read where `warmup` is "none".
         start: where "gradual" and "constant" start (see `warmup_start`).

@@ -52,7 +52,7 @@ def segments_of(
 def milestones(
     given: Sequence[float] | None, *, rule: str | None, epochs: float
 ) -> tuple[float, ...]:
-    """The milestones asked for; under a batch schedule that has them, study E's.
+    """The milestones asked for; under a batch schedule that has them, the published ones.
 
     >>> milestones((), rule="bsi", epochs=30), milestones((), rule="steady", epochs=30)
     ((10, 19, 25), ())
@@ -63,10 +63,12 @@ def milestones(
 
 
 def default_milestones(epochs: float) -> tuple[int, ...]:
-    """Study E's starts of epochs 60, 120 and 160 of 200 (59, 119 and 159 done), in proportion.
+    """The starts of epochs 60, 120 and 160 of 200 (59, 119 and 159 done), in proportion.
 
     Raises:
         InputError: a run so short that two of them would be one, or one the run's start.
+
+    Source: a thesis on large and increasing batch sizes, chapters 3 to 5.
 
     >>> default_milestones(200), default_milestones(30)
     ((60, 120, 160), (10, 19, 25))

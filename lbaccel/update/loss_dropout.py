@@ -26,7 +26,7 @@ class LossDropout:
     Raises:
         InputError: epochs that are not whole, below 1 or in the wrong order.
 
-    Source: study E, section 4.1.2 (epochs 3 to 119 of 200).
+    Source: a thesis on large and increasing batch sizes, section 4.1.2 (epochs 3 to 119 of 200).
 
     >>> drops = LossDropout(UpdateStream(5, 10, "keep"), first_epoch=1, last_epoch=2)
     >>> [drops(loss, update) for update, loss in enumerate((2.0, 1.5, 1.0, 1.2))]
