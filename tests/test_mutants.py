@@ -324,6 +324,25 @@ MUTANTS = {
         "self._drawn = index",
         "tests/data/test_loader.py::test_an_update_that_was_read_in_part_is_read_anew_from_its_start",
     ),
+    "a user's own fetch is called": (
+        "data.loader",
+        'FETCH = "__lbaccel_fetch__"',
+        'FETCH = "fetch"',
+        "tests/data/test_loader.py::test_a_users_own_fetch_is_not_called",
+    ),
+    "an update cut anew sets the size of those to come": (
+        "data.loader",
+        "            return self._load_from(index, plan)\n        if self._batches",
+        "            self.plan, self._batches = plan, None\n        if self._batches",
+        "tests/data/test_loader.py::"
+        "test_an_update_cut_anew_leaves_the_loader_and_what_it_loads_ahead_alone",
+    ),
+    "the workers go on in the size that ran out of memory": (
+        "update.engine",
+        "            update.loader.set_micro_batch_size(size)\n",
+        "            pass\n",
+        "tests/test_oom.py::test_the_loader_loads_ahead_in_the_size_that_memory_allows",
+    ),
     "a search that leaves gradients behind": (
         "update.engine",
         "            finally:\n                transaction.drop()",

@@ -272,6 +272,15 @@ def test_workers_load_the_samples_of_the_smaller_plan():
     assert_equal(state, truth)
 
 
+def test_the_loader_loads_ahead_in_the_size_that_memory_allows():
+    run, faults = Run(), Faults(1)
+    sizes = []
+    for update in run.loader:
+        run.large_batch.update(update, faults)
+        sizes.append((run.large_batch.plan.micro_batch_size, run.loader.plan.micro_batch_size))
+    assert sizes[0] == (6, 6) and all(asked == loaded for asked, loaded in sizes)
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_the_failed_attempt_holds_no_activation_when_its_memory_is_given_back(phase, monkeypatch):
     faults, alive = Faults(1, phase=phase), []

@@ -241,7 +241,7 @@ class LargeBatch:
         if found is None:
             raise failures.nothing_fits(self.plan, device, update=update.index + 1)
         self._adaptive.ask(replace(self.plan, micro_batch_size=found))
-        self._cut(loader.peek())
+        loader.set_micro_batch_size(found)
         return found
 
     def _ready(self) -> Transaction:
@@ -252,9 +252,13 @@ class LargeBatch:
         return self._transaction
 
     def _cut(self, update: Update) -> MicroBatches:
+        """The update in micro-batches of the size that memory allows; its loader follows."""
         if update.recut is None:
             return update.micro_batches
-        return update.recut(self.plan.micro_batch_size)
+        size = self.plan.micro_batch_size
+        if update.loader is not None:
+            update.loader.set_micro_batch_size(size)
+        return update.recut(size)
 
     def _shrink(self, update: Update) -> None:
         """Take the next smaller micro-batch after memory ran out, or say what to try."""
