@@ -219,13 +219,23 @@ def agree(
     )
 
 
+def reduction_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of `reduction_buffer` for parameters of these sizes in bytes.
+
+    A bucket is never less than a parameter: the largest one counts where it exceeds 25 MiB.
+
+    >>> reduction_bytes([2**20] * 4), reduction_bytes([2**20] * 40), reduction_bytes([2**30, 8])
+    (4194304, 26214400, 1073741824)
+    """
+    return min(max(BUCKET_BYTES, *sizes), sum(sizes)) if sizes else 0
+
+
 def reduction_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
     """Bytes for the largest bucket of `reduce_gradients`, to be held before they are needed."""
     if not parameters:
         return None
-    size = max(BUCKET_BYTES, max(p.nbytes for p in parameters))
     return torch.empty(
-        min(size, sum(p.nbytes for p in parameters)),
+        reduction_bytes([p.nbytes for p in parameters]),
         dtype=torch.uint8,
         device=parameters[0].device,
     )
