@@ -92,6 +92,14 @@ def test_nothing_else_counts(error):
         "could not create a primitive",
         "could not create a memory object",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "FIND was unable to find an engine to execute this computation",
+        "GET was unable to find an engine to execute this computation",
+        "Unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a "
+        "non-contiguous input.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph. "
+        "CUDNN_STATUS_NOT_SUPPORTED",
     ],
 )
 def test_a_text_with_several_reasons_counts_where_memory_is_short(text):
