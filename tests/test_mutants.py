@@ -324,6 +324,18 @@ MUTANTS = {
         "self._drawn = index",
         "tests/data/test_loader.py::test_an_update_that_was_read_in_part_is_read_anew_from_its_start",
     ),
+    "a plan for DDP counts one bucket where a parameter is larger": (
+        "planning.estimate",
+        "buckets = self.gradient_bytes + self._reduction_bytes",
+        "buckets = self.gradient_bytes + min(25 * 2**20, self.gradient_bytes)",
+        "tests/test_reduction_memory.py",
+    ),
+    "cuDNN's lack of an engine is no lack of memory": (
+        "update.memory.oom",
+        r"""            r"\b[Uu]nable to find an engine to execute this computation\b",""",
+        "",
+        "tests/test_oom.py::test_a_text_with_several_reasons_counts_where_memory_is_short",
+    ),
     "a user's own fetch is called": (
         "data.loader",
         'FETCH = "__lbaccel_fetch__"',
@@ -582,6 +594,19 @@ MUTANTS = {
         "num_units * mean_sq) / (num_units - 1)",
         "mean_sq / num_units) / (num_units - 1)",
         "tests/test_adascale.py",
+    ),
+    "a dropped update moves AdaScale's progress": (
+        "optim.scheduler",
+        "if dropped and isinstance(scheduler, AdaScaleLR):",
+        "if False:",
+        "tests/test_adascale.py::test_a_dropped_update_moves_no_progress_and_takes_its_samples",
+    ),
+    "a second prepare replaces the first model": (
+        "update.engine",
+        "            raise failures.prepared_before()\n",
+        "            pass\n",
+        "tests/test_engine.py::"
+        "test_a_second_prepare_is_refused_with_what_to_do_and_the_first_model_goes_on",
     ),
     "the user's random state is moved": (
         "data.loader",

@@ -16,6 +16,7 @@ from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop
@@ -50,7 +51,8 @@ class LargeBatch:
         bn_statistics: "per_ghost" or "per_update", see `convert_batch_norm`.
         seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
         drops: (loss, update) -> whether an update's gradient is dropped, such as `LossDropout`.
-            Statistics, counters and scheduler move; weights, optimizer state and EMA do not.
+            Statistics, counters and scheduler move; weights, optimizer state, EMA and the progress
+            of AdaScale do not.
         noise_scale: measures the critical batch size as updates go by; not under ZeRO-3 and FSDP2.
 
     Raises:
@@ -129,8 +131,11 @@ class LargeBatch:
             model, optimizer, loader and, where given, scheduler: in the order given.
 
         Raises:
-            InputError: model, optimizer or DeepSpeed's configuration would break the contract.
+            InputError: it was called before, or model, optimizer or DeepSpeed's configuration would
+                break the contract.
         """
+        if self._transaction is not None:
+            raise failures.prepared_before()
         self.norm = convert_batch_norm(
             model, self.plan.norm_batch_size, statistics=self.bn_statistics
         )
@@ -305,7 +310,7 @@ class LargeBatch:
             self.num_updates += 1
             self.samples_seen += update.num_samples
             if self._scheduler is not None:
-                self._scheduler.step()
+                after_update(self._scheduler, dropped=drops)
             if self._ema is not None and not drops:
                 self._ema.update(transaction.sharding.module)
         size = self.plan.micro_batch_size
