@@ -181,8 +181,8 @@ MUTANTS = {
     ),
     "scheduler steps twice": (
         "update.engine",
-        "self._scheduler.step()",
-        "self._scheduler.step(); self._scheduler.step()",
+        "after_update(self._scheduler, dropped=drops)",
+        "after_update(self._scheduler, dropped=drops); self._scheduler.step()",
         "tests/test_engine.py",
     ),
     "statistics of a failed update stay": (
@@ -335,6 +335,20 @@ MUTANTS = {
         r"""            r"\b[Uu]nable to find an engine to execute this computation\b",""",
         "",
         "tests/test_oom.py::test_a_text_with_several_reasons_counts_where_memory_is_short",
+    ),
+    "a restored model's updates go on without ghost batches": (
+        "update.normalization",
+        "        if self.restored:\n",
+        "        if False:\n",
+        "tests/test_normalization.py::"
+        "test_a_model_that_was_restored_evaluates_as_before_and_its_updates_are_refused",
+    ),
+    "a copied SyncBatchNorm layer talks to the other ranks": (
+        "update.normalization",
+        '        "__deepcopy__": _ghost_deepcopy,\n',
+        "",
+        "tests/test_normalization.py::"
+        "test_a_copied_sync_layer_stays_converted_since_a_plain_one_would_talk_to_the_other_ranks",
     ),
     "a user's own fetch is called": (
         "data.loader",

@@ -16,6 +16,7 @@ algorithm 1, with the statistics moved once a ghost batch). The accumulators cos
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -31,6 +32,9 @@ from lbaccel.errors import InputError
 BatchNormStatistics = Literal["per_ghost", "per_update"]
 Gather = Callable[[Tensor], Tensor]
 """Takes a vector [L] of this rank, returns the matrix [world_size, L] of all ranks' vectors."""
+
+
+SLOT = "_ghost_slot"  # the attribute that a converted layer has beside its own
 
 
 class _Slot:
@@ -126,8 +130,36 @@ def _merge(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: 
     m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))
 
 
+def _ghost_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """As `nn.Module` is copied, which `__reduce_ex__` would turn into the plain layer.
+
+    Copies of a SyncBatchNorm layer stay converted: a plain one would talk to the other ranks.
+    """
+    twin = self.__new__(type(self))
+    memo[id(self)] = twin
+    twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+    return twin
+
+
+def _pickled_plain(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """What pickle keeps is the user's own layer, which loads where there is no lbaccel."""
+    state = {key: value for key, value in self.__dict__.items() if key != SLOT}
+    return copyreg._reconstructor, (_plain_class(self), object, None), state  # type: ignore[attr-defined]
+
+
+def _plain_class(layer: nn.Module) -> type[nn.Module]:
+    return next(base for base, ghost in _GHOST_CLASSES.items() if type(layer) is ghost)
+
+
 def _ghost_class(base: type[nn.Module], plain: Any, **more: Any) -> type[nn.Module]:
-    body = {"forward": _ghost_forward, "_plain_forward": plain, "__module__": __name__, **more}
+    body = {
+        "forward": _ghost_forward,
+        "_plain_forward": plain,
+        "__deepcopy__": _ghost_deepcopy,
+        "__reduce_ex__": _pickled_plain,
+        "__module__": __name__,
+        **more,
+    }
     return type(f"Ghost{base.__name__}", (base,), body)
 
 
@@ -160,6 +192,7 @@ class GhostNorm:
         self.statistics = statistics
         self.micro_batch: MicroBatch | None = None
         self.recomputing = False
+        self.restored = False  # its layers are plain again: an update would be another one
         self.layers: list[Any] = []
         self._pending: Tensor | None = None
         self._spare: Tensor | None = None
@@ -169,7 +202,17 @@ class GhostNorm:
 
     @contextmanager
     def forward(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Inside, the layers see the ghost batches of `micro_batch`, in forward and recompute."""
+        """Inside, the layers see the ghost batches of `micro_batch`, in forward and recompute.
+
+        Raises:
+            InputError: `restore_batch_norm` took its layers back.
+        """
+        if self.restored:
+            raise InputError(
+                "restore_batch_norm(model) came before this update, so BatchNorm would no longer "
+                "see ghost batches. Build a new LargeBatch and call its prepare(model, ...), or "
+                "restore a copy: restore_batch_norm(copy.deepcopy(model))."
+            )
         self.micro_batch = micro_batch
         for layer in self.layers:
             layer._ghost_slot.calls = 0
@@ -290,7 +333,8 @@ def convert_batch_norm(
 
     Only the class of the layers changes: parameters, buffers and `state_dict` stay, and outside
     an update the layers do what they did. With "frozen" they normalise by their running
-    statistics in training as well (gamma and beta still train).
+    statistics in training as well (gamma and beta still train). Pickle (`torch.save(model)`) keeps
+    the plain layers, and `restore_batch_norm` gives them back.
 
     Args:
         model: any module; nn.BatchNorm1d to 3d, nn.SyncBatchNorm, and timm's BatchNormAct2d.
@@ -331,6 +375,39 @@ def convert_batch_norm(
         layer._ghost_slot = _Slot(norm, name)  # type: ignore[assignment]
         norm.layers.append(layer)
     return norm
+
+
+def restore_batch_norm(model: nn.Module) -> nn.Module:
+    """Take `convert_batch_norm` back in place: every BatchNorm layer is of its own class again.
+
+    Parameters, buffers and hooks stay the same objects, so `state_dict` and optimizer do too, and
+    the model does to the bit what it did before it was converted, with the statistics of today.
+    Call it when training has ended: an update of the `LargeBatch` that prepared the model is
+    refused from then on. Layers that were not converted are left alone.
+
+    Args:
+        model: any module, wrapped (as by DDP) or not.
+
+    Returns:
+        `model` itself.
+
+    >>> import torch
+    >>> from lbaccel import convert_batch_norm, restore_batch_norm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    >>> norm = convert_batch_norm(model, 32)  # `LargeBatch.prepare` does it
+    >>> type(model[1]).__name__
+    'GhostBatchNorm1d'
+    >>> restore_batch_norm(model) is model, type(model[1]).__name__
+    (True, 'BatchNorm1d')
+    """
+    ghost_classes = set(_GHOST_CLASSES.values())
+    for layer in model.modules():
+        if type(layer) in ghost_classes:
+            slot = vars(layer).pop(SLOT)
+            layer.__class__ = _plain_class(layer)  # type: ignore[assignment]
+            if slot is not None:
+                slot.norm.restored, slot.norm.layers = True, []
+    return model
 
 
 def has_batch_norm(model: nn.Module) -> bool:
