@@ -147,6 +147,7 @@ class Agreement:
     stop: Stop | None  # some rank wants to end the run after this update
     out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
     short_of_memory: bool = False  # some rank's allocator had to empty its cache
+    own_weights: bool = False  # the loss function returned weights
 
 
 def agree(
@@ -216,6 +217,7 @@ def agree(
         tuple(n > 0 for n in num_present),
         agreed,
         short_of_memory=num_short > 0,
+        own_weights=sums is not None and sums.own_weights,
     )
 
 

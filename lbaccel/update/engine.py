@@ -28,7 +28,7 @@ from lbaccel.update.result import UpdateResult
 from lbaccel.update.sharding.optimizer_state import OptimizerState
 from lbaccel.update.sharding.prepare import prepare
 from lbaccel.update.sharding.replicated import Replicated
-from lbaccel.update.sharding.steps import MicroBatches, Sharding
+from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
 from lbaccel.update.transaction import Transaction
 
 
@@ -193,18 +193,22 @@ class LargeBatch:
         transaction.sharding.reserve()
         for num_retries in range(self.plan.micro_batch_size + 1):
             try:
-                agreement, own_weights = transaction.attempt(
+                agreement = transaction.attempt(
                     update, self._cut(update), loss_fn, stop=self._stop_requested
                 )
                 if agreement.out_of_memory:
                     self._shrink(update)
                     continue
-                return self._commit(
-                    update,
+                step = transaction.finish(
                     agreement,
-                    num_retries,
-                    divisor=agreement.weight / update.num_samples if own_weights else 1.0,
+                    update,
+                    plan=self.plan,
+                    num_updates=self.num_updates,
+                    samples_seen=self.samples_seen,
+                    noise_scale=self.noise_scale,
+                    dropped=self._drops is not None and self._drops(agreement.loss, update.index),
                 )
+                return self._count(update, agreement, step, num_retries=num_retries)
             except BaseException:
                 transaction.drop()
                 raise
@@ -235,7 +239,7 @@ class LargeBatch:
             assert update.recut is not None
             two = islice(update.recut(size), 2)
             try:
-                return not transaction.attempt(update, two, loss_fn)[0].out_of_memory
+                return not transaction.attempt(update, two, loss_fn).out_of_memory
             finally:
                 transaction.drop()
 
@@ -280,39 +284,18 @@ class LargeBatch:
         if self._stop_requested != "interrupt":
             self._stop_requested = reason
 
-    def _commit(
-        self, update: Update, agreement: Agreement, num_retries: int, *, divisor: float
+    def _count(
+        self, update: Update, agreement: Agreement, step: Step, *, num_retries: int
     ) -> UpdateResult:
-        transaction = self._ready()
-        drops = self._drops is not None and self._drops(agreement.loss, update.index)
-        if drops:
-            step = transaction.commit_statistics()
-        else:
-            step = transaction.commit(
-                agreement, divisor=divisor, plan=self.plan, num_updates=self.num_updates
-            )
-        if step.outcome == "not finite":
-            raise failures.not_finite(
-                agreement.loss,
-                step.grad_norm,
-                num_updates=self.num_updates,
-                samples_seen=self.samples_seen,
-            )
-        if step.outcome in ("written", "dropped"):
-            if self.noise_scale is not None and transaction.units is not None and not drops:
-                self.noise_scale.add(
-                    transaction.units.read(),
-                    grad_norm=step.grad_norm,
-                    num_samples=update.num_samples,
-                    weight=agreement.weight,
-                    start=self.samples_seen,
-                )
+        """Move counters, scheduler, average and the micro-batch's size; what became of it all."""
+        dropped = step.outcome == "dropped"
+        if step.outcome != "skipped":
             self.num_updates += 1
             self.samples_seen += update.num_samples
             if self._scheduler is not None:
-                after_update(self._scheduler, dropped=drops)
-            if self._ema is not None and not drops:
-                self._ema.update(transaction.sharding.module)
+                after_update(self._scheduler, dropped=dropped)
+            if self._ema is not None and not dropped:
+                self._ema.update(self._ready().sharding.module)
         size = self.plan.micro_batch_size
         note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
         announce(note, speak=self.accelerator.is_main_process)
@@ -326,7 +309,7 @@ class LargeBatch:
             micro_batch_size=size,
             num_retries=num_retries,
             stop=agreement.stop,
-            dropped=drops,
+            dropped=dropped,
         )
 
     @contextmanager
