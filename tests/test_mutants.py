@@ -204,25 +204,25 @@ MUTANTS = {
         "tests/test_engine.py",
     ),
     "recompute moves statistics": (
-        "update.normalization",
+        "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.micro_batch.is_filler",
         "tests/test_normalization.py",
     ),
     "a filler moves statistics": (
-        "update.normalization",
+        "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.recomputing",
         "tests/test_normalization.py",
     ),
     "BatchNorm over the micro-batch": (
-        "update.normalization",
+        "update.ghost_layers",
         "if len(sizes) == 1:\n",
         "if True:\n",
         "tests/test_normalization.py tests/test_equality.py",
     ),
     "merged variance without the spread of the means": (
-        "update.normalization",
+        "update.ghost_layers",
         "m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))",
         "m2 += m2_b",
         "tests/test_normalization.py",
@@ -240,7 +240,7 @@ MUTANTS = {
         "tests/test_normalization.py",
     ),
     "BatchNormAct2d left out": (
-        "update.normalization",
+        "update.ghost_layers",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)",
         "tests/test_normalization.py",
@@ -344,7 +344,7 @@ MUTANTS = {
         "test_a_model_that_was_restored_evaluates_as_before_and_its_updates_are_refused",
     ),
     "a copied SyncBatchNorm layer talks to the other ranks": (
-        "update.normalization",
+        "update.ghost_layers",
         '        "__deepcopy__": _ghost_deepcopy,\n',
         "",
         "tests/test_normalization.py::"
