@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from lbaccel.stability.range_test import LrRange, lr_find
     from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
     from lbaccel.update.engine import LargeBatch, UpdateResult
-    from lbaccel.update.normalization import convert_batch_norm, recalibrate
+    from lbaccel.update.normalization import (
+        convert_batch_norm,
+        recalibrate,
+        restore_batch_norm,
+    )
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
 
@@ -65,6 +69,7 @@ _HOME = {
     "NoiseScale": "noise.scale",
     "convert_batch_norm": "update.normalization",
     "recalibrate": "update.normalization",
+    "restore_batch_norm": "update.normalization",
     "Plan": "planning.plan",
     "plan": "planning.planner",
     "apply_segments": "update.checkpointing",
@@ -124,6 +129,7 @@ __all__ = [
     "plan",
     "power_scaling",
     "recalibrate",
+    "restore_batch_norm",
     "scale_lr",
     "scale_optimizer",
     "segment_updates",

@@ -7,10 +7,15 @@ import random
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+from updates import cross_entropy
 
+from lbaccel import BatchPlan, LargeBatch, UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.noise.arithmetic import Estimate, RatioAverage, estimate
 from lbaccel.optim.adascale import AdaScale, adascale_gain, moments
+from lbaccel.optim.scheduler import AdaScaleLR
 
 
 def fairscales_gain(gradients):
@@ -102,6 +107,44 @@ def test_progress_is_the_sum_of_gains_and_is_saved():
     other = AdaScale(10)
     other.load_state_dict(rule.state_dict())
     assert other.progress == 3.0
+
+
+def test_a_dropped_update_moves_no_progress_and_takes_its_samples():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averages, asked = RatioAverage(1e9), []
+    averages.add(Estimate(30.0, 1.0), num_samples=8)
+
+    def size(update):
+        asked.append(update)
+        return 8 if update < 3 else 4
+
+    scheduler = AdaScaleLR(
+        optimizer,
+        lambda samples: 1.0 / (1.0 + samples),
+        rule=AdaScale(4),
+        averages=averages,
+        sizes=size,
+        total_samples=1e9,
+    )
+    gain = scheduler.gain  # sigma^2 = 30 / 4, mu^2 = 1, S = 2
+    assert gain == pytest.approx((7.5 + 1) / (7.5 / 2 + 1))
+    plan = BatchPlan(global_batch_size=8, micro_batch_size=4)
+    drops = {1, 2}
+    large_batch = LargeBatch(Accelerator(cpu=True), plan, drops=lambda loss, u: u in drops)
+    data = [(torch.randn(3), i % 2) for i in range(32)]
+    *_, loader, _ = large_batch.prepare(model, optimizer, UpdateLoader(data, plan), scheduler)
+    found, rates = [], []
+    for update in loader:
+        result = large_batch.update(update, cross_entropy)
+        found.append((result.dropped, scheduler.rule.progress))
+        rates.append(optimizer.param_groups[0]["lr"])
+    # The last of them has 4 samples, a scale of 1 and so a gain of 1.
+    truth = [(False, gain), (True, gain), (True, gain), (False, gain + 1)]
+    assert found == [(dropped, pytest.approx(t)) for dropped, t in truth]
+    assert asked == [0, 1, 2, 3, 4] and scheduler.num_updates == large_batch.num_updates == 4
+    assert rates[1] == pytest.approx(0.1 * gain / (1 + 4 * gain)) == rates[0]
 
 
 def test_bad_numbers_are_refused():

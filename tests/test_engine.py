@@ -133,6 +133,30 @@ def test_a_parameter_outside_the_graph_keeps_no_gradient_and_no_decay():
     assert all(torch.equal(v, before[k]) for k, v in model.spare.state_dict().items())
 
 
+def test_a_second_prepare_is_refused_with_what_to_do_and_the_first_model_goes_on():
+    plan = BatchPlan(global_batch_size=8, micro_batch_size=4)
+    model, other, before = make_network(), make_network(1), make_network()
+    large_batch, _, _, loader = prepare(model, make_data(8), plan=plan)
+    for given in (other, model):
+        optimizer = torch.optim.SGD(given.parameters(), lr=0.1)
+        with pytest.raises(InputError, match=r"one model\. Build another .*LargeBatch\(accel"):
+            large_batch.prepare(given, optimizer, loader)
+    (update,) = loader
+    large_batch.update(update, cross_entropy)
+    assert_same(other.state_dict(), make_network(1).state_dict())
+    assert not torch.equal(model[0].weight, before[0].weight)
+
+
+def test_a_prepare_that_was_refused_can_be_called_again():
+    plan = BatchPlan(global_batch_size=8, micro_batch_size=4)
+    model = make_network(norm=True)
+    large_batch = LargeBatch(Accelerator(cpu=True), plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="norm_batch_size"):
+        large_batch.prepare(model, optimizer, [])
+    large_batch.prepare(make_network(), optimizer, [])
+
+
 def snapshot(large_batch, model, optimizer, scheduler, ema):
     return copy.deepcopy(
         [

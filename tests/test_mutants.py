@@ -125,9 +125,9 @@ MUTANTS = {
         "tests/test_engine.py",
     ),
     "no division by the weights": (
-        "update.engine",
-        "divisor=agreement.weight / update.num_samples if own_weights else 1.0",
-        "divisor=1.0",
+        "update.transaction",
+        "divisor = agreement.weight / update.num_samples if agreement.own_weights else 1.0",
+        "divisor = 1.0",
         "tests/test_engine.py",
     ),
     "gradients averaged over the ranks": (
@@ -181,8 +181,8 @@ MUTANTS = {
     ),
     "scheduler steps twice": (
         "update.engine",
-        "self._scheduler.step()",
-        "self._scheduler.step(); self._scheduler.step()",
+        "after_update(self._scheduler, dropped=dropped)",
+        "after_update(self._scheduler, dropped=dropped); self._scheduler.step()",
         "tests/test_engine.py",
     ),
     "statistics of a failed update stay": (
@@ -204,25 +204,25 @@ MUTANTS = {
         "tests/test_engine.py",
     ),
     "recompute moves statistics": (
-        "update.normalization",
+        "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.micro_batch.is_filler",
         "tests/test_normalization.py",
     ),
     "a filler moves statistics": (
-        "update.normalization",
+        "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.recomputing",
         "tests/test_normalization.py",
     ),
     "BatchNorm over the micro-batch": (
-        "update.normalization",
+        "update.ghost_layers",
         "if len(sizes) == 1:\n",
         "if True:\n",
         "tests/test_normalization.py tests/test_equality.py",
     ),
     "merged variance without the spread of the means": (
-        "update.normalization",
+        "update.ghost_layers",
         "m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))",
         "m2 += m2_b",
         "tests/test_normalization.py",
@@ -240,7 +240,7 @@ MUTANTS = {
         "tests/test_normalization.py",
     ),
     "BatchNormAct2d left out": (
-        "update.normalization",
+        "update.ghost_layers",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)",
         "tests/test_normalization.py",
@@ -323,6 +323,51 @@ MUTANTS = {
         "self._drawn = HALF_READ",
         "self._drawn = index",
         "tests/data/test_loader.py::test_an_update_that_was_read_in_part_is_read_anew_from_its_start",
+    ),
+    "a plan for DDP counts one bucket where a parameter is larger": (
+        "planning.estimate",
+        "buckets = self.gradient_bytes + self._reduction_bytes",
+        "buckets = self.gradient_bytes + min(25 * 2**20, self.gradient_bytes)",
+        "tests/test_reduction_memory.py",
+    ),
+    "cuDNN's lack of an engine is no lack of memory": (
+        "update.memory.oom",
+        r"""            r"\b[Uu]nable to find an engine to execute this computation\b",""",
+        "",
+        "tests/test_oom.py::test_a_text_with_several_reasons_counts_where_memory_is_short",
+    ),
+    "a restored model's updates go on without ghost batches": (
+        "update.normalization",
+        "        if self.restored:\n",
+        "        if False:\n",
+        "tests/test_normalization.py::"
+        "test_a_model_that_was_restored_evaluates_as_before_and_its_updates_are_refused",
+    ),
+    "a copied SyncBatchNorm layer talks to the other ranks": (
+        "update.ghost_layers",
+        '        "__deepcopy__": _ghost_deepcopy,\n',
+        "",
+        "tests/test_normalization.py::"
+        "test_a_copied_sync_layer_stays_converted_since_a_plain_one_would_talk_to_the_other_ranks",
+    ),
+    "a user's own fetch is called": (
+        "data.loader",
+        'FETCH = "__lbaccel_fetch__"',
+        'FETCH = "fetch"',
+        "tests/data/test_loader.py::test_a_users_own_fetch_is_not_called",
+    ),
+    "an update cut anew sets the size of those to come": (
+        "data.loader",
+        "            return self._load_from(index, plan)\n        if self._batches",
+        "            self.plan, self._batches = plan, None\n        if self._batches",
+        "tests/data/test_loader.py::"
+        "test_an_update_cut_anew_leaves_the_loader_and_what_it_loads_ahead_alone",
+    ),
+    "the workers go on in the size that ran out of memory": (
+        "update.engine",
+        "            update.loader.set_micro_batch_size(size)\n",
+        "            pass\n",
+        "tests/test_oom.py::test_the_loader_loads_ahead_in_the_size_that_memory_allows",
     ),
     "a search that leaves gradients behind": (
         "update.engine",
@@ -476,8 +521,8 @@ MUTANTS = {
     ),
     "a dropped update moves no statistic": (
         "update.transaction",
-        "        self._commit_statistics()\n        self.sharding.drop()",
-        "        self.sharding.drop()",
+        'if step.outcome in ("written", "dropped"):',
+        'if step.outcome == "written":',
         "tests/test_growth.py",
     ),
     "a resume in the middle of an epoch decides again": (
@@ -569,6 +614,19 @@ MUTANTS = {
         "num_units * mean_sq) / (num_units - 1)",
         "mean_sq / num_units) / (num_units - 1)",
         "tests/test_adascale.py",
+    ),
+    "a dropped update moves AdaScale's progress": (
+        "optim.scheduler",
+        "if dropped and isinstance(scheduler, AdaScaleLR):",
+        "if False:",
+        "tests/test_adascale.py::test_a_dropped_update_moves_no_progress_and_takes_its_samples",
+    ),
+    "a second prepare replaces the first model": (
+        "update.engine",
+        "            raise failures.prepared_before()\n",
+        "            pass\n",
+        "tests/test_engine.py::"
+        "test_a_second_prepare_is_refused_with_what_to_do_and_the_first_model_goes_on",
     ),
     "the user's random state is moved": (
         "data.loader",

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import copy
+import io
+import zipfile
 from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+from accelerate import Accelerator
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from updates import one_update, visiting_order
+from torch.utils.data import TensorDataset
+from updates import cross_entropy, one_update, visiting_order
 
+from lbaccel import LargeBatch, UpdateLoader, restore_batch_norm
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.errors import InputError
 from lbaccel.update.normalization import convert_batch_norm, has_batch_norm, recalibrate
@@ -326,3 +331,120 @@ def test_frozen_statistics_that_are_not_kept_are_refused():
     model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(InputError, match=r"'0' keeps no running statistics.*norm_batch_size=32"):
         convert_batch_norm(model, "frozen")
+
+
+# -- the way back, and pickle -----------------------------------------------------------------
+
+KINDS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct),
+)
+SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
+
+
+def pickled(model):
+    """Saved by torch and loaded again; the names that the pickle asks for."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    with zipfile.ZipFile(file) as parts:
+        (name,) = (n for n in parts.namelist() if n.endswith("data.pkl"))
+        assert b"lbaccel" not in parts.read(name)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def assert_same_layer(found, truth):
+    assert type(found) is type(truth) and vars(found).keys() == vars(truth).keys()
+    states = found.state_dict(), truth.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("size", [3, "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_comes_back_to_the_bit_by_restoring_and_by_pickle(kind, size):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPES.get(kind, (6, 4, 3, 5)))
+    layer = kind(4)
+    layer.running_mean.uniform_()
+    truth, parts = copy.deepcopy(layer), [*layer.parameters(), *layer.buffers()]
+    layer.register_forward_hook(handle := lambda *_: None)
+    truth.register_forward_hook(handle)
+    norm = convert_batch_norm(nn.Sequential(layer), size)
+    norm.begin()
+    run_groups(layer, norm, x, MicroBatch(0, (3, 3)))  # and dropped: nothing is committed
+    assert type(layer) is not kind
+    layer._forward_hooks.clear()  # a local function can't be pickled
+    saved = pickled(layer)
+    layer.register_forward_hook(handle)
+    assert type(saved) is kind and type(layer) is not kind
+    assert_same_layer(saved, truth)
+    assert restore_batch_norm(layer) is layer
+    assert_same_layer(layer, truth)
+    assert all(a is b for a, b in zip([*layer.parameters(), *layer.buffers()], parts, strict=True))
+    if not issubclass(kind, nn.SyncBatchNorm):  # which trains on GPUs only
+        expected = truth(x)
+        assert torch.equal(layer(x), expected) and torch.equal(saved(x), expected)
+        assert_same_layer(layer, truth)
+        assert_same_layer(saved, truth)
+
+
+def trained(model, count=6):
+    """The model after an update by `LargeBatch`, and what runs the next one."""
+    torch.manual_seed(1)
+    data = TensorDataset(torch.randn(count, 3, 8, 8), torch.randint(2, (count,)))
+    plan = BatchPlan(global_batch_size=count, micro_batch_size=3, norm_batch_size=3)
+    large_batch = LargeBatch(Accelerator(cpu=True), plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, _, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
+    (update,) = loader
+    large_batch.update(update, cross_entropy)
+    return large_batch, loader
+
+
+def network():
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3), BatchNormAct2d(4)
+    return nn.Sequential(conv, norm, nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 2))
+
+
+def test_a_model_in_training_can_be_saved_whole_and_is_trained_on_as_if_it_had_not_been():
+    model, truth = network(), network()
+    large_batch, loader = trained(model)
+    other, other_loader = trained(truth)
+    before = pickled(model)
+    assert type(before[1]) is BatchNormAct2d
+    for run, updates in ((large_batch, loader), (other, other_loader)):
+        (update,) = updates
+        run.update(update, cross_entropy)
+    for a, b in zip(model.state_dict().values(), truth.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(before[1].running_mean, model[1].running_mean)
+    trained(before)  # what was loaded trains on
+
+
+def test_a_model_that_was_restored_evaluates_as_before_and_its_updates_are_refused():
+    model = network()
+    large_batch, loader = trained(model)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model.eval()(x)
+    state = copy.deepcopy(model.state_dict())
+    assert restore_batch_norm(model.train()) is model and model.training
+    assert type(model[1]) is BatchNormAct2d and torch.equal(model.eval()(x), expected)
+    (update,) = loader
+    with pytest.raises(InputError, match=r"restore_batch_norm.*Build a new LargeBatch"):
+        large_batch.update(update, cross_entropy)
+    assert large_batch.num_updates == 1
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    trained(model)  # converted anew
+    assert type(model[1]) is not BatchNormAct2d
+    copied = restore_batch_norm(copy.deepcopy(model))
+    assert type(copied[1]) is BatchNormAct2d and type(model[1]) is not BatchNormAct2d
+
+
+def test_a_copied_sync_layer_stays_converted_since_a_plain_one_would_talk_to_the_other_ranks():
+    layer = nn.SyncBatchNorm(4)
+    convert_batch_norm(layer, 3)
+    twin = copy.deepcopy(layer)
+    assert type(twin) is type(layer) and twin._ghost_slot is None
+    assert twin(torch.randn(6, 4)).shape == (6, 4)  # in training, on the CPU

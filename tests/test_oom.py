@@ -92,6 +92,14 @@ def test_nothing_else_counts(error):
         "could not create a primitive",
         "could not create a memory object",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "FIND was unable to find an engine to execute this computation",
+        "GET was unable to find an engine to execute this computation",
+        "Unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a "
+        "non-contiguous input.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph. "
+        "CUDNN_STATUS_NOT_SUPPORTED",
     ],
 )
 def test_a_text_with_several_reasons_counts_where_memory_is_short(text):
@@ -270,6 +278,15 @@ def test_workers_load_the_samples_of_the_smaller_plan():
     losses, truth = reference(switch_before=1)
     assert [r.loss for r in results] == losses
     assert_equal(state, truth)
+
+
+def test_the_loader_loads_ahead_in_the_size_that_memory_allows():
+    run, faults = Run(), Faults(1)
+    sizes = []
+    for update in run.loader:
+        run.large_batch.update(update, faults)
+        sizes.append((run.large_batch.plan.micro_batch_size, run.loader.plan.micro_batch_size))
+    assert sizes[0] == (6, 6) and all(asked == loaded for asked, loaded in sizes)
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])

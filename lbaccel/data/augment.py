@@ -60,6 +60,8 @@ class KeyedImages:
             images = torch.where(where, images.flip(3), images)
         return self.normalise(images), self.source.labels[rows]
 
+    __lbaccel_fetch__ = fetch
+
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes [n, C, H, W] to normalised floats of `img_size`."""
         x = images.float()

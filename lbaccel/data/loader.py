@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,23 @@ from lbaccel.randomness.keys import keyed_hash
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
 SAMPLE_SEED = 0x5EED
 HALF_READ = -1
+FETCH = "__lbaccel_fetch__"  # no data set has it by chance
 
 
 @dataclass
 class Update:
     """One update's share of this rank: iterate it once for pairs (MicroBatch, data).
 
-    `recut` makes the same samples anew in micro-batches of another size, and those of the updates
-    that follow; without it, an update that runs out of memory can't be done again.
+    `recut` makes the same samples anew in micro-batches of the size it is given, and changes
+    nothing else; without it, an update that runs out of memory can't be done again. `loader` is
+    where the update comes from: the size of the updates to come is set there.
     """
 
     index: int
     num_samples: int
     micro_batches: Iterable[tuple[MicroBatch, Any]]
     recut: Callable[[int], Iterable[tuple[MicroBatch, Any]]] | None = None
+    loader: UpdateLoader | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
         return iter(self.micro_batches)
@@ -52,8 +56,9 @@ class UpdateLoader:
     pass yields.
 
     Args:
-        dataset: a map-style data set, or one with `fetch(indices, epochs)` that makes a whole
-            micro-batch.
+        dataset: a map-style data set (`__len__` and `__getitem__`), or one that makes whole
+            micro-batches: `__lbaccel_fetch__(indices, epochs)` of two int64 arrays [n] then
+            returns the data of these n samples. A method named `fetch` means nothing here.
         plan: the partition; a batch above the data set becomes full-batch training, with a
             warning.
         rank: this process, below `plan.world_size`.
@@ -86,6 +91,13 @@ class UpdateLoader:
     ) -> None:
         if not len(dataset):
             raise InputError("the training set is empty: give a data set of at least one sample.")
+        if not hasattr(dataset, "__getitem__") and not hasattr(dataset, FETCH):
+            raise InputError(
+                f"the training set, a {type(dataset).__name__}, has neither __getitem__ nor "
+                f"{FETCH}, so no sample can be read. Give it __getitem__(index), or {FETCH}"
+                "(indices, epochs) that returns a whole micro-batch (a method named fetch was "
+                "called so before)."
+            )
         if not 0 <= rank < plan.world_size:
             raise InputError(f"rank={rank} is not in 0..{plan.world_size - 1} (world_size).")
         if plan.global_batch_size > len(dataset):
@@ -165,14 +177,23 @@ class UpdateLoader:
         """The next update, which stays the next one."""
         return self._update(self.next_update)
 
-    def _update(self, index: int) -> Update:
-        def recut(micro_batch_size: int) -> Iterator[tuple[MicroBatch, Any]]:
-            if micro_batch_size != self.plan.micro_batch_size:
-                self.plan = replace(self.plan, micro_batch_size=micro_batch_size)
-                self._batches = None  # the workers load ahead as the old plan says
-            return self._micro_batches(index)
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Cut the updates to come into micro-batches of another size; their samples stay.
 
-        return Update(index, self.stream.span(index)[1], self._micro_batches(index), recut)
+        `LargeBatch` calls it where memory sets the size. Micro-batches that are being read stay as
+        they are.
+
+        Raises:
+            InputError: a size that the plan can't have, such as one that cuts a ghost batch.
+        """
+        if micro_batch_size != self.plan.micro_batch_size:
+            self.plan = replace(self.plan, micro_batch_size=micro_batch_size)
+            self._batches = None  # the workers load ahead in the old size
+
+    def _update(self, index: int) -> Update:
+        num_samples = self.stream.span(index)[1]
+        recut = partial(self._micro_batches, index)
+        return Update(index, num_samples, self._micro_batches(index), recut, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, and how its updates have grown and will."""
@@ -200,9 +221,11 @@ class UpdateLoader:
                 )
                 self.stream = replace(stream, growth=(*past, *ahead))
 
-    def _keys(self, index: int) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
+    def _keys(
+        self, index: int, plan: BatchPlan
+    ) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
-        for micro_batch in self.plan.partition(self.rank, num_samples):
+        for micro_batch in plan.partition(self.rank, num_samples):
             indices, epochs = samples_at(
                 start + micro_batch.start,
                 micro_batch.num_samples,
@@ -211,22 +234,41 @@ class UpdateLoader:
             )
             yield micro_batch, indices, epochs
 
-    def _micro_batches(self, index: int) -> Iterator[tuple[MicroBatch, Any]]:
-        fetch = getattr(self.dataset, "fetch", None)
-        if fetch is None and (self._batches is None or self._drawn != index):
-            self._batches = self._load_from(index)
-        self._drawn = HALF_READ
-        for micro_batch, indices, epochs in self._keys(index):
-            data = fetch(indices, epochs) if fetch is not None else _checked(next(self._batches))  # type: ignore[arg-type]
+    def _micro_batches(
+        self, index: int, micro_batch_size: int | None = None
+    ) -> Iterator[tuple[MicroBatch, Any]]:
+        plan = self.plan
+        if micro_batch_size is not None:
+            plan = replace(plan, micro_batch_size=micro_batch_size)
+        fetch = getattr(self.dataset, FETCH, None)
+        batches = None
+        if fetch is None:
+            batches = self._batches_from(index, plan)
+        for micro_batch, indices, epochs in self._keys(index, plan):
+            data = fetch(indices, epochs) if batches is None else _checked(next(batches))  # type: ignore[misc]
             if self.transform is not None:
                 data = self.transform(data, micro_batch, indices, epochs)
             yield micro_batch, data
-        self._drawn = index + 1
+        if batches is not None and batches is self._batches:
+            self._drawn = index + 1
 
-    def _load_from(self, index: int) -> Iterator[Any]:
+    def _batches_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
+        """Collated samples from an update on, without end.
+
+        Those of the loader's own size go on where the update before ended, since the workers load
+        ahead; another size has an iterator of its own, and leaves that one alone.
+        """
+        if plan != self.plan:
+            return self._load_from(index, plan)
+        if self._batches is None or self._drawn != index:
+            self._batches = self._load_from(index, plan)
+        self._drawn = HALF_READ
+        return self._batches
+
+    def _load_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
         loader = DataLoader(
             _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
-            batch_sampler=_KeyLists(self, index),  # type: ignore[arg-type]
+            batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate_fn),
             worker_init_fn=_let_the_parent_decide,
@@ -244,13 +286,13 @@ def _let_the_parent_decide(worker: int) -> None:
 class _KeyLists:
     """The keys (epoch, index) of all micro-batches of this rank from an update on, without end."""
 
-    def __init__(self, loader: UpdateLoader, index: int) -> None:
-        self.loader, self.index = loader, index
+    def __init__(self, loader: UpdateLoader, index: int, plan: BatchPlan) -> None:
+        self.loader, self.index, self.plan = loader, index, plan
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         index = self.index
         while True:
-            for _, indices, epochs in self.loader._keys(index):
+            for _, indices, epochs in self.loader._keys(index, self.plan):
                 yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
             index += 1
 

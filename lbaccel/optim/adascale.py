@@ -127,7 +127,10 @@ class AdaScale:
         return adascale_gain(sigma2, mu2, scale)
 
     def advance(self, gain: float) -> None:
-        """Count an applied update: it stood for `gain` updates of the base batch."""
+        """Count an applied update: it stood for `gain` updates of the base batch.
+
+        An update that wrote no weight (loss dropout, an fp16 overflow) must not be counted.
+        """
         check_number("gain", gain)
         self.progress += gain
 

@@ -70,12 +70,28 @@ def refresh(scheduler: Any) -> None:
     scheduler._last_lr = [group["lr"] for group in groups]
 
 
+def after_update(scheduler: Any, *, dropped: bool) -> None:
+    """Move a scheduler by an update that was counted.
+
+    A schedule in updates or samples moves whatever became of the update. AdaScale's time counts
+    what updates gained, and an update that was dropped gained nothing.
+
+    Args:
+        scheduler: torch's, or any with `step()`, or `AdaScaleLR`.
+        dropped: no weight was written.
+    """
+    if dropped and isinstance(scheduler, AdaScaleLR):
+        scheduler.pass_over()
+    else:
+        scheduler.step()
+
+
 class AdaScaleLR:
     """Learning rates by AdaScale: `lr = initial_lr * gain * schedule(t B0)`, group by group.
 
     t, the schedule's time, counts updates of the base batch: each update adds its gain. The gain of
-    an update comes from the averages after the one before it. It is stepped by `LargeBatch`, once
-    an update that wrote weights.
+    an update comes from the averages after the one before it. `LargeBatch` steps it once an update
+    that wrote weights; one that was dropped is passed over, and leaves t as it was.
 
     Args:
         optimizer: at the learning rate of the base batch.
@@ -129,6 +145,11 @@ class AdaScaleLR:
     def step(self) -> None:
         """An update was written: its gain counts, and the next one is measured."""
         self.rule.advance(self.gain)
+        self.num_updates += 1
+        self._measure()
+
+    def pass_over(self) -> None:
+        """An update was dropped: its samples are gone, and it stood for no update of the base."""
         self.num_updates += 1
         self._measure()
 

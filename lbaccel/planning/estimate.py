@@ -21,15 +21,13 @@ from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, 
 from lbaccel.planning.cost.update import Network, Precision, trace_update
 from lbaccel.planning.cost.workspace import CpuWorkspaces, Workspaces, cuda_workspace
 from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.update.accumulation import reduction_bytes
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.memory.reserve import state_tensors
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Segments = tuple[tuple[str, ...], ...]
 Checkpointing = Literal["none", "full"] | Segments
-
-
-BUCKET = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ class Estimator:
         groups = [] if optimizer is None else optimizer.param_groups
         self.steps_fused = bool(groups) and all(group.get("fused") for group in groups)
         self._largest = max((p.nbytes for p in parameters), default=0)
+        self._reduction_bytes = reduction_bytes([p.nbytes for p in parameters])
 
     @property
     def units(self) -> list[Unit]:
@@ -157,8 +156,9 @@ class Estimator:
             return self._under_zero(found, self.zero)
         if world == 1:
             return found
-        # DDP holds the gradients once more in its buckets, and the update's own reduction one.
-        buckets = self.gradient_bytes + min(BUCKET, self.gradient_bytes)
+        # DDP holds the gradients once more in its buckets, and the update's own reduction has a
+        # buffer for its largest one.
+        buckets = self.gradient_bytes + self._reduction_bytes
         breakdown = found.breakdown | {"gradients": found.breakdown["gradients"] + buckets}
         reduction = 2 * self.gradient_bytes * (world - 1) / world / self.device.link_bandwidth
         return replace(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +44,7 @@ class Progress:
         elif self.is_main_process and (update % self.every == 0 or update == total):
             if "perf/samples_per_second" in metrics:
                 shown["samples/s"] = f"{metrics['perf/samples_per_second']:,.0f}"
-                shown["peak"] = f"{metrics['memory/peak_gib']:.2f} GiB"
+                shown["peak"] = _gib(metrics["memory/peak_gib"])
             line = "  ".join(f"{key} {value}" for key, value in shown.items())
             print(f"update {update}/{total}  {line}", flush=True)
 
@@ -61,9 +60,16 @@ class Progress:
 
 
 def peak_gib() -> float:
-    """Peak memory: of the CUDA allocator, or of this process where there is no GPU."""
+    """Peak memory: of the CUDA allocator, or of this process where there is no GPU.
+
+    nan where the platform does not tell (Windows has no `resource`): null in the run's files.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib * (1 if sys.platform == "darwin" else 1024) / 2**30
 
@@ -79,12 +85,20 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         ("samples", f"{summary['samples_seen']:,}"),
         ("seconds", f"{summary['seconds']:.1f}"),
         ("samples a second in updates", f"{summary['samples_per_second']:,.0f}"),
-        ("peak memory", f"{summary['peak_gib']:.2f} GiB"),
+        ("peak memory", _gib(summary["peak_gib"])),
     ]  # fmt: skip
     if "val_top1_ema" in summary:
         rows.insert(1, ("validation top-1, EMA", _percent(summary["val_top1_ema"])))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _gib(value: float | None) -> str:
+    """
+    >>> _gib(1.5), _gib(math.nan), _gib(None)
+    ('1.50 GiB', '-', '-')
+    """
+    return "-" if value is None or math.isnan(value) else f"{value:.2f} GiB"
 
 
 def _percent(value: float | None) -> str:

@@ -147,6 +147,7 @@ class Agreement:
     stop: Stop | None  # some rank wants to end the run after this update
     out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
     short_of_memory: bool = False  # some rank's allocator had to empty its cache
+    own_weights: bool = False  # the loss function returned weights
 
 
 def agree(
@@ -216,16 +217,27 @@ def agree(
         tuple(n > 0 for n in num_present),
         agreed,
         short_of_memory=num_short > 0,
+        own_weights=sums is not None and sums.own_weights,
     )
+
+
+def reduction_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of `reduction_buffer` for parameters of these sizes in bytes.
+
+    A bucket is never less than a parameter: the largest one counts where it exceeds 25 MiB.
+
+    >>> reduction_bytes([2**20] * 4), reduction_bytes([2**20] * 40), reduction_bytes([2**30, 8])
+    (4194304, 26214400, 1073741824)
+    """
+    return min(max(BUCKET_BYTES, *sizes), sum(sizes)) if sizes else 0
 
 
 def reduction_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
     """Bytes for the largest bucket of `reduce_gradients`, to be held before they are needed."""
     if not parameters:
         return None
-    size = max(BUCKET_BYTES, max(p.nbytes for p in parameters))
     return torch.empty(
-        min(size, sum(p.nbytes for p in parameters)),
+        reduction_bytes([p.nbytes for p in parameters]),
         dtype=torch.uint8,
         device=parameters[0].device,
     )

@@ -16,6 +16,7 @@ from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import InputError
 from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop
@@ -27,7 +28,7 @@ from lbaccel.update.result import UpdateResult
 from lbaccel.update.sharding.optimizer_state import OptimizerState
 from lbaccel.update.sharding.prepare import prepare
 from lbaccel.update.sharding.replicated import Replicated
-from lbaccel.update.sharding.steps import MicroBatches, Sharding
+from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
 from lbaccel.update.transaction import Transaction
 
 
@@ -50,7 +51,8 @@ class LargeBatch:
         bn_statistics: "per_ghost" or "per_update", see `convert_batch_norm`.
         seed: of dropout's masks and all else that is drawn inside an update; see `KeyedRandomness`.
         drops: (loss, update) -> whether an update's gradient is dropped, such as `LossDropout`.
-            Statistics, counters and scheduler move; weights, optimizer state and EMA do not.
+            Statistics, counters and scheduler move; weights, optimizer state, EMA and the progress
+            of AdaScale do not.
         noise_scale: measures the critical batch size as updates go by; not under ZeRO-3 and FSDP2.
 
     Raises:
@@ -129,8 +131,11 @@ class LargeBatch:
             model, optimizer, loader and, where given, scheduler: in the order given.
 
         Raises:
-            InputError: model, optimizer or DeepSpeed's configuration would break the contract.
+            InputError: it was called before, or model, optimizer or DeepSpeed's configuration would
+                break the contract.
         """
+        if self._transaction is not None:
+            raise failures.prepared_before()
         self.norm = convert_batch_norm(
             model, self.plan.norm_batch_size, statistics=self.bn_statistics
         )
@@ -188,18 +193,22 @@ class LargeBatch:
         transaction.sharding.reserve()
         for num_retries in range(self.plan.micro_batch_size + 1):
             try:
-                agreement, own_weights = transaction.attempt(
+                agreement = transaction.attempt(
                     update, self._cut(update), loss_fn, stop=self._stop_requested
                 )
                 if agreement.out_of_memory:
                     self._shrink(update)
                     continue
-                return self._commit(
-                    update,
+                step = transaction.finish(
                     agreement,
-                    num_retries,
-                    divisor=agreement.weight / update.num_samples if own_weights else 1.0,
+                    update,
+                    plan=self.plan,
+                    num_updates=self.num_updates,
+                    samples_seen=self.samples_seen,
+                    noise_scale=self.noise_scale,
+                    dropped=self._drops is not None and self._drops(agreement.loss, update.index),
                 )
+                return self._count(update, agreement, step, num_retries=num_retries)
             except BaseException:
                 transaction.drop()
                 raise
@@ -230,7 +239,7 @@ class LargeBatch:
             assert update.recut is not None
             two = islice(update.recut(size), 2)
             try:
-                return not transaction.attempt(update, two, loss_fn)[0].out_of_memory
+                return not transaction.attempt(update, two, loss_fn).out_of_memory
             finally:
                 transaction.drop()
 
@@ -241,7 +250,7 @@ class LargeBatch:
         if found is None:
             raise failures.nothing_fits(self.plan, device, update=update.index + 1)
         self._adaptive.ask(replace(self.plan, micro_batch_size=found))
-        self._cut(loader.peek())
+        loader.set_micro_batch_size(found)
         return found
 
     def _ready(self) -> Transaction:
@@ -252,9 +261,13 @@ class LargeBatch:
         return self._transaction
 
     def _cut(self, update: Update) -> MicroBatches:
+        """The update in micro-batches of the size that memory allows; its loader follows."""
         if update.recut is None:
             return update.micro_batches
-        return update.recut(self.plan.micro_batch_size)
+        size = self.plan.micro_batch_size
+        if update.loader is not None:
+            update.loader.set_micro_batch_size(size)
+        return update.recut(size)
 
     def _shrink(self, update: Update) -> None:
         """Take the next smaller micro-batch after memory ran out, or say what to try."""
@@ -271,39 +284,18 @@ class LargeBatch:
         if self._stop_requested != "interrupt":
             self._stop_requested = reason
 
-    def _commit(
-        self, update: Update, agreement: Agreement, num_retries: int, *, divisor: float
+    def _count(
+        self, update: Update, agreement: Agreement, step: Step, *, num_retries: int
     ) -> UpdateResult:
-        transaction = self._ready()
-        drops = self._drops is not None and self._drops(agreement.loss, update.index)
-        if drops:
-            step = transaction.commit_statistics()
-        else:
-            step = transaction.commit(
-                agreement, divisor=divisor, plan=self.plan, num_updates=self.num_updates
-            )
-        if step.outcome == "not finite":
-            raise failures.not_finite(
-                agreement.loss,
-                step.grad_norm,
-                num_updates=self.num_updates,
-                samples_seen=self.samples_seen,
-            )
-        if step.outcome in ("written", "dropped"):
-            if self.noise_scale is not None and transaction.units is not None and not drops:
-                self.noise_scale.add(
-                    transaction.units.read(),
-                    grad_norm=step.grad_norm,
-                    num_samples=update.num_samples,
-                    weight=agreement.weight,
-                    start=self.samples_seen,
-                )
+        """Move counters, scheduler, average and the micro-batch's size; what became of it all."""
+        dropped = step.outcome == "dropped"
+        if step.outcome != "skipped":
             self.num_updates += 1
             self.samples_seen += update.num_samples
             if self._scheduler is not None:
-                self._scheduler.step()
-            if self._ema is not None and not drops:
-                self._ema.update(transaction.sharding.module)
+                after_update(self._scheduler, dropped=dropped)
+            if self._ema is not None and not dropped:
+                self._ema.update(self._ready().sharding.module)
         size = self.plan.micro_batch_size
         note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
         announce(note, speak=self.accelerator.is_main_process)
@@ -317,7 +309,7 @@ class LargeBatch:
             micro_batch_size=size,
             num_retries=num_retries,
             stop=agreement.stop,
-            dropped=drops,
+            dropped=dropped,
         )
 
     @contextmanager

@@ -17,6 +17,14 @@ def not_prepared() -> InputError:
     )
 
 
+def prepared_before() -> InputError:
+    """A second `prepare`, which would put another model in the place of the first."""
+    return InputError(
+        "prepare() was called before: a LargeBatch runs the updates of one model. Build another "
+        "for the second, large_batch = LargeBatch(accelerator, plan, ...), and call its prepare()."
+    )
+
+
 def half_stepped() -> RunFailed:
     """An update after a step that failed half way."""
     return RunFailed(

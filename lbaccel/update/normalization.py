@@ -21,131 +21,16 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError
+from lbaccel.update.ghost_layers import GHOST_CLASSES, SLOT, Slot, merge_moments, plain_class
 
 BatchNormStatistics = Literal["per_ghost", "per_update"]
 Gather = Callable[[Tensor], Tensor]
 """Takes a vector [L] of this rank, returns the matrix [world_size, L] of all ranks' vectors."""
-
-
-class _Slot:
-    """Where one layer's statistics of the running update lie (views of `GhostNorm`'s vectors)."""
-
-    def __init__(self, norm: GhostNorm, name: str) -> None:
-        self.norm, self.name = norm, name
-        self.mean = self.var = self.spare_mean = self.spare_var = None
-        self.num_groups = 0
-        self.num_values = 0
-        self.calls = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot | None:
-        # A copied model (EMA, recalibration) takes no part in updates: its layers are plain.
-        return None
-
-
-def _ghost_forward(self: Any, x: Tensor) -> Tensor:
-    slot: _Slot | None = self._ghost_slot
-    norm = slot.norm if slot is not None else None
-    if norm is None or not self.training or not (norm.frozen or norm.micro_batch is not None):
-        return type(self)._plain_forward(self, x)
-    assert slot is not None
-    if norm.frozen:
-        mean, var = self.running_mean, self.running_var
-        y = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-    else:
-        y = _normalise_groups(self, x, slot, norm)
-    return self.act(self.drop(y)) if hasattr(self, "act") else y
-
-
-def _normalise_groups(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm) -> Tensor:
-    assert norm.micro_batch is not None
-    sizes = norm.micro_batch.group_sizes
-    if x.shape[0] != norm.micro_batch.num_samples:
-        raise InputError(
-            f"BatchNorm layer {slot.name!r} got {x.shape[0]} samples where the micro-batch holds "
-            f"{norm.micro_batch.num_samples}: ghost batches are cut by sample, so the model must "
-            "see each micro-batch once, whole. Use norm_batch_size='frozen' for this loss."
-        )
-    smallest = min(sizes) * x.shape[2:].numel()
-    if smallest < 2:
-        raise InputError(
-            f"BatchNorm layer {slot.name!r} has one value a channel in a ghost batch of "
-            f"{min(sizes)} sample: no variance can be taken. Use norm_batch_size >= 2, larger "
-            "images, or norm_batch_size='frozen'."
-        )
-    discard = norm.recomputing or norm.micro_batch.is_filler
-    if not discard:
-        slot.calls += 1
-        if slot.calls > 1 and len(sizes) > 1:
-            raise InputError(
-                f"BatchNorm layer {slot.name!r} runs {slot.calls} times in one forward, so the "
-                f"order of its statistics would depend on the {len(sizes)} ghost batches of a "
-                f"micro-batch. Use micro_batch_size=norm_batch_size={max(sizes)}, or 'frozen'."
-            )
-    if len(sizes) == 1:
-        return _normalise(layer, x, slot, norm, discard)
-    return torch.cat([_normalise(layer, part, slot, norm, discard) for part in x.split(sizes)])
-
-
-def _normalise(layer: Any, x: Tensor, slot: _Slot, norm: GhostNorm, discard: bool) -> Tensor:
-    """Batch norm of one ghost batch; its moments go to the accumulator unless `discard`."""
-
-    def kernel(mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
-        return nn.functional.batch_norm(
-            x, mean, var, layer.weight, layer.bias, True, momentum, layer.eps
-        )
-
-    if slot.mean is None:  # the layer keeps no running statistics
-        return kernel(None, None, 0.0)
-    # A recompute saves as many tensors as the forward did, so it gets buffers as well, to spoil.
-    if discard:
-        return kernel(slot.spare_mean, slot.spare_var, 0.0)
-    slot.num_groups += 1
-    if norm.statistics == "per_ghost":
-        momentum = layer.momentum
-        return kernel(slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum)
-    assert slot.mean is not None and slot.var is not None
-    mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
-    y = kernel(mean, var, 1.0)
-    n = x.numel() // x.shape[1]
-    # Not in place: the backward pass has saved `mean` and `var`.
-    _merge(slot.mean, slot.var, slot.num_values, mean, var * (n - 1), n)
-    slot.num_values += n
-    return y
-
-
-def _merge(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: Any) -> None:
-    """Chan, Golub and LeVeque 1983, eq. 2.1: moments (n, mean, sum of squares) of both sets."""
-    delta = mean_b - mean
-    mean += delta * (n_b / (n + n_b))
-    m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))
-
-
-def _ghost_class(base: type[nn.Module], plain: Any, **more: Any) -> type[nn.Module]:
-    body = {"forward": _ghost_forward, "_plain_forward": plain, "__module__": __name__, **more}
-    return type(f"Ghost{base.__name__}", (base,), body)
-
-
-def _any_dim(self: Any, x: Tensor) -> None:
-    """SyncBatchNorm checks nothing, and as a plain layer it needs a check to call."""
-
-
-def _plain_act_forward(self: Any, x: Tensor) -> Tensor:
-    y = _BatchNorm.forward(self, x)
-    return self.act(self.drop(y)) if hasattr(self, "act") else y
-
-
-_GHOST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    base: _ghost_class(base, base.forward)
-    for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
-}
-for _sync in (nn.SyncBatchNorm, SyncBatchNormAct):
-    _GHOST_CLASSES[_sync] = _ghost_class(_sync, _plain_act_forward, _check_input_dim=_any_dim)
 
 
 class GhostNorm:
@@ -160,6 +45,7 @@ class GhostNorm:
         self.statistics = statistics
         self.micro_batch: MicroBatch | None = None
         self.recomputing = False
+        self.restored = False  # its layers are plain again: an update would be another one
         self.layers: list[Any] = []
         self._pending: Tensor | None = None
         self._spare: Tensor | None = None
@@ -169,7 +55,17 @@ class GhostNorm:
 
     @contextmanager
     def forward(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Inside, the layers see the ghost batches of `micro_batch`, in forward and recompute."""
+        """Inside, the layers see the ghost batches of `micro_batch`, in forward and recompute.
+
+        Raises:
+            InputError: `restore_batch_norm` took its layers back.
+        """
+        if self.restored:
+            raise InputError(
+                "restore_batch_norm(model) came before this update, so BatchNorm would no longer "
+                "see ghost batches. Build a new LargeBatch and call its prepare(model, ...), or "
+                "restore a copy: restore_batch_norm(copy.deepcopy(model))."
+            )
         self.micro_batch = micro_batch
         for layer in self.layers:
             layer._ghost_slot.calls = 0
@@ -269,7 +165,7 @@ def _write_per_update(layer: Any, counts: Tensor, means: Tensor, sums: Tensor) -
     n, mean, m2 = counts[0].clone(), means[0].clone(), sums[0].clone()
     for k in range(1, len(counts)):
         if counts[k] > 0:
-            _merge(mean, m2, n, means[k].clone(), sums[k].clone(), counts[k])
+            merge_moments(mean, m2, n, means[k].clone(), sums[k].clone(), counts[k])
             n += counts[k]
     if n == 0:
         return
@@ -290,7 +186,8 @@ def convert_batch_norm(
 
     Only the class of the layers changes: parameters, buffers and `state_dict` stay, and outside
     an update the layers do what they did. With "frozen" they normalise by their running
-    statistics in training as well (gamma and beta still train).
+    statistics in training as well (gamma and beta still train). Pickle (`torch.save(model)`) keeps
+    the plain layers, and `restore_batch_norm` gives them back.
 
     Args:
         model: any module; nn.BatchNorm1d to 3d, nn.SyncBatchNorm, and timm's BatchNormAct2d.
@@ -314,12 +211,12 @@ def convert_batch_norm(
             "has no norm_batch_size: what BatchNorm sees decides the result. Give "
             "BatchPlan(norm_batch_size=32), another number of samples, or 'frozen'."
         )
-    ghost_classes = set(_GHOST_CLASSES.values())
+    ghost_classes = set(GHOST_CLASSES.values())
     for name, layer in found:
-        if type(layer) not in _GHOST_CLASSES and type(layer) not in ghost_classes:
+        if type(layer) not in GHOST_CLASSES and type(layer) not in ghost_classes:
             raise InputError(
                 f"BatchNorm layer {name!r} is a {type(layer).__name__}, which lbaccel does not "
-                f"know how to cut. Known: {', '.join(c.__name__ for c in _GHOST_CLASSES)}."
+                f"know how to cut. Known: {', '.join(c.__name__ for c in GHOST_CLASSES)}."
             )
         if norm.frozen and layer.running_mean is None:
             raise InputError(
@@ -327,10 +224,43 @@ def convert_batch_norm(
                 "False), so there are none to freeze. Use norm_batch_size=32 or another number."
             )
     for name, layer in found:
-        layer.__class__ = _GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
-        layer._ghost_slot = _Slot(norm, name)  # type: ignore[assignment]
+        layer.__class__ = GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
+        layer._ghost_slot = Slot(norm, name)  # type: ignore[assignment]
         norm.layers.append(layer)
     return norm
+
+
+def restore_batch_norm(model: nn.Module) -> nn.Module:
+    """Take `convert_batch_norm` back in place: every BatchNorm layer is of its own class again.
+
+    Parameters, buffers and hooks stay the same objects, so `state_dict` and optimizer do too, and
+    the model does to the bit what it did before it was converted, with the statistics of today.
+    Call it when training has ended: an update of the `LargeBatch` that prepared the model is
+    refused from then on. Layers that were not converted are left alone.
+
+    Args:
+        model: any module, wrapped (as by DDP) or not.
+
+    Returns:
+        `model` itself.
+
+    >>> import torch
+    >>> from lbaccel import convert_batch_norm, restore_batch_norm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    >>> norm = convert_batch_norm(model, 32)  # `LargeBatch.prepare` does it
+    >>> type(model[1]).__name__
+    'GhostBatchNorm1d'
+    >>> restore_batch_norm(model) is model, type(model[1]).__name__
+    (True, 'BatchNorm1d')
+    """
+    ghost_classes = set(GHOST_CLASSES.values())
+    for layer in model.modules():
+        if type(layer) in ghost_classes:
+            slot = vars(layer).pop(SLOT)
+            layer.__class__ = plain_class(layer)  # type: ignore[assignment]
+            if slot is not None:
+                slot.norm.restored, slot.norm.layers = True, []
+    return model
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -1,4 +1,8 @@
-"""An update as a transaction: an attempt, what the ranks agree on, and the commit."""
+"""An update as a transaction: an attempt, what the ranks agree on, and its end.
+
+`Transaction.attempt` adds up gradients and asks all ranks; `Transaction.finish` is the one place
+where an update becomes lasting. `LargeBatch` counts, and moves scheduler and average.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RankFailed, RunFailed
-from lbaccel.noise.scale import UnitNorms
+from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
@@ -60,7 +64,7 @@ class Transaction:
         loss_fn: LossFn,
         *,
         stop: Stop | None = None,
-    ) -> tuple[Agreement, bool]:
+    ) -> Agreement:
         """Add up gradients, and learn whether all ranks could.
 
         Where memory ran out on some rank, what this rank's attempt holds is let go. Where ranks
@@ -72,9 +76,6 @@ class Transaction:
             micro_batches: of this rank, moved to the device one at a time.
             loss_fn: as for `accumulate`.
             stop: this rank wants to end the run after this update.
-
-        Returns:
-            What the ranks agreed on, and whether the loss function returned weights.
 
         Raises:
             Exception: what this rank raised, other than a lack of memory.
@@ -98,7 +99,7 @@ class Transaction:
             )
             if agreement.out_of_memory:
                 let_go(error, device)
-        return agreement, sums is not None and sums.own_weights
+        return agreement
 
     def _try(
         self, micro_batches: MicroBatches, loss_fn: LossFn, num_samples: int
@@ -127,47 +128,74 @@ class Transaction:
             return None, error
         return sums, None
 
-    def commit(
-        self, agreement: Agreement, *, divisor: float, plan: BatchPlan, num_updates: int
+    def finish(
+        self,
+        agreement: Agreement,
+        update: Update,
+        *,
+        plan: BatchPlan,
+        num_updates: int,
+        samples_seen: int,
+        noise_scale: NoiseScale | None = None,
+        dropped: bool = False,
     ) -> Step:
-        """Reduce, clip, step, and write the statistics.
+        """Commit an attempt: reduce, clip and step, then statistics, then the noise scale.
 
+        It is the one place where an update becomes lasting. An update that is dropped moves the
+        statistics alone; one that overflowed in fp16 ("skipped") moves nothing but the loss scale.
         The optimizer's step is not undone and not repeated, since half of it may be written.
 
         Args:
             agreement: of the attempt.
-            divisor: of the summed gradient, for losses with weights of their own.
+            update: that was attempted.
             plan: the batch.
             num_updates: applied before this one.
+            samples_seen: in these.
+            noise_scale: takes a written update in.
+            dropped: the gradient is let go.
 
         Raises:
-            RunFailed: memory ran out in the step, or an fp16 overflow that no loss scale cures.
+            RunFailed: the loss or the gradient is not finite, memory ran out in the step, or an
+                fp16 overflow that no loss scale cures.
         """
+        step = Step(math.nan, "dropped")
+        if not dropped:
+            step = self._step(agreement, update, plan=plan, num_updates=num_updates)
+        if step.outcome == "not finite":
+            raise failures.not_finite(
+                agreement.loss, step.grad_norm, num_updates=num_updates, samples_seen=samples_seen
+            )
+        if step.outcome in ("written", "dropped"):
+            several = self.accelerator.num_processes > 1
+            self.norm.commit(accumulation.gather_rows if several else None)
+        self.sharding.drop()
+        if step.outcome == "written" and noise_scale is not None and self.units is not None:
+            noise_scale.add(
+                self.units.read(),
+                grad_norm=step.grad_norm,
+                num_samples=update.num_samples,
+                weight=agreement.weight,
+                start=samples_seen,
+            )
+        return step
+
+    def _step(
+        self, agreement: Agreement, update: Update, *, plan: BatchPlan, num_updates: int
+    ) -> Step:
+        """The sharding's step, and in words why it can't go on."""
+        # Of the summed gradient: sums of weights over samples.
+        divisor = agreement.weight / update.num_samples if agreement.own_weights else 1.0
         scaler = self.accelerator.scaler
         try:
             with self.units.at_step() if self.units is not None else nullcontext():
-                step = self.sharding.commit(agreement, divisor=divisor)
+                step = self.sharding.step(agreement, divisor=divisor)
         except Exception as error:
             if not (self.sharding.half_stepped and is_out_of_memory(error)):
                 raise
             raise failures.step_ran_out(plan, num_updates=num_updates) from error
-        if step.outcome == "written":
-            self._commit_statistics()
-        elif step.outcome == "skipped" and scaler is not None and scaler.get_scale() < 1.0:
+        if step.outcome == "skipped" and scaler is not None and scaler.get_scale() < 1.0:
             raise failures.overflow(scaler.get_scale(), num_updates=num_updates)
-        if step.outcome != "not finite":
-            self.sharding.drop()
         return step
-
-    def commit_statistics(self) -> Step:
-        """Write BatchNorm's statistics alone and let the gradient go."""
-        self._commit_statistics()
-        self.sharding.drop()
-        return Step(math.nan, "dropped")
-
-    def _commit_statistics(self) -> None:
-        several = self.accelerator.num_processes > 1
-        self.norm.commit(accumulation.gather_rows if several else None)
 
 
 def _cut_off(error: BaseException, rank: int) -> BaseException:

@@ -117,6 +117,49 @@ def test_an_update_that_was_read_in_part_is_read_anew_from_its_start(workers):
     assert len(truth) == 2 and all(torch.equal(a, b) for a, b in zip(again, truth, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_update_cut_anew_leaves_the_loader_and_what_it_loads_ahead_alone(workers):
+    loader = UpdateLoader(Noisy(), plan_of(), num_workers=workers)
+    updates = iter(loader)
+    next(updates)
+    for _ in (update := next(updates)):
+        pass
+    ahead, truth = loader._batches, read(UpdateLoader(Noisy(), plan_of()))
+    assert torch.equal(torch.cat([data for _, data in update.recut(2)]), truth[1])
+    assert [m.num_samples for m, _ in loader.peek().recut(3)] == [3, 3, 2]
+    assert loader.plan == plan_of() and loader._batches is ahead and ahead is not None
+    assert [m.num_samples for m, _ in next(updates)] == [4, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_size_that_is_set_holds_for_the_updates_to_come_and_changes_no_sample(workers):
+    truth = read(UpdateLoader(Noisy(), plan_of()), epochs=1)
+    loader, found, sizes = UpdateLoader(Noisy(), plan_of(), num_workers=workers), [], []
+    for update in loader:
+        parts = [(m.num_samples, data) for m, data in update]
+        sizes.append([size for size, _ in parts])
+        found.append(torch.cat([data for _, data in parts]))
+        loader.set_micro_batch_size(3)
+    assert sizes == [[4, 4], [3, 3, 2], [3, 3, 2]]
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_size_that_is_set_while_an_update_is_read_lets_that_one_end_as_it_was_cut():
+    loader = UpdateLoader(Noisy(), plan_of(micro=2))
+    truth = [data for _, data in UpdateLoader(Noisy(), plan_of(micro=2)).peek()]
+    reading = iter(loader.peek())
+    found = [next(reading)[1]]
+    loader.set_micro_batch_size(8)
+    found += [data for _, data in reading]
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_size_that_cuts_a_ghost_batch_can_not_be_set():
+    loader = UpdateLoader(Noisy(), plan_of(norm=2))
+    with pytest.raises(InputError, match="no multiple of norm_batch_size=2"):
+        loader.set_micro_batch_size(3)
+
+
 def test_state_is_where_the_next_update_starts():
     loader = UpdateLoader(Noisy(), plan_of())
     next(iter(loader))
@@ -161,6 +204,41 @@ def test_a_rank_outside_and_an_empty_set_are_refused():
         UpdateLoader(Noisy(0), plan_of())
 
 
+def test_a_users_own_fetch_is_not_called():
+    class Downloaded(Noisy):
+        def fetch(self, url, retries=3):
+            raise AssertionError("fetch is the user's")
+
+    truth, found = (read(UpdateLoader(kind(), plan_of())) for kind in (Noisy, Downloaded))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_a_set_that_makes_whole_micro_batches_is_given_indices_and_epochs():
+    class Made:
+        def __len__(self):
+            return 20
+
+        def __lbaccel_fetch__(self, indices, epochs):
+            assert indices.dtype == epochs.dtype == np.int64
+            return torch.from_numpy(np.stack([indices, epochs], 1))
+
+    rows, truth = (torch.cat(read(UpdateLoader(kind(), plan_of()))) for kind in (Made, Noisy))
+    assert torch.equal(rows[:, 0], truth[:, 0].long())
+    assert rows[:, 1].tolist() == [0] * 20 + [1] * 20
+
+
+def test_a_set_without_samples_to_read_is_refused_with_what_to_write():
+    class Old:
+        def __len__(self):
+            return 20
+
+        def fetch(self, indices, epochs):
+            return torch.zeros(len(indices))
+
+    with pytest.raises(InputError, match=r"a Old, has neither __getitem__ nor __lbaccel_fetch__"):
+        UpdateLoader(Old(), plan_of())
+
+
 def test_the_loader_never_holds_a_global_batch():
     alive = weakref.WeakSet()
     most = 0
@@ -169,7 +247,7 @@ def test_the_loader_never_holds_a_global_batch():
         def __len__(self):
             return 64
 
-        def fetch(self, indices, epochs):
+        def __lbaccel_fetch__(self, indices, epochs):
             data = torch.zeros(len(indices))
             alive.add(data)
             return data

@@ -34,6 +34,10 @@ _AMBIGUOUS = re.compile(
             r"^could not (create|execute) a (primitive|memory object)",  # oneDNN
             r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublas(Lt)?Create",
             r"\bCUDNN_STATUS_NOT_INITIALIZED\b",
+            # No algorithm of a convolution runs: none exists, or no workspace of one fits.
+            r"\bCUDNN_STATUS_NOT_SUPPORTED\b",
+            r"\b[Uu]nable to find an engine to execute this computation\b",  # torch 1.13 on
+            r"\bUnable to find a valid cuDNN algorithm to run convolution\b",  # torch before
         )
     )
 )
@@ -48,7 +52,8 @@ def is_out_of_memory(
     torch's OutOfMemoryError and Python's MemoryError do; a RuntimeError by the text of the library
     that ran out: torch's allocators (CUDA, HIP, XPU, MPS, CPU), the drivers, cuBLAS, cuDNN and
     their kin, `std::bad_alloc`. A text that also has other reasons (oneDNN's "could not create a
-    primitive") counts where `memory_is_short`, by default: where 256 MiB can't be had.
+    primitive", cuDNN's "unable to find an engine") counts where `memory_is_short`, by default:
+    where 256 MiB can't be had.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("out of memory"))
     (True, False)

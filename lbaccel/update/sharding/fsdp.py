@@ -91,7 +91,7 @@ class FullyShard:
         """Which parameters have a gradient."""
         return [p.grad is not None for p in self.parameters]
 
-    def commit(self, agreement: Agreement, *, divisor: float) -> Step:
+    def step(self, agreement: Agreement, *, divisor: float) -> Step:
         """Divide, clip by the norm of the whole gradient, and step."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if divisor != 1.0:

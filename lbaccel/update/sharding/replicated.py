@@ -94,7 +94,7 @@ class Replicated:
         """Which parameters have a gradient."""
         return [p.grad is not None for p in self.parameters]
 
-    def commit(self, agreement: Agreement, *, divisor: float) -> Step:
+    def step(self, agreement: Agreement, *, divisor: float) -> Step:
         """Reduce, unscale, clip and step."""
         scaler = self._accelerator.scaler
         accumulation.reduce_gradients(

@@ -24,6 +24,7 @@ class Step:
 
     grad_norm: float  # of the whole gradient, before clipping
     # skipped: an fp16 overflow. Only "written" has moved a weight or the optimizer's state.
+    # dropped: by choice (loss dropout); statistics moved.
     outcome: Literal["written", "skipped", "not finite", "dropped"]
 
 
@@ -64,7 +65,7 @@ class Sharding(Protocol):
         """Which of `parameters` have a gradient on this rank."""
         ...
 
-    def commit(self, agreement: Agreement, *, divisor: float) -> Step:
+    def step(self, agreement: Agreement, *, divisor: float) -> Step:
         """Sum the gradients over ranks, divide by `divisor`, clip, and step the optimizer."""
         ...
 

@@ -101,7 +101,7 @@ class Zero:
         """Which parameters were given a gradient."""
         return [id(p) in self._seen for p in self.parameters]
 
-    def commit(self, agreement: Agreement, *, divisor: float) -> Step:
+    def step(self, agreement: Agreement, *, divisor: float) -> Step:
         """Reduce what is not yet, and let the engine clip and step."""
         self._check_present(agreement.present)
         if not math.isfinite(agreement.loss):

@@ -1,0 +1,167 @@
+"""BatchNorm layers that see ghost batches inside an update, and are plain layers outside of it.
+
+A layer is converted by its class alone: its parameters, buffers and hooks stay. Its statistics of
+the running update go to views of `GhostNorm`'s vectors, which its slot holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lbaccel.errors import InputError
+
+if TYPE_CHECKING:
+    from lbaccel.update.normalization import GhostNorm
+
+SLOT = "_ghost_slot"  # the attribute that a converted layer has beside its own
+
+
+class Slot:
+    """Where one layer's statistics of the running update lie (views of `GhostNorm`'s vectors)."""
+
+    def __init__(self, norm: GhostNorm, name: str) -> None:
+        self.norm, self.name = norm, name
+        self.mean = self.var = self.spare_mean = self.spare_var = None
+        self.num_groups = 0
+        self.num_values = 0
+        self.calls = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot | None:
+        # A copied model (EMA, recalibration) takes no part in updates: its layers are plain.
+        return None
+
+
+def _ghost_forward(self: Any, x: Tensor) -> Tensor:
+    slot: Slot | None = self._ghost_slot
+    norm = slot.norm if slot is not None else None
+    if norm is None or not self.training or not (norm.frozen or norm.micro_batch is not None):
+        return type(self)._plain_forward(self, x)
+    assert slot is not None
+    if norm.frozen:
+        mean, var = self.running_mean, self.running_var
+        y = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+    else:
+        y = _normalise_groups(self, x, slot, norm)
+    return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Tensor:
+    assert norm.micro_batch is not None
+    sizes = norm.micro_batch.group_sizes
+    if x.shape[0] != norm.micro_batch.num_samples:
+        raise InputError(
+            f"BatchNorm layer {slot.name!r} got {x.shape[0]} samples where the micro-batch holds "
+            f"{norm.micro_batch.num_samples}: ghost batches are cut by sample, so the model must "
+            "see each micro-batch once, whole. Use norm_batch_size='frozen' for this loss."
+        )
+    smallest = min(sizes) * x.shape[2:].numel()
+    if smallest < 2:
+        raise InputError(
+            f"BatchNorm layer {slot.name!r} has one value a channel in a ghost batch of "
+            f"{min(sizes)} sample: no variance can be taken. Use norm_batch_size >= 2, larger "
+            "images, or norm_batch_size='frozen'."
+        )
+    discard = norm.recomputing or norm.micro_batch.is_filler
+    if not discard:
+        slot.calls += 1
+        if slot.calls > 1 and len(sizes) > 1:
+            raise InputError(
+                f"BatchNorm layer {slot.name!r} runs {slot.calls} times in one forward, so the "
+                f"order of its statistics would depend on the {len(sizes)} ghost batches of a "
+                f"micro-batch. Use micro_batch_size=norm_batch_size={max(sizes)}, or 'frozen'."
+            )
+    if len(sizes) == 1:
+        return _normalise(layer, x, slot, norm, discard)
+    return torch.cat([_normalise(layer, part, slot, norm, discard) for part in x.split(sizes)])
+
+
+def _normalise(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool) -> Tensor:
+    """Batch norm of one ghost batch; its moments go to the accumulator unless `discard`."""
+
+    def kernel(mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
+        return nn.functional.batch_norm(
+            x, mean, var, layer.weight, layer.bias, True, momentum, layer.eps
+        )
+
+    if slot.mean is None:  # the layer keeps no running statistics
+        return kernel(None, None, 0.0)
+    # A recompute saves as many tensors as the forward did, so it gets buffers as well, to spoil.
+    if discard:
+        return kernel(slot.spare_mean, slot.spare_var, 0.0)
+    slot.num_groups += 1
+    if norm.statistics == "per_ghost":
+        momentum = layer.momentum
+        return kernel(slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum)
+    assert slot.mean is not None and slot.var is not None
+    mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
+    y = kernel(mean, var, 1.0)
+    n = x.numel() // x.shape[1]
+    # Not in place: the backward pass has saved `mean` and `var`.
+    merge_moments(slot.mean, slot.var, slot.num_values, mean, var * (n - 1), n)
+    slot.num_values += n
+    return y
+
+
+def merge_moments(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: Any) -> None:
+    """Chan, Golub and LeVeque 1983, eq. 2.1: moments (n, mean, sum of squares) of both sets."""
+    delta = mean_b - mean
+    mean += delta * (n_b / (n + n_b))
+    m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))
+
+
+def _ghost_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """As `nn.Module` is copied, which `__reduce_ex__` would turn into the plain layer.
+
+    Copies of a SyncBatchNorm layer stay converted: a plain one would talk to the other ranks.
+    """
+    twin = self.__new__(type(self))
+    memo[id(self)] = twin
+    twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+    return twin
+
+
+def _pickled_plain(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """What pickle keeps is the user's own layer, which loads where there is no lbaccel."""
+    state = {key: value for key, value in self.__dict__.items() if key != SLOT}
+    return copyreg._reconstructor, (plain_class(self), object, None), state  # type: ignore[attr-defined]
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a converted layer had."""
+    return next(base for base, ghost in GHOST_CLASSES.items() if type(layer) is ghost)
+
+
+def _ghost_class(base: type[nn.Module], plain: Any, **more: Any) -> type[nn.Module]:
+    body = {
+        "forward": _ghost_forward,
+        "_plain_forward": plain,
+        "__deepcopy__": _ghost_deepcopy,
+        "__reduce_ex__": _pickled_plain,
+        "__module__": __name__,
+        **more,
+    }
+    return type(f"Ghost{base.__name__}", (base,), body)
+
+
+def _any_dim(self: Any, x: Tensor) -> None:
+    """SyncBatchNorm checks nothing, and as a plain layer it needs a check to call."""
+
+
+def _plain_act_forward(self: Any, x: Tensor) -> Tensor:
+    y = _BatchNorm.forward(self, x)
+    return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+GHOST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    base: _ghost_class(base, base.forward)
+    for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+}
+for _sync in (nn.SyncBatchNorm, SyncBatchNormAct):
+    GHOST_CLASSES[_sync] = _ghost_class(_sync, _plain_act_forward, _check_input_dim=_any_dim)
