@@ -361,8 +361,8 @@ MUTANTS = {
         "tests/test_resume.py::test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken",
     ),
     "a checkpoint is renamed before it is on the disk": (
-        "runs.checkpoints",
-        "        _flush(temporary)\n",
+        "runs.folder",
+        "        _flush(beside)\n",
         "",
         "tests/test_checkpoints.py",
     ),

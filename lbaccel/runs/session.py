@@ -22,7 +22,6 @@ from lbaccel.runs.checkpoints import (
     checkpoints_in,
     latest_good,
     read_state,
-    remove_unfinished,
     save_checkpoint,
 )
 from lbaccel.runs.environment import versions, write_env
@@ -36,6 +35,7 @@ from lbaccel.runs.folder import (
     SUMMARY,
     atomic_write_text,
     new_run_folder,
+    remove_unfinished,
     run_of,
     update_of,
     weights_file,
