@@ -45,9 +45,17 @@ NO_TORCH = (
     "stability.limit",
     "runs.folder",
     "runs.read",
+    "recipe.ending",
     "runs.compare",
+    "runs.columns",
+    "runs.figures",
+    "runs.noise_readings",
+    "stability.range_text",
     "commands.schedule",
     "commands.advise",
+    "commands.compare",
+    "commands.lr_find",
+    "cli",
 )
 
 

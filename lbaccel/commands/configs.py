@@ -17,6 +17,7 @@ from lbaccel.configs.launcher import Launch, Row
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
+from lbaccel.runs.columns import columns
 
 if TYPE_CHECKING:
     from lbaccel.configs.resolve import Resolved
@@ -79,10 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(_: argparse.Namespace) -> int:
-    configs = shipped()
-    width = max(len(config.name) for config in configs)
-    for config in configs:
-        print(f"{config.name:<{width}}  {config.use}")
+    print("\n".join(columns([(config.name, config.use) for config in shipped()])))
     return 0
 
 
@@ -247,8 +245,9 @@ def _fsdp(started: Launch) -> Iterator[str]:
 
 
 def _make(a: argparse.Namespace) -> int:
-    from lbaccel.commands.plan import find_plan, lines
+    from lbaccel.commands.plan import find_plan
     from lbaccel.configs.make import choose_stage, launch_command, name_of, pair
+    from lbaccel.planning.text import lines
     from lbaccel.planning.zero import explain_zero
 
     a.zero = choose_stage(a.zero, a.offload, world_size=a.world_size)
@@ -277,12 +276,9 @@ def _make(a: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows: list[Row]) -> Iterator[str]:
-    head = ("key", "value", "decided by", "over")
+def _table(rows: list[Row]) -> list[str]:
     cells = [(row.key, _shown(row.value), row.decided_by, row.over) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    for line in (head, *cells):
-        yield "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+    return columns([("key", "value", "decided by", "over"), *cells])
 
 
 def _shown(value: object) -> str:

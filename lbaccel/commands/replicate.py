@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lbaccel.commands.plan import lines as plan_lines
 from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
 from lbaccel.optim.scaling import scale_lr
 from lbaccel.planning.planner import IMAGENET, plan
+from lbaccel.planning.text import lines as plan_lines
 from lbaccel.recipe.model import check_numbers
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import parse

@@ -17,8 +17,10 @@ from lbaccel.errors import InputError, check_choice, check_number, check_whole
 from lbaccel.optim.scaling import explain_lr, scale_lr
 from lbaccel.optim.schedules import WARMUPS, Schedule, make_schedule, warmup_start
 from lbaccel.recipe.growth import milestones
-from lbaccel.recipe.schedule_table import FORMATS, ScheduleTable, plot, schedule_table
+from lbaccel.recipe.schedule_table import ScheduleTable, plot, schedule_table
 from lbaccel.recipe.values import start_rate
+from lbaccel.runs.columns import columns
+from lbaccel.runs.figures import check_plot
 
 DECAYS = ("constant", "cosine")
 LR_RULES = ("linear", "sqrt", "power", "none")
@@ -123,17 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: see `compose`; a plot in another format or that can't be written.
     """
     a = arguments
-    if a.plot is not None and a.plot.suffix not in FORMATS:
-        raise InputError(f"--plot {a.plot}: draw to one of {', '.join(FORMATS)}.")
+    check_plot(a.plot, parents=True)
     table, notes = compose(a)
     if a.plot is not None:
-        try:
-            a.plot.parent.mkdir(parents=True, exist_ok=True)
-            plot(table, a.plot, title="\n".join(headlines(table, a)))
-        except OSError as error:
-            raise InputError(
-                f"--plot {a.plot} can't be written: {error.strerror or error}. Use another file."
-            ) from error
+        plot(table, a.plot, title="\n".join(headlines(table, a)))
     print(as_json(table, notes, a) if a.json else "\n".join(lines(table, notes, a)))
     return 0
 
@@ -332,9 +327,7 @@ def lines(table: ScheduleTable, notes: Sequence[str], a: argparse.Namespace) -> 
                 str(row.num_updates),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for cells in grid:
-        yield "  ".join(map(str.rjust, cells, widths))
+    yield from columns(grid, "r")
     yield from notes
     if a.plot is not None:
         yield f"drawn: {a.plot}"
