@@ -511,7 +511,7 @@ MUTANTS = {
         "tests/data/test_augment.py",
     ),
     "accumulation steps that are not the plan's are taken": (
-        "commands.configs",
+        "configs.against_plan",
         "if steps != plan.gradient_accumulation_steps:",
         "if False:",
         "tests/test_configs_command.py",
