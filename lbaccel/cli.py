@@ -7,42 +7,70 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.recipe.ending import ending
+from lbaccel.runs.columns import columns
 
-USAGE = """usage: lbaccel COMMAND ...
-
-  train      train or finetune a timm backbone at a global batch that does not fit
-  schedule   a batch-size schedule: batch, learning rate and updates from each epoch on
-  lr-find    which learning rates a recipe bears at its global batch; changes nothing
-  plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
-  configs    the launcher's files: list, copy, explain, or make them for a plan
-  doctor     what is known to go wrong with this environment, config and script
-  compare    finished runs side by side: what differed, and what came of it
-  export     a run as a folder that timm and the Hugging Face hub load, with a model card
-  verify     a gradient check: is an update of this model the same however it is cut?
-  transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
-  replicate  a recipe made for many GPUs, as the contract of one card
-  advise     how large should the batch be, by the noise of a run's gradients
-  calibrate  what this machine's device reaches in each class of kernel, for plans
-
-lbaccel COMMAND --help says more.
-"""
-
-
-# subcommand: its module, imported when it is called
+# subcommand: its module, imported when it is called, and its line in the help. `train` has a
+# `main(argv)`, since launchers start it by itself; all others have `add_arguments` and `run`.
 COMMANDS = {
-    "advise": "commands.advise",
-    "calibrate": "commands.calibrate",
-    "compare": "runs.compare",
-    "configs": "commands.configs",
-    "doctor": "commands.doctor",
-    "export": "commands.export",
-    "plan": "commands.plan",
-    "replicate": "commands.replicate",
-    "schedule": "commands.schedule",
-    "transfer": "commands.transfer",
-    "verify": "commands.verify",
+    "train": ("train", "train or finetune a timm backbone at a global batch that does not fit"),
+    "schedule": (
+        "commands.schedule",
+        "a batch-size schedule: batch, learning rate and updates from each epoch on",
+    ),
+    "lr-find": (
+        "commands.lr_find",
+        "which learning rates a recipe bears at its global batch; changes nothing",
+    ),
+    "plan": (
+        "commands.plan",
+        "does a batch fit, what is the fastest way to fit it, what would each lever buy",
+    ),
+    "configs": (
+        "commands.configs",
+        "the launcher's files: list, copy, explain, or make them for a plan",
+    ),
+    "doctor": (
+        "commands.doctor",
+        "what is known to go wrong with this environment, config and script",
+    ),
+    "compare": (
+        "commands.compare",
+        "finished runs side by side: what differed, and what came of it",
+    ),
+    "export": (
+        "commands.export",
+        "a run as a folder that timm and the Hugging Face hub load, with a model card",
+    ),
+    "verify": (
+        "commands.verify",
+        "a gradient check: is an update of this model the same however it is cut?",
+    ),
+    "transfer": (
+        "commands.transfer",
+        "a recipe's hyper-parameters moved to another global batch, each by its rule",
+    ),
+    "replicate": (
+        "commands.replicate",
+        "a recipe made for many GPUs, as the contract of one card",
+    ),
+    "advise": (
+        "commands.advise",
+        "how large should the batch be, by the noise of a run's gradients",
+    ),
+    "calibrate": (
+        "commands.calibrate",
+        "what this machine's device reaches in each class of kernel, for plans",
+    ),
 }
+
+
+def usage() -> str:
+    """The help of `lbaccel` itself."""
+    table = columns([(f"  {name}", line) for name, (_, line) in COMMANDS.items()])
+    return "\n".join(
+        ["usage: lbaccel COMMAND ...", "", *table, "", "lbaccel COMMAND --help says more.", ""]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,37 +81,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lbaccel import train
 
         return train.main(arguments)
-    if command == "lr-find":
-        from lbaccel.commands import lr_find
-
-        return lr_find.main(arguments)
     if command in COMMANDS:
-        return _run(command, arguments)
+        return ending(lambda: _run(command, arguments))
     if command in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0
     if command == "--version":
         from lbaccel import __version__
 
         print(f"lbaccel {__version__}")
         return 0
-    print(f"error: no command {command!r}.\n\n{USAGE}", end="", file=sys.stderr)
+    print(f"error: no command {command!r}.\n\n{usage()}", end="", file=sys.stderr)
     return 2
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """A command of two functions: `add_arguments(parser)` and `run(namespace) -> exit code`."""
-    command = import_module(f"lbaccel.{COMMANDS[name]}")
+    """A command of two functions: `add_arguments(parser)` and `run(namespace) -> exit code`.
+
+    A command whose `add_arguments` sets a default for `recipe_flags` is given all the flags there
+    that it does not declare itself.
+    """
+    command = import_module(f"lbaccel.{COMMANDS[name][0]}")
     parser = argparse.ArgumentParser(prog=f"lbaccel {name}", allow_abbrev=False)
     command.add_arguments(parser)
-    try:
-        return command.run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
-        return 130
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"run failed: {error}", file=sys.stderr)
-        return 1
+    known, rest = parser.parse_known_args(arguments)
+    if hasattr(known, "recipe_flags"):
+        known.recipe_flags = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return command.run(known)

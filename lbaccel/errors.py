@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+# no file of this disk, or no more of it: a sentence says so, and a traceback would not help
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class InputError(ValueError):
     """What the user gave cannot be done (exit code 2): what was given, the rule, what to type."""
+
+
+class CannotRead(InputError):
+    """The system refuses to read a file that may be whole: never a reason to pass it over."""
 
 
 class RunFailed(RuntimeError):
@@ -71,3 +82,47 @@ def check_number(name: str, value: float, *, zero: bool = False, at_most: float 
             rule += f" and at most {at_most:.6g}"
             hint += f", {name} <= {at_most:.6g}"
         raise InputError(f"{name}={value!r} is not a finite number {rule}. Use {hint}.")
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """A block that reads `path`: where the system refuses, the path and its reason are the error.
+
+    Raises:
+        CannotRead: in place of an OSError of the block; it names the file that the system names.
+
+    >>> with reading("absent.yaml"):
+    ...     _ = open("absent.yaml")
+    Traceback (most recent call last):
+    lbaccel.errors.CannotRead: absent.yaml can't be read: No such file or directory. Give a path
+    that can be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotRead(
+            f"{error.filename or path} can't be read: {error.strerror or error}. "
+            "Give a path that can be read."
+        ) from error
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether the disk is full or refuses: an end that needs no traceback."""
+    return error.errno in (*_FULL, *_REFUSED)
+
+
+def way_out(error: Exception, elsewhere: str) -> str:
+    """The sentence that follows an error of writing: space, where that can be the reason.
+
+    Args:
+        error: a library's own error, or an OSError.
+        elsewhere: where else to write, such as "give another --output".
+
+    >>> way_out(OSError(errno.ENOSPC, "No space left on device"), "give another --output")
+    'Free some space, or give another --output.'
+    >>> way_out(OSError(errno.EACCES, "Permission denied"), "give another --output")
+    'Make the place readable and writable, or give another --output.'
+    """
+    refused = isinstance(error, OSError) and error.errno in _REFUSED
+    first = "Make the place readable and writable" if refused else "Free some space"
+    return f"{first}, or {elsewhere}."

@@ -8,7 +8,6 @@ opens the run folder, calls it, and closes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import sys
 import time
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbaccel.errors import InputError, RunFailed
-from lbaccel.recipe.ending import end_process_group, fail
+from lbaccel.errors import InputError, RunFailed, is_of_the_disk, way_out
+from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
 from lbaccel.recipe.settings import read_settings, show_settings
@@ -28,33 +27,21 @@ if TYPE_CHECKING:  # torch is imported after the settings were read
     from lbaccel.runs.progress import Progress
     from lbaccel.update.result import UpdateResult
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
-
-FREE_SPACE = "Free some space, or give another --output."
+ELSEWHERE = "give another --output"
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> int:
     """Run the recipe; returns the exit code: 0 done, 1 run failed, 2 user's input, 130 stopped."""
-    try:
+
+    def body() -> None:
         settings, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
         settings = resolve(settings)
         if show:
             print(show_settings(settings))
-            return 0
-        run(settings)
-    except InputError as error:
-        return fail(error, 2)
-    except RunFailed as error:
-        return fail(error, 1)
-    except OSError as error:  # any file of the run folder, such as metrics.jsonl
-        if error.errno not in DISK_ERRORS:
-            raise
-        return fail(f"{error}. {FREE_SPACE}", 1)
-    except KeyboardInterrupt as error:
-        return fail(f"interrupted. {error or 'Nothing was written.'}", 130)
-    finally:
-        end_process_group()
-    return 0
+        else:
+            run(settings)
+
+    return ending(body, elsewhere=ELSEWHERE, interrupted="Nothing was written.")
 
 
 def run(settings: Settings) -> Path | None:
@@ -237,8 +224,9 @@ def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Ou
             raise KeyboardInterrupt(session.how_to_go_on()) from error
         if isinstance(error, (RunFailed, InputError)):
             raise type(error)(f"{error} {session.how_to_go_on()}") from error
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise RunFailed(f"{error}. {FREE_SPACE} {session.how_to_go_on()}") from error
+        if isinstance(error, OSError) and is_of_the_disk(error):
+            out = way_out(error, ELSEWHERE)
+            raise RunFailed(f"{error}. {out} {session.how_to_go_on()}") from error
         progress.note(session.how_to_go_on())
         raise
     finally:

@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from lbaccel.data import loader
 from lbaccel.recipe import evaluation
 from lbaccel.runs import checkpoints, tracking
+from lbaccel.runs import folder as run_folder
 from lbaccel.runs import session as run_session
 from lbaccel.update import accumulation, engine
 from lbaccel.update.normalization import GhostNorm
@@ -98,7 +99,7 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "evaluation": before(evaluation, "evaluate"),
     "checkpoint file": half_a_file,
     "manifest": before(checkpoints, "_write_json"),
-    "flush": before(checkpoints, "_flush"),
+    "flush": before(run_folder, "_flush"),
     "rename": before(Path, "rename"),
     "link": before(checkpoints, "_link"),
     "prune": before(checkpoints, "_prune"),

@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lbaccel.errors import RunFailed
-from lbaccel.runs.checkpoints import check_checkpoint, read_state, save_checkpoint
+from lbaccel.errors import CannotRead, RunFailed
+from lbaccel.runs.checkpoints import check_checkpoint, latest_good, read_state, save_checkpoint
 
 CLASSES = ("cat", "dog")
 
@@ -178,3 +178,41 @@ def test_files_reach_the_disk_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", lambda *a: (events.append("rename"), rename(*a))[1])
     path = save(tmp_path, 1)
     assert events == ["flush"] * (len(names(path)) + 1) + ["rename"]  # the files and their folder
+
+
+def test_a_checkpoint_that_can_not_be_read_stops_a_resume_and_is_not_passed_over(
+    tmp_path, monkeypatch
+):
+    """It may be whole: a run that goes on from an older one takes the newer one away."""
+    for update in (1, 2):
+        save(tmp_path, update, state={"counters": {}})
+    plain = Path.open
+
+    def defective(self, mode="r", *rest, **options):
+        if self.parent.name == "update_000002" and mode == "rb":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return plain(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", defective)
+    said = []
+    with pytest.raises(CannotRead, match=r"update_000002/.* can't be read: Input/output error"):
+        latest_good(tmp_path, said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.ENOSPC, "Free some space, or give another --output."),
+        (errno.EACCES, "Make the place readable and writable, or give another --output."),
+    ],
+)
+def test_the_way_out_fits_the_disk_s_reason(tmp_path, monkeypatch, number, words):
+    def refuses(*_, **__):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "write_text", refuses)
+    with pytest.raises(RunFailed) as caught:
+        save(tmp_path, 1)
+    assert str(caught.value).endswith(words)
+    assert names(tmp_path) == set()

@@ -8,6 +8,7 @@ import math
 import pytest
 import yaml
 
+from lbaccel.commands import compare as compare_command
 from lbaccel.errors import InputError
 from lbaccel.runs import compare
 from lbaccel.runs.read import Point, Run
@@ -36,8 +37,8 @@ def write_run(path, *, batch, tops, **config):
 
 def command(*arguments):
     parser = argparse.ArgumentParser()
-    compare.add_arguments(parser)
-    return compare.run(parser.parse_args([str(argument) for argument in arguments]))
+    compare_command.add_arguments(parser)
+    return compare_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_the_command_prints_equal_settings_once_and_differing_ones_as_columns(tmp_path, capsys):

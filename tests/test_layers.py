@@ -50,9 +50,17 @@ NO_TORCH = (
     "runs.folder",
     "runs.length",
     "runs.read",
+    "recipe.ending",
     "runs.compare",
+    "runs.columns",
+    "runs.figures",
+    "runs.noise_readings",
+    "stability.range_text",
     "commands.schedule",
     "commands.advise",
+    "commands.compare",
+    "commands.lr_find",
+    "cli",
 )
 
 

@@ -29,9 +29,9 @@ from lbaccel import (
     lr_find,
     train,
 )
-from lbaccel.commands.lr_find import in_words
 from lbaccel.errors import Diverged
 from lbaccel.optim.scheduler import lr_scheduler
+from lbaccel.stability.range_text import in_words
 
 
 def make_network():
@@ -481,7 +481,7 @@ def test_bad_input_gets_exit_code_2_and_what_to_type(flags, words, in_a_folder_o
 
 
 def test_a_range_that_diverges_at_once_still_has_words_and_a_picture(tmp_path):
-    from lbaccel.commands.lr_find import plot, table
+    from lbaccel.stability.range_text import plot, table
 
     found = LrRange((), (), (), 2.0, "not finite", 5.0, 8)
     assert "diverged at 5" in "\n".join(in_words(found, own_lr=0.1, base_lr=0.1))

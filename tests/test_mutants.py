@@ -406,10 +406,43 @@ MUTANTS = {
         "tests/test_resume.py::test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken",
     ),
     "a checkpoint is renamed before it is on the disk": (
-        "runs.checkpoints",
-        "        _flush(temporary)\n",
+        "runs.folder",
+        "        _flush(beside)\n",
         "",
         "tests/test_checkpoints.py",
+    ),
+    "a resume passes over a checkpoint that can't be read, and removes it": (
+        "runs.checkpoints",
+        "        except CannotRead:\n            raise\n",
+        "",
+        "tests/test_checkpoints.py::"
+        "test_a_checkpoint_that_can_not_be_read_stops_a_resume_and_is_not_passed_over",
+    ),
+    "an old folder does not come back": (
+        "runs.folder",
+        "            aside.rename(target)\n",
+        "            pass\n",
+        "tests/runs/test_written_beside.py::"
+        "test_the_old_folder_comes_back_where_the_new_one_can_not_take_its_place",
+    ),
+    "a disk that refuses is asked for space": (
+        "errors",
+        "refused = isinstance(error, OSError) and error.errno in _REFUSED",
+        "refused = False",
+        "tests/test_checkpoints.py::test_the_way_out_fits_the_disk_s_reason",
+    ),
+    "a class folder that can't be read is taken for an empty one": (
+        "data.sources",
+        "os.walk(folder, onerror=refuse, followlinks=True)",
+        "os.walk(folder, followlinks=True)",
+        "tests/data/test_sources.py::"
+        "test_a_folder_that_can_not_be_read_is_named_and_not_taken_for_an_empty_one",
+    ),
+    "a plot that can't be written is refused after the work": (
+        "commands.lr_find",
+        "    check_plot(own.plot)\n",
+        "",
+        "tests/commands/test_unwritable.py",
     ),
     "the mean to be logged is forgotten": (
         "runs.log",
@@ -562,7 +595,7 @@ MUTANTS = {
         "tests/data/test_augment.py",
     ),
     "accumulation steps that are not the plan's are taken": (
-        "commands.configs",
+        "configs.against_plan",
         "if steps != plan.gradient_accumulation_steps:",
         "if False:",
         "tests/test_configs_command.py",

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -192,3 +193,20 @@ def test_reading_and_comparing_folders_needs_neither_torch_nor_wandb():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "config.yaml", "summary.json"])
+def test_a_file_that_can_not_be_read_is_named_with_the_reason(file, tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n')
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / name).write_text("{}")
+    plain = Path.read_text
+
+    def denied(self, *rest, **options):
+        if self.name == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *rest, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(InputError, match=rf"/{file} can't be read: Permission denied"):
+        load_run_folder(tmp_path)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from lbaccel.errors import InputError, RunFailed, check_choice, check_number
+from lbaccel.errors import RunFailed, check_choice, check_number
 from lbaccel.launch import calibration_file
 from lbaccel.planning.cost.calibrate import calibrate
 from lbaccel.planning.cost.devices import Device, read_calibration, write_calibration
+from lbaccel.runs.columns import columns
+from lbaccel.runs.figures import writable
 
 SECONDS = 10.0
 
@@ -50,16 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
     name = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_choice("device", name, choices=("cpu", "cuda"))
     check_number("seconds", a.seconds)
-    path: Path = a.output or calibration_file()
-    _prepare(path)
+    path: Path = writable(a.output or calibration_file(), "--output", parents=True)
+    read_calibration(path)
     try:
         device = calibrate(torch.device(name), seconds=a.seconds)
     except torch.OutOfMemoryError as error:
         raise RunFailed(f"{name} has no memory left to measure with: {error}") from error
-    try:
-        write_calibration(path, device)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    write_calibration(path, device)
     if a.json:
         print(json.dumps({"file": str(path), **asdict(device)}, indent=1))
     else:
@@ -68,32 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(path: Path) -> None:
-    """Stop before the measurement where its file could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with path.open("a", encoding="utf-8"):
-            pass
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    read_calibration(path)
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"output={str(path)!r} can't be written: {reason}. Use another --output.")
-
-
 def _table(device: Device) -> str:
     """Aligned lines of class and rate, of this device."""
-    rates = {**device.rates, "bandwidth": device.bandwidth}
-    wide = max(map(len, rates))
-    lines = [device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"]
-    for name, rate in rates.items():
+    head = device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
+    rows = []
+    for name, rate in {**device.rates, "bandwidth": device.bandwidth}.items():
         in_bytes = name.startswith(("norm", "elementwise", "bandwidth"))
-        lines.append(f"{name:{wide}}  {rate / 1e9:10,.1f} {'GB/s' if in_bytes else 'GFLOP/s'}")
-    lines.append(f"{'launch':{wide}}  {device.launch_seconds * 1e6:10,.1f} us")
-    return "\n".join(lines)
+        rows.append((name, f"{rate / 1e9:10,.1f} {'GB/s' if in_bytes else 'GFLOP/s'}"))
+    rows.append(("launch", f"{device.launch_seconds * 1e6:10,.1f} us"))
+    return "\n".join([head, *columns(rows)])

@@ -6,10 +6,8 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.commands.plan import add_plan_arguments
@@ -17,9 +15,7 @@ from lbaccel.configs.launcher import Launch, Row
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
-
-if TYPE_CHECKING:
-    from lbaccel.configs.resolve import Resolved
+from lbaccel.runs.columns import columns
 
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
 
@@ -79,10 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(_: argparse.Namespace) -> int:
-    configs = shipped()
-    width = max(len(config.name) for config in configs)
-    for config in configs:
-        print(f"{config.name:<{width}}  {config.use}")
+    print("\n".join(columns([(config.name, config.use) for config in shipped()])))
     return 0
 
 
@@ -95,6 +88,12 @@ def _copy(a: argparse.Namespace) -> int:
 
 
 def _validate(a: argparse.Namespace) -> int:
+    from lbaccel.configs.against_plan import (
+        batch_notes,
+        differences,
+        fsdp_problems,
+        precision_notes,
+    )
     from lbaccel.configs.claims import Script
     from lbaccel.configs.launcher import launch
     from lbaccel.configs.resolve import read_json, resolve
@@ -137,10 +136,10 @@ def _validate(a: argparse.Namespace) -> int:
         rows += resolved.rows
         problems += resolved.problems
         if not resolved.problems:
-            problems += _against(plan, resolved.batch)
-            notes = [*_notes(plan, resolved.batch), *_precision(resolved)]
+            problems += differences(plan, resolved.batch)
+            notes = [*batch_notes(plan, resolved.batch), *precision_notes(resolved)]
     elif started is not None:
-        problems += _fsdp(started)
+        problems += fsdp_problems(started)
     print("\n".join(_table(rows)))
     print(f"\n{plan}")
     for note in notes:
@@ -182,73 +181,10 @@ def _named(started: Launch, yaml_file: Path, given: Path | None) -> Path | None:
     return named
 
 
-def _against(plan: BatchPlan, batch: tuple[int, int, int]) -> Iterator[str]:
-    """Where the config came out as another batch than the plan's."""
-    micro, steps, train = batch
-    if micro != plan.micro_batch_size:
-        yield (
-            f"the JSON's micro-batch is {micro}, the plan's {plan.micro_batch_size}. Type "
-            '"train_micro_batch_size_per_gpu": "auto", or use --micro-batch-size '
-            f"{micro}."
-        )
-    if steps != plan.gradient_accumulation_steps:
-        yield (
-            f"gradient_accumulation_steps came out as {steps}, the plan has "
-            f"{plan.gradient_accumulation_steps}: updates of {train} samples in place of "
-            f"{plan.global_batch_size}, and accelerate only logs it. Type "
-            '"gradient_accumulation_steps": "auto" in the JSON, and say '
-            f"{plan.gradient_accumulation_steps} nowhere else but in Accelerator()."
-        )
-
-
-def _notes(plan: BatchPlan, batch: tuple[int, int, int]) -> Iterator[str]:
-    *_, train = batch
-    if train != plan.global_batch_size:
-        yield (
-            f"train_batch_size {train} counts full micro-batches; the update has "
-            f"{plan.global_batch_size} samples, and lbaccel weighs by samples"
-        )
-    yield (
-        '"gradient_clipping": "auto" is 1.0 in a script of your own; lbaccel.train writes its '
-        "--clip-grad-norm there, and 0.0 for none"
-    )
-
-
-def _precision(resolved: Resolved) -> Iterator[str]:
-    rows = {row.key: row for row in resolved.rows}
-    bf16, fp16 = rows["bf16.enabled"], rows["fp16.enabled"]
-    if bf16.value is True and bf16.decided_by == "JSON":
-        yield (
-            '"bf16": {"enabled": true} in the JSON is DeepSpeed\'s own, which rounds weights and '
-            'sums of gradients: lbaccel refuses it. Type {"enabled": "auto"} there, and '
-            "--mixed_precision bf16"
-        )
-    elif bf16.value is True:
-        yield (
-            "bf16 in a script of your own: DeepSpeed rounds weights and sums of gradients; under "
-            "lbaccel it is autocast over float32 weights, and DeepSpeed is told bf16 false"
-        )
-    if fp16.value is True:
-        yield "lbaccel refuses fp16 under DeepSpeed, which rounds weights. Type bf16 in its place"
-
-
-def _fsdp(started: Launch) -> Iterator[str]:
-    variables = started.variables
-    if (
-        started.distributed_type == "FSDP"
-        and variables.get("FSDP_VERSION") == "2"
-        and variables.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
-    ):
-        yield (
-            "fsdp_activation_checkpointing recomputes with other dropout masks under FSDP2: with "
-            "drop_path 0.3 the gradient of a ViT is wrong by 47 %. Type "
-            "fsdp_activation_checkpointing: false, and --activation-checkpointing full."
-        )
-
-
 def _make(a: argparse.Namespace) -> int:
-    from lbaccel.commands.plan import find_plan, lines
+    from lbaccel.commands.plan import find_plan
     from lbaccel.configs.make import choose_stage, launch_command, name_of, pair
+    from lbaccel.planning.text import lines
     from lbaccel.planning.zero import explain_zero
 
     a.zero = choose_stage(a.zero, a.offload, world_size=a.world_size)
@@ -277,12 +213,9 @@ def _make(a: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows: list[Row]) -> Iterator[str]:
-    head = ("key", "value", "decided by", "over")
+def _table(rows: list[Row]) -> list[str]:
     cells = [(row.key, _shown(row.value), row.decided_by, row.over) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    for line in (head, *cells):
-        yield "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+    return columns([("key", "value", "decided by", "over"), *cells])
 
 
 def _shown(value: object) -> str:

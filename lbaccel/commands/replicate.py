@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import yaml
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from lbaccel.commands.plan import lines as plan_lines
 from lbaccel.errors import InputError
-from lbaccel.models import create_backbone
 from lbaccel.optim.scaling import scale_lr
 from lbaccel.planning.planner import IMAGENET, plan
+from lbaccel.planning.text import lines as plan_lines
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered
 from lbaccel.recipe.values import switch
-from lbaccel.replication.contract import Contract, Norms, contract_of
-from lbaccel.replication.many_gpus import Recipe, Row
-from lbaccel.replication.readers.accelerate_config import (
-    deepspeed_file,
-    is_accelerate_config,
-    is_deepspeed_config,
-    read_accelerate,
-)
-from lbaccel.replication.readers.plain import Said, read_plain
-from lbaccel.replication.readers.timm_args import is_timm_args, read_timm_args
-from lbaccel.replication.readers.torchvision_flags import read_torchvision_flags, split_command
+from lbaccel.replication.contract import Contract, contract_of
+from lbaccel.replication.many_gpus import Row
+from lbaccel.replication.readers.plain import Said
 from lbaccel.replication.render import table, to_yaml
-
-SOURCES = (
-    "timm's args.yaml, an accelerate YAML or its DeepSpeed JSON, or a text file with torchvision's "
-    "command line; or that command itself after --"
-)
+from lbaccel.replication.sources import SOURCES, norms_of, read_source
+from lbaccel.runs.figures import writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: a source of no use, or one that is contradicted.
     """
     a = arguments
-    recipe = read_source(a)
+    said = Said(**{name: getattr(a, name) for name in Said.__dataclass_fields__})
+    if a.out is not None:
+        _check_out(a.out, force=a.force)
+    recipe = read_source(a.source, said, gpus=a.gpus, num_samples=a.num_samples)
     norms = None if recipe.model is None else norms_of(recipe.model, recipe)
     contract = contract_of(recipe, norms)
     if a.data is not None:
@@ -100,111 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     if a.out is None:
         print(f"\n{text}", end="")
     else:
-        _write(a.out, text, force=a.force)
+        a.out.write_text(text, encoding="utf-8")
         print(f"\nwritten: {a.out}; run it: lbaccel train --config {a.out}")
     if a.no_plan:
         return 0
     return _plan(contract, a)
-
-
-def read_source(a: argparse.Namespace) -> Recipe:
-    """The recipe that the command line points at.
-
-    Raises:
-        InputError: no source, several, or one of no known kind.
-    """
-    names = Said.__dataclass_fields__
-    said = Said(**{name: getattr(a, name) for name in names})
-    words: Sequence[str] = a.source
-    if not words:
-        return read_plain(said, gpus=a.gpus)
-    if len(words) == 1 and not words[0].startswith("-"):
-        try:
-            return _read_file(Path(words[0]), said, a)
-        except InputError:
-            raise
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{words[0]} holds a value of another type than its script writes: {error}. "
-                "Correct it."
-            ) from error
-    if Path(words[0]).suffix in (".yaml", ".yml", ".json", ".txt"):
-        raise InputError(
-            f"two sources: {words[0]} and {' '.join(words[1:])[:60]}. Give one, and leave out --."
-        )
-    said.refuse("the command", allowed=("model",))
-    return read_torchvision_flags(words, gpus=a.gpus, model=a.model, origin="torchvision's command")
-
-
-def _read_file(path: Path, said: Said, a: argparse.Namespace) -> Recipe:
-    text = _text(path)
-    content = _mapping(text, path)
-    if content is None:
-        words = split_command(text)
-        if not any(word.startswith("-") for word in words):
-            raise InputError(f"{path} is of no known kind. Give {SOURCES}.")
-        said.refuse(path.name, allowed=("model",))
-        return read_torchvision_flags(words, gpus=a.gpus, model=a.model, origin=path.name)
-    if is_timm_args(content):
-        said.refuse(path.name)
-        return read_timm_args(content, gpus=a.gpus, origin=path.name)
-    numbers = {"said": said, "gpus": a.gpus, "num_samples": a.num_samples}
-    if is_accelerate_config(content):
-        name, origin = deepspeed_file(content), path.name
-        deepspeed = None
-        if name is not None:  # accelerate looks for it from the current folder
-            near = next((p for p in (Path(name), path.parent / name) if p.is_file()), Path(name))
-            deepspeed, origin = _mapping(_text(near), near), f"{origin} with {near.name}"
-            if deepspeed is None:
-                raise InputError(f"{near} holds no JSON object. Correct it.")
-        return read_accelerate(content, deepspeed, origin=origin, **numbers)
-    if is_deepspeed_config(content):
-        return read_accelerate({}, content, origin=path.name, **numbers)
-    raise InputError(
-        f"{path} is of no known kind: its keys are {', '.join(map(str, list(content)[:6]))}. Give "
-        f"{SOURCES}."
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}. Give {SOURCES}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text. Give {SOURCES}.") from error
-
-
-def _mapping(text: str, path: Path) -> Mapping[str, Any] | None:
-    """The mapping in a YAML or JSON file; None for other text."""
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        return None
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is no {path.suffix[1:].upper()}: {problem}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no mapping. Give {SOURCES}.")
-    return content
-
-
-def norms_of(model: str, recipe: Recipe) -> Norms:
-    """The BatchNorm layers of a network of timm's, built without memory.
-
-    Raises:
-        InputError: timm has no such network.
-    """
-    try:
-        with torch.device("meta"):
-            network = create_backbone(model, num_classes=1000)
-    except InputError as error:
-        raise InputError(
-            f"{recipe.said_model} in {recipe.origin}: {error} Give the nearest with --model NAME, "
-            "or correct the source."
-        ) from error
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-    return Norms(len(layers), tuple(layer.momentum for layer in layers))
 
 
 def check_contract(contract: Contract) -> None:
@@ -218,13 +103,10 @@ def check_contract(contract: Contract) -> None:
     checked(settings.with_values({"precision": None}))
 
 
-def _write(path: Path, text: str, *, force: bool) -> None:
+def _check_out(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise InputError(f"--out {path} exists. Give another name, or --force to write over it.")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out {path} can't be written: {error.strerror}.") from error
+    writable(path, "--out")
 
 
 def _plan(contract: Contract, a: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.rate import check_scaling, peak_rate
 from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
+from lbaccel.runs.figures import writable
 
 WIDTH = 100
 OF_A_RUN = ("resume", "extend", "dry_run", "output", "max_hours", "max_updates")
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     config, out, as_json = given.pop("config", None), given.pop("out", None), given.pop("json")
+    if out is not None:
+        writable(_not_there(out), "--out")
     layer: dict[str, Any] = {}
     if config is not None:
         layer = {k: v for k, v in read_yaml(config).items() if k not in OF_A_RUN}
@@ -162,7 +165,7 @@ def write(sheet: Sheet, path: Path, layer: Mapping[str, Any]) -> None:
     """The recipe's file: the settings of `layer`, those of the sheet on top.
 
     Raises:
-        InputError: the file is there already, or can't be written.
+        InputError: the file is there by now.
     """
     settings = {**{k: v for k, v in layer.items() if k != "lr_exponent"}, **sheet.settings}
     settings = {key: _plain(value) for key, value in settings.items()}
@@ -174,9 +177,14 @@ def write(sheet: Sheet, path: Path, layer: Mapping[str, Any]) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(head + yaml.safe_dump(settings, sort_keys=False))
     except FileExistsError:
-        raise InputError(f"--out {path} exists, and is left as it is. Give another.") from None
-    except OSError as error:
-        raise InputError(f"--out {path} can't be written: {error.strerror}.") from error
+        _not_there(path)
+        raise
+
+
+def _not_there(path: Path) -> Path:
+    if path.exists():
+        raise InputError(f"--out {path} exists, and is left as it is. Give another.")
+    return path
 
 
 def _plain(value: Any) -> Any:

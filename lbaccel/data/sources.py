@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageArray, ImageFiles, read_image
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import check_val_fraction, split_by_hash
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import InputError, RunFailed, reading
 
 __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
 
@@ -171,7 +172,7 @@ def open_folder(
 
     Raises:
         InputError: the folder, the sub-folders or the images of a class are missing, or the two
-            halves have different classes.
+            halves have different classes; a folder can't be read.
     """
     if not root.is_dir():
         raise InputError(
@@ -216,12 +217,7 @@ def _scan(root: Path) -> ImageFiles:
             f"{root} has no sub-folders: each class needs one, as in "
             f"{root / 'roses' / '1.jpg'}. Sort the images into sub-folders."
         )
-    found = make_dataset(
-        str(root),
-        {name: label for label, name in enumerate(classes)},
-        extensions=IMG_EXTENSIONS,
-        allow_empty=True,  # torchvision's own error would not name the folder
-    )
+    found = [(path, label) for label, name in enumerate(classes) for path in _images(root / name)]
     prefix = len(str(root).rstrip(os.sep)) + 1
     named = [(path[prefix:].replace(os.sep, "/"), label) for path, label in found]
     named = [(name, label) for name, label in named if "/." not in name]
@@ -240,8 +236,27 @@ def _scan(root: Path) -> ImageFiles:
     return ImageFiles(names, labels, tuple(classes), names, partial(read_image, root=str(root)))
 
 
+def _images(folder: Path) -> Iterator[str]:
+    """Paths of the images below a folder, in torchvision's order.
+
+    Raises:
+        CannotRead: a folder that can't be read: torchvision, as `os.walk`, would pass it over.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(folder):
+        walked = sorted(os.walk(folder, onerror=refuse, followlinks=True))
+    for where, _, files in walked:
+        for name in sorted(files):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                yield os.path.join(where, name)  # noqa: PTH118
+
+
 def _sub_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    with reading(root):
+        return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _take(files: ImageFiles, rows: list[int]) -> ImageFiles:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from timm.data.config import resolve_model_data_config
 from timm.models import load_checkpoint, save_for_hf
 from torch import Tensor, nn
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import InputError, RunFailed, way_out
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
 from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MODEL, weights_file
+from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MODEL, weights_file, written_beside
 
 CARD, ARCHITECTURE = "README.md", "config.json"  # the names that the hub looks for
 FILES = (CARD, ARCHITECTURE, CONFIG, weights_file(MODEL))
@@ -89,25 +87,18 @@ def write_folder(
     Raises:
         RunFailed: timm does not load what was saved, or the disk refuses; `target` is as before.
     """
-    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-        _save(temporary, exported, model, license=license)
-        (temporary / CARD).write_text(str(card), encoding="utf-8")
-        settings = shareable.settings_yaml(exported.run.config)
-        (temporary / CONFIG).write_text(settings, encoding="utf-8")
-        temporary.chmod(0o755)
-        _check(temporary, exported, model)
-        _take_the_place(target, temporary)
+        with written_beside(target) as beside:
+            _save(beside, exported, model, license=license)
+            (beside / CARD).write_text(str(card), encoding="utf-8")
+            settings = shareable.settings_yaml(exported.run.config)
+            (beside / CONFIG).write_text(settings, encoding="utf-8")
+            _check(beside, exported, model)
     except (OSError, safetensors.SafetensorError) as error:
         raise RunFailed(
             f"the export could not be written to {target}: {error}. What was there is kept. "
-            "Free some space, or give another folder with --to."
+            f"{way_out(error, 'give another folder with --to')}"
         ) from error
-    finally:  # after an interrupt too
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save(folder: Path, exported: Exported, model: Any, *, license: str | None) -> None:
@@ -190,19 +181,3 @@ def _not_loaded(exported: Exported, reason: str) -> str:
         "Nothing was written. The run's checkpoint can be loaded: timm.create_model("
         f"{exported.model!r}, ..., checkpoint_path='.../model.safetensors')."
     )
-
-
-def _take_the_place(target: Path, temporary: Path) -> None:
-    """Rename, over an empty folder or an earlier export, which comes back where that fails."""
-    aside: Path | None = None
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target.parent))
-        target.rename(aside)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if aside is not None:
-            aside.rename(target)
-        raise
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from lbaccel.planning.measure import (
 from lbaccel.planning.network import image_shape, random_images
 from lbaccel.planning.plan import Plan
 from lbaccel.runs.environment import versions
+from lbaccel.runs.figures import writable
 from lbaccel.runs.folder import atomic_write_text, strict_json
 
 
@@ -53,12 +53,7 @@ def check_report(path: Path) -> None:
     """
     if path.exists():
         raise InputError(f"report={str(path)!r} is there already. Remove it, or name another file.")
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(
-            f"report={str(path)!r} can't be written: {str(folder)!r} is no folder that you may "
-            "write to. Name a file in one that is."
-        )
+    writable(path, "--report")
 
 
 def write_report(
@@ -90,12 +85,7 @@ def write_report(
     images = random_images(*image_shape(model, img_size))
     measured = measure(plan, model, images, optimizer=plan.optimizer)
     found = as_report(plan, measured)
-    try:
-        atomic_write_text(path, strict_json(found, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"report={str(path)!r} can't be written: {error.strerror or error}. Name another file."
-        ) from error
+    atomic_write_text(path, strict_json(found, indent=1) + "\n")
     return found, f"{_line(found)}; written to {path}"
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lbaccel.errors import InputError
 from lbaccel.planning.cost.devices import GIB
 from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.search import Search
+from lbaccel.runs.figures import new_figure, save
 
 SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the activations that recompute leaves
-FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,8 @@ def sweep(search: Search, layout: MemoryFormat, chosen: Point | None = None) -> 
 
 
 def plot(points: list[Point], path: Path, *, title: str, budget_gib: float) -> None:
-    """Draw the sweep to `path`.
-
-    Raises:
-        InputError: a format that is not drawn here.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if path.suffix not in FORMATS:
-        raise InputError(f"--plot {path}: draw to one of {', '.join(FORMATS)}.")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the sweep to `path`."""
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for share in SHARES:
         some = [p for p in points if p.activations_kept == share and not p.chosen]
@@ -95,5 +84,4 @@ def plot(points: list[Point], path: Path, *, title: str, budget_gib: float) -> N
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

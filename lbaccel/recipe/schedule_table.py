@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lbaccel.batch.phases import Segment, segment_stream, segment_updates
 from lbaccel.optim.schedules import Schedule, constant
+from lbaccel.runs.figures import new_figure, save
 
-FORMATS = (".png", ".svg", ".pdf")
 CURVE_POINTS = 200  # a segment
 
 
@@ -107,12 +107,9 @@ def schedule_table(
 
 def plot(table: ScheduleTable, path: Path, *, title: str) -> None:
     """Draw batch size and learning rate over epochs, one above the other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 5)
     upper, lower = figure.subplots(2, sharex=True)
     end = 1 + table.epochs
     epochs = [row.epoch for row in table.rows]
@@ -141,7 +138,7 @@ def plot(table: ScheduleTable, path: Path, *, title: str) -> None:
     lower.set_xlim(1, end)
     if len(epochs) > 1:
         lower.set_xticks(_apart(epochs, scale=float))
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _apart(values: Iterable[float], *, scale: Callable[[float], float]) -> list[float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import yaml
 
 from lbaccel.replication.contract import Contract
 from lbaccel.replication.many_gpus import Row
+from lbaccel.runs.columns import columns
 
 WIDTH = 100
 SHOULD_BE_SAID = (
@@ -32,15 +34,13 @@ def table(contract: Contract) -> Iterator[str]:
     head = ("source", "contract", "why")
     widths = [min(LONGEST, max(len(row[i]) for row in [head, *rows])) for i in (0, 1)]
     last = WIDTH - sum(widths) - 4
-    before = ""
+    before, grid = "", []
     for source, value, why in (head, *rows):
         row = ("" if source == before else source, value, why)
         before = source
         cells = [textwrap.wrap(c, w) or [""] for c, w in zip(row, (*widths, last), strict=True)]
-        for i in range(max(map(len, cells))):
-            parts = [cell[i] if i < len(cell) else "" for cell in cells]
-            padded = [part.ljust(width) for part, width in zip(parts, widths, strict=False)]
-            yield "  ".join([*padded, parts[2]]).rstrip()
+        grid += zip_longest(*cells, fillvalue="")
+    yield from columns(grid, at_least=widths)
     notes = list(remarks(contract))
     if notes:
         yield ""

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import CannotRead, InputError, RunFailed, reading, way_out
 from lbaccel.runs.folder import (
     BEST,
     CLASSES,
@@ -27,6 +26,7 @@ from lbaccel.runs.folder import (
     checkpoint_name,
     update_of,
     weights_file,
+    written_beside,
 )
 
 
@@ -43,8 +43,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/update_<update>`, then turn the links `last` (and `best`) to it.
 
-    Everything is written to a temporary folder beside, with a manifest of checksums, flushed to
-    the disk, and renamed when it is whole. The newest `keep` stay, and the one that `best` names.
+    Everything is written to a folder beside, with a manifest of checksums, and renamed when it is
+    whole (`written_beside`). The newest `keep` stay, and the one that `best` names.
 
     Args:
         weights: file stem to state_dict, such as {"model": ..., "model_ema": ...}.
@@ -56,27 +56,17 @@ def save_checkpoint(
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target = folder / checkpoint_name(update)
-    temporary: Path | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        for stem, tensors in weights.items():
-            plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            safetensors.torch.save_file(plain, temporary / weights_file(stem))
-        _write_json(temporary / CLASSES, list(classes))
-        _write_json(temporary / PREPROCESSING, dict(preprocessing))
-        if state is not None:
-            torch.save(dict(state), temporary / STATE)
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        _write_json(temporary / MANIFEST, {"update": update, "files": files})
-        temporary.chmod(0o755)
-        _flush(temporary)
-        if target.exists():  # of a run that was resumed from before it
-            target.rename(aside := Path(tempfile.mkdtemp(prefix=".writing-", dir=folder)))
-            temporary.rename(target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.rename(target)
+        with written_beside(target) as beside:
+            for stem, tensors in weights.items():
+                plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+                safetensors.torch.save_file(plain, beside / weights_file(stem))
+            _write_json(beside / CLASSES, list(classes))
+            _write_json(beside / PREPROCESSING, dict(preprocessing))
+            if state is not None:
+                torch.save(dict(state), beside / STATE)
+            files = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
+            _write_json(beside / MANIFEST, {"update": update, "files": files})
         for name in (LAST, *([BEST] if best else [])):
             _link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
@@ -84,11 +74,8 @@ def save_checkpoint(
         kept = f"{before.resolve()} is kept" if before.exists() else "there was none before"
         raise RunFailed(
             f"the checkpoint of update {update} could not be saved in {folder}: {error}. "
-            f"The previous checkpoint: {kept}. Free some space, or give another --output."
+            f"The previous checkpoint: {kept}. {way_out(error, 'give another --output')}"
         ) from error
-    finally:  # after an interrupt too
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     _prune(folder, keep)
     return target
 
@@ -119,7 +106,13 @@ def check_files(path: Path, *, names: Collection[str] | None = None) -> tuple[st
 
     Raises:
         InputError: a file that is missing, cut off or changed, by its name.
+        CannotRead: a file that the system refuses to read.
     """
+    with reading(path):
+        return _compare(path, names)
+
+
+def _compare(path: Path, names: Collection[str] | None) -> tuple[str, ...]:
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         chosen = files if names is None else {name: files[name] for name in names}
@@ -144,10 +137,16 @@ def check_files(path: Path, *, names: Collection[str] | None = None) -> tuple[st
 
 
 def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint whose checksums hold; says which ones it refused, and why."""
+    """The newest checkpoint whose checksums hold; says which ones it refused, and why.
+
+    Raises:
+        CannotRead: one that may be good: a run that goes on from an older one would remove it.
+    """
     for path in checkpoints_in(folder):
         try:
             check_checkpoint(path)
+        except CannotRead:
+            raise
         except InputError as error:
             say(f"resume: refused {path.name}: {error}")
             continue
@@ -157,13 +156,8 @@ def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The training state of a checked checkpoint, read with `weights_only=True`."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Take away what a killed process was writing."""
-    for path in folder.glob(".writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    with reading(path / STATE):
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -172,16 +166,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while chunk := file.read(2**20):
             digest.update(chunk)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def _flush(folder: Path) -> None:
-    """Bring the files and the folder to the disk: a rename must not overtake them."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,7 @@
-"""`lbaccel compare`: runs side by side, on the axis that is fair to batch sizes (samples)."""
+"""Runs side by side, on the axis that is fair to batch sizes: samples (no torch)."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbaccel.errors import InputError
-from lbaccel.runs.read import Point, Run, Series, load_run
+from lbaccel.runs.columns import columns
+from lbaccel.runs.figures import drawable, new_figure, save
+from lbaccel.runs.read import Point, Run, Series
 
 Axis = Literal["samples", "updates", "hours"]
 Cell = str | int | float | bool | None
@@ -33,31 +34,6 @@ FORMATS = {
     "seconds_to_target": ",.1f",
     "delta": "+.4g",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lbaccel compare`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or wandb's")
-    parser.add_argument("--x", choices=tuple(AXIS_LABELS), default="samples", help="axis")
-    parser.add_argument("--metric", default="val/top1", help="such as val/top1 or train/loss")
-    parser.add_argument("--target", type=float, help="value whose first reaching is timed")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--md", action="store_true", help="print a Markdown table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the metric (.png, .svg)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the comparison that the arguments ask for; 0, or an InputError."""
-    runs = distinct_names([load_run(path) for path in args.runs])
-    rows = table(runs, args.metric, x=args.x, target=args.target)
-    equal, _ = split_settings(compared_settings([one.config for one in runs]))
-    print(settings_line(equal, len(runs)))
-    print(markdown(rows, args.metric) if args.md else aligned(rows, args.metric))
-    if args.csv is not None:
-        _writable(args.csv).write_text(as_csv(rows), encoding="utf-8")
-    if args.plot is not None:
-        plot(runs, args.plot, metric=args.metric, x=args.x, target=args.target)
-    return 0
 
 
 def distinct_names(runs: Sequence[Run]) -> list[Run]:
@@ -236,12 +212,7 @@ def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
 
 def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table as text: names to the left, all other columns to the right."""
-    grid = _grid(rows, metric)
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in grid
-    )
+    return "\n".join(columns(_grid(rows, metric), "lr"))
 
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
@@ -267,12 +238,6 @@ def settings_line(equal: Mapping[str, Any], num_runs: int) -> str:
     return textwrap.fill(f"{title}: {listed}", 100, subsequent_indent="  ") + "\n"
 
 
-def _writable(path: Path) -> Path:
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}. Use: mkdir -p {path.parent}")
-    return path
-
-
 def plot(
     runs: Sequence[Run],
     path: Path,
@@ -284,16 +249,11 @@ def plot(
     """Draw the metric over an axis, one labelled curve a run; a gap is a value that is not finite.
 
     Raises:
-        InputError: no run has the metric on this axis, or `path` cannot be written.
+        InputError: no run has the metric on this axis, or `path` has another ending.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     _check_metric(runs, metric)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix.removeprefix(".") not in canvas.get_supported_filetypes():
-        raise InputError(f"--plot {path}: cannot draw a {path.suffix!r} file. Use .png, .svg, .pdf")
+    drawable(path)
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     drawn = 0
     for one in runs:
@@ -313,7 +273,7 @@ def plot(
     axes.legend(fontsize="small")
     if x == "samples":
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(_writable(path), dpi=120)
+    save(figure, path)
 
 
 def unit_of(metric: str) -> str:

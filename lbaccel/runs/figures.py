@@ -1,11 +1,17 @@
-"""The pictures of one run: loss, accuracy and learning rate over the samples seen."""
+"""Pictures: where a figure is made, where one may be written, and the three of a run (no torch)."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lbaccel.errors import InputError
 from lbaccel.runs.folder import PLOTS
 from lbaccel.runs.read import load_run_folder
+
+if TYPE_CHECKING:  # matplotlib is imported where something is drawn
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("loss.png", "cross-entropy", ("train/loss", "val/loss", "val/loss_ema")),
@@ -14,23 +20,97 @@ PANELS = (
 )
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn without a window and without pyplot's state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure, at 120 pixels an inch, in the format that the name ends in.
+
+    Raises:
+        OSError: see `writable`, which says so before the work.
+    """
+    figure.savefig(path, dpi=120)
+
+
+def drawable(path: Path, flag: str = "--plot") -> Path:
+    """The path, where the name ends in a format that can be drawn; see `writable` for the place.
+
+    Raises:
+        InputError: another ending.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if path.suffix.removeprefix(".") not in FigureCanvasAgg.filetypes:
+        raise InputError(
+            f"{flag} {path}: draw to one of .png, .svg, .pdf; "
+            f"lbaccel cannot draw a {path.suffix!r} file."
+        )
+    return path
+
+
+def check_plot(path: Path | None, *, parents: bool = False) -> None:
+    """Stop, before the work, where `--plot` could not be drawn or written; None is no plot.
+
+    Raises:
+        InputError: see `drawable` and `writable`.
+    """
+    if path is not None:
+        writable(drawable(path), "--plot", parents=parents)
+
+
+def writable(path: Path, flag: str, *, parents: bool = False) -> Path:
+    """The path, where a file of that name can be written; tried before the work, without a trace.
+
+    Args:
+        path: of a file, there or not; one that is there is not changed.
+        flag: that it was given with, for the error.
+        parents: make the missing folders.
+
+    Raises:
+        InputError: it can't be written, and why.
+    """
+    folder = path.parent
+    try:
+        if parents:
+            folder.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if path.is_file():
+            with path.open("ab"):
+                pass
+        elif not path.exists():
+            with tempfile.TemporaryFile(dir=folder):  # nobody else can meet its name
+                pass
+    except OSError as error:
+        reason, hint = error.strerror or str(error), "Use another file."
+        if not parents and isinstance(error, FileNotFoundError):
+            reason, hint = f"there is no folder {folder}", f"Use: mkdir -p {folder}"
+        elif isinstance(error, (FileExistsError, NotADirectoryError)):  # mkdir says the first
+            reason = f"{folder} is no folder"
+        raise InputError(f"{flag} {path} can't be written: {reason}. {hint}") from error
+    return path
+
+
 def plot_run(folder: Path) -> list[Path]:
     """Draw `plots/loss.png`, `top1.png` and `lr.png` of a run folder; absent metrics are left out.
 
     Returns:
         The files written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     run = load_run_folder(folder)
     written = []
     for file, label, metrics in PANELS:
         present = [metric for metric in metrics if run.history.get(metric)]
         if not present:
             continue
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6, 4)
         axes = figure.add_subplot()
         for metric in present:
             points = [
@@ -52,6 +132,6 @@ def plot_run(folder: Path) -> list[Path]:
         axes.legend()
         path = folder / PLOTS / file
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=120)
+        save(figure, path)
         written.append(path)
     return written

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 # of a checkpoint
 MANIFEST, STATE, CLASSES = "manifest.json", "state.pt", "classes.json"
 PREPROCESSING, MODEL, MODEL_EMA = "preprocessing.json", "model", "model_ema"
+# beside a folder that is being written: the new one until it is whole, the old one while it goes
+WRITING, REPLACED = ".writing-", ".replaced-"
 
 
 def new_run_folder(root: Path, name: str) -> Path:
@@ -73,6 +78,73 @@ def atomic_write_text(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, which takes its place by a rename when the block has ended.
+
+    Nobody sees a part of the new folder under the name `target`: its files are on the disk before
+    the rename. A fault inside the block leaves `target` as it was and nothing beside it. Where
+    `target` has files, it is renamed aside first and removed last, and it comes back where the
+    new folder can't take its place. (A process that is killed between these two renames leaves
+    the old folder beside, under a name that begins with `REPLACED`.)
+
+    Args:
+        target: a folder, there or not; missing parents are made.
+
+    Raises:
+        OSError: the disk is full or not writable.
+
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     with written_beside(Path(home, "run", "export")) as folder:
+    ...         _ = (folder / "README.md").write_text("whole")
+    ...     sorted(path.name for path in Path(home, "run").rglob("*"))
+    ['README.md', 'export']
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=WRITING, dir=target.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)  # a temporary folder is its owner's alone
+        _flush(beside)
+        _take_the_place(target, beside)
+    finally:  # after an interrupt too
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what a killed process left beside the folders that it was writing in `folder`."""
+    for prefix in (WRITING, REPLACED):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Bring the files and the folder to the disk: a rename must not overtake them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _take_the_place(target: Path, beside: Path) -> None:
+    """Rename `beside`; a folder with files, over which no rename goes, is put aside meanwhile."""
+    if not target.exists():
+        beside.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=REPLACED, dir=target.parent))
+    try:
+        target.rename(aside)
+        beside.rename(target)
+    except BaseException:  # an interrupt too
+        if not target.exists():
+            aside.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def plain(value: Any, *, finite: bool = False) -> Any:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from lbaccel.errors import InputError
-from lbaccel.runs.folder import CONFIG, METRICS, SUMMARY, RunFailed
+from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.runs.folder import CONFIG, METRICS, SUMMARY
 
 NOT_METRICS = frozenset({"update", "samples_seen", "epoch", "perf/seconds"})
 
@@ -108,9 +108,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a `metrics.jsonl`; a last line that a crash cut off is left out.
 
     Raises:
-        InputError: any other line that is not a JSON object with an integer `update`.
+        InputError: any other line that is not a JSON object with an integer `update`, or a file
+            that can't be read.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with reading(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line and number == len(lines):
@@ -169,8 +171,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except CannotRead:
+        raise
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: broken file ({error}). Mend or remove it.") from error
     if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from lbaccel.errors import InputError
+from lbaccel.errors import CannotRead, InputError
 from lbaccel.models import load_exactly
 from lbaccel.optim.scheduler import refresh
 from lbaccel.runs.checkpoints import (
@@ -21,7 +21,6 @@ from lbaccel.runs.checkpoints import (
     checkpoints_in,
     latest_good,
     read_state,
-    remove_unfinished,
     save_checkpoint,
 )
 from lbaccel.runs.environment import versions, write_env
@@ -35,6 +34,7 @@ from lbaccel.runs.folder import (
     SUMMARY,
     atomic_write_text,
     new_run_folder,
+    remove_unfinished,
     run_of,
     update_of,
     weights_file,
@@ -236,7 +236,7 @@ def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Sa
     try:
         return decided(accelerator, lambda: _choose(Path(target), say))
     except InputError as error:
-        if not auto:
+        if not auto or isinstance(error, CannotRead):  # what is unreadable may be whole
             raise
         say(f"{error} A new one starts.")
         return None

@@ -51,6 +51,19 @@ def stable_rate(lambda_max: float, *, momentum: float = 0.0, nesterov: bool = Fa
     return limit / lambda_max if lambda_max > 0 else math.inf
 
 
+def limits(lambda_max: float, *, momentum: float, nesterov: bool) -> dict[str, float | None]:
+    """The limit and the stable rate for JSON, which has no number for infinity.
+
+    >>> limits(2.0, momentum=0.0, nesterov=False), limits(0.0, momentum=0.0, nesterov=False)
+    ({'limit': 2.0, 'stable_rate': 1.0}, {'limit': 2.0, 'stable_rate': None})
+    """
+    rate = stable_rate(lambda_max, momentum=momentum, nesterov=nesterov)
+    return {
+        "limit": stability_limit(momentum=momentum, nesterov=nesterov),
+        "stable_rate": rate if math.isfinite(rate) else None,
+    }
+
+
 def rate_sentence(
     lr: float,
     lambda_max: float,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lbaccel.recipe.resume import read_run
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, LAST, MODEL, PREPROCESSING, weights_file
 from lbaccel.runs.read import Run
 from lbaccel.stability.curvature import largest_curvature, sgd_momentum
-from lbaccel.stability.limit import rate_advice, rate_sentence, stability_limit, stable_rate
+from lbaccel.stability.limit import limits, rate_advice, rate_sentence, stable_rate
 
 WEIGHTS = Path(CHECKPOINTS, LAST, weights_file(MODEL))
 
@@ -40,12 +39,9 @@ class RunStability:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `lbaccel lr-find --json` has them; no number for infinity."""
-        rate = self.stable_rate
-        limit = stability_limit(momentum=self.momentum, nesterov=self.nesterov)
-        return asdict(self) | {
-            "limit": limit,
-            "stable_rate": rate if math.isfinite(rate) else None,
-        }
+        return asdict(self) | limits(
+            self.lambda_max, momentum=self.momentum, nesterov=self.nesterov
+        )
 
     def lines(self) -> list[str]:
         """How the run's rates stand to it."""

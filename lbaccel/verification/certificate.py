@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lbaccel.batch.plan import NormBatchSize
+from lbaccel.runs.columns import columns
 
 Verdict = Literal["pass", "fail", "not run"]
 WIDTH = 100
@@ -168,8 +169,7 @@ def _table(cells: Sequence[Cell]) -> list[str]:
         verdict = cell.verdict if cell.verdict == "pass" else cell.verdict.upper()
         row = [cell.partition, str(cell.ranks), recompute, *map(error_text, errors), kept, verdict]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines = columns(rows)
     for at, cell in reversed(list(enumerate(cells, 1))):
         if cell.reason and cell.verdict == "fail":
             lines[at + 1 : at + 1] = textwrap.wrap(

@@ -786,3 +786,43 @@ def test_row_groups_are_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
         files.load(index)
         assert len(files.read._cache) <= 2
     assert reads == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("where", [".", "rose", "rose/deeper"])
+def test_a_folder_that_can_not_be_read_is_named_and_not_taken_for_an_empty_one(
+    where, tmp_path, monkeypatch
+):
+    """The rights of a folder do not bind root, who may run the tests: the system's answer does."""
+    write_tree(tmp_path)
+    write_image(tmp_path / "rose" / "deeper" / "9.png")
+    closed = (tmp_path / where).resolve()
+
+    def refusing(plain):
+        def answer(path="."):
+            if os.path.realpath(path) == str(closed):
+                raise PermissionError(13, "Permission denied", str(path))
+            return plain(path)
+
+        return answer
+
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    with pytest.raises(InputError, match=rf"^{closed} can't be read: Permission denied\. Give a"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_the_images_of_a_folder_come_in_torchvision_s_order(tmp_path):
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    from lbaccel.data.sources import _scan
+
+    write_tree(tmp_path)
+    for name in ("rose/b/1.png", "rose/a/2.PNG", "rose/a.png", "daisy/Z/1.jpg", "daisy/z.webp"):
+        write_image(tmp_path / name)
+    (tmp_path / "rose" / "notes.txt").write_text("")
+    classes = {name: label for label, name in enumerate(CLASSES)}
+    expected = make_dataset(str(tmp_path), classes, extensions=IMG_EXTENSIONS)
+    found = _scan(tmp_path)
+    assert [
+        (str(tmp_path / n), k) for n, k in zip(found.names, found.labels, strict=True)
+    ] == expected

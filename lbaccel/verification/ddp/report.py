@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lbaccel.batch.plan import NormBatchSize
+from lbaccel.runs.columns import columns
 from lbaccel.verification.certificate import WIDTH, error_text
 
 
@@ -93,9 +94,8 @@ class DdpCertificate:
         for row in self.comparisons:
             verdict = row.verdict if row.verdict == "pass" else row.verdict.upper()
             rows.append((row.what, row.ddp, row.lbaccel, error_text(row.error), verdict))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for at, cells in enumerate(rows):
-            yield "  ".join(map(str.ljust, cells, widths)).rstrip()
+        for at, line in enumerate(columns(rows)):
+            yield line
             if at and self.comparisons[at - 1].reason:
                 reason = self.comparisons[at - 1].reason
                 yield from textwrap.wrap(

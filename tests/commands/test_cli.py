@@ -1,0 +1,158 @@
+"""The command line: one table of commands, one shape of a command, one end for all of them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+from importlib import import_module
+
+import pytest
+
+from lbaccel import cli
+from lbaccel.errors import Diverged, InputError, RankFailed, RunFailed
+from lbaccel.recipe import ending as endings
+from lbaccel.recipe.ending import ending
+
+HELP = """usage: lbaccel COMMAND ...
+
+  train      train or finetune a timm backbone at a global batch that does not fit
+  schedule   a batch-size schedule: batch, learning rate and updates from each epoch on
+  lr-find    which learning rates a recipe bears at its global batch; changes nothing
+  plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
+  configs    the launcher's files: list, copy, explain, or make them for a plan
+  doctor     what is known to go wrong with this environment, config and script
+  compare    finished runs side by side: what differed, and what came of it
+  export     a run as a folder that timm and the Hugging Face hub load, with a model card
+  verify     a gradient check: is an update of this model the same however it is cut?
+  transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
+  replicate  a recipe made for many GPUs, as the contract of one card
+  advise     how large should the batch be, by the noise of a run's gradients
+  calibrate  what this machine's device reaches in each class of kernel, for plans
+
+lbaccel COMMAND --help says more.
+"""
+OTHERS = [name for name in cli.COMMANDS if name != "train"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_the_help_lists_every_command_with_its_line(arguments, capsys):
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == HELP
+
+
+def test_an_unknown_command_gets_the_help_as_an_error(capsys):
+    assert cli.main(["tarin"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: no command 'tarin'.\n\n{HELP}" and not captured.out
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_command_is_a_module_of_its_name_with_two_functions(name):
+    module, _ = cli.COMMANDS[name]
+    assert module == f"commands.{name.replace('-', '_')}"
+    command = import_module(f"lbaccel.{module}")
+    assert list(inspect.signature(command.add_arguments).parameters) == ["parser"]
+    assert len(inspect.signature(command.run).parameters) == 1
+    parser = argparse.ArgumentParser(prog=f"lbaccel {name}")
+    command.add_arguments(parser)
+    assert parser.format_help().startswith("usage: lbaccel ")
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "lr-find"])
+def test_a_flag_that_a_command_does_not_have_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, *NEEDED.get(name, []), "--no-such-flag"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+
+
+NEEDED = {  # flags without which argparse stops earlier
+    "schedule": [
+        "--batch-schedule",
+        "lrd",
+        "--global-batch-size",
+        "8",
+        "--num-samples",
+        "9",
+        "--base-lr",
+        "1",
+    ],
+    "plan": ["--model", "resnet10t", "--global-batch-size", "8"],
+    "configs": ["ls"],
+    "compare": ["run"],
+    "export": ["run"],
+    "verify": ["--model", "resnet10t"],
+    "transfer": ["--global-batch-size", "8"],
+    "advise": ["run"],
+}
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/x")
+ENDS = [
+    (InputError("B is 0"), 2, "error: B is 0"),
+    (RunFailed("no memory"), 1, "run failed: no memory"),
+    (Diverged("nan"), 1, "run failed: nan"),
+    (KeyboardInterrupt(), 130, "interrupted."),
+    (KeyboardInterrupt("Nothing was written."), 130, "interrupted. Nothing was written."),
+    (FULL, 1, f"run failed: {FULL}. Free some space, or write to another place."),
+]
+ENDS += [
+    (
+        error := OSError(number, "no", "file"),
+        1,
+        f"run failed: {error}. Make the place readable and writable, or write to another place.",
+    )
+    for number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+]
+
+
+def raising(error):
+    def body():
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize("error, code, line", ENDS, ids=lambda value: str(value)[:30])
+def test_each_error_has_one_line_and_one_code(error, code, line, capsys, monkeypatch):
+    left = []
+    monkeypatch.setattr(endings, "end_process_group", lambda: left.append(True))
+    assert ending(raising(error)) == code
+    captured = capsys.readouterr()
+    assert captured.err == line + "\n" and not captured.out and left == [True]
+
+
+def test_a_body_gives_its_own_code_and_where_else_to_write_is_the_command_s(capsys):
+    assert [ending(lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
+    assert ending(raising(FULL), elsewhere="give another --output") == 1
+    assert capsys.readouterr().err.endswith("Free some space, or give another --output.\n")
+    assert ending(raising(KeyboardInterrupt()), interrupted="Nothing was written.") == 130
+    assert capsys.readouterr().err == "interrupted. Nothing was written.\n"
+
+
+@pytest.mark.parametrize("error", [KeyError("s"), FileNotFoundError(2, "no such file", "x")])
+def test_a_defect_of_ours_keeps_its_traceback_and_leaves_the_process_group(error, monkeypatch):
+    left = []
+    monkeypatch.setattr(endings, "end_process_group", lambda: left.append(True))
+    with pytest.raises(type(error)):
+        ending(raising(error))
+    assert left == [True]
+
+
+def test_the_first_rank_alone_prints_unless_only_another_knows(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert ending(raising(InputError("all know"))) == 2
+    assert capsys.readouterr().err == ""
+    assert ending(raising(RankFailed("only I know"))) == 1
+    assert capsys.readouterr().err == "run failed: only I know\n"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_command_ends_there(name, capsys, monkeypatch):
+    """A full disk inside any command is one sentence, and Ctrl-C has its code."""
+    module = f"lbaccel.{cli.COMMANDS[name][0]}"
+    for error, code in ((FULL, 1), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(f"{module}.run", lambda _, error=error: raising(error)())
+        assert cli.main([name, *NEEDED.get(name, [])]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "Free some space" in line or line == "interrupted."
