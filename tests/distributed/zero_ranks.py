@@ -524,22 +524,20 @@ def lost_rank():
         raise
 
 
-def main():
-    torch.set_num_threads(1)
+def results(what):
+    """What this rank finds of the cells named, or of all: the same on each."""
     logger.setLevel("ERROR")
-    if sys.argv[1] == "lost rank":
-        return lost_rank()
     everything = {**CASES, **BF16}
-    names = everything if sys.argv[1] == "all" else sys.argv[1].split(";")
+    names = everything if what == "all" else what.split(";")
     cells = {
         name: (bf16_cell if everything[name].bf16 else cell)(everything[name]) for name in names
     }
-    if sys.argv[1] == "all":
+    if what == "all":
         for name, before, after in MOVES:
             cells[f"{name}, ZeRO-{before} to ZeRO-{after}"] = moved(name, before, after)
-    own = {s: deepspeeds_own_bf16(s) for s in (1, 2)} if sys.argv[1] == "all" else {}
+    own = {s: deepspeeds_own_bf16(s) for s in (1, 2)} if what == "all" else {}
     checks = {}
-    if sys.argv[1] == "all" and dist.get_world_size() == 2:
+    if what == "all" and dist.get_world_size() == 2:
         for stage in (0, 1, 2):
             for phase in ("forward", "backward"):
                 checks[f"memory, ZeRO-{stage}, {phase}"] = recovery(
@@ -557,9 +555,16 @@ def main():
         for stage in range(4):
             checks[f"nan loss, ZeRO-{stage}"] = recovery(Case(stage), "nan")
             checks[f"nan gradient, ZeRO-{stage}"] = recovery(Case(stage), "nan gradient")
+    return {"world_size": dist.get_world_size(), "cells": cells, "checks": checks, "own": own}
+
+
+def main():
+    torch.set_num_threads(1)
+    if sys.argv[1] == "lost rank":
+        return lost_rank()
+    found = results(sys.argv[1])
     if dist.get_rank() == 0:
-        line = {"world_size": dist.get_world_size(), "cells": cells, "checks": checks, "own": own}
-        print("RESULT " + json.dumps(line), flush=True)
+        print("RESULT " + json.dumps(found), flush=True)
     dist.destroy_process_group()
     return None
 
