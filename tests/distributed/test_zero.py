@@ -19,20 +19,19 @@ import torch
 
 pytest.importorskip("deepspeed", reason="not run: pip install 'lbaccel[deepspeed]'")
 
-TESTS = Path(__file__).parent.parent
 TOLERANCE = 1e-5  # of float32, on weights, buffers, loss and norm
 
 
 def start(world_size: int, what: str, *, script: str = "zero_ranks.py", timeout: float = 600):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "PYTHONPATH": forks.PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world_size), str(TESTS / "distributed" / script), what]
+    command += ["--nproc_per_node", str(world_size), str(Path(__file__).parent / script), what]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -6,6 +6,7 @@ Prints one JSON line on rank 0: {"world_size", "cells": {name: error}, "checks",
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -118,18 +119,19 @@ def weighted_loss(model, micro_batch):
 
 def reference(case):
     """(loss, norm, state) of each update of one process in float64; plain torch where it can be."""
-    return train_reference(case)[0]
+    return train_reference(case.optimizer, case.clip, case.random, case.weights)[0]
 
 
 def reference_optimizer(case):
     """Its optimizer after the last update."""
-    return train_reference(case)[1]
+    return train_reference(case.optimizer, case.clip, case.random, case.weights)[1]
 
 
-def train_reference(case):
-    model = make_model(torch.float64, random=case.random)
-    optimizer = make_optimizer(model, case.optimizer)
-    norm = convert_batch_norm(model, NORM) if case.random else None
+@functools.cache  # no stage changes it; nobody writes into what it returns
+def train_reference(optimizer_name, clip, random, weights):
+    model = make_model(torch.float64, random=random)
+    optimizer = make_optimizer(model, optimizer_name)
+    norm = convert_batch_norm(model, NORM) if random else None
     randomness = KeyedRandomness(0, CPU)
     history = []
     for number, count in enumerate(SIZES):
@@ -147,16 +149,16 @@ def train_reference(case):
             norm.commit()
             loss = float(sums.loss) / count
         else:
-            loss = ghost_batches_in_turn(model, images, labels, case)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+            loss = ghost_batches_in_turn(model, images, labels, weights)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
         optimizer.step()
         state = {k: v.clone() for k, v in model.state_dict().items()}
         history.append((loss, float(grad_norm), state))
     return history, optimizer
 
 
-def ghost_batches_in_turn(model, images, labels, case):
-    weights = CLASS_WEIGHTS.double() if case.weights else torch.ones(5, dtype=torch.float64)
+def ghost_batches_in_turn(model, images, labels, own_weights):
+    weights = CLASS_WEIGHTS.double() if own_weights else torch.ones(5, dtype=torch.float64)
     total, loss = weights[labels].sum(), 0.0
     for rows in torch.arange(len(labels)).tensor_split(-(-len(labels) // NORM)):
         part = F.cross_entropy(model(images[rows]), labels[rows], weights, reduction="sum") / total
