@@ -25,6 +25,7 @@ LIBRARIES = (
     *("torch", "torchvision", "timm", "timm.scheduler", "timm.optim", "timm.data", "accelerate"),
     *("accelerate.state", "torch.distributed", "torch.testing", "safetensors.torch", "yaml"),
     *("sklearn.datasets", "scipy.stats", "PIL.Image", "pytest", "filelock"),
+    *("doctest", "hypothesis.internal.conjecture.engine", "xdist.plugin"),
 )
 
 

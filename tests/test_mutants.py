@@ -429,43 +429,50 @@ MUTANTS = {
         "update.sharding.zero",
         "            self.engine.set_gradient_accumulation_boundary(True)\n            try:",
         "            try:",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-2, bf16]",
     ),
     "each micro-step is DeepSpeed's last": (
         "update.sharding.zero",
         "self.engine.set_gradient_accumulation_boundary(last and not self.droppable)",
         "pass",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-3, SGD offloaded]",
     ),
     "DeepSpeed divides by its own number of micro-steps": (
         "update.sharding.zero",
         ", scale_wrt_gas=False)",
         ")",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-0, SGD]",
     ),
     "DeepSpeed divides by the number of ranks": (
         "update.sharding.zero",
         "divisor /= self._world_size",
         "pass",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-0, SGD]",
     ),
     "bf16 is asked for under DeepSpeed, and float32 runs": (
         "update.sharding.prepare",
         "        wrap_forward(model, accelerator)\n",
         "",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-2, bf16]",
     ),
     "DeepSpeed's own bf16 runs": (
         "update.sharding.precision",
         '    section["enabled"] = False\n',
         "",
-        "tests/distributed/test_zero.py tests/test_zero_config.py",
+        "tests/test_zero_config.py::"
+        "test_deepspeed_reads_float32_while_the_accelerator_says_what_was_asked",
     ),
     "casts of weights outlive the forward that gathered them": (
         "update.transaction",
         "keeps = self.sharding.droppable",
         "keeps = True",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-3, bf16]",
     ),
     "FSDP2 divides by the number of ranks": (
         "update.sharding.fsdp",
