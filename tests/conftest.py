@@ -19,5 +19,14 @@ def fresh_state(monkeypatch, tmp_path_factory):
         state._shared_state.clear()
 
 
+@pytest.fixture(scope="module")
+def shared_traces():
+    """For modules whose tests plan the same networks: each candidate is traced once a process."""
+    import traces
+
+    with traces.shared():
+        yield
+
+
 def pytest_configure():
     torch.set_num_threads(1)

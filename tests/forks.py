@@ -25,6 +25,11 @@ from typing import Any
 
 import torch
 
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+PYTHONPATH = os.pathsep.join(
+    [str(Path(__file__).parent), str(ROOT)]
+)  # of a process that is started
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -94,10 +99,10 @@ def values(outcomes: list[Outcome]) -> list[Any]:
 
 
 def run_fresh(module: str, function: str, *args: Any, timeout: float = 300.0) -> Any:
-    """What `module.function(*args)` of the tests returns in a fresh interpreter.
+    """What `module.function(*args)` of the tests, in any folder of theirs, returns.
 
-    For limits on memory: a forked child finds the memory that its parent has freed, and a limit
-    on new memory does not bind.
+    In a fresh interpreter, for limits on memory: a forked child finds the memory that its parent
+    has freed, and a limit on new memory does not bind.
     """
     with tempfile.NamedTemporaryFile() as file:
         code = (
@@ -105,10 +110,10 @@ def run_fresh(module: str, function: str, *args: Any, timeout: float = 300.0) ->
             f"value = getattr(importlib.import_module({module!r}), {function!r})(*{args!r}); "
             f"open({file.name!r}, 'wb').write(pickle.dumps(value))"
         )
-        tests = Path(__file__).parent
+        (home,) = (path.parent for path in (ROOT / "tests").rglob(f"{module}.py"))
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(home), PYTHONPATH]),
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import tiny  # noqa: F401  registers lbaccel_tiny
@@ -30,6 +33,19 @@ def run(*flags, code=0, output="runs"):
     assert found == code, f"exit code {found}"
     folders = sorted(Path(output).iterdir()) if Path(output).exists() else []
     return folders[-1] if folders else None
+
+
+_whole: dict[tuple[str, ...], Path] = {}
+
+
+def whole(*flags):
+    """The folder of the unbroken run with these flags, run once a process: only to be read."""
+    key = tuple(map(str, flags))
+    if key not in _whole:
+        place = tempfile.mkdtemp(prefix="lbaccel_whole_")
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        _whole[key] = run(*flags, output=place)
+    return _whole[key]
 
 
 def check_refused(flags, says, capsys, folder):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs_of_recipe import check_refused, differences, rows, run
+from runs_of_recipe import check_refused, differences, rows, run, whole
 from test_growth import stopped_at
 
 from lbaccel import BatchPlan, InputError, UpdateLoader, train
@@ -138,7 +138,7 @@ def test_the_run_follows_its_own_measurements_and_its_rate_the_rule():
 @pytest.mark.parametrize("stop", [23, 25, 40])  # an epoch's last update, and others
 def test_a_resumed_run_decides_alike_and_a_replay_needs_no_noise(stop):
     flags = [*AUTO.split(), "--epochs", "3", "--warmup", "none", "--lr-scaling", "sqrt"]
-    truth = run(*flags, output="whole")
+    truth = whole(*flags)
     assert {d.after for d in read_decisions(truth / DECISIONS, first=64)} - {64}  # it grows
     broken = stopped_at(stop, *flags)
     assert run("--resume", broken, *flags) == broken

@@ -16,6 +16,8 @@ from lbaccel.errors import InputError
 from lbaccel.planning.zero import explain_zero
 from lbaccel.recipe.options import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from forks import run_forked, values
 from recipes import settings_of
-from runs_of_recipe import BASE, check_refused, differences, rows, run
+from runs_of_recipe import BASE, check_refused, differences, rows, run, whole
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
@@ -88,7 +88,7 @@ def test_warmup_cosine_and_growth_compose_by_multiplication():
 @pytest.mark.parametrize(("stop", "last"), [(5, "wrap"), (12, "keep"), (15, "keep")])
 def test_a_run_resumed_in_the_middle_of_a_schedule_is_the_unbroken_one_to_the_bit(stop, last):
     flags = [*BSI.split(), "--epochs", 3, "--last-update", last, "--ema-decay", 0.5]
-    truth = run(*flags, output="whole")
+    truth = whole(*flags)
     broken = stopped_at(stop, *flags)
     assert len(logged(broken, "batch/global")) == stop
     assert run("--resume", broken, *flags) == broken

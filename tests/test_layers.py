@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -19,17 +20,17 @@ ROOMS = (
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
     *("recipe", "stability", "replication", "export", "train", "commands", "cli", "__main__"),
 )
-NO_TORCH = (
+NO_TORCH = (  # those without numpy first
+    "optim.scaling",
+    "optim.schedules",
     "errors",
     "batch.stream",
     "batch.duration",
     "batch.plan",
     "batch.rules",
     "batch.phases",
-    "optim.scaling",
     "optim.rule",
     "optim.defaults",
-    "optim.schedules",
     "optim.adascale",
     "noise.arithmetic",
     "noise.auto_batch",
@@ -129,14 +130,42 @@ def test_a_folder_says_what_it_holds_in_one_line_and_imports_nothing(path):
         assert len(tree.body) == 1, f"{path}: a docstring, and nothing else"
 
 
+HEAVY = {"torch", "timm", "accelerate", "wandb", "matplotlib", "deepspeed"}
+ONE_BY_ONE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(f"lbaccel.{name}")
+    print(json.dumps([name, sorted({found.split(".")[0] for found in sys.modules})]))
+"""
+
+
+@pytest.fixture(scope="module")
+def modules_after():
+    """For each of NO_TORCH, which packages one process holds when it has imported it."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, *NO_TORCH],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: set(held) for name, held in map(json.loads, done.stdout.splitlines())}
+
+
 @pytest.mark.parametrize("name", NO_TORCH)
-def test_the_arithmetic_imports_no_torch(name):
-    heavy = {"torch", "timm", "accelerate", "wandb", "matplotlib", "deepspeed"}
+def test_the_arithmetic_imports_no_torch(name, modules_after):
     top = {
         found.split(".")[0]
         for found in imports(PACKAGE.joinpath(*name.split(".")).with_suffix(".py"), only_top=True)
     }
-    assert not top & heavy
+    assert not top & HEAVY
+    assert not modules_after[name] & HEAVY  # nor does anything that it imports
+
+
+@pytest.mark.parametrize("name", ["optim.scaling", "optim.schedules"])
+def test_rates_and_schedules_need_no_numpy_either(name, modules_after):
+    assert "numpy" not in modules_after[name]
 
 
 def test_tensors_without_memory_have_one_door():

@@ -22,6 +22,8 @@ from lbaccel.planning.network import random_images
 from lbaccel.planning.planner import plan
 from lbaccel.planning.report import as_report
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 PX = 64
 CONTRACT = {"img_size": PX, "num_classes": 10, "memory": "1GiB", "device": "cpu", "compare": False}
 FLAGS = "--model resnet10t --img-size 64 --num-classes 10 --global-batch-size 64 --memory 1GiB"

@@ -1,18 +1,25 @@
-"""Each trap's naive line, put back into a copy of the package, must fail a test."""
+"""Each trap's naive line, put back into a copy of the package, must fail a test that passes there.
+
+All runs of pytest fork from one server a worker (`pytest_server.py`): torch is imported once.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from pytest_server import TIMED_OUT, PytestServer
 
 ROOT = Path(__file__).parent.parent
 
-# name: (module, the line that is right, the naive line, tests that must notice)
+# name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",
@@ -36,7 +43,7 @@ MUTANTS = {
         "planning.cost.workspace",
         "return assumed_workspace(name, args, out)",
         "return 0",
-        "tests/test_kernel_memory.py",
+        "tests/test_kernel_memory.py::test_no_memory_for_a_call_is_no_failure_of_the_plan",
     ),
     "a plan has no margin": (
         "planning.cost.workspace",
@@ -55,13 +62,14 @@ MUTANTS = {
         "optim.groups",
         "stands_at = group.get(SCALED_TO, base_batch_size)",
         "stands_at = base_batch_size",
-        "tests/test_groups.py",
+        "tests/test_groups.py::test_a_resume_scales_nothing_twice_in_either_order",
     ),
     "layer decay and head factor are left to timm's schedulers": (
         "recipe.optimizer",
         "    apply_lr_scale(optimizer)\n",
         "",
-        "tests/test_groups.py",
+        "tests/test_groups.py::"
+        "test_three_groups_are_the_classifier_the_last_five_blocks_and_the_rest[convnext_atto]",
     ),
     "the head's rate is logged": (
         "train",
@@ -74,61 +82,66 @@ MUTANTS = {
         "optim.momentum",
         "held.mul_(lr / before)",
         "pass",
-        "tests/test_momentum.py",
+        "tests/test_momentum.py::"
+        "test_the_form_with_the_rate_in_its_momentum_is_wrong_by_itself_and_right_when_corrected",
     ),
     "a resume corrects the momentum from nothing": (
         "optim.momentum",
         "                group[IN] = lr\n",
         "                group[IN] = optimizer.defaults['lr']\n",
-        "tests/test_momentum.py",
+        "tests/test_momentum.py::test_a_resume_corrects_once_wherever_it_falls[3]",
     ),
     "the average keeps its decay an update": (
         "hyperparameters.items",
         "old**m.k",
         "old",
-        "tests/test_transfer.py",
+        "tests/test_transfer.py::"
+        "test_a_recipe_s_file_is_moved_from_its_own_batch_and_keeps_the_rest",
     ),
     "LARS without weight decay is built as SGD": (
         "optim.optimizers",
         "    _check_trust_ratio(name, weight_decay)\n",
         "",
-        "tests/test_trust_ratio.py",
+        "tests/test_trust_ratio.py::"
+        "test_so_the_recipe_refuses_them_without_weight_decay[None-lars]",
     ),
     "LAMB clips at 1.0 beside the clipping asked for": (
         "optim.optimizers",
         'options["max_grad_norm"] = None',
         "pass",
-        "tests/test_trust_ratio.py",
+        "tests/test_trust_ratio.py::"
+        "test_lamb_is_the_paper_s_and_clips_at_one_only_where_nothing_was_asked[7.0-True]",
     ),
     "LEGW's warmup is saved multiplied": (
         "recipe.rate",
         '"warmup_epochs": self.asked_warmup_epochs',
         '"warmup_epochs": self.warmup_epochs',
-        "tests/test_groups.py",
+        "tests/test_groups.py::"
+        "test_legw_s_warmup_is_saved_as_asked_so_that_a_run_from_its_settings_is_the_same",
     ),
     "tail divided by the full batch": (
         "update.transaction",
         "self._try(micro_batches, loss_fn, update.num_samples)",
         "self._try(micro_batches, loss_fn, 8)",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),
     "every micro-batch weighs the same": (
         "update.accumulation",
         "weight = float(micro_batch.num_samples)",
         "weight = num_samples / 6",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_three_epochs_equal_training_on_whole_batches[drop]",
     ),
     "mean of means of weighted losses": (
         "update.accumulation",
         "weight = weight.detach().double()",
         "weight = torch.tensor(float(micro_batch.num_samples)).double()",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),
     "no division by the weights": (
         "update.transaction",
         "divisor = agreement.weight / update.num_samples if agreement.own_weights else 1.0",
         "divisor = 1.0",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),
     "gradients averaged over the ranks": (
         "update.accumulation",
@@ -141,19 +154,19 @@ MUTANTS = {
         "                backward(scaled)\n",
         "                backward(scaled)\n"
         "            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
     "the last micro-batch's loss is logged": (
         "update.accumulation",
         "loss_sum = loss_sum + loss.detach().double() * weight",
         "loss_sum = loss.detach().double() * num_samples",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
     "the last short update of a run is forgotten": (
         "batch.stream",
         "return max(1, first + max(0, -(-rest // self.size_in(whole))))",
         "return max(1, first + max(0, rest // self.size_in(whole)))",
-        "tests/data/test_loader.py tests/test_recipe.py tests/test_batch.py",
+        "tests/test_batch.py::test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates",
     ),
     "trials without a backward pass": (
         "update.accumulation",
@@ -165,116 +178,126 @@ MUTANTS = {
         "update.sharding.replicated",
         "if self._clip_grad_norm is not None and finite:",
         "if False:",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_clipping_comes_after_the_sum[0.01-11]",
     ),
     "loss scale not undone before clipping": (
         "update.sharding.replicated",
         "scaler.unscale_(self._optimizer.optimizer)",
         "pass",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_the_loss_scale_is_undone_before_the_norm_is_taken_and_clipped",
     ),
     "overflow moves the counters": (
         "update.sharding.replicated",
         '"skipped" if self._optimizer.step_was_skipped else "written"',
         '"written"',
-        "tests/test_engine.py",
+        "tests/test_engine.py::"
+        "test_an_overflow_in_any_micro_batch_skips_the_update_and_moves_nothing[2]",
     ),
     "scheduler steps twice": (
         "update.engine",
         "after_update(self._scheduler, dropped=dropped)",
         "after_update(self._scheduler, dropped=dropped); self._scheduler.step()",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_scheduler_and_ema_move_once_an_update",
     ),
     "statistics of a failed update stay": (
         "update.normalization",
         "self._pending.zero_()",
         "pass",
-        "tests/test_normalization.py tests/test_engine.py",
+        "tests/test_engine.py::"
+        "test_an_exception_in_any_micro_batch_leaves_no_trace_in_the_next_update[3]",
     ),
     "not finite is not noticed": (
         "update.sharding.replicated",
         "if not finite and scaler is None:",
         "if False:",
-        "tests/test_engine.py",
+        "tests/test_engine.py::"
+        "test_a_loss_that_is_not_finite_stops_with_update_and_samples_and_writes_nothing[inf]",
     ),
     "weights cast in every micro-batch": (
         "update.transaction",
         "cache = _autocast_cache(device.type) if keeps else nullcontext()",
         "cache = nullcontext()",
-        "tests/test_engine.py",
+        "tests/test_engine.py::test_autocast_casts_the_weights_once_an_update[True]",
     ),
     "recompute moves statistics": (
         "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.micro_batch.is_filler",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::"
+        "test_recompute_counts_no_ghost_batch_twice[BatchNorm2d-True-False]",
     ),
     "a filler moves statistics": (
         "update.ghost_layers",
         "discard = norm.recomputing or norm.micro_batch.is_filler",
         "discard = norm.recomputing",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::test_a_filler_leaves_no_statistic",
     ),
     "BatchNorm over the micro-batch": (
         "update.ghost_layers",
         "if len(sizes) == 1:\n",
         "if True:\n",
-        "tests/test_normalization.py tests/test_equality.py",
+        "tests/test_normalization.py::"
+        "test_statistics_move_once_a_ghost_batch_and_only_at_commit[BatchNorm1d-shape0-0.7]",
     ),
     "merged variance without the spread of the means": (
         "update.ghost_layers",
         "m2 += m2_b + delta.square_().mul_(n * (n_b / (n + n_b)))",
         "m2 += m2_b",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::test_per_update_statistics_are_those_of_the_whole_batch",
     ),
     "merged variance without Bessel's correction": (
         "update.normalization",
         "(layer.running_var, m2 / (n - 1))",
         "(layer.running_var, m2 / n)",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::test_per_update_statistics_are_those_of_the_whole_batch",
     ),
     "statistics of ranks in any order": (
         "update.normalization",
         "(1 - layer.momentum) ** after",
         "(1 - layer.momentum) ** (0 * after)",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::"
+        "test_commit_over_ranks_equals_one_process_in_order_of_position",
     ),
     "BatchNormAct2d left out": (
         "update.ghost_layers",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)",
         "for base in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)",
-        "tests/test_normalization.py",
+        "tests/test_normalization.py::"
+        "test_statistics_move_once_a_ghost_batch_and_only_at_commit[BatchNormAct2d-shape4-0.7]",
     ),
     "recompute with other masks": (
         "randomness.masks",
         "if token not in self._calls:\n            if self._recomputing:",
         "if self._recomputing:\n            self._calls[token] = len(self._calls)\n"
         "        if token not in self._calls:\n            if False:",
-        "tests/test_masks.py tests/test_checkpointing_masks.py",
+        "tests/test_masks.py::"
+        "test_a_network_with_masks_gives_one_update_under_every_plan[swin, windows]",
     ),
     "masks of the micro-batch, not of the sample": (
         "randomness.masks",
         "positions = torch.arange(start, start + samples, device=x.device)",
         "positions = torch.arange(samples, device=x.device)",
-        "tests/test_masks.py",
+        "tests/test_masks.py::test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout1d]",
     ),
     "the same masks in every layer": (
         "randomness.masks",
         "self._calls[token] = len(self._calls)\n",
         "self._calls[token] = 0\n",
-        "tests/test_masks.py",
+        "tests/test_masks.py::"
+        "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout of maps]",
     ),
     "the same masks in every update": (
         "randomness.masks",
         "return int(keyed_hash(self.seed, MASKS, self._update))",
         "return int(keyed_hash(self.seed, MASKS, 0))",
-        "tests/test_masks.py",
+        "tests/test_masks.py::"
+        "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout of maps]",
     ),
     "an update moves the user's random state": (
         "randomness.masks",
         "            restore_generators(states, self.device)",
         "            pass",
-        "tests/test_masks.py",
+        "tests/test_masks.py::test_an_update_leaves_every_generator_where_it_was",
     ),
     "any RuntimeError counts as a lack of memory": (
         "update.memory.oom",
@@ -409,7 +432,7 @@ MUTANTS = {
         "runs.folder",
         "        _flush(beside)\n",
         "",
-        "tests/test_checkpoints.py",
+        "tests/test_checkpoints.py::test_files_reach_the_disk_before_the_rename",
     ),
     "a resume passes over a checkpoint that can't be read, and removes it": (
         "runs.checkpoints",
@@ -484,55 +507,63 @@ MUTANTS = {
         "update.sharding.zero",
         "            self.engine.set_gradient_accumulation_boundary(True)\n            try:",
         "            try:",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-2, bf16]",
     ),
     "each micro-step is DeepSpeed's last": (
         "update.sharding.zero",
         "self.engine.set_gradient_accumulation_boundary(last and not self.droppable)",
         "pass",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-3, SGD offloaded]",
     ),
     "DeepSpeed divides by its own number of micro-steps": (
         "update.sharding.zero",
         ", scale_wrt_gas=False)",
         ")",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-0, SGD]",
     ),
     "DeepSpeed divides by the number of ranks": (
         "update.sharding.zero",
         "divisor /= self._world_size",
         "pass",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-0, SGD]",
     ),
     "bf16 is asked for under DeepSpeed, and float32 runs": (
         "update.sharding.prepare",
         "        wrap_forward(model, accelerator)\n",
         "",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-2, bf16]",
     ),
     "DeepSpeed's own bf16 runs": (
         "update.sharding.precision",
         '    section["enabled"] = False\n',
         "",
-        "tests/distributed/test_zero.py tests/test_zero_config.py",
+        "tests/test_zero_config.py::"
+        "test_deepspeed_reads_float32_while_the_accelerator_says_what_was_asked",
     ),
     "casts of weights outlive the forward that gathered them": (
         "update.transaction",
         "keeps = self.sharding.droppable",
         "keeps = True",
-        "tests/distributed/test_zero.py",
+        "tests/distributed/test_zero.py::"
+        "test_two_ranks_under_zero_give_the_update_of_one_process[ZeRO-3, bf16]",
     ),
     "FSDP2 divides by the number of ranks": (
         "update.sharding.fsdp",
         "(loss * self._world_size).backward()",
         "loss.backward()",
-        "tests/distributed/test_fsdp.py",
+        "tests/distributed/test_fsdp.py::"
+        "test_two_sharded_ranks_give_the_update_of_one_process[dtype1-1e-12]",
     ),
     "Accelerate clips at 1.0": (
         "update.sharding.zero_config",
         '    config["gradient_clipping"] = wanted\n',
         "",
-        "tests/test_zero_config.py",
+        "tests/test_zero_config.py::test_auto_clipping_is_the_users_and_never_1[0.5-0.5]",
     ),
     "a base batch that was given and is the default is overridden": (
         "recipe.rate",
@@ -544,109 +575,116 @@ MUTANTS = {
         "recipe.growth",
         "[f for start, f in starts if start <= samples_seen][-1]",
         "__import__('math').prod(f for start, f in starts if start <= samples_seen)",
-        "tests/test_growth.py",
+        "tests/test_growth.py::test_warmup_cosine_and_growth_compose_by_multiplication",
     ),
     "the batch grows an epoch late": (
         "batch.phases",
         "(segment.epoch - 1, segment.global_batch_size)",
         "(segment.epoch, segment.global_batch_size)",
-        "tests/test_growth.py",
+        "tests/test_growth.py::"
+        "test_a_growing_batch_is_what_the_schedule_says_in_updates_samples_and_rates",
     ),
     "a dropped update moves no statistic": (
         "update.transaction",
         'if step.outcome in ("written", "dropped"):',
         'if step.outcome == "written":',
-        "tests/test_growth.py",
+        "tests/test_growth.py::test_a_dropped_update_moves_statistics_and_counters_and_no_weight",
     ),
     "a resume in the middle of an epoch decides again": (
         "noise.auto_batch",
         "if epoch == 0 or not first or done:",
         "if epoch == 0 or done:",
-        "tests/test_auto_batch.py",
+        "tests/test_auto_batch.py::test_in_the_middle_of_an_epoch_nothing_is_decided",
     ),
     "recompute with the spoilt list": (
         "update.checkpointing",
         "return plain(module, *_fresh(args), **_fresh(kwargs))",
         "return plain(module, *args, **kwargs)",
-        "tests/test_checkpointing.py",
+        "tests/test_checkpointing.py::"
+        "test_a_family_without_a_hook_is_wrapped_and_nothing_changes[hrnet_w18_small]",
     ),
     "masks of the learning rate: warmup forgotten": (
         "optim.schedules",
         "if samples_seen < warmup_samples:\n            if",
         "if False:\n            if",
-        "tests/test_schedules.py",
+        "tests/test_schedules.py::"
+        "test_the_trace_of_learning_rates_follows_the_closed_form_for_every_batch_size[359]",
     ),
     "order depends on the rank": (
         "data.loader",
         "start + micro_batch.start,",
         "start + micro_batch.start + self.rank,",
-        "tests/data/test_loader.py",
+        "tests/data/test_loader.py::test_no_plan_changes_samples_order_or_random_numbers",
     ),
     "augmentation keyed without the epoch": (
         "data.loader",
         "keyed_hash(self.seed, SAMPLE_SEED, epoch, index)",
         "keyed_hash(self.seed, SAMPLE_SEED, index)",
-        "tests/data/test_loader.py",
+        "tests/data/test_loader.py::test_draws_differ_between_epochs_and_samples",
     ),
     "mixup across the cut": (
         "data.augment",
         "torch.arange(start + size - 1, start - 1, -1)",
         "torch.arange(len(labels) - 1 - start, len(labels) - 1 - start - size, -1)",
-        "tests/data/test_augment.py",
+        "tests/data/test_augment.py::"
+        "test_no_cut_into_micro_batches_changes_what_is_mixed[None-alphas1]",
     ),
     "accumulation steps that are not the plan's are taken": (
         "configs.against_plan",
         "if steps != plan.gradient_accumulation_steps:",
         "if False:",
-        "tests/test_configs_command.py",
+        "tests/test_configs_command.py::test_validate_takes_what_the_script_says",
     ),
     "the environment's accumulation steps are not seen": (
         "configs.resolve",
         "with clear_environment(), patch_environment(**variables):",
         "with clear_environment():",
-        "tests/test_resolve.py",
+        "tests/test_resolve.py::"
+        "test_a_key_beside_deepspeed_config_file_is_named_with_its_place[gradient_accumulation_steps]",
     ),
     "accelerate may replace the optimizer under offload": (
         "configs.make",
         '"zero_force_ds_cpu_optimizer": False',
         '"zero_force_ds_cpu_optimizer": True',
-        "tests/test_resolve.py",
+        "tests/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3_offload]",
     ),
     "a hidden size is asked of a timm model": (
         "configs.make",
         '"stage3_prefetch_bucket_size": BUCKET',
         '"stage3_prefetch_bucket_size": "auto"',
-        "tests/test_resolve.py",
+        "tests/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3]",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",
         "scale_s / num_samples * (1 - repeat * share)",
         "scale_s / num_samples",
-        "tests/test_noise_arithmetic.py",
+        "tests/test_noise_arithmetic.py::"
+        "test_a_unit_that_crosses_an_epoch_end_takes_little_from_the_estimate",
     ),
     "the noise scale's units all weigh their samples": (
         "noise.scale",
         "factor, update_sq = num_samples**3 / weight, grad_norm**2",
         "factor, update_sq = num_samples**2, grad_norm**2",
-        "tests/test_noise_scale.py",
+        "tests/test_noise_scale.py::"
+        "test_weights_of_the_loss_function_are_scaled_to_the_number_of_samples",
     ),
     "a loss scale enters the noise scale": (
         "noise.scale",
         "        if self._scale is not None:\n",
         "        if False:\n",
-        "tests/test_noise_scale.py",
+        "tests/test_noise_scale.py::test_neither_clipping_nor_a_loss_scale_enters",
     ),
     "a filler is a unit of the noise scale": (
         "noise.scale",
         "(not isinstance(weight, Tensor) and weight == 0.0)",
         "(weight := weight or 3.0) == 0.0",
-        "tests/test_noise_scale.py",
+        "tests/test_noise_scale.py::test_a_filler_counts_nothing",
     ),
     "AdaScale takes the sum for the mean": (
         "optim.adascale",
         "num_units * mean_sq) / (num_units - 1)",
         "mean_sq / num_units) / (num_units - 1)",
-        "tests/test_adascale.py",
+        "tests/test_adascale.py::test_the_closed_form_is_fairscales_gain[3]",
     ),
     "a dropped update moves AdaScale's progress": (
         "optim.scheduler",
@@ -665,31 +703,114 @@ MUTANTS = {
         "data.loader",
         "generator.set_state(state[0])",
         "pass",
-        "tests/data/test_loader.py",
+        "tests/data/test_loader.py::test_the_users_random_state_is_left_alone",
     ),
 }
 
 
+def file_of(module: str, tree: Path = ROOT) -> Path:
+    return tree.joinpath("lbaccel", *module.split(".")).with_suffix(".py")
+
+
+def copy_to(tree: Path) -> Path:
+    """All that tests read of the repository."""
+    for folder in ("lbaccel", "tests", "accelerate_configs", "ds_configs"):
+        shutil.copytree(ROOT / folder, tree / folder)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def why_not_noticed(plain: tuple[int, str], mutated: tuple[int, str]) -> str | None:
+    """None where pytest passes in the plain package and fails in the mutated one.
+
+    Each run is (exit code, output); a negative code is the signal of a crash.
+    """
+    code, output = plain
+    if code in (4, 5):
+        return f"pytest finds no such test in the plain package:\n{output[-2000:]}"
+    if code != 0:
+        return f"red without the mutation too, pytest ended with {code}:\n{output[-4000:]}"
+    code, output = mutated
+    if code == TIMED_OUT:
+        return f"the mutated run did not end:\n{output[-2000:]}"
+    if code == 1 or code < 0:  # some crash torch's autograd
+        return None
+    return f"not noticed, pytest ended with {code}:\n{output[-2000:]}"
+
+
+@pytest.fixture(scope="session")
+def server():
+    with closing(PytestServer()) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def plain_run(server, tmp_path_factory):
+    """What the plain package's run of a selection ends with: one run for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    tree = copy_to(tmp_path_factory.mktemp("plain"))
+
+    def run(tests: str) -> tuple[int, str]:
+        path = shared / f"control_{hashlib.sha256(tests.encode()).hexdigest()}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(run_tests(server, tree, tests)))
+        code, output = json.loads(path.read_text())
+        return code, output
+
+    return run
+
+
+def run_tests(server: PytestServer, tree: Path, tests: str) -> tuple[int, str]:
+    selection = re.split(r" +(?=tests/)", tests)  # a parameter's name may hold a space
+    return server.run(tree, "-x", "-q", "-p", "no:cacheprovider", *selection)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name, tmp_path):
+def test_a_mutant_is_noticed(name, server, plain_run, tmp_path):
     module, right, naive, tests = MUTANTS[name]
-    shutil.copytree(ROOT / "lbaccel", tmp_path / "lbaccel")
-    shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    for folder in ("accelerate_configs", "ds_configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    path = tmp_path.joinpath("lbaccel", *module.split(".")).with_suffix(".py")
+    plain = plain_run(tests)
+    if plain[0] == 0 and not re.search(r"\d+ passed", plain[1]):
+        pytest.skip(f"not run: its test is skipped here: {tests}")
+    path = file_of(module, copy_to(tmp_path))
     source = path.read_text()
-    assert source.count(right) >= 1, f"{module} no longer holds {right!r}"
+    assert right in source, f"{module} no longer holds {right!r}"
     path.write_text(source.replace(right, naive, 1))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    noticed = done.returncode == 1 or done.returncode < 0  # some crash torch's autograd
-    assert noticed, f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}"
+    why = why_not_noticed(plain, run_tests(server, tmp_path, tests))
+    assert why is None, f"{tests}: {why}"
+
+
+def test_each_mutants_line_stands_in_its_module_and_its_test_in_its_file():
+    wrong = []
+    for name, (module, right, naive, tests) in MUTANTS.items():
+        path = file_of(module)
+        if not path.exists() or right not in path.read_text() or right == naive:
+            wrong.append(f"{name}: {module} does not hold {right!r}")
+        for test in re.split(r" +(?=tests/)", tests):
+            file, _, function = test.partition("::")
+            function = function.partition("[")[0]
+            if not (ROOT / file).exists() or f"def {function}" not in (ROOT / file).read_text():
+                wrong.append(f"{name}: there is no {test}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("plain", "mutated", "says"),
+    [
+        (0, 1, None),
+        (0, -11, None),
+        (0, 0, "not noticed"),
+        (0, 2, "not noticed"),
+        (0, TIMED_OUT, "did not end"),
+        (1, 1, "red without the mutation"),
+        (-11, -11, "red without the mutation"),
+        (TIMED_OUT, 1, "red without the mutation"),
+        (4, 4, "no such test"),
+        (5, 5, "no such test"),
+    ],
+)
+def test_a_mutant_counts_as_noticed_only_beside_a_run_that_passes(plain, mutated, says):
+    why = why_not_noticed((plain, ""), (mutated, ""))
+    assert why is None if says is None else why is not None and says in why

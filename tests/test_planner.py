@@ -19,6 +19,8 @@ from lbaccel.planning.estimate import Candidate, Estimator
 from lbaccel.planning.planner import plan
 from lbaccel.planning.search import Pinned, Search
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 KEYS = {
     "fits",
     "micro_batch_size",

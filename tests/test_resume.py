@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from forks import run_forked, values
-from runs_of_recipe import BASE, NUM_UPDATES, differences, newest, rows, run, tensors
+from runs_of_recipe import BASE, NUM_UPDATES, differences, newest, rows, run, tensors, whole
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
@@ -71,7 +71,7 @@ EXTRAS = {
 @pytest.mark.parametrize("stop", [1, 5, 7])  # in the first epoch, and in the second
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(extra, stop):
     flags = EXTRAS[extra].split()
-    truth = run(*flags, output="whole")
+    truth = whole(*flags)
     broken = stopped_at(stop, *flags)
     assert newest(broken).name == f"update_{stop:06d}"
     summary = json.loads((broken / "summary.json").read_text())
@@ -254,7 +254,7 @@ def test_a_time_limit_stops_in_good_order_and_exits_0(capsys, monkeypatch):
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["exit_reason"]) == ("stopped", "time limit after update 1")
     run("--resume", folder, "--max-hours", 1)
-    truth = run(output="whole")
+    truth = whole()
     assert not differences(folder, truth)
 
 
@@ -299,7 +299,7 @@ def test_a_failure_says_which_checkpoint_is_kept(capsys, monkeypatch):
     run(code=1, output="other")
     undo()
     assert capsys.readouterr().err.strip().endswith("No checkpoint was written.")
-    assert not differences(run("--resume", folder), run(output="whole"))
+    assert not differences(run("--resume", folder), whole())
 
 
 # -- longer runs ----------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_a_cosine_asks_how_it_goes_on_and_shows_the_three_in_numbers(capsys):
 def test_each_way_to_extend_a_cosine_has_the_rates_it_says():
     base = run()
     old = lrs(base)
-    whole = lrs(run("--epochs", 4, "--warmup-epochs", 0.5, output="whole"))
+    longer = lrs(run("--epochs", 4, "--warmup-epochs", 0.5, output="whole"))
     for how in ("restart", "constant", "stretch"):
         folder = Path("copies") / how
         shutil.copytree(base, folder, symlinks=True)
@@ -351,7 +351,7 @@ def test_each_way_to_extend_a_cosine_has_the_rates_it_says():
         if how == "constant":
             assert set(later) == {old[12]}
         elif how == "stretch":
-            assert later == [whole[u] for u in range(13, 24)]
+            assert later == [longer[u] for u in range(13, 24)]
         else:
             assert later[0] == 0.1 and later[-1] < 0.01
             assert all(a > b for a, b in pairwise(later))
@@ -404,7 +404,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "classes.json"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken(file, damage, capsys):
-    truth = run(output="whole")
+    truth = whole()
     folder = stopped_at(5)
     act, words = DAMAGE[damage]
     act(newest(folder) / file)
@@ -427,7 +427,7 @@ def test_a_damaged_manifest_and_no_good_checkpoint_are_said(capsys):
     assert (
         "can be used. Start a new run without --resume. A new one starts" in capsys.readouterr().out
     )
-    assert fresh != folder and not differences(fresh, run(output="whole"))
+    assert fresh != folder and not differences(fresh, whole())
 
 
 def test_leftovers_of_a_killed_process_are_taken_away():
@@ -439,7 +439,7 @@ def test_leftovers_of_a_killed_process_are_taken_away():
         file.write('{"update": 6, "train/lo')
     run("--resume", folder)
     assert not leftover.exists()
-    assert not differences(folder, run(output="whole"))
+    assert not differences(folder, whole())
 
 
 def test_weights_without_a_state_are_refused_with_what_to_type(capsys):

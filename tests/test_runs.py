@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -183,16 +182,6 @@ def test_what_is_no_run_folder_says_what_to_type(tmp_path):
     write_lines(tmp_path / "run", {"update": 1})
     with pytest.raises(InputError, match=r"holds 1 run folders: use .*/\*"):
         load_run(tmp_path)
-
-
-def test_reading_and_comparing_folders_needs_neither_torch_nor_wandb():
-    program = (
-        "import sys, lbaccel.runs.compare\n"
-        "heavy = {'torch', 'accelerate', 'wandb', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "config.yaml", "summary.json"])

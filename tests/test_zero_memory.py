@@ -11,6 +11,8 @@ from lbaccel.errors import InputError
 from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
 from lbaccel.recipe import auto_plan
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 MIB = 2**20
 BUCKET = 4 * 5_000_000
 SGD = Sizes(

@@ -1,11 +1,13 @@
-"""Run by torchrun: the equality matrix and the transaction over several gloo ranks.
+"""On each rank: the equality matrix and the transaction over several gloo ranks.
 
-Prints one JSON line on rank 0: {"world_size", "cells": {...}, "checks": {...}}.
+Run by torchrun, it prints one JSON line on rank 0: {"world_size", "cells": {...}, "checks": {...}}.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 
 import torch
@@ -31,13 +33,22 @@ NORM = 3  # eight ghost batches: on three ranks 3, 3 and 2, so the last one runs
 MICRO = {"one group": 3, "ragged": 6}
 
 
-def cell(accelerator, name, micro, checkpointing):
-    images, labels = make_samples(COUNT, size=32 if name.startswith(("resnet10t", "vit")) else 64)
-    norm = None if name in WITHOUT_BATCH_NORM else NORM
+def samples_of(name):
+    return make_samples(COUNT, size=32 if name.startswith(("resnet10t", "vit")) else 64)
+
+
+@functools.cache  # no plan changes it
+def reference(name):
+    images, labels = samples_of(name)
     order = visiting_order(COUNT)
-    loss, gradients, buffers = train_ghost_batches_in_turn(
-        make_model(name), images[order], labels[order], norm
-    )
+    norm = None if name in WITHOUT_BATCH_NORM else NORM
+    return train_ghost_batches_in_turn(make_model(name), images[order], labels[order], norm)
+
+
+def cell(accelerator, name, micro, checkpointing):
+    images, labels = samples_of(name)
+    norm = None if name in WITHOUT_BATCH_NORM else NORM
+    loss, gradients, buffers = reference(name)
     result, found, found_buffers = one_update(
         make_model(name),
         images,
@@ -148,10 +159,9 @@ def surroundings(accelerator):
     return said
 
 
-def main():
-    torch.set_num_threads(1)
+def results(names):
+    """The errors of the networks named, and the checks: the same on each rank."""
     accelerator = Accelerator(cpu=True)
-    names = sys.argv[1].split(",")
     cells = {}
     for name in names:
         for partition, micro in MICRO.items():
@@ -164,10 +174,15 @@ def main():
     if accelerator.num_processes > 1:
         checks["failing_rank"] = failing_rank(accelerator)
         checks["samples"] = surroundings(accelerator)
-    if accelerator.is_main_process:
-        line = {"world_size": accelerator.num_processes, "cells": cells, "checks": checks}
-        print("RESULT " + json.dumps(line), flush=True)
-    if accelerator.num_processes > 1:
+    return {"world_size": accelerator.num_processes, "cells": cells, "checks": checks}
+
+
+def main():
+    torch.set_num_threads(1)
+    found = results(sys.argv[1].split(","))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("RESULT " + json.dumps(found), flush=True)
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -8,22 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
-TESTS = Path(__file__).parent.parent
-FAST = "resnet10t,vit_tiny_patch16_224"
+FAST = ("resnet10t", "vit_tiny_patch16_224")
 REST = "mobilenetv2_050,efficientnet_b0,convnext_atto,regnetx_002,seresnet18,resnet18_gn"
 
 
 def launch(world_size: int, names: str) -> dict:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "PYTHONPATH": forks.PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world_size), str(TESTS / "distributed" / "ranks.py"), names]
+    script = Path(__file__).parent / "ranks.py"
+    command += ["--nproc_per_node", str(world_size), str(script), names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and len(lines) == 1, done.stdout + done.stderr
@@ -47,8 +48,17 @@ def check(result: dict, world_size: int) -> None:
         assert (unchanged, applied, moved, updates) == (True, True, True, 1)
 
 
-def test_two_ranks_give_the_update_of_one_process():
-    check(launch(2, FAST), 2)
+def forked(rank: int, name: str) -> dict:
+    import ranks
+
+    return ranks.results([name])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_two_ranks_give_the_update_of_one_process(name):
+    found = forks.values(forks.run_forked(forked, name, world_size=2, timeout=600))
+    assert found[0] == found[1]
+    check(found[0], 2)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-0 to 3 on real gloo ranks: the update of one process, and its transaction.
 
-The ranks are fresh processes: DeepSpeed keeps state of its own, and builds its operators once.
+DeepSpeed keeps state of its own and builds its operators once: no two tests share a rank. Ranks are
+torchrun's, or forked where DeepSpeed has found no GPU in the parent.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="not run: pip install 'lbaccel[deepspeed]'")
 
-TESTS = Path(__file__).parent.parent
 TOLERANCE = 1e-5  # of float32, on weights, buffers, loss and norm
 
 
 def start(world_size: int, what: str, *, script: str = "zero_ranks.py", timeout: float = 600):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "PYTHONPATH": forks.PYTHONPATH,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world_size), str(TESTS / "distributed" / script), what]
+    command += ["--nproc_per_node", str(world_size), str(Path(__file__).parent / script), what]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -44,14 +46,34 @@ def launch(world_size: int, what: str, *, script: str = "zero_ranks.py") -> dict
     return result
 
 
+def forked(rank: int, what: str) -> dict:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    import zero_ranks
+
+    return zero_ranks.results(what)
+
+
+def fork(world_size: int, what: str) -> dict:
+    """As `launch`, by ranks that find torch and DeepSpeed imported."""
+    if torch.cuda.is_available():  # the parent's DeepSpeed has taken it
+        return launch(world_size, what)
+    found = forks.values(forks.run_forked(forked, what, world_size=world_size, timeout=600))
+    assert all(result == found[0] for result in found)
+    assert found[0]["world_size"] == world_size
+    return found[0]
+
+
 def check(cells: dict[str, float]) -> None:
     wrong = {name: error for name, error in cells.items() if not error < TOLERANCE}
     assert cells and not wrong, wrong
 
 
-def test_two_ranks_under_zero_2_give_the_update_of_one_process():
-    cells = "ZeRO-2, clipped;ZeRO-0, SGD;ZeRO-3, SGD offloaded;ZeRO-2, bf16;ZeRO-3, bf16"
-    check(launch(2, cells)["cells"])
+@pytest.mark.parametrize(
+    "cell",
+    ["ZeRO-2, clipped", "ZeRO-0, SGD", "ZeRO-3, SGD offloaded", "ZeRO-2, bf16", "ZeRO-3, bf16"],
+)
+def test_two_ranks_under_zero_give_the_update_of_one_process(cell):
+    check(fork(2, cell)["cells"])
 
 
 @pytest.mark.slow

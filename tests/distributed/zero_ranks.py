@@ -6,6 +6,7 @@ Prints one JSON line on rank 0: {"world_size", "cells": {name: error}, "checks",
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -118,18 +119,19 @@ def weighted_loss(model, micro_batch):
 
 def reference(case):
     """(loss, norm, state) of each update of one process in float64; plain torch where it can be."""
-    return train_reference(case)[0]
+    return train_reference(case.optimizer, case.clip, case.random, case.weights)[0]
 
 
 def reference_optimizer(case):
     """Its optimizer after the last update."""
-    return train_reference(case)[1]
+    return train_reference(case.optimizer, case.clip, case.random, case.weights)[1]
 
 
-def train_reference(case):
-    model = make_model(torch.float64, random=case.random)
-    optimizer = make_optimizer(model, case.optimizer)
-    norm = convert_batch_norm(model, NORM) if case.random else None
+@functools.cache  # no stage changes it; nobody writes into what it returns
+def train_reference(optimizer_name, clip, random, weights):
+    model = make_model(torch.float64, random=random)
+    optimizer = make_optimizer(model, optimizer_name)
+    norm = convert_batch_norm(model, NORM) if random else None
     randomness = KeyedRandomness(0, CPU)
     history = []
     for number, count in enumerate(SIZES):
@@ -147,16 +149,16 @@ def train_reference(case):
             norm.commit()
             loss = float(sums.loss) / count
         else:
-            loss = ghost_batches_in_turn(model, images, labels, case)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+            loss = ghost_batches_in_turn(model, images, labels, weights)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
         optimizer.step()
         state = {k: v.clone() for k, v in model.state_dict().items()}
         history.append((loss, float(grad_norm), state))
     return history, optimizer
 
 
-def ghost_batches_in_turn(model, images, labels, case):
-    weights = CLASS_WEIGHTS.double() if case.weights else torch.ones(5, dtype=torch.float64)
+def ghost_batches_in_turn(model, images, labels, own_weights):
+    weights = CLASS_WEIGHTS.double() if own_weights else torch.ones(5, dtype=torch.float64)
     total, loss = weights[labels].sum(), 0.0
     for rows in torch.arange(len(labels)).tensor_split(-(-len(labels) // NORM)):
         part = F.cross_entropy(model(images[rows]), labels[rows], weights, reduction="sum") / total
@@ -524,22 +526,20 @@ def lost_rank():
         raise
 
 
-def main():
-    torch.set_num_threads(1)
+def results(what):
+    """What this rank finds of the cells named, or of all: the same on each."""
     logger.setLevel("ERROR")
-    if sys.argv[1] == "lost rank":
-        return lost_rank()
     everything = {**CASES, **BF16}
-    names = everything if sys.argv[1] == "all" else sys.argv[1].split(";")
+    names = everything if what == "all" else what.split(";")
     cells = {
         name: (bf16_cell if everything[name].bf16 else cell)(everything[name]) for name in names
     }
-    if sys.argv[1] == "all":
+    if what == "all":
         for name, before, after in MOVES:
             cells[f"{name}, ZeRO-{before} to ZeRO-{after}"] = moved(name, before, after)
-    own = {s: deepspeeds_own_bf16(s) for s in (1, 2)} if sys.argv[1] == "all" else {}
+    own = {s: deepspeeds_own_bf16(s) for s in (1, 2)} if what == "all" else {}
     checks = {}
-    if sys.argv[1] == "all" and dist.get_world_size() == 2:
+    if what == "all" and dist.get_world_size() == 2:
         for stage in (0, 1, 2):
             for phase in ("forward", "backward"):
                 checks[f"memory, ZeRO-{stage}, {phase}"] = recovery(
@@ -557,9 +557,16 @@ def main():
         for stage in range(4):
             checks[f"nan loss, ZeRO-{stage}"] = recovery(Case(stage), "nan")
             checks[f"nan gradient, ZeRO-{stage}"] = recovery(Case(stage), "nan gradient")
+    return {"world_size": dist.get_world_size(), "cells": cells, "checks": checks, "own": own}
+
+
+def main():
+    torch.set_num_threads(1)
+    if sys.argv[1] == "lost rank":
+        return lost_rank()
+    found = results(sys.argv[1])
     if dist.get_rank() == 0:
-        line = {"world_size": dist.get_world_size(), "cells": cells, "checks": checks, "own": own}
-        print("RESULT " + json.dumps(line), flush=True)
+        print("RESULT " + json.dumps(found), flush=True)
     dist.destroy_process_group()
     return None
 
