@@ -6,7 +6,22 @@ The ranks are what a launcher (torchrun, accelerate) sets.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+
+
+def unsupported_platform(name: str = sys.platform) -> str | None:
+    """A sentence where nobody has run lbaccel on this platform; None on Linux and macOS.
+
+    >>> unsupported_platform("linux") is None
+    True
+    """
+    if name.startswith(("linux", "darwin")):
+        return None
+    return (
+        f"warning: lbaccel was not run on {name} by its developers. Checkpoints need symbolic "
+        "links, and a limit on memory is not enforced there. Linux or WSL 2 is supported."
+    )
 
 
 def rank() -> int:

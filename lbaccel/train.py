@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbaccel.errors import InputError, RunFailed, is_of_the_disk, way_out
+from lbaccel.launch import unsupported_platform
 from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
@@ -58,6 +59,9 @@ def run(settings: Settings) -> Path | None:
     s = checked(settings)
     accelerator, precision = make_accelerator(s.batch.precision)
     say, auto = accelerator.print, s.origin("resume") == AUTO
+    unsupported = unsupported_platform()
+    if unsupported is not None:
+        say(unsupported)
     if s.run.resume is None and auto:
         say("resume: no run here was asked for with these settings; a new one starts")
     resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say)

@@ -99,6 +99,8 @@ def test_the_ratio_is_of_the_rate_and_the_limit():
         ("--global-batch-size", "64", "--batch-schedule", "fast", "--epochs", "2",
          "--milestones", "2", "--first-epoch", "2", "--max-batch-size", "128"),
         ("--global-batch-size", "128", "--base-batch-size", "64", "--lr-scaling", "adascale"),
+        ("--global-batch-size", "64", "--batch-schedule", "listed", "--milestones", "2",
+         "--batch-sizes", "128", "--lr-factors", "0.5", "--base-lr", "0.05", "--epochs", "2"),
         ("--global-batch-size", "128", "--activation-checkpointing", "full", "--memory", "8GiB"),
         ("--global-batch-size", "128", "--schedule", "multistep", "--milestones", "1"),
     ],
