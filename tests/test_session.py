@@ -123,9 +123,11 @@ def test_the_length_is_the_shortest_of_what_was_asked(epochs, max_updates, limit
 
 def test_the_length_follows_a_rule_that_measures_its_gain():
     loader = SimpleNamespace(stream=UpdateStream(40, 100))
-    gaining = SimpleNamespace(finished=False, num_updates=0)
+    gaining = SimpleNamespace(finished=False, num_updates=0, most_updates=20)
     length = Length(loader, epochs=2, gaining=gaining, base_batch_size=10)
     assert length.planned == 4 * loader.stream.num_updates(2)  # at least one of the base batch each
+    gaining.most_updates = 25  # updates were dropped, which gain nothing
+    assert length.planned == 25
     gaining.finished, gaining.num_updates = True, 6
     assert (length.planned, length.stop_at) == (6, 6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 from torch.optim import Optimizer
@@ -127,6 +128,12 @@ class AdaScaleLR:
     def finished(self) -> bool:
         """Whether the updates so far stand for the whole run of the base batch."""
         return self.rule.progress * self.rule.base_batch_size >= self.total_samples
+
+    @property
+    def most_updates(self) -> int:
+        """Updates of the whole run, where each that is left gains no more than one of the base."""
+        left = self.total_samples / self.rule.base_batch_size - self.rule.progress
+        return self.num_updates + max(0, ceil(left))
 
     def _measure(self) -> None:
         self.gain = self.rule.gain(self.averages, self.sizes(self.num_updates))

@@ -22,6 +22,9 @@ class _Gaining(Protocol):
     @property
     def num_updates(self) -> int: ...
 
+    @property
+    def most_updates(self) -> int: ...
+
 
 class Length:
     """The number of updates of a run, computed anew each time: a growing batch makes it smaller.
@@ -56,7 +59,8 @@ class Length:
             return num_updates
         if self._gaining.finished:
             return self._gaining.num_updates
-        return -(-num_updates * stream.global_batch_size // self._base)
+        most = -(-num_updates * stream.global_batch_size // self._base)
+        return max(most, self._gaining.most_updates)  # dropped updates gain nothing
 
     @property
     def stop_at(self) -> int:
