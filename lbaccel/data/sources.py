@@ -72,10 +72,9 @@ def open_source(
     """
     check_val_fraction(val_fraction)
     kind, _, path = spec.partition(":")
-    if kind in ("folder", "parquet") and path:
+    if kind in AT_A_PATH and path:
         root = Path(path).expanduser().absolute()
-        read = open_folder if kind == "folder" else open_parquet
-        halves = _Halves(*read(root, val_fraction=val_fraction, seed=seed))
+        halves = _Halves(*AT_A_PATH[kind](root, val_fraction=val_fraction, seed=seed))
     elif spec == "digits":
         halves = _digits(val_fraction, seed)
     elif spec in CIFAR:
@@ -278,3 +277,7 @@ def _different(root: Path, val: str, train: tuple[str, ...], other: tuple[str, .
         f"folder:{root}: train/ has {len(train)} classes and {val}/ has {len(other)}; "
         f"{'; '.join(parts)}. Both need the same sub-folders."
     )
+
+
+# kind: the function that opens it, as `open_folder` does
+AT_A_PATH = {"folder": open_folder, "parquet": open_parquet}

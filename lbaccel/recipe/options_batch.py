@@ -13,7 +13,6 @@ from lbaccel.recipe.values import (
     group_samples,
     none_of,
     numbers,
-    of_kind,
     one_of,
     option,
     samples_or_auto,
@@ -53,7 +52,7 @@ class DataOptions:
         reads_with=(
             ReadWith(
                 "data",
-                of_kind("digits", "folder", "parquet"),
+                none_of("cifar10", "cifar100"),
                 "Its validation set is its own: use other data",
             ),
         ),
@@ -82,7 +81,7 @@ class DataOptions:
         reads_with=(
             ReadWith(
                 "data",
-                of_kind("folder", "parquet"),
+                none_of("digits", "cifar10", "cifar100"),
                 "Images in memory are evaluated whole: use folder:PATH or parquet:PATH",
             ),
         ),

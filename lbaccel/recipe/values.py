@@ -104,11 +104,6 @@ def holds(word: str) -> Callable[[Any], bool]:
     return lambda value: word in value
 
 
-def of_kind(*kinds: str) -> Callable[[Any], bool]:
-    """Whether data are of one of these kinds, such as "folder" of folder:PATH."""
-    return lambda value: value.partition(":")[0] in kinds
-
-
 def is_set(value: Any) -> bool:
     """Whether there is a value at all."""
     return value is not None
