@@ -56,7 +56,7 @@ MUTANTS = {
         "planning.cost.update",
         "            recorder.watch(state)\n",
         "            pass\n",
-        "tests/test_trace.py::test_the_traced_peak_is_that_of_the_real_allocator",
+        "tests/test_trace.py::test_the_traced_peak_is_that_of_the_real_allocator[mlp]",
     ),
     "a resume scales the groups again": (
         "optim.groups",
@@ -309,19 +309,20 @@ MUTANTS = {
         "update.memory.oom",
         'r"^std::bad_alloc\\b",',
         "",
-        "tests/test_oom.py::test_each_librarys_way_to_say_it_counts",
+        "tests/test_oom.py::test_each_librarys_way_to_say_it_counts[std::bad_alloc1]",
     ),
     "only the rank that ran out shrinks": (
         "update.accumulation",
         "if num_ran_out:",
         "if ran_out:",
-        "tests/test_oom.py::test_ranks_shrink_together_wherever_one_of_them_runs_out",
+        "tests/test_oom.py::test_ranks_shrink_together_wherever_one_of_them_runs_out[0-forward]",
     ),
     "statistics of the failed attempt are kept": (
         "update.transaction",
         "        self.drop()\n        device, world_size",
         "        device, world_size",
-        "tests/test_oom.py::test_an_update_that_ran_out_of_memory_is_that_of_a_run_with_smaller_micro_batches",
+        "tests/test_oom.py::"
+        "test_an_update_that_ran_out_of_memory_is_that_of_a_run_with_smaller_micro_batches[1-forward]",
     ),
     "random state of the failed attempt goes on": (
         "randomness.masks",
@@ -426,7 +427,8 @@ MUTANTS = {
         "runs.checkpoints",
         'if found["sha256"] != expected["sha256"]:',
         "if False:",
-        "tests/test_resume.py::test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken",
+        "tests/test_resume.py::"
+        "test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_taken[model.safetensors-bit-flipped]",
     ),
     "a checkpoint is renamed before it is on the disk": (
         "runs.folder",
@@ -471,7 +473,8 @@ MUTANTS = {
         "runs.log",
         'self.window = [(float(loss), int(n)) for loss, n in state["window"]]',
         "self.window = []",
-        "tests/test_resume.py::test_a_resumed_run_is_the_unbroken_one_to_the_bit",
+        "tests/test_resume.py::"
+        "test_a_resumed_run_is_the_unbroken_one_to_the_bit[1-SGD, EMA, sparse lines]",
     ),
     "a cosine is stretched in silence": (
         "recipe.optimizer",
@@ -483,13 +486,16 @@ MUTANTS = {
         "recipe.resume",
         "if value not in (has, saved.asked.get(name, has)):",
         "if False:",
-        "tests/test_resume.py::test_a_setting_that_decides_the_result_cannot_change",
+        "tests/test_resume.py::"
+        "test_a_setting_that_decides_the_result_cannot_change"
+        "[flags0---global-batch-size 128: the run in]",
     ),
     "a resume starts the epoch anew": (
         "data.loader",
         'self.next_update, self._batches = int(state["next_update"]), None',
         "self.next_update, self._batches = 0, None",
-        "tests/test_resume.py::test_a_resumed_run_is_the_unbroken_one_to_the_bit",
+        "tests/test_resume.py::"
+        "test_a_resumed_run_is_the_unbroken_one_to_the_bit[1-SGD, EMA, sparse lines]",
     ),
     "the resumed update has the old schedule's rate": (
         "runs.session",
