@@ -48,7 +48,8 @@ def of_a_person(tmp_path_factory):
     flags = [
         *("--data", f"folder:{home}/photos", "--model", "test_vit", "--img-size", "32"),
         *("--global-batch-size", "8", "--epochs", "2", "--max-updates", "3", "--workers", "0"),
-        *(f"--output={home}/runs", "--log-with", "run_folder", "--wandb-project", "hush"),
+        *(f"--output={home}/runs", "--log-with", "run_folder", "wandb"),
+        *("--wandb-mode", "disabled", "--wandb-project", "hush"),
         *("--wandb-tags", "hush1", "hush2", "--optimizer", "adamw", "--mixup", "0.2"),
     ]
     patch = pytest.MonkeyPatch()

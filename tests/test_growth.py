@@ -214,8 +214,8 @@ def test_a_size_above_the_training_set_is_the_whole_of_it():
 
 BAD = {
     "--batch-schedule bsy": "Did you mean bsi",
-    "--factor 2": "--factor 2 is read with --batch-schedule alone",
-    "--max-batch-size 900": "--max-batch-size 900 is read with --batch-schedule alone",
+    "--factor 2": "does not read --factor 2. Add --batch-schedule, such as bsi",
+    "--max-batch-size 900": "does not read --max-batch-size 900. Add --batch-schedule",
     "--batch-schedule steady --factor 2": "does not read",
     "--batch-schedule bsi --factor 1": "not above 1",
     "--batch-schedule bsi --global-batch-size 512 --max-batch-size 128": "no room to grow",
@@ -226,7 +226,7 @@ BAD = {
     "--loss-dropout 3": "the first and the last epoch",
     "--loss-dropout 5 3": "the last is before the first",
     "--loss-dropout 50 60": "begins after the last epoch",
-    "--global-batch-size auto --min-batch-size 64 --max-batch-size 512 --factor 2": "alone",
+    "--global-batch-size auto --min-batch-size 64 --max-batch-size 512 --factor 2": "does not read --factor 2",
     "--loss-dropout 3 inf": "the first and the last epoch",
     "--loss-dropout nan 3": "the first and the last epoch",
     "--loss-dropout 0 3": "numbered from 1",

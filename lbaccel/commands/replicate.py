@@ -99,8 +99,9 @@ def check_contract(contract: Contract) -> None:
         InputError: such a value, under its name in the contract.
     """
     settings = layered(Settings(), contract.settings, origin="the contract")
-    # fp16 needs a GPU where the contract is run, not where it is written
-    checked(settings.with_values({"precision": None}))
+    # a GPU for fp16, and the images, are there where the contract is run, not where it is written
+    there = {"precision": None} | ({} if "data" in contract.settings else {"data": "folder:PATH"})
+    checked(settings.with_values(there))
 
 
 def _check_out(path: Path, *, force: bool) -> None:
