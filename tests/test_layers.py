@@ -27,6 +27,7 @@ NO_TORCH = (  # those without numpy first
     "batch.stream",
     "batch.duration",
     "batch.plan",
+    "batch.growth",
     "batch.rules",
     "batch.phases",
     "optim.rule",
