@@ -34,7 +34,7 @@ MUTANTS = {
         "tests/test_kernel_memory.py::test_the_path_that_ATen_changes_at_16_samples_is_followed",
     ),
     "a workspace holds for any number of threads": (
-        "planning.cost.kernel_memory",
+        "planning.cost.kernel_calls",
         "        torch.get_num_threads(),\n",
         "        1,\n",
         "tests/test_kernel_memory.py::test_each_number_of_threads_has_workspaces_of_its_own",
