@@ -441,6 +441,12 @@ MUTANTS = {
         "tests/test_checkpoints.py::"
         "test_a_checkpoint_that_can_not_be_read_stops_a_resume_and_is_not_passed_over",
     ),
+    "a new run begins beside one whose settings can't be read": (
+        "recipe.resume",
+        "        except CannotRead:  # it may be the run that is looked for\n            raise\n",
+        "",
+        "tests/test_unreadable.py::test_a_run_whose_settings_can_not_be_read_is_not_passed_over",
+    ),
     "an old folder does not come back": (
         "runs.folder",
         "            aside.rename(target)\n",
