@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from lbaccel import BatchPlan, LargeBatch
 from lbaccel.data.loader import Update
 from lbaccel.planning import estimate
-from lbaccel.planning.cost import chain, kernel_memory, trace, update, workspace
+from lbaccel.planning.cost import chain, kernel_calls, kernel_memory, trace, update, workspace
 from lbaccel.planning.cost.devices import find_device
 from lbaccel.planning.cost.processor import instruction_set
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
@@ -106,7 +106,7 @@ OPTIMIZERS = {
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GOALS = {"median": 0.3, "p95": 3.0, "largest": 6.0, "too_low": -1.0}  # percent
-_PREDICTS = (chain, estimate, kernel_memory, trace, update, workspace)
+_PREDICTS = (chain, estimate, kernel_calls, kernel_memory, trace, update, workspace)
 CODE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in _PREDICTS)).hexdigest()
 
 

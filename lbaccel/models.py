@@ -15,7 +15,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import CannotRead, InputError, RunFailed, reading
 
 SMALL_IMAGE = 64
 # A tensor of this name beside exported weights stops every loader whose network has another stem.
@@ -106,13 +106,21 @@ def model_options(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`."""
+    """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`.
+
+    Raises:
+        CannotRead: the system refuses.
+        InputError: no file, or none of tensors alone.
+    """
     if not path.is_file():
         raise InputError(f"checkpoint={path} is no file.")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path):
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load_file(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CannotRead:
+        raise
     except Exception as error:
         # torch's own text is long, and tells to read the file unsafely
         reason = str(error).strip().splitlines() or [type(error).__name__]

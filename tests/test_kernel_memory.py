@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lbaccel import cli
-from lbaccel.planning.cost import kernel_memory, workspace
+from lbaccel.planning.cost import kernel_calls, kernel_memory, workspace
+from lbaccel.planning.cost.kernel_calls import Unmeasured, allocations
 from lbaccel.planning.cost.kernel_memory import (
     ROWS,
-    Unmeasured,
-    allocations,
     is_chosen_by_processor,
     is_matrix_product,
     measured_workspace,
@@ -122,14 +121,14 @@ def test_the_path_that_ATen_changes_at_16_samples_is_followed(samples, layout):
 def test_each_number_of_threads_has_workspaces_of_its_own(monkeypatch):
     """oneDNN's Winograd gradients and partial sums have buffers for each thread."""
     measured, calls = [], convolution(8, 256, 256, 3, 2)
-    plain = kernel_memory.allocations
+    plain = kernel_calls.allocations
 
     def noted(call):
         measured.append(torch.get_num_threads())
         return plain(call)
 
-    monkeypatch.setattr(kernel_memory, "allocations", noted)
-    kernel_memory._known_allocations.cache_clear()
+    monkeypatch.setattr(kernel_calls, "allocations", noted)
+    kernel_calls._known_allocations.cache_clear()
     for num_threads in (1, 3, 1):
         torch.set_num_threads(num_threads)
         try:
@@ -142,13 +141,13 @@ def test_each_number_of_threads_has_workspaces_of_its_own(monkeypatch):
 
 def test_no_call_is_larger_than_the_kernel_that_is_asked_for(monkeypatch):
     seen = []
-    plain = kernel_memory._allocations
+    plain = kernel_memory.kernel_allocations
 
     def noted(op, args):
         seen.append(args[0].sizes)
         return plain(op, args)
 
-    monkeypatch.setattr(kernel_memory, "_allocations", noted)
+    monkeypatch.setattr(kernel_memory, "kernel_allocations", noted)
     for samples, kernel in ((1, 3), (2, 3), (3, 3), (4, 3), (200, 3), (16, 1), (17, 1), (200, 1)):
         seen.clear()
         for name, args in convolution(samples, 48, 48, kernel, 30).items():
@@ -163,7 +162,7 @@ def test_no_call_is_larger_than_the_kernel_that_is_asked_for(monkeypatch):
 def test_what_was_measured_once_is_not_measured_again(monkeypatch):
     calls = convolution(9, 24, 24, 3, 10)
     found = [measured_workspace(name, args) for name, args in calls.items()]
-    monkeypatch.setattr(kernel_memory, "allocations", lambda call: pytest.fail("called again"))
+    monkeypatch.setattr(kernel_calls, "allocations", lambda call: pytest.fail("called again"))
     assert [measured_workspace(name, args) for name, args in calls.items()] == found
     other = convolution(500, 24, 24, 3, 10)  # affine in the samples: the same two calls
     assert all(measured_workspace(name, args) >= 0 for name, args in other.items())
@@ -186,7 +185,7 @@ def test_one_more_sample_that_changes_the_algorithm_errs_upward(monkeypatch):
     def taken(op, args):
         return lists[args[0].sizes[0]]
 
-    monkeypatch.setattr(kernel_memory, "_allocations", taken)
+    monkeypatch.setattr(kernel_memory, "kernel_allocations", taken)
     monkeypatch.setattr(kernel_memory, "_changes_at_many", lambda *a: False)
     args = convolution(30, 8, 8, 3, 8)["aten.convolution"]
     assert measured_workspace("aten.convolution", args) == 10 * 180
@@ -201,7 +200,7 @@ def test_with_threads_a_third_call_finds_what_more_samples_add(monkeypatch):
         n = args[0].sizes[0]
         return (10 * n, -10 * n) if n < 5 else (10 * n, 64, -64, -10 * n)
 
-    monkeypatch.setattr(kernel_memory, "_allocations", taken)
+    monkeypatch.setattr(kernel_memory, "kernel_allocations", taken)
     monkeypatch.setattr(kernel_memory, "_changes_at_many", lambda *a: False)
     args = convolution(32, 8, 8, 3, 8)["aten.convolution"]
     assert measured_workspace("aten.convolution", args) == 320
@@ -236,7 +235,7 @@ def test_bf16_products_are_measured_on_blocks_where_onednn_runs_them(monkeypatch
         seen.append([a.sizes for a in args])
         return (80, 500, -500)
 
-    monkeypatch.setattr(kernel_memory, "_allocations", taken)
+    monkeypatch.setattr(kernel_memory, "kernel_allocations", taken)
     monkeypatch.setattr(kernel_memory, "_has_bf16_products", lambda: True)
     with fake_tensors():
         x, weight = torch.empty(50_000, 384, dtype=torch.bfloat16), torch.empty(384, 1536)
@@ -293,7 +292,7 @@ def test_under_a_profiler_of_the_users_a_workspace_is_assumed_and_the_plan_says_
     flags = [*flags.split(), "--micro-batch-size", "32", "--num-classes", "10"]
     assert cli.main(flags) == 0
     measured = capsys.readouterr().out
-    kernel_memory._known_allocations.cache_clear()
+    kernel_calls._known_allocations.cache_clear()
     with profile(activities=[ProfilerActivity.CPU]):
         assert cli.main(flags) == 0
     assumed = capsys.readouterr().out
@@ -311,8 +310,8 @@ def test_no_memory_for_a_call_is_no_failure_of_the_plan(monkeypatch):
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
         )
 
-    monkeypatch.setattr(kernel_memory, "allocations", fails)
-    kernel_memory._known_allocations.cache_clear()
+    monkeypatch.setattr(kernel_calls, "allocations", fails)
+    kernel_calls._known_allocations.cache_clear()
     args = convolution(5, 16, 16, 3, 9)["aten.convolution"]
     with pytest.raises(Unmeasured, match="can't allocate memory"):
         measured_workspace("aten.convolution", args)
@@ -325,9 +324,9 @@ def test_no_memory_for_a_call_is_no_failure_of_the_plan(monkeypatch):
 
 
 def test_a_call_that_may_not_fit_in_memory_is_not_made(monkeypatch):
-    monkeypatch.setattr(kernel_memory, "default_budget", lambda device: 1000)
-    monkeypatch.setattr(kernel_memory, "allocations", lambda call: pytest.fail("called"))
-    kernel_memory._known_allocations.cache_clear()
+    monkeypatch.setattr(kernel_calls, "default_budget", lambda device: 1000)
+    monkeypatch.setattr(kernel_calls, "allocations", lambda call: pytest.fail("called"))
+    kernel_calls._known_allocations.cache_clear()
     args = convolution(5, 16, 16, 3, 9)["aten.convolution"]
     with pytest.raises(Unmeasured, match="0 MiB are free"):
         measured_workspace("aten.convolution", args)
@@ -337,7 +336,7 @@ def test_a_kernel_that_would_end_the_process_is_not_called(monkeypatch):
     """mobileone's and repvgg's stems, channels-last: see `_writes_past_its_buffers`."""
     with fake_tensors():
         calls = convolution(8, 3, 48, 1, 32, stride=2, padding=0, layout="channels_last")
-    monkeypatch.setattr(kernel_memory, "allocations", lambda call: pytest.fail("called"))
+    monkeypatch.setattr(kernel_calls, "allocations", lambda call: pytest.fail("called"))
     with pytest.raises(Unmeasured, match="past its buffers"):
         measured_workspace("aten.convolution_backward", calls["aten.convolution_backward"])
 
@@ -347,7 +346,7 @@ def test_a_change_of_torchs_private_functions_is_no_failure_of_the_plan(monkeypa
         raise TypeError("incompatible function arguments")
 
     monkeypatch.setattr(torch._C, "_select_conv_backend", changed)
-    kernel_memory._known_backend.cache_clear()
+    kernel_calls._known_backend.cache_clear()
     args = convolution(5, 16, 16, 3, 9)["aten.convolution"]
     workspaces = CpuWorkspaces()
     assert workspaces("aten.convolution", args, {}, aten.convolution(*args)) > 0

@@ -27,6 +27,7 @@ NO_TORCH = (  # those without numpy first
     "batch.stream",
     "batch.duration",
     "batch.plan",
+    "batch.growth",
     "batch.rules",
     "batch.phases",
     "optim.rule",
@@ -36,6 +37,8 @@ NO_TORCH = (  # those without numpy first
     "noise.auto_batch",
     "noise.advice",
     "randomness.keys",
+    "hyperparameters.values",
+    "hyperparameters.transfer",
     "update.loss_dropout",
     "recipe.growth",
     "recipe.values",
@@ -128,6 +131,20 @@ def test_a_folder_says_what_it_holds_in_one_line_and_imports_nothing(path):
     assert (ast.get_docstring(tree) or "").strip()
     if path.parent != PACKAGE:
         assert len(tree.body) == 1, f"{path}: a docstring, and nothing else"
+
+
+MOST_LINES = 120  # of a function, with its docstring
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_no_function_is_longer_than_two_screens(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
 HEAVY = {"torch", "timm", "accelerate", "wandb", "matplotlib", "deepspeed"}

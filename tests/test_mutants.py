@@ -34,7 +34,7 @@ MUTANTS = {
         "tests/test_kernel_memory.py::test_the_path_that_ATen_changes_at_16_samples_is_followed",
     ),
     "a workspace holds for any number of threads": (
-        "planning.cost.kernel_memory",
+        "planning.cost.kernel_calls",
         "        torch.get_num_threads(),\n",
         "        1,\n",
         "tests/test_kernel_memory.py::test_each_number_of_threads_has_workspaces_of_its_own",
@@ -442,6 +442,12 @@ MUTANTS = {
         "",
         "tests/test_checkpoints.py::"
         "test_a_checkpoint_that_can_not_be_read_stops_a_resume_and_is_not_passed_over",
+    ),
+    "a new run begins beside one whose settings can't be read": (
+        "recipe.resume",
+        "        except CannotRead:  # it may be the run that is looked for\n            raise\n",
+        "",
+        "tests/test_unreadable.py::test_a_run_whose_settings_can_not_be_read_is_not_passed_over",
     ),
     "an old folder does not come back": (
         "runs.folder",

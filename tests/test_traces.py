@@ -9,7 +9,7 @@ from lbaccel.batch.plan import BatchPlan
 from lbaccel.planning.cost.devices import CPU, find_device
 from lbaccel.planning.cost.update import classification_loss
 from lbaccel.planning.estimate import Candidate, Estimator
-from lbaccel.planning.network import network_of
+from lbaccel.planning.network import Trained, network_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +18,11 @@ def nothing_known(monkeypatch):
 
 
 def an_estimator(*, optimizer="sgd", device=CPU, norm=8, img_size=32, precision="fp32"):
-    network, _ = network_of(
-        "resnet10t", img_size=img_size, num_classes=10, optimizer=optimizer, make_batch=None,
-        loss_fn=classification_loss, clips=False, device=device, precision=precision,
+    trained = Trained(
+        model="resnet10t", img_size=img_size, num_classes=10, optimizer=optimizer, make_batch=None,
+        loss_fn=classification_loss, clips=False, precision=precision,
     )  # fmt: skip
+    network = network_of(trained, device)
     plan = BatchPlan(global_batch_size=32, micro_batch_size=8, norm_batch_size=norm)
     return Estimator(network, plan, device, precision)
 

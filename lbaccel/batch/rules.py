@@ -11,29 +11,17 @@ from fractions import Fraction
 from itertools import pairwise
 from math import ceil, inf
 
+from lbaccel.batch.growth import BY_EPOCH, READ_BY, Frame, Growth
 from lbaccel.batch.phases import Segment, check_size, whole_epochs
-from lbaccel.errors import InputError, check_choice, check_number, check_whole
+from lbaccel.errors import InputError, check_choice, check_number
 
 RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant", "listed")
 MILESTONES = (60, 120, 160)
 FACTORS = {"lrd": (5,), "bsi": (5,), "bsi-doubled-end": (5,), "mixed": (4, 4, 50), "fast": (2,)}
-PAST_MAX = ("drop", "lr")
 MAX_STEPS = 1000  # of "fast" and "instant"
 
-_AT_MILESTONES = ("lrd", "bsi", "bsi-doubled-end", "mixed", "fast")
-_GROWING = ("bsi", "bsi-doubled-end", "mixed", "fast", "instant")
-_BY_EPOCH = ("fast", "instant")
-_READ_BY = {
-    "milestones": (*_AT_MILESTONES, "listed"),
-    "factors": _AT_MILESTONES,
-    "max_batch_size": _GROWING,
-    "past_max": ("bsi", "bsi-doubled-end", "mixed"),
-    "growth": _BY_EPOCH,
-    "lr_growth": _BY_EPOCH,
-    "first_epoch": _BY_EPOCH,
-    "batch_sizes": ("listed",),
-    "lr_factors": ("listed",),
-}
+Change = tuple[int, Fraction, Fraction]
+"""Epoch, factor of the batch size, factor of the learning rate."""
 
 
 def batch_schedule(
@@ -106,69 +94,60 @@ def batch_schedule(
     160 50000 0.3814697265625
     """
     check_choice("rule", rule, choices=RULES)
-    check_choice("past_max", past_max, choices=PAST_MAX)
-    check_whole("num_samples", num_samples)
-    check_number("epochs", epochs)
-    check_size("global_batch_size", global_batch_size, num_samples=num_samples)
-    given = {
-        "milestones": milestones,
-        "factors": factors,
-        "max_batch_size": max_batch_size,
-        "past_max": None if past_max == "drop" else past_max,
-        "growth": growth,
-        "lr_growth": lr_growth,
-        "first_epoch": first_epoch,
-        "batch_sizes": batch_sizes,
-        "lr_factors": lr_factors,
-    }
-    for name, value in given.items():
-        if value not in (None, ()) and rule not in _READ_BY[name]:
-            raise InputError(
-                f"rule={rule!r} does not read {name}={value!r}. Leave {name} out, or use rule="
-                f"{' or '.join(repr(other) for other in _READ_BY[name])}."
-            )
-    largest = num_samples if max_batch_size is None else max_batch_size
-    check_size("max_batch_size", largest, num_samples=num_samples)
-    if rule in _GROWING and (
-        largest < global_batch_size or (largest == global_batch_size and past_max == "drop")
-    ):
-        raise InputError(
-            f"max_batch_size={largest} leaves global_batch_size={global_batch_size} no room to "
-            f"grow under rule={rule!r}. Use max_batch_size > {global_batch_size}, or a smaller "
-            "global_batch_size, or rule='steady'."
-        )
-    changes: list[tuple[int, Fraction, Fraction]] = []
-    if rule in _READ_BY["milestones"]:
-        at = whole_epochs(
-            "milestones", MILESTONES if milestones is None else milestones, epochs=epochs
-        )
-        if not at and rule != "fast":
-            raise InputError(
-                f"rule={rule!r} has no milestones, so nothing would change. Use milestones such "
-                "as (60, 120, 160), or rule='steady'."
-            )
-        if rule == "listed":
-            sizes = _listed("batch_sizes", batch_sizes, first=global_batch_size, milestones=at)
-            for size in batch_sizes or ():
-                check_size("batch_sizes", size, num_samples=num_samples)
-            rates = _listed("lr_factors", lr_factors, first=1, milestones=at)
-            changes += zip(at, sizes, rates, strict=True)
-        else:
-            by = _factors(rule, FACTORS[rule] if factors is None else factors, milestones=at)
-            changes += _at_milestones(rule, at, by)
-    if rule in _BY_EPOCH:
-        (start,) = whole_epochs(
-            "first_epoch", [6 if first_epoch is None else first_epoch], epochs=epochs
-        )
-        steps = _steps_to(largest, global_batch_size, 2 if growth is None else growth)
-        lr_step = _decimal("lr_growth", 1.3 if lr_growth is None else lr_growth)
-        if rule == "instant":
-            changes.append((start, Fraction(largest, global_batch_size), lr_step ** len(steps)))
-        else:
-            epochs_left = ceil(epochs) - start + 1
-            grown = [(start + i, step, lr_step) for i, step in enumerate(steps)]
-            changes += grown[:epochs_left]
+    asked = Growth(
+        milestones=milestones,
+        factors=factors,
+        max_batch_size=max_batch_size,
+        past_max=past_max,
+        growth=growth,
+        lr_growth=lr_growth,
+        first_epoch=first_epoch,
+        batch_sizes=batch_sizes,
+        lr_factors=lr_factors,
+    )
+    frame = Frame(global_batch_size=global_batch_size, epochs=epochs, num_samples=num_samples)
+    asked.check(rule, frame)
+    changes = [*_of_milestones(rule, asked, frame), *_of_epochs(rule, asked, frame)]
+    largest = asked.largest(frame)
     return _fold(sorted(changes), global_batch_size, largest=largest, past_max=past_max)
+
+
+def _of_milestones(rule: str, asked: Growth, frame: Frame) -> list[Change]:
+    """The changes at milestones."""
+    if rule not in READ_BY["milestones"]:
+        return []
+    given = MILESTONES if asked.milestones is None else asked.milestones
+    at = whole_epochs("milestones", given, epochs=frame.epochs)
+    if not at and rule != "fast":
+        raise InputError(
+            f"rule={rule!r} has no milestones, so nothing would change. Use milestones such "
+            "as (60, 120, 160), or rule='steady'."
+        )
+    if rule != "listed":
+        factors = FACTORS[rule] if asked.factors is None else asked.factors
+        return list(_at_milestones(rule, at, _factors(rule, factors, milestones=at)))
+    sizes = _listed("batch_sizes", asked.batch_sizes, first=frame.global_batch_size, milestones=at)
+    for size in asked.batch_sizes or ():
+        check_size("batch_sizes", size, num_samples=frame.num_samples)
+    rates = _listed("lr_factors", asked.lr_factors, first=1, milestones=at)
+    return list(zip(at, sizes, rates, strict=True))
+
+
+def _of_epochs(rule: str, asked: Growth, frame: Frame) -> list[Change]:
+    """The changes of "fast" and "instant" from `first_epoch` on."""
+    if rule not in BY_EPOCH:
+        return []
+    first = 6 if asked.first_epoch is None else asked.first_epoch
+    (start,) = whole_epochs("first_epoch", [first], epochs=frame.epochs)
+    largest = asked.largest(frame)
+    growth = 2 if asked.growth is None else asked.growth
+    steps = _steps_to(largest, frame.global_batch_size, growth)
+    lr_step = _decimal("lr_growth", 1.3 if asked.lr_growth is None else asked.lr_growth)
+    if rule == "instant":
+        return [(start, Fraction(largest, frame.global_batch_size), lr_step ** len(steps))]
+    epochs_left = ceil(frame.epochs) - start + 1
+    grown = [(start + i, step, lr_step) for i, step in enumerate(steps)]
+    return grown[:epochs_left]
 
 
 def _listed(
@@ -188,8 +167,7 @@ def _listed(
 
 def _at_milestones(
     rule: str, milestones: Sequence[int], factors: Sequence[Fraction]
-) -> Iterator[tuple[int, Fraction, Fraction]]:
-    """Epoch, factor of the batch size, factor of the learning rate."""
+) -> Iterator[Change]:
     for i, (epoch, factor) in enumerate(zip(milestones, factors, strict=True)):
         if rule in ("lrd", "fast") or (rule == "mixed" and i == 0):
             yield epoch, Fraction(1), 1 / factor
@@ -199,7 +177,7 @@ def _at_milestones(
 
 
 def _fold(
-    changes: Sequence[tuple[int, Fraction, Fraction]],
+    changes: Sequence[Change],
     global_batch_size: int,
     *,
     largest: int,

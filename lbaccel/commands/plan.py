@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--plot draws a sweep. Add --sweep, or leave it out.")
     check_plot(a.plot, parents=True)
     if a.report is not None:
-        from lbaccel.planning.report import check_report, write_report  # they need accelerate
+        from lbaccel.planning.report import check_report  # it needs accelerate
 
         check_report(a.report)
 
@@ -99,6 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(lines(found)))
     if a.report is not None:
+        from lbaccel.planning.report import write_report
+
         _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
         print(line, file=sys.stderr if a.json else sys.stdout)
     return 0 if found.fits else 1

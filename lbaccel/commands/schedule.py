@@ -9,7 +9,8 @@ from dataclasses import asdict, fields
 from math import ceil
 from pathlib import Path
 
-from lbaccel.batch.rules import PAST_MAX, RULES
+from lbaccel.batch.growth import PAST_MAX
+from lbaccel.batch.rules import RULES
 from lbaccel.optim.schedules import WARMUPS
 from lbaccel.recipe.schedule_flags import LR_RULES, ScheduleFlags, compose
 from lbaccel.recipe.schedule_table import ScheduleTable, plot

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import clear_environment, patch_environment
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 
 Who = Literal["JSON", "YAML", "command line", "environment", "code", "accelerate", "plan"]
 
@@ -52,7 +52,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is no file. `lbaccel configs ls` lists those that are shipped.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with reading(path):
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):

@@ -13,7 +13,7 @@ from accelerate.utils import DeepSpeedPlugin, clear_environment, patch_environme
 from lbaccel.configs.claims import Script, row
 from lbaccel.configs.launcher import Launch, Row
 from lbaccel.configs.refusals import BATCH_KEYS, HIDDEN_SIZE_KEYS, flat, refused, unfit
-from lbaccel.errors import InputError, check_whole
+from lbaccel.errors import InputError, check_whole, reading
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is no file; the path in a YAML starts in the folder that you launch from. "
             "`lbaccel configs cp zero2` copies a pair."
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}.") from error
+    with reading(path):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no object. `lbaccel configs cp zero2` copies one.")
     return found

@@ -18,7 +18,7 @@ from lbaccel.configs.launcher import Launch, launch, read_yaml
 from lbaccel.configs.refusals import BATCH_KEYS, flat
 from lbaccel.configs.resolve import Resolved, read_json, resolve
 from lbaccel.doctor.script import Script
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 from lbaccel.launch import variables
 
 PACKAGES = ("accelerate", "deepspeed", "transformers", "timm", "torch", "torchvision", "ninja")
@@ -111,7 +111,8 @@ class Facts:
 
 
 def _line(path: str, start: str) -> str:
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+    with reading(path):
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
     for number, line in enumerate(lines, 1):
         if line.strip().startswith(start):
             return f"{path}:{number}"
@@ -213,7 +214,8 @@ def _raw(path: Path) -> dict[str, Any]:
     """The YAML as written, before accelerate looks at it."""
     if path.is_file():
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with reading(path):
+                found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             found = None
         if isinstance(found, dict):

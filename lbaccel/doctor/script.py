@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def read_script(path: Path) -> Script:
     """
     if not path.is_file():
         raise InputError(f"{path} is no file. Give the training script, such as train.py.")
-    try:
-        return Script(str(path), ast.parse(path.read_text(encoding="utf-8")))
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"{path} is no Python that can be read: {error}.") from error
+    with reading(path):
+        try:
+            return Script(str(path), ast.parse(path.read_text(encoding="utf-8")))
+        except (SyntaxError, ValueError) as error:
+            raise InputError(f"{path} is no Python that can be read: {error}.") from error
 
 
 def dotted(node: ast.AST) -> str:

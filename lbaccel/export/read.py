@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 from lbaccel.export.model_card import Exported
 from lbaccel.models import model_options
 from lbaccel.recipe.options import OPTIONS
@@ -60,7 +60,8 @@ def read_exported(
             f"{path / PREPROCESSING} has no {', '.join(missing)}: it was written by another "
             "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
         )
-    weights = safetensors.torch.load_file(path / weights_file(stem))
+    with reading(path / weights_file(stem)):
+        weights = safetensors.torch.load_file(path / weights_file(stem))
     dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
     resumes = run / RESUMES
     exported = Exported(
@@ -160,10 +161,11 @@ def _check(path: Path, stem: str) -> int:
 
 
 def _json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}). Take another --checkpoint.") from error
+    with reading(path):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is no JSON ({error}). Take another --checkpoint.") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no {kind.__name__}. Take another --checkpoint.")
     return content

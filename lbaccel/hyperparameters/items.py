@@ -10,6 +10,7 @@ from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import decay_of, is_adam, is_rmsprop
 from lbaccel.hyperparameters.rows import Row
+from lbaccel.hyperparameters.values import OptimizerValues, RateValues, RunValues
 from lbaccel.optim.scaling import (
     CHOSEN,
     EPFL,
@@ -25,28 +26,14 @@ from lbaccel.optim.scaling import (
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """The values at `base_batch_size`, the rule and the rate at both batches; see `transfer`."""
+    """Two batches, and all values at the first; see `transfer`."""
 
     base_batch_size: int
     global_batch_size: int
-    optimizer: str
-    rule: str
-    lr_exponent: float | None
-    base_lr: float
-    lr: float
-    momentum: float | None
-    weight_decay: float
-    decay: str
-    ema_decay: float | None
-    clip_grad_norm: float | None
-    betas: tuple[float, float] | None
-    eps: float | None
-    warmup_epochs: float
-    epochs: float | None
-    num_samples: int | None
-    eval_every: float | None
-    log_every: int | None
-    checkpoint_every: int | None
+    rate: RateValues
+    lr: float  # at `global_batch_size`
+    optimizer: OptimizerValues
+    run: RunValues
 
     @property
     def k(self) -> float:
@@ -55,13 +42,13 @@ class Move:
 
     @property
     def row(self) -> Rule:
-        """All that is known of the rule."""
-        return rule_named(self.rule)
+        """All that is known of the rate's rule."""
+        return rule_named(self.rate.rule)
 
     @property
     def by_root(self) -> bool:
         """Whether the rate goes by the square root, whatever the rule is called."""
-        return 0.5 in (self.row.power, self.lr_exponent)
+        return 0.5 in (self.row.power, self.rate.exponent)
 
 
 def all_rows(m: Move, warnings: list[str]) -> list[Row]:
@@ -73,18 +60,18 @@ def all_rows(m: Move, warnings: list[str]) -> list[Row]:
 
 
 def _learning_rate(m: Move) -> Row:
-    source, sure = m.row.source, m.row.sure
-    if m.rule in CHOSEN and choose_rule(m.optimizer)[0] != m.rule:
-        source, sure = "as asked", f"not the usual rule for {m.optimizer}"
-    elif m.rule in CHOSEN and not any(f(m.optimizer) for f in (is_sgd, is_adam, is_rmsprop)):
-        sure = f"cautious: no derivation for {m.optimizer}"
-    p = "" if m.lr_exponent is None else f", p = {m.lr_exponent:g}"
-    rule = f"{m.rule}: {m.row.equation}, k = {m.k:.6g}{p}"
-    return Row("learning rate", m.base_lr, m.lr, rule, source, sure)
+    source, sure, name = m.row.source, m.row.sure, m.optimizer.name
+    if m.rate.rule in CHOSEN and choose_rule(name)[0] != m.rate.rule:
+        source, sure = "as asked", f"not the usual rule for {name}"
+    elif m.rate.rule in CHOSEN and not any(known(name) for known in (is_sgd, is_adam, is_rmsprop)):
+        sure = f"cautious: no derivation for {name}"
+    p = "" if m.rate.exponent is None else f", p = {m.rate.exponent:g}"
+    rule = f"{m.rate.rule}: {m.row.equation}, k = {m.k:.6g}{p}"
+    return Row("learning rate", m.rate.base_lr, m.lr, rule, source, sure)
 
 
 def _warmup(m: Move) -> Row:
-    old = new = m.warmup_epochs
+    old = new = m.rate.warmup_epochs
     rule, source = "the same epochs", f"{GOYAL}, section 2.2"
     sure = "usual; few updates at large k may want more epochs"
     if m.row.warmup_times_k:
@@ -92,31 +79,32 @@ def _warmup(m: Move) -> Row:
             old, base_batch_size=m.base_batch_size, global_batch_size=m.global_batch_size
         )
         rule, source, sure = "the same updates: epochs x k", m.row.source, m.row.sure
-        if m.epochs is not None and new > m.epochs:
+        if m.run.epochs is not None and new > m.run.epochs:
             raise InputError(
-                f"lr_scaling={m.rule!r}: warmup_epochs={old:g} become {new:g} at "
-                f"{m.global_batch_size} samples, longer than epochs={m.epochs:g}. Use "
-                f"warmup_epochs <= {m.epochs / m.k:.4g}, epochs >= {new:g}, or "
+                f"lr_scaling={m.rate.rule!r}: warmup_epochs={old:g} become {new:g} at "
+                f"{m.global_batch_size} samples, longer than epochs={m.run.epochs:g}. Use "
+                f"warmup_epochs <= {m.run.epochs / m.k:.4g}, epochs >= {new:g}, or "
                 f"lr_scaling={m.row.plain!r}."
             )
-    if m.num_samples is not None:
-        before = math.ceil(old * m.num_samples / m.base_batch_size)
-        after = math.ceil(new * m.num_samples / m.global_batch_size)
+    if m.run.num_samples is not None:
+        before = math.ceil(old * m.run.num_samples / m.base_batch_size)
+        after = math.ceil(new * m.run.num_samples / m.global_batch_size)
         rule += f" ({before} -> {after} updates)"
     return Row("warmup, epochs", old, new, rule, source, sure)
 
 
 def _momentum(m: Move, warnings: list[str]) -> list[Row]:
-    if m.momentum is None:
+    kept = m.optimizer.momentum
+    if kept is None:
         return []
     sure = "usual, not derived: its horizon, B / (1 - m) samples, grows k-fold"
-    return [Row("momentum", m.momentum, m.momentum, "kept", f"{GOYAL}, section 5.1", sure)]
+    return [Row("momentum", kept, kept, "kept", f"{GOYAL}, section 5.1", sure)]
 
 
 def _weight_decay(m: Move, warnings: list[str]) -> list[Row]:
-    old = m.weight_decay
-    kind = decay_of(m.optimizer, m.decay)
-    new = old * m.k * m.base_lr / m.lr if kind == "decoupled" else old
+    old = m.optimizer.weight_decay
+    kind = decay_of(m.optimizer.name, m.optimizer.decay)
+    new = old * m.k * m.rate.base_lr / m.lr if kind == "decoupled" else old
     rule, source, sure = {
         "decoupled": (
             "decoupled: x k lr_old / lr_new, so that lr x decay a sample stays",
@@ -139,16 +127,16 @@ def _weight_decay(m: Move, warnings: list[str]) -> list[Row]:
 
 def _moments(m: Move, warnings: list[str]) -> list[Row]:
     """Malladi's square-root rule as a whole: it belongs to a rate that goes by the root."""
-    if is_rmsprop(m.optimizer) and m.by_root:
+    if is_rmsprop(m.optimizer.name) and m.by_root:
         warnings.append(
             f"Malladi's rule also takes 1 - alpha x {m.k:.6g} and eps / {math.sqrt(m.k):.6g} for "
             "RMSProp; alpha has no setting here."
         )
-    whole_rule = is_adam(m.optimizer) and m.by_root
+    whole_rule = is_adam(m.optimizer.name) and m.by_root
     rows = []
-    kept = "kept: its rule belongs to sqrt" if is_adam(m.optimizer) else "kept"
-    open_for = "open" if is_adam(m.optimizer) else f"no derivation for {m.optimizer}"
-    betas = list(m.betas or ())
+    kept = "kept: its rule belongs to sqrt" if is_adam(m.optimizer.name) else "kept"
+    open_for = "open" if is_adam(m.optimizer.name) else f"no derivation for {m.optimizer.name}"
+    betas = list(m.optimizer.betas or ())
     for i, old in enumerate(betas):
         name = f"beta{i + 1}"
         # exact in the decimals that were typed: 0.9 at k = 10 is 0, and not 2e-16
@@ -175,16 +163,17 @@ def _moments(m: Move, warnings: list[str]) -> list[Row]:
             f"beta1^2 = {betas[0] ** 2:.4g} is not below sqrt(beta2) = {math.sqrt(betas[1]):.4g}, "
             "the condition of Adam's convergence proof (Kingma and Ba 2015, theorem 4.1)."
         )
-    if m.eps is None:
+    old = m.optimizer.eps
+    if old is None:
         return rows
     if not whole_rule:
-        return [*rows, Row("eps", m.eps, m.eps, kept, "none", open_for)]
-    new = m.eps / math.sqrt(m.k)
-    return [*rows, Row("eps", m.eps, new, "eps / sqrt(k)", f"{MALLADI}, section 5", "derived")]
+        return [*rows, Row("eps", old, old, kept, "none", open_for)]
+    new = old / math.sqrt(m.k)
+    return [*rows, Row("eps", old, new, "eps / sqrt(k)", f"{MALLADI}, section 5", "derived")]
 
 
 def _clip(m: Move, warnings: list[str]) -> list[Row]:
-    old = m.clip_grad_norm
+    old = m.optimizer.clip_grad_norm
     if old is None:
         return []
     sure = "open: the noise's share of the norm falls with sqrt(k), so it clips less often"
@@ -192,12 +181,12 @@ def _clip(m: Move, warnings: list[str]) -> list[Row]:
 
 
 def _ema(m: Move, warnings: list[str]) -> list[Row]:
-    old = m.ema_decay
+    old = m.optimizer.ema_decay
     if old is None:
         return []
     half = m.base_batch_size * half_life(old)
-    if m.epochs is not None and m.num_samples is not None and half:
-        run = m.epochs * m.num_samples
+    if m.run.epochs is not None and m.run.num_samples is not None and half:
+        run = m.run.epochs * m.run.num_samples
         if run < 3 * half:
             fits = 0.5 ** (3 * m.base_batch_size / run)
             warnings.append(
@@ -220,12 +209,12 @@ def half_life(decay: float) -> float:
 
 
 def _noise(m: Move, warnings: list[str]) -> list[Row]:
-    n = m.num_samples
-    if n is None or m.momentum is None or not is_sgd(m.optimizer):
+    n = m.run.num_samples
+    if n is None or m.optimizer.momentum is None or not is_sgd(m.optimizer.name):
         return []
-    old = m.base_lr * (n / m.base_batch_size - 1)
+    old = m.rate.base_lr * (n / m.base_batch_size - 1)
     new = m.lr * (n / m.global_batch_size - 1)
-    left = 1 - m.momentum
+    left = 1 - m.optimizer.momentum
     rule = f"g = eta (N / B - 1); over 1 - m: {old / left:.6g} -> {new / left:.6g}"
     source = f"Smith and Le 2018, arXiv 1710.06451; {EPFL}, equation 4"
     return [Row("SGD noise scale", old, new, rule, source, "a figure, no setting; for B << N")]
@@ -233,10 +222,13 @@ def _noise(m: Move, warnings: list[str]) -> list[Row]:
 
 def _cadence(m: Move, warnings: list[str]) -> list[Row]:
     rows = []
-    if m.eval_every is not None:
-        every = m.eval_every
+    if m.run.eval_every is not None:
+        every = m.run.eval_every
         rows.append(Row("evaluation, epochs", every, every, "the same epochs", "none", "certain"))
-    for item, old in (("log, updates", m.log_every), ("checkpoint, updates", m.checkpoint_every)):
+    for item, old in (
+        ("log, updates", m.run.log_every),
+        ("checkpoint, updates", m.run.checkpoint_every),
+    ):
         if old is not None:
             rule = "the same samples: updates / k, at least 1"
             rows.append(Row(item, old, max(1, round(old / m.k)), rule, "none", "certain"))
@@ -244,10 +236,10 @@ def _cadence(m: Move, warnings: list[str]) -> list[Row]:
 
 
 def _updates(m: Move, warnings: list[str]) -> list[Row]:
-    if m.epochs is None or m.num_samples is None:
+    if m.run.epochs is None or m.run.num_samples is None:
         return []
     old, new = (
-        UpdateStream(batch, m.num_samples).num_updates(m.epochs)
+        UpdateStream(batch, m.run.num_samples).num_updates(m.run.epochs)
         for batch in (m.base_batch_size, m.global_batch_size)
     )
     source = "Shallue et al. 2019, arXiv 1811.03600"

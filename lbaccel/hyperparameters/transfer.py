@@ -6,12 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lbaccel.errors import InputError, check_choice, check_number, check_whole
+from lbaccel.errors import InputError, check_whole
 from lbaccel.hyperparameters.items import Move, all_rows
-from lbaccel.hyperparameters.optimizers import DECAYS, is_adam
+from lbaccel.hyperparameters.optimizers import is_adam
 from lbaccel.hyperparameters.rows import Sheet
+from lbaccel.hyperparameters.values import (
+    OptimizerValues,
+    RateValues,
+    RunValues,
+    betas_of,
+    default_warmup,
+)
 from lbaccel.optim.defaults import default_base_lr, default_weight_decay
-from lbaccel.optim.scaling import choose_rule, find_rule, is_sgd, rule_named, scale_lr
+from lbaccel.optim.scaling import choose_rule, is_sgd
 
 
 def transfer(
@@ -79,139 +86,79 @@ def transfer(
     """
     check_whole("base_batch_size", base_batch_size)
     check_whole("global_batch_size", global_batch_size)
-    check_choice("decay", decay, choices=DECAYS)
-    rule = choose_rule(optimizer)[0] if lr_scaling == "auto" else lr_scaling
-    if base_lr is None:
-        base_lr = default_base_lr(optimizer, pretrained=False)
-    if weight_decay is None:
-        weight_decay = default_weight_decay(optimizer)
-    if warmup_epochs is None:
-        warmup_epochs = 5.0 if epochs is None else min(5.0, epochs / 4)
-    if momentum is None and is_sgd(optimizer):
-        momentum = 0.9
-    if is_adam(optimizer):
-        beta1, beta2 = (0.9 if beta1 is None else beta1), (0.999 if beta2 is None else beta2)
-        eps = 1e-8 if eps is None else eps
-    if (beta1 is None) != (beta2 is None):
-        raise InputError(f"beta1={beta1} and beta2={beta2}: {optimizer} needs both, or none.")
-    _check_numbers(
-        above_zero={
-            "base_lr": base_lr,
-            "eps": eps,
-            "clip_grad_norm": clip_grad_norm,
-            "epochs": epochs,
-            "eval_every": eval_every,
-        },
-        from_zero={"weight_decay": weight_decay, "warmup_epochs": warmup_epochs},
-        below_one={
-            "momentum": momentum,
-            "beta1": beta1,
-            "beta2": beta2,
-            "ema_decay": ema_decay,
-        },
-        whole={
-            "num_samples": num_samples,
-            "log_every": log_every,
-            "checkpoint_every": checkpoint_every,
-        },
-    )
-    if epochs is not None and warmup_epochs > epochs:
-        raise InputError(
-            f"warmup_epochs={warmup_epochs:g} is longer than the run of epochs={epochs:g}. Use "
-            f"warmup_epochs <= {epochs:g}."
-        )
-    largest = max(base_batch_size, global_batch_size)
-    if num_samples is not None and largest > num_samples:
-        raise InputError(
-            f"a batch of {largest} is above num_samples={num_samples}: an update can't hold more "
-            f"than an epoch. Use batches of at most {num_samples}."
-        )
-    row = find_rule(rule)
-    if row is not None and row.samples is not None:  # the rate of each batch, from N samples'
-        stated = {"base_batch_size": row.samples, "rule": rule, "exponent": lr_exponent}
-        base_lr, rule = scale_lr(base_lr, **stated, global_batch_size=base_batch_size), row.plain
-    lr = scale_lr(
-        base_lr,
-        base_batch_size=base_batch_size,
-        global_batch_size=global_batch_size,
-        rule=rule,
-        exponent=lr_exponent,
-    )
-    move = Move(
-        base_batch_size=base_batch_size,
-        global_batch_size=global_batch_size,
-        optimizer=optimizer,
-        rule=rule,
-        lr_exponent=lr_exponent,
-        base_lr=base_lr,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
+    steps = OptimizerValues(
+        name=optimizer,
+        momentum=0.9 if momentum is None and is_sgd(optimizer) else momentum,
+        weight_decay=default_weight_decay(optimizer) if weight_decay is None else weight_decay,
         decay=decay,
         ema_decay=ema_decay,
         clip_grad_norm=clip_grad_norm,
-        betas=None if beta1 is None or beta2 is None else (beta1, beta2),
-        eps=eps,
-        warmup_epochs=warmup_epochs,
+        betas=betas_of(optimizer, beta1, beta2),
+        eps=1e-8 if eps is None and is_adam(optimizer) else eps,
+    )
+    rate = RateValues(
+        base_lr=default_base_lr(optimizer, pretrained=False) if base_lr is None else base_lr,
+        rule=choose_rule(optimizer)[0] if lr_scaling == "auto" else lr_scaling,
+        exponent=lr_exponent,
+        warmup_epochs=default_warmup(epochs) if warmup_epochs is None else warmup_epochs,
+    )
+    run = RunValues(
         epochs=epochs,
         num_samples=num_samples,
         eval_every=eval_every,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
     )
+    run.check(rate.warmup_epochs, largest_batch=max(base_batch_size, global_batch_size))
+    rate = rate.stated_at(base_batch_size)
+    move = Move(
+        base_batch_size=base_batch_size,
+        global_batch_size=global_batch_size,
+        rate=rate,
+        lr=rate.lr_at(global_batch_size, base_batch_size=base_batch_size),
+        optimizer=steps,
+        run=run,
+    )
+    return _sheet(move)
+
+
+def _sheet(move: Move) -> Sheet:
     warnings: list[str] = []
     rows = all_rows(move, warnings)
     for row in rows:
         if isinstance(row.new, float) and not math.isfinite(row.new):
             raise InputError(
-                f"{row.item}: {row.old} at {base_batch_size} samples would be {row.new} at "
-                f"{global_batch_size}. Use a smaller value."
+                f"{row.item}: {row.old} at {move.base_batch_size} samples would be {row.new} at "
+                f"{move.global_batch_size}. Use a smaller value."
             )
     return Sheet(
-        base_batch_size=base_batch_size,
-        global_batch_size=global_batch_size,
-        lr=lr,
+        base_batch_size=move.base_batch_size,
+        global_batch_size=move.global_batch_size,
+        lr=move.lr,
         rows=tuple(rows),
         warnings=tuple(warnings),
         settings=_settings(move, {row.item: row.new for row in rows}),
     )
 
 
-def _check_numbers(
-    *,
-    above_zero: Mapping[str, Any],
-    from_zero: Mapping[str, Any],
-    below_one: Mapping[str, Any],
-    whole: Mapping[str, Any],
-) -> None:
-    for name, value in {**above_zero, **from_zero, **below_one}.items():
-        if value is not None:
-            check_number(name, value, zero=name not in above_zero)
-            if name in below_one and value >= 1:
-                raise InputError(f"{name}={value} must be in 0..1, below 1.")
-    for name, value in whole.items():
-        if value is not None:
-            check_whole(name, value)
-
-
 def _settings(move: Move, new: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of the recipe; LEGW as what it makes, so that nothing multiplies its warmup again."""
     found = {
-        "optimizer": move.optimizer,
+        "optimizer": move.optimizer.name,
         "global_batch_size": move.global_batch_size,
-        "base_lr": move.base_lr,
+        "base_lr": move.rate.base_lr,
         "base_batch_size": move.base_batch_size,
-        "lr_scaling": rule_named(move.rule).plain,
-        "lr_exponent": move.lr_exponent,
+        "lr_scaling": move.row.plain,
+        "lr_exponent": move.rate.exponent,
         "warmup_epochs": new["warmup, epochs"],
-        "epochs": move.epochs,
-        "momentum": move.momentum,
+        "epochs": move.run.epochs,
+        "momentum": move.optimizer.momentum,
         "weight_decay": new["weight decay"],
-        "clip_grad_norm": move.clip_grad_norm,
+        "clip_grad_norm": move.optimizer.clip_grad_norm,
         "ema_decay": new.get("EMA decay"),
         "betas": [new["beta1"], new["beta2"]] if "beta1" in new else None,
         "eps": new.get("eps"),
-        "eval_every": move.eval_every,
+        "eval_every": move.run.eval_every,
         "log_every": new.get("log, updates"),
         "checkpoint_every": new.get("checkpoint, updates"),
     }

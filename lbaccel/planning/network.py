@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,36 +16,60 @@ from lbaccel.planning.cost.update import MakeBatch, Network, Precision, image_ba
 from lbaccel.update.accumulation import LossFn
 
 
-def network_of(
-    model: str | nn.Module,
-    *,
-    img_size: int | None,
-    num_classes: int,
-    optimizer: Any,
-    make_batch: MakeBatch | None,
-    loss_fn: LossFn,
-    clips: bool,
-    device: Device,
-    precision: Precision,
-) -> tuple[Network, str]:
-    """The network to trace, and its name; a model by name is built without memory."""
-    if img_size is not None:
-        check_whole("img_size", img_size)
-    if isinstance(model, str):
-        name = model
-        with torch.device("meta"):
-            model = create_backbone(name, num_classes=num_classes, img_size=img_size)
-    else:
-        name = type(model).__name__
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained, as `plan` describes it: a model by name, or a module with its own data."""
+
+    model: str | nn.Module
+    img_size: int | None
+    num_classes: int
+    optimizer: str | torch.optim.Optimizer
+    make_batch: MakeBatch | None
+    loss_fn: LossFn
+    clips: bool
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.model if isinstance(self.model, str) else type(self.model).__name__
+
+    @property
+    def optimizer_name(self) -> str:
+        """As asked for, or its class."""
+        chosen = self.optimizer
+        return chosen if isinstance(chosen, str) else type(chosen).__name__
+
+    def built(self) -> nn.Module:
+        """The model; one by name is built, on torch's default device."""
+        if not isinstance(self.model, str):
+            return self.model
+        return create_backbone(self.model, num_classes=self.num_classes, img_size=self.img_size)
+
+
+def network_of(trained: Trained, device: Device) -> Network:
+    """The network to trace; a model by name is built without memory.
+
+    Raises:
+        InputError: no such model or optimizer, or images whose size nobody says.
+    """
+    if trained.img_size is not None:
+        check_whole("img_size", trained.img_size)
+    with torch.device("meta"):
+        model = trained.built()
+    make_batch, optimizer = trained.make_batch, trained.optimizer
     if make_batch is None:
-        make_batch = image_batch(*image_shape(model, img_size))
+        make_batch = image_batch(*image_shape(model, trained.img_size))
     if isinstance(optimizer, str):
-        fused = has_fused_step(optimizer, device_type=device.kind, precision=precision)
+        fused = has_fused_step(optimizer, device_type=device.kind, precision=trained.precision)
         optimizer = create_optimizer(model, optimizer, lr=0.1, weight_decay=1e-4, fused=fused)
-    network = Network(
-        model=model, make_batch=make_batch, loss_fn=loss_fn, optimizer=optimizer, clips=clips
+    return Network(
+        model=model,
+        make_batch=make_batch,
+        loss_fn=trained.loss_fn,
+        optimizer=optimizer,
+        clips=trained.clips,
     )
-    return network, name
 
 
 def image_shape(model: nn.Module, img_size: int | None) -> tuple[int, int]:

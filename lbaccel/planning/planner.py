@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, check_whole
-from lbaccel.launch import calibration_file
-from lbaccel.models import create_backbone
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
-from lbaccel.planning.cost.devices import GIB, Device, device_at_hand, find_device
+from lbaccel.planning.cost.devices import GIB, Device
 from lbaccel.planning.cost.update import (
     LossFn,
     MakeBatch,
+    Network,
     Precision,
     classification_loss,
 )
-from lbaccel.planning.cost.zero_memory import BUCKET, STAGES, Offload, Zero
+from lbaccel.planning.cost.zero_memory import BUCKET, Offload
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
 from lbaccel.planning.levers import levers
-from lbaccel.planning.network import image_shape, network_of, random_images
+from lbaccel.planning.machine import Machine, is_at_hand, machine_of, zero_of
+from lbaccel.planning.network import Trained, image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
 from lbaccel.planning.sweep import Point, sweep
-from lbaccel.update.memory.budget import default_budget, parse_memory
 from lbaccel.update.normalization import has_batch_norm
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -109,115 +109,121 @@ def plan(
     (True, 0, 256)
     """
     check_whole("global_batch_size", global_batch_size)
-    check_whole("world_size", world_size)
-    chosen = _device(device)
-    budget = _budget(memory, chosen)
-    network, name = network_of(
-        model,
+    machine = machine_of(
+        device,
+        memory=memory,
+        world_size=world_size,
+        zero=zero_of(zero_stage, offload, bucket_size=reduce_bucket_size, precision=precision),
+    )
+    trained = Trained(
+        model=model,
         img_size=img_size,
         num_classes=num_classes,
         optimizer=optimizer,
         make_batch=make_batch,
         loss_fn=loss_fn or classification_loss,
         clips=clip_grad_norm,
-        device=chosen,
         precision=precision,
     )
-    if norm_batch_size is None and has_batch_norm(network.model):
+    network = network_of(trained, machine.device)
+    batch = _batch_plan(
+        network.model,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=machine.world_size,
+        norm_batch_size=norm_batch_size,
+        mix_pairs=mix_pairs,
+    )
+    pinned = Pinned(
+        micro_batch_size=None if micro_batch_size is None else batch.largest_micro_batch(),
+        memory_format=memory_format,
+        checkpointing=activation_checkpointing,
+    )
+    search = _search(trained, network, batch, machine=machine, pinned=pinned)
+    return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan shall hold beside the choice; `plan` describes each."""
+
+    num_samples: int
+    epochs: float
+    observes: bool
+    compare: bool
+    sweeps: bool
+
+
+def _batch_plan(
+    model: nn.Module,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    world_size: int,
+    norm_batch_size: NormBatchSize,
+    mix_pairs: bool,
+) -> BatchPlan:
+    """The contract, with one group of samples as micro-batch where none is asked for."""
+    if norm_batch_size is None and has_batch_norm(model):
         norm_batch_size = min(NORM_BATCH_SIZE, global_batch_size)
     unit = norm_batch_size if isinstance(norm_batch_size, int) else 2 if mix_pairs else 1
-    batch = BatchPlan(
+    return BatchPlan(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size or unit,
         world_size=world_size,
         norm_batch_size=norm_batch_size,
         mix_pairs=mix_pairs,
     )
-    estimator = Estimator(network, batch, chosen, precision)
-    if zero_stage is not None:
-        if precision == "fp16":
-            raise InputError(
-                f"precision=fp16 with zero_stage={zero_stage}: lbaccel runs no fp16 under "
-                "DeepSpeed. Use bf16, or leave zero_stage out."
-            )
-        estimator = estimator.under(Zero(zero_stage, offload, reduce_bucket_size))
-    elif offload != "none":
+
+
+def _search(
+    trained: Trained, network: Network, batch: BatchPlan, *, machine: Machine, pinned: Pinned
+) -> Search:
+    estimator = Estimator(network, batch, machine.device, trained.precision)
+    if machine.zero is not None:
+        estimator = estimator.under(machine.zero)
+    if estimator.weight_bytes > machine.budget:
         raise InputError(
-            f"offload={offload!r} is DeepSpeed's. Give zero_stage={STAGES[offload][0]}."
-        )
-    if estimator.weight_bytes > budget:
-        raise InputError(
-            f"memory={budget / GIB:.2f} GiB is below the weights of {name} alone, "
+            f"memory={machine.budget / GIB:.2f} GiB is below the weights of {trained.name} alone, "
             f"{estimator.weight_bytes / GIB:.2f} GiB. Use more memory or a smaller model."
         )
-    pinned = Pinned(
-        micro_batch_size=batch.largest_micro_batch() if micro_batch_size is not None else None,
-        memory_format=memory_format,
-        checkpointing=activation_checkpointing,
-    )
-    search = Search(estimator, budget, pinned)
-    notes: tuple[str, ...] = ()
+    return Search(estimator, machine.budget, pinned)
+
+
+def _chosen(search: Search, trained: Trained, *, observes: bool) -> tuple[Choice, list[str]]:
+    """The search's choice, by real micro-batches where the model can't be traced, and notes."""
+    estimator, optimizer = search.estimator, trained.optimizer
     try:
-        choice = search.run()
+        return search.run(), []
     except Untraceable as error:
-        if not observes or not isinstance(optimizer, str) or not _is_at_hand(chosen):
+        if not observes or not isinstance(optimizer, str) or not is_at_hand(estimator.device):
             raise
         from lbaccel.planning.observe import observer  # it needs accelerate
 
-        if isinstance(model, str):
-            model = create_backbone(name, num_classes=num_classes, img_size=img_size)
+        model = trained.built()
         estimator.observe = observer(
             estimator,
             model,
-            make_batch or random_images(*image_shape(model, img_size)),
-            loss_fn=network.loss_fn,
+            trained.make_batch or random_images(*image_shape(model, trained.img_size)),
+            loss_fn=trained.loss_fn,
             optimizer=optimizer,
-            clip_grad_norm=clip_grad_norm,
+            clip_grad_norm=trained.clips,
         )
-        choice = search.run()
-        notes = (f"{error.reason} Real micro-batches on {chosen.name} measured this plan.",)
-        compare = False  # other devices and precisions can't be measured here
-    return _plan(
-        search,
-        choice,
-        name=name,
-        notes=notes,
-        optimizer=optimizer,
-        num_samples=num_samples,
-        epochs=epochs,
-        compare=compare,
-        sweeps=sweeps,
-    )
+        name = estimator.device.name
+        return search.run(), [f"{error.reason} Real micro-batches on {name} measured this plan."]
 
 
-def _plan(
-    search: Search,
-    choice: Choice,
-    *,
-    name: str,
-    notes: tuple[str, ...],
-    optimizer: Any,
-    num_samples: int,
-    epochs: float,
-    compare: bool,
-    sweeps: bool,
-) -> Plan:
+def _plan(search: Search, trained: Trained, wanted: Wanted) -> Plan:
+    choice, notes = _chosen(search, trained, observes=wanted.observes)
     estimator, candidate, estimate = search.estimator, choice.candidate, choice.estimate
     batch = replace(estimator.plan, micro_batch_size=candidate.micro_batch_size)
-    optimizer_name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
     how: Checkpointing = candidate.checkpointing
-    rule, _ = choose_rule(optimizer_name)
-    num_updates = math.ceil(num_samples * epochs / batch.global_batch_size)
-    said = list(notes)
-    if how != "none" and not isinstance(how, str) and len(estimator.units) < 4:
-        said.append("the blocks of this network are no chain: whole stages are recomputed")
-    if estimator.device.source != "calibrated" and estimator.observe is None:
-        said.append(
-            f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
-            "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
-        )
+    rule, _ = choose_rule(trained.optimizer_name)
+    num_updates = math.ceil(wanted.num_samples * wanted.epochs / batch.global_batch_size)
+    # other devices and precisions can't be measured here
+    compare = wanted.compare and estimator.observe is None
     return Plan(
-        model=name,
+        model=trained.name,
         device=estimator.device,
         budget_gib=search.budget / GIB,
         fits=choice.fits,
@@ -227,10 +233,10 @@ def _plan(
         units=len(estimator.units),
         memory_format=candidate.memory_format,
         precision=estimator.precision,
-        optimizer=optimizer_name,
+        optimizer=trained.optimizer_name,
         fused_optimizer=estimator.steps_fused,
         lr=scale_lr(
-            default_base_lr(optimizer_name, pretrained=False),
+            default_base_lr(trained.optimizer_name, pretrained=False),
             base_batch_size=256,
             global_batch_size=batch.global_batch_size,
             rule=rule,
@@ -241,33 +247,23 @@ def _plan(
         levers=levers(search, choice) if compare else (),
         alternatives=_alternatives(search, choice, num_updates) if compare else (),
         num_updates=num_updates,
-        points=_points(search, choice) if sweeps else (),
+        points=_points(search, choice) if wanted.sweeps else (),
         why="" if choice.fits else _why(search, choice),
         zero_stage=None if estimator.zero is None else estimator.zero.stage,
         offload="none" if estimator.zero is None else estimator.zero.offload,
         workspaces=estimator.workspaces(),
-        notes=tuple(said),
+        notes=(*notes, *_notes(estimator, how)),
     )
 
 
-def _device(device: str | Device | None) -> Device:
-    if isinstance(device, str):
-        return find_device(device, calibration_file())
-    return device_at_hand() if device is None else device
-
-
-def _is_at_hand(device: Device) -> bool:
-    return device.kind == "cpu" or (
-        torch.cuda.is_available() and torch.cuda.get_device_name() == device.name
-    )
-
-
-def _budget(memory: str | int | None, device: Device) -> int:
-    if isinstance(memory, str):
-        return parse_memory(memory)
-    if memory is not None:
-        return memory
-    return device.memory or default_budget(torch.device("cpu"))
+def _notes(estimator: Estimator, how: Checkpointing) -> Iterator[str]:
+    if how != "none" and not isinstance(how, str) and len(estimator.units) < 4:
+        yield "the blocks of this network are no chain: whole stages are recomputed"
+    if estimator.device.source != "calibrated" and estimator.observe is None:
+        yield (
+            f"seconds are from {estimator.device.source} rates of {estimator.device.name}: they "
+            "compare plans and forecast nothing; `lbaccel calibrate` on the device measures it"
+        )
 
 
 def _why(search: Search, choice: Choice) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lbaccel.batch.rules import PAST_MAX
+from lbaccel.batch.growth import PAST_MAX
 from lbaccel.batch.rules import RULES as BATCH_RULES
 from lbaccel.recipe.values import (
     SCHEDULED,

@@ -7,12 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lbaccel.errors import InputError
+from lbaccel.errors import CannotRead, InputError
 from lbaccel.optim.scaling import is_measured
 from lbaccel.recipe.options import OPTIONS, Settings
-from lbaccel.recipe.settings import ASKED, EXTENSIONS, IDENTITY, ORIGIN, parse, read_yaml
+from lbaccel.recipe.settings import (
+    ASKED,
+    EXTENSIONS,
+    IDENTITY,
+    ORIGIN,
+    options_in,
+    parse,
+    read_file,
+)
 from lbaccel.recipe.values import flag_of
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, run_of
 
@@ -92,6 +98,8 @@ def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
             continue
         try:
             saved = read_run(folder)
+        except CannotRead:  # it may be the run that is looked for
+            raise
         except InputError:
             continue
         if saved.asked == asked:
@@ -106,8 +114,8 @@ def read_run(run: Path) -> Settings:
         InputError: the file is damaged, or of a version with other settings.
     """
     path = run / CONFIG
-    saved = _parsed(read_yaml(path), path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    content = read_file(path)
+    saved = _parsed(options_in(content, path), path)
     origins, asked, identity = (content.get(key) for key in (ORIGIN, ASKED, IDENTITY))
     missing = [name for name in ("model", "data", "global_batch_size") if name not in saved]
     if missing or not isinstance(origins, dict) or not isinstance(asked, dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 from lbaccel.optim.scaling import find_rule
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
 from lbaccel.recipe.values import (
@@ -116,8 +116,8 @@ def from_file(path: Path) -> Settings:
 
     A file that names a default, as a run folder's config.yaml does, asks for nothing by it.
     """
-    content = _content(path)
-    settings = layered(Settings(), _options_in(content, path), origin=str(path))
+    content = read_file(path)
+    settings = layered(Settings(), options_in(content, path), origin=str(path))
     before = content.get(ORIGIN)
     by_default = {k for k, v in before.items() if v == "default"} if before else set()
     asked = {n for n in settings.given if settings.value(n) != OPTIONS[n].default}
@@ -174,15 +174,24 @@ def show_settings(settings: Settings) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a file, unparsed; what a run folder adds to its own is left out."""
-    return _options_in(_content(path), path)
+    """The settings of a file, unparsed; what a run folder adds to its own is left out.
+
+    Raises:
+        InputError: as `read_file`, or an option that there is not.
+    """
+    return options_in(read_file(path), path)
 
 
-def _content(path: Path) -> dict[Any, Any]:
+def read_file(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        CannotRead: the system refuses.
+        InputError: no YAML, or no mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path} can't be read: {error.strerror}.") from error
+        with reading(path):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"--config {path} is no YAML: {problem}.") from error
@@ -193,7 +202,8 @@ def _content(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+def options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """The options of such a mapping, unparsed, by their names."""
     layer = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")

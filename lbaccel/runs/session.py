@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from lbaccel.errors import CannotRead, InputError
+from lbaccel.errors import CannotRead, InputError, reading
 from lbaccel.models import load_exactly
 from lbaccel.optim.scheduler import refresh
 from lbaccel.runs.checkpoints import (
@@ -169,9 +169,7 @@ class Session:
             "command": sys.argv,
             "versions": versions(),
         }
-        before = folder / RESUMES
-        earlier = before.read_text(encoding="utf-8") if before.exists() else ""
-        atomic_write_text(before, earlier + json.dumps(line) + "\n")
+        _add_line(folder / RESUMES, json.dumps(line))
 
     def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
         """Write the summary, end the trackers and, after a good end, draw the plots."""
@@ -216,7 +214,15 @@ def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
     for stem, owner in ((MODEL, model), (MODEL_EMA, ema and ema.module)):
         if owner is not None:
             file = path / weights_file(stem)
-            load_exactly(owner, safetensors.torch.load_file(file), "the model", file)
+            with reading(file):
+                weights = safetensors.torch.load_file(file)
+            load_exactly(owner, weights, "the model", file)
+
+
+def _add_line(path: Path, line: str) -> None:
+    with reading(path):
+        earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    atomic_write_text(path, f"{earlier}{line}\n")
 
 
 def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:

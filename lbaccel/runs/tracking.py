@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import accelerate.tracking
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import InputError, RunFailed, reading
 from lbaccel.runs.folder import (
     CONFIG,
     METRICS,
@@ -94,7 +94,8 @@ class RunFolderTracker(GeneralTracker):
         assert self._run is not None
         self._file.close()
         self._file = None
-        with (self._run / METRICS).open(encoding="utf-8") as lines:
+        path = self._run / METRICS
+        with reading(path), path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
@@ -109,8 +110,10 @@ def keep_updates_until(run: Path, update: int) -> None:
     path = run / METRICS
     if not path.exists():
         return
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:  # cut off by a crash
@@ -124,7 +127,8 @@ def _mend_last_line(path: Path) -> None:
     """End the file with a whole line: without it the next line would be glued to the cut one."""
     if not path.exists():
         return
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     last = content[content.rfind(b"\n") + 1 :]
     if not last:
         return

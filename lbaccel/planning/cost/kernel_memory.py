@@ -15,26 +15,28 @@ that oneDNN adds there. No call is larger than the kernel that is planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.profiler
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lbaccel.planning.cost.kernel_calls import (
+    Form,
+    Unmeasured,
+    backend,
+    kernel_allocations,
+    resized,
+)
 from lbaccel.planning.cost.time_model import MANY
-from lbaccel.update.memory.budget import default_budget
 
 FEW = 2  # samples of the smaller call; ATen has kernels of its own for a single one
 PIXELS = 256  # of an image in a 1 x 1 convolution on so many: with more, no buffer was seen to grow
 ROWS = 1024  # of a matrix in a call: a guess at oneDNN's largest block
 A_THREAD = 4  # samples a thread of the third call
 ASSUMED = 4  # times a kernel's tensors, and its weight again for each thread
-NEEDED = 4  # times the tensors of a call must be free
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -54,24 +56,6 @@ _ATTENTION = {
         _aten._scaled_dot_product_flash_attention_for_cpu_backward,
     )
 }
-
-
-class _Tensor(NamedTuple):
-    """Of a tensor, what a kernel's allocations depend on."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def build(self, make: Callable[..., Tensor]) -> Tensor:
-        """Such a tensor, by `torch.empty` or another that takes a number of elements."""
-        last = sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
-        flat = make(last + 1, dtype=self.dtype, device="cpu")
-        return flat.as_strided(self.sizes, self.strides)
-
-
-class Unmeasured(Exception):
-    """A kernel that can't be called here."""
 
 
 def is_chosen_by_processor(name: str, args: tuple[Any, ...]) -> bool:
@@ -131,7 +115,7 @@ def is_matrix_product(name: str, args: tuple[Any, ...]) -> bool:
         return False
     if not _are_in_one_layout(args[0], x, how[0]):  # else ATen copies some of them
         return False
-    return _backend(_resized(x, {0: min(x.shape[0], MANY)}), how).name == "Slow2d"
+    return backend(resized(x, {0: min(x.shape[0], MANY)}), how).name == "Slow2d"
 
 
 def _of_convolution(name: str, args: tuple[Any, ...]) -> int:
@@ -143,8 +127,8 @@ def _of_convolution(name: str, args: tuple[Any, ...]) -> int:
 
     def call(samples: int, height: int | None = None) -> Sequence[int]:
         sizes = {0: samples} if height is None else {0: samples, 2: height}
-        few = [_resized(t, sizes) for t in args[:with_samples]]
-        return _allocations(op, (*few, *args[with_samples:]))
+        few = [resized(t, sizes) for t in args[:with_samples]]
+        return kernel_allocations(op, (*few, *args[with_samples:]))
 
     first = FEW
     if num_samples >= MANY and _changes_at_many(x, how):
@@ -194,7 +178,7 @@ def _writes_past_its_buffers(x: Tensor, how: Sequence[Any]) -> bool:
 
 
 def _changes_at_many(x: Tensor, how: Sequence[Any]) -> bool:
-    return _backend(_resized(x, {0: FEW}), how) != _backend(_resized(x, {0: MANY}), how)
+    return backend(resized(x, {0: FEW}), how) != backend(resized(x, {0: MANY}), how)
 
 
 def _is_pointwise(how: Sequence[Any]) -> bool:
@@ -210,8 +194,8 @@ def _are_in_one_layout(*tensors: Tensor) -> bool:
 
 def _of_attention(name: str, args: tuple[Any, ...]) -> int:
     def call(samples: int) -> Sequence[int]:
-        few = [_resized(a, {0: samples}) if isinstance(a, Tensor) else a for a in args]
-        return _allocations(_ATTENTION[name], tuple(few))
+        few = [resized(a, {0: samples}) if isinstance(a, Tensor) else a for a in args]
+        return kernel_allocations(_ATTENTION[name], tuple(few))
 
     num_samples = args[0].shape[0]
     if num_samples <= FEW + 1:
@@ -220,27 +204,16 @@ def _of_attention(name: str, args: tuple[Any, ...]) -> int:
 
 
 def _of_product(name: str, args: tuple[Any, ...]) -> int:
-    def cut(t: Tensor) -> _Tensor:
-        return _resized(t, {i: ROWS for i, n in enumerate(t.shape) if n > ROWS})
+    def cut(t: Tensor) -> Form:
+        return resized(t, {i: ROWS for i, n in enumerate(t.shape) if n > ROWS})
 
     few = [cut(t) if isinstance(t, Tensor) else t for t in args]
-    return _inside(_allocations(_PRODUCTS[name], tuple(few)))
+    return _inside(kernel_allocations(_PRODUCTS[name], tuple(few)))
 
 
 @lru_cache(maxsize=1)
 def _has_bf16_products() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _resized(t: Tensor, sizes: dict[int, int]) -> _Tensor:
-    """`t` with other sizes, in the same layout: a stride grows with the dimensions inside it."""
-    strides = list(t.stride())
-    for dim, size in sizes.items():
-        for i, stride in enumerate(t.stride()):
-            is_outside = (-stride, i) < (-t.stride(dim), dim)
-            if i != dim and t.stride(dim) > 0 and is_outside:
-                strides[i] = strides[i] * size // t.shape[dim]
-    return _Tensor(tuple(sizes.get(i, n) for i, n in enumerate(t.shape)), tuple(strides), t.dtype)
 
 
 def _go_on(here: Sequence[int], there: Sequence[int]) -> bool:
@@ -259,94 +232,4 @@ def _extrapolated(
     return [
         a + (b - a) * distance // step if abs(b) > abs(a) else a
         for a, b in zip(here, there, strict=True)
-    ]
-
-
-def _backend(x: _Tensor, how: Sequence[Any]) -> Any:
-    """ATen's implementation for `x` and the rest of `_parts`."""
-    return _known_backend(x, tuple(_plain(a) for a in how), _state())
-
-
-@lru_cache(maxsize=4096)
-def _known_backend(x: _Tensor, how: tuple[Any, ...], state: Any) -> Any:
-    with _called():
-        weight, *rest = how
-        rest = [list(a) if isinstance(a, tuple) else a for a in rest]
-        tensors = x.build(torch.empty), weight.build(torch.empty)
-        return torch._C._select_conv_backend(*tensors, None, *rest, None)
-
-
-def _allocations(op: Any, args: tuple[Any, ...]) -> Sequence[int]:
-    return _known_allocations(op, tuple(_plain(a) for a in args), _state())
-
-
-@lru_cache(maxsize=4096)
-def _known_allocations(op: Any, args: tuple[Any, ...], state: Any) -> tuple[int, ...]:
-    """Allocations of the call; each is made once a process."""
-    taken = sum(math.prod(a.sizes) * a.dtype.itemsize for a in args if isinstance(a, _Tensor))
-    free = default_budget(torch.device("cpu"))
-    if NEEDED * taken > free:
-        raise Unmeasured(f"a call on {taken / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free")
-    with _called():
-        ready = [_ready(a) for a in args]
-        return tuple(allocations(lambda: op(*ready)))
-
-
-@contextmanager
-def _called() -> Iterator[None]:
-    """Around a real call in a trace; whatever goes wrong makes the kernel `Unmeasured`."""
-    with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            yield
-        except Exception as error:
-            raise Unmeasured(str(error)) from error
-
-
-def _state() -> tuple[Any, ...]:
-    """What else of this process the choice of an algorithm depends on."""
-    return (
-        torch.get_num_threads(),
-        torch.backends.mkldnn.enabled,
-        getattr(torch.backends.mkldnn, "deterministic", False),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _Tensor(tuple(value.shape), value.stride(), value.dtype)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _ready(value: Any) -> Any:
-    if isinstance(value, _Tensor):
-        return value.build(torch.zeros)  # on numbers that are denormal a kernel is slow
-    return list(value) if isinstance(value, tuple) else value
-
-
-def allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes that torch's CPU allocator gave (+) and took back (-) in this thread, in order.
-
-    What the call returns is still there at the end. torch's older profiler sees it: the newer one
-    takes a second to start, and writes to the process's error stream.
-    """
-    state = torch.autograd.ProfilerState.CPU
-    off = False
-    torch.autograd._enable_profiler_legacy(
-        torch.autograd.ProfilerConfig(
-            state, off, True, off, off, off, torch.profiler._ExperimentalConfig()
-        )
-    )
-    result = None
-    try:
-        result = call()
-    finally:
-        records = torch.autograd._disable_profiler_legacy()
-    del result
-    return [
-        event.cpu_memory_usage()
-        for thread in records
-        for event in thread
-        if event.kind() == "memory_alloc"
     ]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbaccel.planning.cost.kernel_calls import Unmeasured
 from lbaccel.planning.cost.kernel_memory import (
     ASSUMED,
-    Unmeasured,
     assumed_workspace,
     is_chosen_by_processor,
     measured_workspace,

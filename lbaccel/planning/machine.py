@@ -1,0 +1,77 @@
+"""The machine that a plan is for: the device, its memory, how many there are, what is sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lbaccel.errors import InputError, check_whole
+from lbaccel.launch import calibration_file
+from lbaccel.planning.cost.devices import Device, device_at_hand, find_device
+from lbaccel.planning.cost.update import Precision
+from lbaccel.planning.cost.zero_memory import STAGES, Offload, Zero
+from lbaccel.update.memory.budget import default_budget, parse_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Devices that are alike and share an update."""
+
+    device: Device
+    budget: int  # bytes of each device
+    world_size: int
+    zero: Zero | None  # without: one process, or DDP
+
+
+def machine_of(
+    device: str | Device | None, *, memory: str | int | None, world_size: int, zero: Zero | None
+) -> Machine:
+    """The machine that `plan` describes by these arguments.
+
+    Raises:
+        InputError: an unknown device, text that is no amount of memory, no whole world size.
+    """
+    check_whole("world_size", world_size)
+    if isinstance(device, str):
+        device = find_device(device, calibration_file())
+    elif device is None:
+        device = device_at_hand()
+    return Machine(device=device, budget=_budget(memory, device), world_size=world_size, zero=zero)
+
+
+def zero_of(
+    stage: int | None, offload: Offload, *, bucket_size: int, precision: Precision
+) -> Zero | None:
+    """DeepSpeed's part, if any.
+
+    Raises:
+        InputError: a stage that there is not, offload without a stage or with another, fp16.
+    """
+    if stage is None:
+        if offload != "none":
+            raise InputError(
+                f"offload={offload!r} is DeepSpeed's. Give zero_stage={STAGES[offload][0]}."
+            )
+        return None
+    if precision == "fp16":
+        raise InputError(
+            f"precision=fp16 with zero_stage={stage}: lbaccel runs no fp16 under "
+            "DeepSpeed. Use bf16, or leave zero_stage out."
+        )
+    return Zero(stage, offload, bucket_size)
+
+
+def is_at_hand(device: Device) -> bool:
+    """Whether this process can measure it."""
+    return device.kind == "cpu" or (
+        torch.cuda.is_available() and torch.cuda.get_device_name() == device.name
+    )
+
+
+def _budget(memory: str | int | None, device: Device) -> int:
+    if isinstance(memory, str):
+        return parse_memory(memory)
+    if memory is not None:
+        return memory
+    return device.memory or default_budget(torch.device("cpu"))
