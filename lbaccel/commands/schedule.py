@@ -1,4 +1,4 @@
-"""`lbaccel schedule`: the segments of a batch-size schedule, their updates, and a picture."""
+"""`lbaccel schedule`: the phases of a batch-size schedule, their updates, and a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lbaccel.runs.figures import check_plot
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The batch, the run, the learning rate, and the output."""
     parser.description = (
-        "Segments of a batch-size schedule: batch size, learning rate and updates from each epoch "
+        "Phases of a batch-size schedule: batch size, learning rate and updates from each epoch "
         "on. Epochs are numbered from 1, and a change happens at the start of its epoch."
     )
     batch = parser.add_argument_group("the batch")
@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the segments, draw them where asked; 0.
+    """Print the phases, draw them where asked; 0.
 
     Raises:
         InputError: see `compose`; a plot in another format or that can't be written.

@@ -28,7 +28,7 @@ from lbaccel.planning.levers import levers
 from lbaccel.planning.network import image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
-from lbaccel.planning.sweep import Point, sweep
+from lbaccel.planning.sweep import SweepPoint, sweep
 from lbaccel.update.memory.budget import default_budget, parse_memory
 from lbaccel.update.normalization import has_batch_norm
 
@@ -281,10 +281,10 @@ def _why(search: Search, choice: Choice) -> str:
     )
 
 
-def _points(search: Search, choice: Choice) -> list[Point]:
+def _points(search: Search, choice: Choice) -> list[SweepPoint]:
     candidate, peak = choice.candidate, choice.estimate.peak / GIB
     kept = 1.0 if candidate.checkpointing == "none" else 0.0
-    chosen = Point(candidate.micro_batch_size, kept, peak, choice.seconds, chosen=True)
+    chosen = SweepPoint(candidate.micro_batch_size, kept, peak, choice.seconds, chosen=True)
     return sweep(search, candidate.memory_format, chosen)
 
 

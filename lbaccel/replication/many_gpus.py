@@ -12,7 +12,7 @@ from lbaccel.errors import InputError, check_whole
 
 
 @dataclass(frozen=True)
-class Row:
+class Translation:
     """One setting of the source and what it is in the contract.
 
     `setting` is an option of `lbaccel train`; None where the source's setting decides nothing of
@@ -130,7 +130,7 @@ class Recipe:
     rate: Rate | None = None
     curve: Curve | None = None
     average: Average | None = None
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Translation, ...] = ()
     gaps: tuple[Gap, ...] = ()
     unknown: tuple[str, ...] = ()  # keys that the reader has never heard of
     assumed: tuple[str, ...] = ()  # keys that the source leaves out, with the script's default

@@ -32,7 +32,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """A cause of what differs, where it is, and what to type."""
 
     layer: str
@@ -55,7 +55,7 @@ class Certificate:
     tolerance: float
     versions: dict[str, str]
     cells: tuple[Cell, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnosis, ...]
 
     @property
     def equivalent(self) -> bool:
