@@ -179,6 +179,18 @@ def test_a_class_name_stands_in_one_module():
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
+OF_ANOTHER_BRANCH = {PACKAGE / "planning/cost/kernel_memory.py"}  # to be emptied at the merge
+
+
+@pytest.mark.parametrize("path", sorted({*PACKAGE.rglob("*.py")} - OF_ANOTHER_BRANCH), ids=str)
+def test_no_docstring_begins_with_what(path):
+    """A docstring is a sentence or a noun phrase: it names its subject first."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            doc = ast.get_docstring(node) or ""
+            assert not doc.startswith("What"), f"{path}: {doc.splitlines()[0]}"
+
+
 def test_tensors_without_memory_have_one_door():
     """`fake_tensors` keeps this process able to fork; FakeTensorMode by itself does not."""
     users = {path.name for path in modules() if "FakeTensorMode" in path.read_text()}

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The source, what it may not say, and the machine to plan for."""
     parser.usage = "lbaccel replicate [SOURCE] [--gpus N] [...] [-- COMMAND ...]"
     parser.description = (
-        "What a recipe made for many GPUs asks for, as the contract of one card: global batch, "
+        "A recipe made for many GPUs, as the contract of one card: global batch, "
         "norm_batch_size, learning rate, schedule, average; and the plan for this machine."
     )
     parser.add_argument("source", nargs="*", metavar="SOURCE", help=SOURCES)

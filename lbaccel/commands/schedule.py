@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--past-max",
         default="drop",
         metavar="|".join(PAST_MAX),
-        help="what of a factor the maximum leaves no room for is lost (default), or divides the "
-        "learning rate",
+        help="what to do with the part of a growth factor that exceeds --max-batch-size: drop it "
+        "(default), or divide the learning rate by it",
     )
     for flag, what in (("--growth", "batch; default: 2"), ("--lr-growth", "rate; default: 1.3")):
         batch.add_argument(flag, type=float, metavar="F", help=f"fast, instant: of the {what}")
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def headlines(table: ScheduleTable, a: argparse.Namespace) -> Iterator[str]:
-    """What runs, and what it saves."""
+    """The number of updates of the schedule, and its share of the steady run's."""
     yield (
         f"{a.batch_schedule}: {table.num_updates} updates in {table.epochs:.10g} epochs of "
         f"{a.num_samples} samples (last update: {a.last_update})"

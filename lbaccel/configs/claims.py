@@ -38,7 +38,7 @@ PLUGIN_KEYS: dict[str, tuple[str, str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptArguments:
-    """What the script itself says: its loader, and the arguments of its Accelerator.
+    """The values that the script itself sets, in its loader and in its Accelerator.
 
     `plugin` holds the arguments of a `DeepSpeedPlugin` that the script makes.
     """

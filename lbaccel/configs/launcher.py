@@ -1,4 +1,4 @@
-"""What `accelerate launch` makes of a YAML, its command line and the environment."""
+"""The launch that `accelerate launch` derives from a YAML, its command line and the environment."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _hermetic(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def _kind(arguments: Any) -> str:
-    """What `launch_command` starts: --cpu undoes every launcher."""
+    """The kind of launch that `launch_command` starts: --cpu overrides every launcher."""
     if not arguments.cpu:
         if arguments.use_deepspeed:
             return "DEEPSPEED"
@@ -166,7 +166,7 @@ def _kind(arguments: Any) -> str:
 def _variables(
     arguments: Any, kind: str, environment: Mapping[str, str], fields: list[str]
 ) -> dict[str, str]:
-    """What accelerate's own function puts into the environment of a process."""
+    """The variables that accelerate's own function puts into the environment of a process."""
     from accelerate.utils.launch import (
         prepare_deepspeed_cmd_env,
         prepare_multi_gpu_env,

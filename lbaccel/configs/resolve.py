@@ -59,7 +59,7 @@ def resolve(
     launch: Launch | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """What accelerate hands to DeepSpeed; its own plugin does the filling in, on a copy.
+    """The config that accelerate hands to DeepSpeed; accelerate's own plugin fills in a copy.
 
     Follows `Accelerator._prepare_deepspeed` of accelerate 1.15, which needs a running Accelerator;
     a test compares the two.

@@ -1,4 +1,4 @@
-"""What the checks look at: environment, YAML, JSON, script, plan; and what they find."""
+"""The inputs of the checks (environment, YAML, JSON, script, plan), and their findings."""
 
 from __future__ import annotations
 

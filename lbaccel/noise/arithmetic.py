@@ -15,7 +15,7 @@ from lbaccel.errors import check_number
 
 
 class NoiseEstimate(NamedTuple):
-    """What one update says of its gradient: unbiased, and noisy."""
+    """The estimates that one update gives of S and |G|^2: unbiased, and noisy."""
 
     scale_s: Any  # S, of one sample
     grad_norm_sq: Any  # |G|^2, may be below zero
@@ -170,8 +170,8 @@ class RatioAverage:
     batch sizes, and a run whose batch grows, average over the same stretch of training.
 
     The variance of a mean is the weighted variance over n - 1, n = (sum w)^2 / sum w^2 being the
-    effective number of updates, and Student's t has n - 1 degrees of freedom. What S and |G|^2
-    drift within the average widens the interval.
+    effective number of updates, and Student's t has n - 1 degrees of freedom. A drift of
+    S and |G|^2 within the average widens the interval.
 
     Args:
         half_life: samples.

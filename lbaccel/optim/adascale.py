@@ -19,7 +19,7 @@ from lbaccel.errors import InputError, check_number
 
 
 class Averages(Protocol):
-    """What `RatioAverage` has: averages of S = tr(Sigma) of one sample, and of |G|^2."""
+    """The part of `RatioAverage` that is read here: averages of S = tr(Sigma) and of |G|^2."""
 
     @property
     def scale_s(self) -> float:

@@ -32,7 +32,7 @@ Checkpointing = Literal["none", "full"] | Segments
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a plan chooses."""
+    """The settings that a plan chooses."""
 
     micro_batch_size: int
     memory_format: MemoryFormat = "contiguous"
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a candidate costs."""
+    """The bytes and seconds that a candidate costs."""
 
     peak: int  # bytes, all of `breakdown`
     traced: int  # bytes that the trace alone has

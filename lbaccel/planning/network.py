@@ -1,4 +1,4 @@
-"""What a plan is made for: a model by name or as it is, with its data, loss and optimizer."""
+"""The network that a plan is made for: a model by name or as it is, data, loss and optimizer."""
 
 from __future__ import annotations
 

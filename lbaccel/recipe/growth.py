@@ -1,4 +1,4 @@
-"""What the recipe makes of `--batch-schedule`: sizes for the loader, factors for the rate."""
+"""The recipe's `--batch-schedule`: sizes for the loader, factors for the learning rate."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def _warmup_start(text: str | None) -> float | str:
 
 
 def _lost(phases: Sequence[Phase], kept: Sequence[Phase]) -> list[str]:
-    """What the maximum cut off: `kept` gives it to the learning rate."""
+    """A note on the factor that the maximum cuts off; `kept` gives it to the learning rate."""
     share = phases[-1].lr_factor / kept[-1].lr_factor
     if share == 1:
         return []

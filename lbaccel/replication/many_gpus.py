@@ -27,7 +27,7 @@ class Translation:
 
 @dataclass(frozen=True)
 class Gap:
-    """What the contract can't say exactly, why, and what comes nearest."""
+    """A setting that the contract cannot express exactly, the reason, and the nearest setting."""
 
     what: str
     because: str
@@ -121,7 +121,7 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one source says. Settings that translate one to one are `rows` already."""
+    """The recipe of one source. Its `rows` are the settings that translate one to one."""
 
     origin: str
     model: str | None

@@ -1,4 +1,4 @@
-"""What `verify` found: one cell a plan, one finding a cause; as a table and as strict JSON."""
+"""The certificate of `verify`: a cell for each plan, a diagnosis for each cause; table and JSON."""
 
 from __future__ import annotations
 

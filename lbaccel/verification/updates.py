@@ -25,7 +25,7 @@ from lbaccel.verification.copies import CPU, float64_copy, rows_of
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified: a copy of the model that never runs, the loss function, the samples."""
+    """The subject of a verification: a model copy that never runs, a loss function, samples."""
 
     model: nn.Module
     loss_fn: LossFn
@@ -57,7 +57,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """What an update left: all that an optimizer and the next update would see."""
+    """The result of an update: all that an optimizer and the next update read."""
 
     loss: float
     gradients: dict[str, Tensor | None]
@@ -126,7 +126,7 @@ def converted(model: nn.Module, norm_batch_size: NormBatchSize) -> GhostNorm:
 
 
 def scopes_of(subject: Subject, norm: GhostNorm, randomness: KeyedRandomness) -> tuple[Scope, ...]:
-    """What `LargeBatch` enters around each micro-batch."""
+    """The scopes that `LargeBatch` enters around each micro-batch."""
     return (norm, randomness)
 
 
@@ -155,7 +155,7 @@ def check_ranks(plan: BatchPlan, rank: int) -> None:
 
 
 def result_of(model: nn.Module, loss: float, before: Any) -> Result:
-    """What the update left in a copy; `before` are the generators' states before it."""
+    """The result of an update in a copy; `before` holds the generators' states before it."""
     return Result(
         loss,
         {name: p.grad for name, p in model.named_parameters() if p.requires_grad},

@@ -62,8 +62,8 @@ def verify(
         |h - g| / |g| <= tolerance
 
     and the same holds of the loss and of the buffers of each module, and the random states of
-    torch, numpy and Python are as before. What differs is traced to a layer and a cause. Model,
-    gradients, buffers and random states of the caller stay as they are.
+    torch, numpy and Python are as before. `verify` traces each difference to a layer and a
+    cause. Model, gradients, buffers and random states of the caller stay as they are.
 
     Args:
         model: the network, not prepared by Accelerate. Without `norm_batch_size` it is taken as it

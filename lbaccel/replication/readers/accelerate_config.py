@@ -168,7 +168,7 @@ def _stated_gpus(content: Mapping[str, Any]) -> dict[str, int]:
 def _with_batch(
     said: Said, block: Mapping[str, Any], json: Mapping[str, Any], *, gpus: int, origin: str
 ) -> tuple[Said, tuple[str, ...]]:
-    """What was typed, with per-GPU batch and accumulation of the files; and what is assumed."""
+    """The typed settings, with the files' per-GPU batch and accumulation; and the assumptions."""
     per_gpu, total = (
         number_of(json.get(key)) for key in ("train_micro_batch_size_per_gpu", "train_batch_size")
     )

@@ -1,4 +1,4 @@
-"""What DeepSpeed's JSON decides: clipping, optimizer, warmup and decay, as DeepSpeed reads them."""
+"""The settings of DeepSpeed's JSON: clipping, optimizer, warmup, decay, as DeepSpeed reads them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lbaccel.replication.many_gpus import (
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What was typed beside the source; None where it was not."""
+    """The settings that were typed beside the source; None where one was not typed."""
 
     per_gpu_batch: int | None = None
     accumulation: int | None = None

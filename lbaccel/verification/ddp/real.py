@@ -30,7 +30,7 @@ Spans = Sequence[Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank holds after the update."""
+    """The loss, gradients and buffers of one rank after the update."""
 
     loss: float  # mean of its micro-batches' mean losses
     gradients: dict[str, Tensor]  # of rank 0 alone, empty on the others

@@ -1,4 +1,4 @@
-"""What causes are told by: plans that were tried, and traces of the whole batch and of a cut."""
+"""The evidence for causes: plans that were tried, and traces of the whole and of a cut batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the causes are told by: traces of the whole batch and of one that is cut."""
+    """The evidence for the causes: traces of the whole batch and of a cut one."""
 
     subject: Subject
     truth: Result

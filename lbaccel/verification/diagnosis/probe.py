@@ -1,4 +1,4 @@
-"""What a network does inside an update: outputs row by row, random draws, gradients it touches.
+"""A probe of a network inside an update: outputs by row, random draws, gradients it changes.
 
 Rows are remembered by two numbers each (a projection and an absolute sum), so that a probe takes
 no memory to speak of.
@@ -61,7 +61,7 @@ class Draw:
 
 @dataclass
 class ProbeTrace:
-    """What was seen in all micro-batches of one rank after the other."""
+    """The observations of a probe in the micro-batches of all ranks, in order."""
 
     inputs: dict[Key, Rows] = field(default_factory=dict)
     outputs: dict[Key, Rows] = field(default_factory=dict)  # in order of completion
