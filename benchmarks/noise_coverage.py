@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from lbaccel.noise.arithmetic import Estimate, RatioAverage, estimate
+from lbaccel.noise.arithmetic import NoiseEstimate, RatioAverage, estimate
 
 STD = np.linspace(0.5, 1.5, 40)
 S = float((STD**2).sum())
@@ -46,7 +46,7 @@ def one(seed, sizes, num_updates, half_life, critical):
     )
     average = RatioAverage(1e15 if half_life is None else half_life * total)
     for pair in zip(*found, strict=True):
-        average.add(Estimate(*map(float, pair)), num_samples=int(total))
+        average.add(NoiseEstimate(*map(float, pair)), num_samples=int(total))
     return average
 
 

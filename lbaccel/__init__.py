@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lbaccel.batch.duration import Duration
-    from lbaccel.batch.phases import Segment, segment_updates
+    from lbaccel.batch.phases import Phase, phase_updates
     from lbaccel.batch.plan import BatchPlan, MicroBatch
     from lbaccel.batch.rules import batch_schedule
     from lbaccel.batch.stream import UpdateStream
@@ -52,9 +52,9 @@ __version__ = "0.1.0"
 _HOME = {
     "BatchPlan": "batch.plan",
     "MicroBatch": "batch.plan",
-    "Segment": "batch.phases",
+    "Phase": "batch.phases",
     "batch_schedule": "batch.rules",
-    "segment_updates": "batch.phases",
+    "phase_updates": "batch.phases",
     "UpdateStream": "batch.stream",
     "apply_activation_checkpointing": "update.checkpointing",
     "GroupMix": "data.augment",
@@ -105,9 +105,9 @@ __all__ = [
     "LrRange",
     "MicroBatch",
     "NoiseScale",
+    "Phase",
     "Plan",
     "RunFailed",
-    "Segment",
     "Update",
     "UpdateLoader",
     "UpdateResult",
@@ -126,13 +126,13 @@ __all__ = [
     "no_scaling",
     "open_source",
     "per_samples_scaling",
+    "phase_updates",
     "plan",
     "power_scaling",
     "recalibrate",
     "restore_batch_norm",
     "scale_lr",
     "scale_optimizer",
-    "segment_updates",
     "sqrt_scaling",
     "stable_rate",
     "transfer",

@@ -15,7 +15,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class InputError(ValueError):
-    """What the user gave cannot be done (exit code 2): what was given, the rule, what to type."""
+    """A request that cannot be met (exit code 2): the value given, the rule, the line to type."""
 
 
 class CannotRead(InputError):

@@ -1,4 +1,4 @@
-"""What the environment tells this process: the one place that reads it.
+"""The variables that a launcher or a user sets for this process; no other module reads them.
 
 The ranks are what a launcher (torchrun, accelerate) sets.
 """

@@ -82,7 +82,7 @@ def create_backbone(
 def model_options(
     name: str, *, num_classes: int, num_channels: int = 3, img_size: int | None = None
 ) -> dict[str, Any]:
-    """What timm.create_model needs besides the name; img_size only where it builds the network.
+    """Arguments of timm.create_model besides the name; img_size only where it shapes the network.
 
     Raises:
         InputError: an unknown model or tag.
@@ -200,7 +200,7 @@ def adapt_stem(model: nn.Module) -> str | None:
     loads after this call, and before it strict loading fails at an unexpected key.
 
     Returns:
-        What was done, in words.
+        The change, in words.
     """
     net: Any = model
     done = _adapt(net)

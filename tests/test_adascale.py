@@ -13,7 +13,7 @@ from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader
 from lbaccel.errors import InputError
-from lbaccel.noise.arithmetic import Estimate, RatioAverage, estimate
+from lbaccel.noise.arithmetic import NoiseEstimate, RatioAverage, estimate
 from lbaccel.optim.adascale import AdaScale, adascale_gain, moments
 from lbaccel.optim.scheduler import AdaScaleLR
 
@@ -90,7 +90,7 @@ def test_units_of_the_base_batch_give_the_gain_that_the_noise_scale_gives():
     base, unit_sq, mean_sq = 32, (g**2).sum(1), float((g.mean(0) ** 2).sum())
     average = RatioAverage(1e9)
     found = estimate(base * float(unit_sq.sum()), mean_sq, num_samples=6 * base, num_units=6)
-    average.add(Estimate(*found), num_samples=6 * base)
+    average.add(NoiseEstimate(*found), num_samples=6 * base)
     gain = AdaScale(base).gain(average, 6 * base)
     assert gain == pytest.approx(adascale_gain(*moments(unit_sq.tolist(), mean_sq), 6))
 
@@ -99,7 +99,7 @@ def test_progress_is_the_sum_of_gains_and_is_saved():
     average, rule = RatioAverage(1e9), AdaScale(10)
     assert rule.gain(average, 80) == 1.0  # nothing is known yet
     rule.advance(1.0)
-    average.add(Estimate(30.0, 1.0), num_samples=80)
+    average.add(NoiseEstimate(30.0, 1.0), num_samples=80)
     gain = rule.gain(average, 30)
     assert gain == pytest.approx((3 + 1) / (3 / 3 + 1))
     rule.advance(gain)
@@ -114,7 +114,7 @@ def test_a_dropped_update_moves_no_progress_and_takes_its_samples():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averages, asked = RatioAverage(1e9), []
-    averages.add(Estimate(30.0, 1.0), num_samples=8)
+    averages.add(NoiseEstimate(30.0, 1.0), num_samples=8)
 
     def size(update):
         asked.append(update)

@@ -16,7 +16,7 @@ from lbaccel.noise.advice import (
     trade,
     updates_factor,
 )
-from lbaccel.noise.arithmetic import UNKNOWN, Estimate, Interval
+from lbaccel.noise.arithmetic import UNKNOWN, Interval, NoiseEstimate
 from lbaccel.noise.scale import NoiseScale, UnitSums
 
 
@@ -177,7 +177,7 @@ def test_the_end_of_a_run_says_the_same_two_lines_or_why_not(tmp_path, capsys):
     noise.add(units, grad_norm=1.0, num_samples=512, weight=512, start=0)
     assert "Use micro_batch_size <= 256" in closing_advice(noise, 512)
     for s, g in ((100.0, 0.2), (120.0, 0.21), (90.0, 0.19), (95.0, 0.2)):
-        noise.average.add(Estimate(s, g), num_samples=512)
+        noise.average.add(NoiseEstimate(s, g), num_samples=512)
     names = {k.removeprefix("noise/"): v for k, v in noise.metrics().items()}
     run = write_run(tmp_path / "run", [names])
     assert main(["advise", str(run)]) == 0

@@ -18,7 +18,7 @@ from lbaccel.verification.copies import float64_copy
 from lbaccel.verification.ddp import against
 from lbaccel.verification.ddp.against import composed, spans_of, verify_against_ddp
 from lbaccel.verification.ddp.real import run_ddp
-from lbaccel.verification.updates import Task, planned
+from lbaccel.verification.updates import Subject, planned
 
 
 def images(count, seed=1):
@@ -99,13 +99,13 @@ def test_a_bn_momentum_for_more_moves_keeps_the_share_of_the_old_statistics():
     ours = copy.deepcopy(twin)
     ours[1].momentum = 1 - (1 - 0.2) ** (1 / gpus)
     count = 3 * gpus * steps
-    ranks = run_ddp(Task(twin, mean_loss, batch, count, 3, 0), spans_of(3, gpus, steps))
-    task = Task(ours, mean_loss, batch, count, 3, 0)
-    found = planned(task, task.plan(3)).buffers
+    ranks = run_ddp(Subject(twin, mean_loss, batch, count, 3, 0), spans_of(3, gpus, steps))
+    subject = Subject(ours, mean_loss, batch, count, 3, 0)
+    found = planned(subject, subject.plan(3)).buffers
     for key in ("1.running_mean", "1.running_var"):
         torch.testing.assert_close(found[key], ranks[0].buffers[key], rtol=1e-12, atol=1e-14)
-    task = Task(twin, mean_loss, batch, count, 3, 0)
-    shorter = planned(task, task.plan(3)).buffers["1.running_mean"]
+    subject = Subject(twin, mean_loss, batch, count, 3, 0)
+    shorter = planned(subject, subject.plan(3)).buffers["1.running_mean"]
     assert not torch.allclose(shorter, ranks[0].buffers["1.running_mean"], rtol=1e-3)
 
 

@@ -242,7 +242,7 @@ BAD = {
     f"{AUTO} --micro-batch-size 64": "Use --micro-batch-size <= 32",
     f"{AUTO} --batch-decisions nowhere": "can't be read",
     f"{AUTO} --lr-scaling adascale": "Leave one out",
-    "--min-batch-size 64": "are read with --global-batch-size auto alone",
+    "--min-batch-size 64": "does not read --min-batch-size 64. Use --global-batch-size auto",
     "--lr-scaling adascale --base-batch-size 512": "must be smaller",
     "--lr-scaling adascale --noise-scale none": "the gain is measured",
     "--lr-scaling adascale --micro-batch-size 512": "Use --micro-batch-size <= 256",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbaccel.batch.phases import Segment, check_segments, segment_updates
+from lbaccel.batch.phases import Phase, check_phases, phase_updates
 from lbaccel.batch.rules import RULES, batch_schedule
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
@@ -16,7 +16,7 @@ CIFAR = {"epochs": 200, "num_samples": 50_000}
 SIZES = {"global_batch_size": 128, **CIFAR}
 
 # The whole table of the thesis on large and increasing batch sizes: rule, settings, learning rate;
-# epoch, batch size and rate of each segment; updates over 200 epochs.
+# epoch, batch size and rate of each phase; updates over 200 epochs.
 FAST = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 50000]
 TABLE = {
     "LRD 128, factor 5": (
@@ -149,14 +149,14 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_the_thesis_s_table_is_reproduced_exactly(name):
     rule, settings, lr, expected, num_updates = TABLE[name]
-    segments = batch_schedule(rule, **settings, **CIFAR)
-    assert [(s.epoch, s.global_batch_size) for s in segments] == [row[:2] for row in expected]
-    found = [s.lr(lr) for s in segments]
+    phases = batch_schedule(rule, **settings, **CIFAR)
+    assert [(s.epoch, s.global_batch_size) for s in phases] == [row[:2] for row in expected]
+    found = [s.lr(lr) for s in phases]
     if rule in ("fast", "instant"):  # the expected rates are products of floats
         assert found == pytest.approx([row[2] for row in expected], rel=1e-14)
     else:
         assert found == [row[2] for row in expected]
-    assert sum(segment_updates(segments, **CIFAR)) == num_updates
+    assert sum(phase_updates(phases, **CIFAR)) == num_updates
 
 
 def test_instant_has_the_learning_rate_that_the_study_prints():
@@ -164,38 +164,36 @@ def test_instant_has_the_learning_rate_that_the_study_prints():
     assert f"{last.lr(0.05):.4f}" == "0.2413"
 
 
-def test_loss_dropout_s_segments_made_by_hand_have_the_study_s_updates():
+def test_loss_dropout_s_phases_made_by_hand_have_the_study_s_updates():
     arm = [(1, 128, 0.05), (60, 128, 0.025), (120, 16384, 0.035), (160, 32768, 0.035)]
-    segments = [
-        Segment(epoch=epoch, global_batch_size=size, lr_factor=lr / 0.05) for epoch, size, lr in arm
+    phases = [
+        Phase(epoch=epoch, global_batch_size=size, lr_factor=lr / 0.05) for epoch, size, lr in arm
     ]
-    counts = segment_updates(segments, **CIFAR)
+    counts = phase_updates(phases, **CIFAR)
     assert sum(counts) == 46_771
     # epochs 3 to 119: all but the first update of each can be skipped
     assert 117 * (math.ceil(50_000 / 128) - 1) == 45_630
-    assert [s.lr(0.05) for s in segments] == [0.05, 0.025, 0.035, 0.035]
+    assert [s.lr(0.05) for s in phases] == [0.05, 0.025, 0.035, 0.035]
 
 
 @pytest.mark.parametrize("lr", [0.1, 0.3, 0.7, 0.0001])
 def test_a_learning_rate_is_divided_as_on_paper(lr):
-    segments = batch_schedule("lrd", **SIZES, factors=3)
+    phases = batch_schedule("lrd", **SIZES, factors=3)
     exact = Fraction(str(lr))
-    assert [s.lr(lr) for s in segments] == [float(exact / 3**i) for i in range(4)]
+    assert [s.lr(lr) for s in phases] == [float(exact / 3**i) for i in range(4)]
 
 
-def test_segments_can_be_written_as_json():
-    segments = batch_schedule("fast", **SIZES)
-    assert [Segment(**s) for s in json.loads(json.dumps([asdict(s) for s in segments]))] == list(
-        segments
-    )
+def test_phases_can_be_written_as_json():
+    phases = batch_schedule("fast", **SIZES)
+    assert [Phase(**s) for s in json.loads(json.dumps([asdict(s) for s in phases]))] == list(phases)
 
 
 # past the maximum
 
 
 def test_the_part_of_a_factor_past_the_maximum_is_lost_by_default():
-    segments = batch_schedule("bsi", **SIZES, max_batch_size=1000)
-    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in segments] == [
+    phases = batch_schedule("bsi", **SIZES, max_batch_size=1000)
+    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in phases] == [
         (1, 128, 1.0),
         (60, 640, 1.0),
         (120, 1000, 1.0),
@@ -203,9 +201,9 @@ def test_the_part_of_a_factor_past_the_maximum_is_lost_by_default():
 
 
 def test_the_part_of_a_factor_past_the_maximum_divides_the_learning_rate_where_asked():
-    segments = batch_schedule("bsi", **SIZES, max_batch_size=1000, past_max="lr")
+    phases = batch_schedule("bsi", **SIZES, max_batch_size=1000, past_max="lr")
     # at 120: 640 x 5 = 3200 = 1000 x 3.2; at 160 all of the 5
-    assert [(s.epoch, s.global_batch_size, s.lr(0.1)) for s in segments] == [
+    assert [(s.epoch, s.global_batch_size, s.lr(0.1)) for s in phases] == [
         (1, 128, 0.1),
         (60, 640, 0.1),
         (120, 1000, 0.03125),
@@ -220,7 +218,7 @@ def test_the_part_of_a_factor_past_the_maximum_divides_the_learning_rate_where_a
 )
 def test_noise_falls_by_the_product_of_all_factors_whatever_the_maximum(start, factors, room):
     """Smith et al.: batch size over learning rate grows by each factor, wherever it goes."""
-    segments = batch_schedule(
+    phases = batch_schedule(
         "bsi",
         global_batch_size=start,
         epochs=20,
@@ -230,8 +228,8 @@ def test_noise_falls_by_the_product_of_all_factors_whatever_the_maximum(start, f
         max_batch_size=start + room,
         past_max="lr",
     )
-    assert [s.epoch for s in segments] == list(range(1, 2 + len(factors)))
-    for i, s in enumerate(segments):
+    assert [s.epoch for s in phases] == list(range(1, 2 + len(factors)))
+    for i, s in enumerate(phases):
         assert s.global_batch_size <= start + room
         grown = s.global_batch_size / start / s.lr_factor
         assert grown == pytest.approx(math.prod(factors[:i]), rel=1e-12)
@@ -241,7 +239,7 @@ def test_noise_falls_by_the_product_of_all_factors_whatever_the_maximum(start, f
 
 
 def test_fast_ends_with_the_run_and_meets_a_milestone_in_the_same_epoch():
-    segments = batch_schedule(
+    phases = batch_schedule(
         "fast",
         global_batch_size=400,
         epochs=4,
@@ -252,7 +250,7 @@ def test_fast_ends_with_the_run_and_meets_a_milestone_in_the_same_epoch():
         growth=1.5,
         lr_growth=1.2,
     )
-    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in segments] == [
+    assert [(s.epoch, s.global_batch_size, s.lr_factor) for s in phases] == [
         (1, 400, 1.0),
         (2, 600, 1.2),
         (3, 900, 1.2 * 1.2 / 4),
@@ -263,23 +261,23 @@ def test_fast_ends_with_the_run_and_meets_a_milestone_in_the_same_epoch():
 @pytest.mark.parametrize("rule", ["fast", "instant"])
 def test_fast_and_instant_arrive_at_the_same_batch_and_learning_rate(rule):
     settings = {"milestones": ()} if rule == "fast" else {}
-    segments = batch_schedule(rule, **SIZES, max_batch_size=20_000, **settings)
+    phases = batch_schedule(rule, **SIZES, max_batch_size=20_000, **settings)
     # 128 x 2^8 is the first power past 20000
-    assert segments[-1].global_batch_size == 20_000
-    assert segments[-1].lr_factor == pytest.approx(1.3**8, rel=1e-14)
+    assert phases[-1].global_batch_size == 20_000
+    assert phases[-1].lr_factor == pytest.approx(1.3**8, rel=1e-14)
 
 
 # updates
 
 
-def simulated(segments, epochs, num_samples, last_update):
-    """Updates of each segment, one sample position after the other."""
+def simulated(phases, epochs, num_samples, last_update):
+    """Updates of each phase, one sample position after the other."""
     end = max(1, round(Fraction(str(epochs)) * num_samples))
-    counts, position = [0] * len(segments), 0
+    counts, position = [0] * len(phases), 0
     while position < end:
         epoch, offset = divmod(position, num_samples)
-        number = max(i for i, s in enumerate(segments) if s.epoch <= epoch + 1)
-        size = segments[number].global_batch_size
+        number = max(i for i, s in enumerate(phases) if s.epoch <= epoch + 1)
+        size = phases[number].global_batch_size
         if last_update == "keep":
             size = min(size, num_samples - offset)
         position += size
@@ -293,27 +291,25 @@ def runs(draw):
     epochs = draw(st.one_of(st.integers(1, 12), st.integers(1, 120).map(lambda tenth: tenth / 10)))
     last = math.ceil(epochs)
     changes = draw(st.sets(st.integers(2, last), max_size=4)) if last > 1 else set()
-    segments = [
-        Segment(epoch=epoch, global_batch_size=draw(st.integers(1, num_samples)), lr_factor=1.0)
+    phases = [
+        Phase(epoch=epoch, global_batch_size=draw(st.integers(1, num_samples)), lr_factor=1.0)
         for epoch in sorted({1, *changes})
     ]
-    return segments, epochs, num_samples
+    return phases, epochs, num_samples
 
 
 @given(runs(), st.sampled_from(["keep", "wrap"]))
 def test_updates_are_those_of_a_simulation(run, last_update):
-    segments, epochs, num_samples = run
-    found = segment_updates(
-        segments, epochs=epochs, num_samples=num_samples, last_update=last_update
-    )
-    assert found == simulated(segments, epochs, num_samples, last_update)
+    phases, epochs, num_samples = run
+    found = phase_updates(phases, epochs=epochs, num_samples=num_samples, last_update=last_update)
+    assert found == simulated(phases, epochs, num_samples, last_update)
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.sampled_from(["keep", "wrap", "drop"]))
-def test_one_segment_has_the_updates_of_the_stream(size, epochs, last_update):
+def test_one_phase_has_the_updates_of_the_stream(size, epochs, last_update):
     stream = UpdateStream(size, 60, last_update)
     steady = batch_schedule("steady", global_batch_size=size, epochs=epochs, num_samples=60)
-    (found,) = segment_updates(steady, epochs=epochs, num_samples=60, last_update=last_update)
+    (found,) = phase_updates(steady, epochs=epochs, num_samples=60, last_update=last_update)
     assert found == stream.num_updates(epochs)
 
 
@@ -321,25 +317,25 @@ def test_one_segment_has_the_updates_of_the_stream(size, epochs, last_update):
 def test_half_an_epoch_has_half_its_updates(last_update):
     steady = batch_schedule("steady", global_batch_size=10, epochs=0.5, num_samples=99)
     # 49.5 samples (45 where 9 are left out), rounded: the update that starts at 40 is the last
-    assert segment_updates(steady, epochs=0.5, num_samples=99, last_update=last_update) == [5]
+    assert phase_updates(steady, epochs=0.5, num_samples=99, last_update=last_update) == [5]
 
 
 def test_an_update_that_runs_over_the_boundary_has_the_size_of_where_it_starts():
-    segments = [
-        Segment(epoch=1, global_batch_size=4, lr_factor=1.0),
-        Segment(epoch=2, global_batch_size=8, lr_factor=1.0),
+    phases = [
+        Phase(epoch=1, global_batch_size=4, lr_factor=1.0),
+        Phase(epoch=2, global_batch_size=8, lr_factor=1.0),
     ]
     # 0-4-8-12 | 12-20: the third update takes 2 samples of the second epoch
-    assert segment_updates(segments, epochs=2, num_samples=10, last_update="wrap") == [3, 1]
-    assert segment_updates(segments, epochs=2, num_samples=10, last_update="keep") == [3, 2]
+    assert phase_updates(phases, epochs=2, num_samples=10, last_update="wrap") == [3, 1]
+    assert phase_updates(phases, epochs=2, num_samples=10, last_update="keep") == [3, 2]
 
 
 def test_dropping_an_epoch_s_remainder_is_for_one_batch_size():
     lrd = batch_schedule("lrd", **SIZES)
-    assert segment_updates(lrd, **CIFAR, last_update="drop") == [390 * n for n in (59, 60, 40, 41)]
+    assert phase_updates(lrd, **CIFAR, last_update="drop") == [390 * n for n in (59, 60, 40, 41)]
     bsi = batch_schedule("bsi", **SIZES)
     with pytest.raises(InputError, match=r"batch sizes 128, 640, 3200, 16000.*'keep' or 'wrap'"):
-        segment_updates(bsi, **CIFAR, last_update="drop")
+        phase_updates(bsi, **CIFAR, last_update="drop")
 
 
 # bad input
@@ -399,15 +395,15 @@ def test_a_schedule_that_is_none_says_what_to_type(rule, changes, message):
 
 def test_every_rule_runs_with_its_defaults():
     for rule in RULES:
-        segments = batch_schedule(rule, **SIZES)
-        check_segments(segments, **CIFAR)
-        assert (segments[0].epoch, segments[0].lr_factor) == (1, 1.0)
+        phases = batch_schedule(rule, **SIZES)
+        check_phases(phases, **CIFAR)
+        assert (phases[0].epoch, phases[0].lr_factor) == (1, 1.0)
 
 
 def test_the_first_epochs_of_a_milestone_in_the_last_epoch_are_allowed():
-    segments = batch_schedule("lrd", **SIZES | {"epochs": 159.5}, milestones=[60.0, 160])
-    assert [s.epoch for s in segments] == [1, 60, 160]
-    assert segment_updates(segments, epochs=159.5, num_samples=50_000)[-1] == 196  # 25000 / 128
+    phases = batch_schedule("lrd", **SIZES | {"epochs": 159.5}, milestones=[60.0, 160])
+    assert [s.epoch for s in phases] == [1, 60, 160]
+    assert phase_updates(phases, epochs=159.5, num_samples=50_000)[-1] == 196  # 25000 / 128
 
 
 @pytest.mark.parametrize(
@@ -422,10 +418,10 @@ def test_the_first_epochs_of_a_milestone_in_the_last_epoch_are_allowed():
         ([(1, 8, 1.0), (2, 8, 0.0)], "lr_factor=0.0 is not a finite number above 0"),
     ],
 )
-def test_segments_made_by_hand_are_checked(rows, message):
-    segments = [Segment(epoch=e, global_batch_size=b, lr_factor=f) for e, b, f in rows]
+def test_phases_made_by_hand_are_checked(rows, message):
+    phases = [Phase(epoch=e, global_batch_size=b, lr_factor=f) for e, b, f in rows]
     with pytest.raises(InputError, match=message):
-        segment_updates(segments, epochs=10, num_samples=100)
+        phase_updates(phases, epochs=10, num_samples=100)
 
 
 @pytest.mark.parametrize("epochs", [14.3, 0.5, 1.5, 2.5, 7.1])
@@ -435,21 +431,21 @@ def test_a_run_that_ends_on_half_a_sample_has_the_updates_of_the_loader(
     epochs, num_samples, last_update
 ):
     """14.3 x 235 is 3360.5 samples, and the float product a little more."""
-    segments = batch_schedule("steady", global_batch_size=3, epochs=epochs, num_samples=num_samples)
+    phases = batch_schedule("steady", global_batch_size=3, epochs=epochs, num_samples=num_samples)
     run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
-    found = sum(segment_updates(segments, **run))
+    found = sum(phase_updates(phases, **run))
     assert found == UpdateStream(3, num_samples, last_update).num_updates(epochs)
 
 
 def test_listed_sizes_and_rates_are_the_arms_of_loss_dropout():
-    segments = batch_schedule(
+    phases = batch_schedule(
         "listed", global_batch_size=128, epochs=200, num_samples=50_000,
         batch_sizes=(128, 16384, 32768), lr_factors=(0.5, 0.7, 0.7),
     )  # fmt: skip
-    assert [(s.epoch, s.global_batch_size, s.lr(0.05)) for s in segments] == [
+    assert [(s.epoch, s.global_batch_size, s.lr(0.05)) for s in phases] == [
         (1, 128, 0.05), (60, 128, 0.025), (120, 16384, 0.035), (160, 32768, 0.035),
     ]  # fmt: skip
-    assert sum(segment_updates(segments, epochs=200, num_samples=50_000)) == 46_771
+    assert sum(phase_updates(phases, epochs=200, num_samples=50_000)) == 46_771
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_an_export_comes_back_where_the_new_one_can_not_take_its_place(
 
     monkeypatch.setattr(Path, "rename", fails)
     export(digits, "--to", out, "--force", "--license", "mit", code=1)
-    assert "No space left on device. What was there is kept" in capsys.readouterr().err
+    assert "No space left on device. An earlier export is kept" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
 

@@ -185,6 +185,26 @@ def test_rates_and_schedules_need_no_numpy_either(name, modules_after):
     assert "numpy" not in modules_after[name]
 
 
+def test_a_class_name_stands_in_one_module():
+    """A reader who meets a name such as `Row` knows which class it is."""
+    homes: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name_of(path))
+    assert homes["Phase"] == ["batch.phases"]
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_no_docstring_begins_with_what(path):
+    """A docstring is a sentence or a noun phrase: it names its subject first."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            doc = ast.get_docstring(node) or ""
+            assert not doc.startswith("What"), f"{path}: {doc.splitlines()[0]}"
+
+
 def test_tensors_without_memory_have_one_door():
     """`fake_tensors` keeps this process able to fork; FakeTensorMode by itself does not."""
     users = {path.name for path in modules() if "FakeTensorMode" in path.read_text()}

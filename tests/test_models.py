@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,14 +145,15 @@ def test_a_checkpoint_with_a_small_stem_fits_the_run_that_it_came_from():
     truth, found = model.state_dict(), again.state_dict()
     assert all(torch.equal(truth[k], found[k]) for k in truth)
     with pytest.raises(InputError, match=r"conv1\.weight is \(64, 1, 3, 3\), the model's"):
-        build_model(settings_of(*flags, "--stem", "native"), source, num_classes=10, say=print)
+        build_model(*settings_of(*flags, "--stem", "native"), source, num_classes=10, say=print)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "vgg11"])
 def test_a_size_that_the_network_can_not_take_is_found_before_training(name):
-    settings = settings_of() | {"model": name}
+    options, data = settings_of()
+    options = replace(options, model=name)
     with pytest.raises(InputError, match=rf"{name} can't take images of 8 px.*--img-size"):
-        build_model(settings, open_source("digits"), num_classes=10, say=print)
+        build_model(options, data, open_source("digits"), num_classes=10, say=print)
 
 
 # -- the stem -------------------------------------------------------------------------------------

@@ -591,8 +591,8 @@ MUTANTS = {
     ),
     "the batch grows an epoch late": (
         "batch.phases",
-        "(segment.epoch - 1, segment.global_batch_size)",
-        "(segment.epoch, segment.global_batch_size)",
+        "(phase.epoch - 1, phase.global_batch_size)",
+        "(phase.epoch, phase.global_batch_size)",
         "tests/test_growth.py::"
         "test_a_growing_batch_is_what_the_schedule_says_in_updates_samples_and_rates",
     ),

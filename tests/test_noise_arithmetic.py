@@ -11,8 +11,8 @@ from scipy import stats
 from lbaccel.errors import InputError
 from lbaccel.noise.arithmetic import (
     UNKNOWN,
-    Estimate,
     Interval,
+    NoiseEstimate,
     RatioAverage,
     estimate,
     fieller,
@@ -41,7 +41,7 @@ def estimates(mean, sizes, num_updates, rng):
 def averaged(found, num_samples, half_life):
     average = RatioAverage(half_life)
     for s, g in zip(*found, strict=True):
-        average.add(Estimate(float(s), float(g)), num_samples=num_samples)
+        average.add(NoiseEstimate(float(s), float(g)), num_samples=num_samples)
     return average
 
 
@@ -164,7 +164,7 @@ def test_an_average_is_the_weighted_mean_over_samples_and_its_interval_is_fielle
     x, y = rng.normal(100, 20, 30), rng.normal(2, 0.3, 30)
     average = RatioAverage(300)
     for one in zip(x, y, sizes, strict=True):
-        average.add(Estimate(*map(float, one[:2])), num_samples=int(one[2]))
+        average.add(NoiseEstimate(*map(float, one[:2])), num_samples=int(one[2]))
     age = np.cumsum(sizes[::-1])[::-1] - sizes  # samples after each update
     w = sizes * 2.0 ** (-age / 300)
     w /= w.sum()
@@ -188,7 +188,7 @@ def test_an_average_with_equal_weights_has_the_sample_variance_over_n():
     values = [3.0, 5.0, 4.0, 8.0]
     average = RatioAverage(1e15)
     for value in values:
-        average.add(Estimate(value, 1.0), num_samples=7)
+        average.add(NoiseEstimate(value, 1.0), num_samples=7)
     half = stats.t.ppf(0.975, 3) * np.std(values, ddof=1) / 2
     found = average.interval()
     assert (found.low, found.high) == pytest.approx((5.0 - half, 5.0 + half))
@@ -243,21 +243,21 @@ def test_an_interval_is_printed_so(interval, text):
 def test_nothing_is_known_before_two_updates_and_no_ratio_where_the_gradient_vanishes():
     average = RatioAverage(100)
     assert math.isnan(average.ratio) and average.interval() == UNKNOWN
-    average.add(Estimate(5.0, 1.0), num_samples=10)
+    average.add(NoiseEstimate(5.0, 1.0), num_samples=10)
     assert average.ratio == 5.0 and average.interval() == UNKNOWN
-    average.add(Estimate(5.0, -9.0), num_samples=10)
+    average.add(NoiseEstimate(5.0, -9.0), num_samples=10)
     assert average.ratio == math.inf
-    average.add(Estimate(-500.0, 1.0), num_samples=10)
+    average.add(NoiseEstimate(-500.0, 1.0), num_samples=10)
     assert math.isnan(average.ratio)
 
 
 def test_a_saved_average_goes_on_exactly():
     first, second = RatioAverage(70), RatioAverage(70)
     for i in range(5):
-        first.add(Estimate(float(i), 1.0 / (i + 1)), num_samples=10)
+        first.add(NoiseEstimate(float(i), 1.0 / (i + 1)), num_samples=10)
     second.load_state_dict(first.state_dict())
     for average in (first, second):
-        average.add(Estimate(2.5, 0.5), num_samples=3)
+        average.add(NoiseEstimate(2.5, 0.5), num_samples=3)
     assert first.state_dict() == second.state_dict() and first.interval() == second.interval()
 
 

@@ -298,7 +298,7 @@ def test_weight_decay_leaves_out_biases_and_norms():
     }
     assert {name for name, group in groups.items() if group["weight_decay"] == 0} == spared
     assert {g["weight_decay"] for n, g in groups.items() if n not in spared} == {0.03}
-    assert spared and values["weight_decay"] == 0.03
+    assert spared and values.weight_decay == 0.03
 
 
 @pytest.mark.parametrize("more", [[], ["--layer-decay", 0.5]])
@@ -312,7 +312,7 @@ def test_layer_decay_is_a_power_of_the_distance_to_the_head():
     model = timm.create_model("test_vit", num_classes=3, img_size=16)
     groups, values, _ = optimizer_of(model, "--layer-decay", 0.5, "--optimizer", "adamw")
     depth = len(model.blocks)
-    assert values["lr"] == 1e-3 * math.sqrt(2)
+    assert values.lr == 1e-3 * math.sqrt(2)
     for name, group in groups.items():
         if name.startswith("head."):
             power = 0
@@ -322,7 +322,7 @@ def test_layer_decay_is_a_power_of_the_distance_to_the_head():
             power = depth + 1
         else:
             continue
-        assert group["lr"] == pytest.approx(values["lr"] * 0.5**power, rel=1e-12), name
+        assert group["lr"] == pytest.approx(values.lr * 0.5**power, rel=1e-12), name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, patch_environment
 
-from lbaccel.configs.claims import Script
+from lbaccel.configs.claims import ScriptArguments
 from lbaccel.configs.launcher import launch
 from lbaccel.configs.make import deepspeed_config
 from lbaccel.configs.resolve import read_json, resolve
@@ -57,11 +57,13 @@ def a_config(steps=MISSING, **keys):
     return config if steps is MISSING else {**config, "gradient_accumulation_steps": steps}
 
 
-def said_by(who: str) -> tuple[Script, dict[str, str]]:
+def said_by(who: str) -> tuple[ScriptArguments, dict[str, str]]:
     """4 accumulation steps, said in one of three places; Accelerator's own default is 1."""
     code = 4 if who == "code" else 1
     plugin = {"gradient_accumulation_steps": 4} if who == "plugin" else {}
-    script = Script(micro_batch_size=MICRO, gradient_accumulation_steps=code, plugin=plugin)
+    script = ScriptArguments(
+        micro_batch_size=MICRO, gradient_accumulation_steps=code, plugin=plugin
+    )
     return script, {STEPS: "4"} if who == "env" else {}
 
 
@@ -109,7 +111,7 @@ def test_steps_as_text_are_a_clear_error_where_accelerate_trips_over_its_own_ari
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_every_shipped_json_resolves_as_in_accelerate(name, precision):
     config = read_json(ROOT / "ds_configs" / f"{name}.json")
-    script = Script(
+    script = ScriptArguments(
         micro_batch_size=MICRO, gradient_accumulation_steps=16, mixed_precision=precision
     )
     found = resolve(config, script, world_size=WORLD)
@@ -131,7 +133,7 @@ def test_what_make_writes_is_what_is_shipped(name):
 
 def test_the_plugin_without_a_json_clips_at_1_in_silence():
     """A YAML block without gradient_clipping: 2.2533 in place of 2.7864 (traps)."""
-    script = Script(micro_batch_size=MICRO, gradient_accumulation_steps=2)
+    script = ScriptArguments(micro_batch_size=MICRO, gradient_accumulation_steps=2)
     environment = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
     found = resolve(None, script, world_size=WORLD, environment=environment)
     assert found.config["gradient_clipping"] == 1.0
@@ -144,7 +146,7 @@ def test_the_plugin_without_a_json_clips_at_1_in_silence():
 
 def problem(config, **script) -> str:
     asked = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, **script}
-    found = resolve(config, Script(**asked), world_size=2)
+    found = resolve(config, ScriptArguments(**asked), world_size=2)
     (only,) = found.problems
     return only
 
@@ -198,7 +200,7 @@ def test_precision_in_json_against_code_is_an_error():
 def test_whole_numbers_that_fit_are_kept_and_the_third_is_derived():
     config = {**deepspeed_config(1), "train_batch_size": 64}
     del config["train_micro_batch_size_per_gpu"]
-    script = Script(micro_batch_size=4, gradient_accumulation_steps=8)
+    script = ScriptArguments(micro_batch_size=4, gradient_accumulation_steps=8)
     assert resolve(config, script, world_size=2).batch == (4, 8, 64)
     config = {**deepspeed_config(1), "train_micro_batch_size_per_gpu": 16}
     found = resolve(config, script, world_size=2)
@@ -208,7 +210,7 @@ def test_whole_numbers_that_fit_are_kept_and_the_third_is_derived():
 
 
 def test_a_variable_that_is_no_number_is_said():
-    script = Script(micro_batch_size=4, gradient_accumulation_steps=8)
+    script = ScriptArguments(micro_batch_size=4, gradient_accumulation_steps=8)
     found = resolve(deepspeed_config(1), script, world_size=1, environment={STEPS: "many"})
     assert f"unset {STEPS}" in found.problems[0]
 
@@ -225,7 +227,7 @@ def a_yaml(tmp_path, text="", **keys) -> Path:
 
 def through(path: Path, config=None, *, flags=(), environment=None, steps=2, precision=None):
     started = launch(path, flags=flags, environment=environment or {})
-    script = Script(
+    script = ScriptArguments(
         micro_batch_size=4, gradient_accumulation_steps=steps, mixed_precision=precision
     )
     return started, resolve(config, script, world_size=started.world_size, launch=started)

@@ -54,10 +54,10 @@ def test_bsi_is_printed_as_text(capsys):
     ]
 
 
-def test_json_has_the_segments_and_the_total(found):
+def test_json_has_the_phases_and_the_total(found):
     report = found(BSI | {"max-batch-size": 50_000})
     keys = ("epoch", "global_batch_size", "lr", "num_updates")
-    assert [tuple(segment[key] for key in keys) for segment in report["segments"]] == [
+    assert [tuple(phase[key] for key in keys) for phase in report["segments"]] == [
         (1, 128, 0.1, 23_069),
         (60, 640, 0.1, 4_740),
         (120, 3200, 0.1, 640),
@@ -69,7 +69,7 @@ def test_json_has_the_segments_and_the_total(found):
 
 def test_a_decayed_rate_is_the_number_on_paper(found):
     report = found(BSI | {"batch-schedule": "lrd"})
-    assert [segment["lr"] for segment in report["segments"]] == [0.1, 0.02, 0.004, 0.0008]
+    assert [phase["lr"] for phase in report["segments"]] == [0.1, 0.02, 0.004, 0.0008]
 
 
 def test_the_other_flags_of_the_rules_arrive(found):
@@ -122,7 +122,7 @@ def test_past_the_maximum_the_note_says_what_is_lost_and_lr_takes_it(found, caps
 def test_the_start_rate_is_scaled_where_a_rule_and_its_reference_are_given(found):
     flags = BSI | {"global-batch-size": 512, "factor": 2, "base-batch-size": 256}
     linear = found(flags | {"lr-scaling": "linear"})
-    assert [segment["lr"] for segment in linear["segments"]] == [0.2] * 4
+    assert [phase["lr"] for phase in linear["segments"]] == [0.2] * 4
     assert "0.1 at 256" in linear["notes"][0]
     root = found(flags | {"lr-scaling": "sqrt"})
     assert root["segments"][0]["lr"] == pytest.approx(0.1 * math.sqrt(2), rel=1e-15)
@@ -166,7 +166,7 @@ def test_warmup_cosine_and_growth_multiply(found):
         assert row["last_lr"] == pytest.approx(expected(last, offset, factor), rel=1e-12)
 
 
-def test_where_updates_wrap_a_segment_s_rate_is_that_of_its_first_update(found):
+def test_where_updates_wrap_a_phase_s_rate_is_that_of_its_first_update(found):
     flags = {
         "batch-schedule": "bsi",
         "global-batch-size": 4,
@@ -267,10 +267,10 @@ def test_a_picture_that_cannot_be_written_is_bad_input(tmp_path, capsys):
     assert "can't be written" in capsys.readouterr().err
 
 
-def test_the_curve_that_is_drawn_follows_the_segments():
+def test_the_curve_that_is_drawn_follows_the_phases():
     run = {"epochs": 200, "num_samples": 50_000}
-    segments = batch_schedule("lrd", global_batch_size=128, **run)
-    curve = schedule_table(segments, first_lr=0.1, **run).curve
+    phases = batch_schedule("lrd", global_batch_size=128, **run)
+    curve = schedule_table(phases, first_lr=0.1, **run).curve
     for epoch, rate in curve:
         # at a change itself both rates are drawn
         expected = {0.1 / 5 ** sum(at >= m for m in (60, 120, 160)) for at in (epoch, epoch - 1e-6)}
@@ -279,9 +279,9 @@ def test_the_curve_that_is_drawn_follows_the_segments():
 
 
 def test_a_batch_that_changes_cannot_drop_its_remainder():
-    segments = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
+    phases = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
     with pytest.raises(InputError, match="each would leave out other samples"):
-        schedule_table(segments, epochs=200, num_samples=50_000, first_lr=0.1, last_update="drop")
+        schedule_table(phases, epochs=200, num_samples=50_000, first_lr=0.1, last_update="drop")
 
 
 def test_an_exponent_without_the_rule_power_is_refused(capsys):

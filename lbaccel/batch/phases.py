@@ -1,4 +1,4 @@
-"""The segments of a batch-size schedule: what they are, and where their updates lie (no torch)."""
+"""The phases of a batch-size schedule: what they are, and where their updates lie (no torch)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lbaccel.errors import InputError, check_choice, check_number, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class Phase:
     """From the start of `epoch` (the first is 1) on, this batch size and learning rate."""
 
     epoch: int
     global_batch_size: int
-    lr_factor: float  # multiple of the first segment's learning rate; 1.0 at the first
+    lr_factor: float  # multiple of the first phase's learning rate; 1.0 at the first
 
     def lr(self, first_lr: float) -> float:
         """`first_lr * lr_factor`, of the numbers as people write them, rounded once.
 
-        >>> 0.1 * 0.008, Segment(epoch=160, global_batch_size=128, lr_factor=0.008).lr(0.1)
+        >>> 0.1 * 0.008, Phase(epoch=160, global_batch_size=128, lr_factor=0.008).lr(0.1)
         (0.0008..., 0.0008)
 
         Raises:
@@ -46,85 +46,83 @@ class Segment:
         return lr
 
 
-def growth_of(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
+def growth_of(phases: Sequence[Phase]) -> tuple[tuple[int, int], ...]:
     """`UpdateStream`'s growth: epochs counted from 0, each with its number of samples an update.
 
     >>> lrd = [
-    ...     Segment(epoch=epoch, global_batch_size=8, lr_factor=factor)
+    ...     Phase(epoch=epoch, global_batch_size=8, lr_factor=factor)
     ...     for epoch, factor in ((1, 1.0), (3, 0.5))
     ... ]
-    >>> growth_of(lrd), growth_of([*lrd, Segment(epoch=5, global_batch_size=16, lr_factor=0.5)])
+    >>> growth_of(lrd), growth_of([*lrd, Phase(epoch=5, global_batch_size=16, lr_factor=0.5)])
     ((), ((4, 16),))
     """
     return tuple(
-        (segment.epoch - 1, segment.global_batch_size)
-        for before, segment in pairwise(segments)
-        if segment.global_batch_size != before.global_batch_size
+        (phase.epoch - 1, phase.global_batch_size)
+        for before, phase in pairwise(phases)
+        if phase.global_batch_size != before.global_batch_size
     )
 
 
-def segment_stream(
-    segments: Sequence[Segment], *, num_samples: int, last_update: str
-) -> UpdateStream:
+def phase_stream(phases: Sequence[Phase], *, num_samples: int, last_update: str) -> UpdateStream:
     """Where the updates of a schedule lie.
 
     Raises:
         InputError: an unknown `last_update`, or "drop" with a batch that changes.
     """
     check_choice("last_update", last_update, choices=("keep", "wrap", "drop"))
-    sizes = sorted({segment.global_batch_size for segment in segments})
+    sizes = sorted({phase.global_batch_size for phase in phases})
     if last_update == "drop" and len(sizes) > 1:
         raise InputError(
             f"last_update='drop' with batch sizes {', '.join(map(str, sizes))}: each would leave "
             "out other samples, so epochs would differ in length. Use last_update='keep' or 'wrap'."
         )
     return UpdateStream(
-        segments[0].global_batch_size,
+        phases[0].global_batch_size,
         num_samples,
         cast(LastUpdate, last_update),
-        growth_of(segments),
+        growth_of(phases),
     )
 
 
-def segment_updates(
-    segments: Sequence[Segment], *, epochs: float, num_samples: int, last_update: str = "keep"
+def phase_updates(
+    phases: Sequence[Phase], *, epochs: float, num_samples: int, last_update: str = "keep"
 ) -> list[int]:
-    """Updates of each segment in a run of `epochs` over `num_samples` samples: exact counts.
+    """Updates of each phase in a run of `epochs` over `num_samples` samples: exact counts.
 
-    With B the segment's batch size and N = `num_samples`: "keep" ends each epoch with a short
+    With B the phase's batch size and N = `num_samples`: "keep" ends each epoch with a short
     update, ceil(N / B) an epoch. "wrap" cuts the stream of samples without regard to epochs: an
-    update has the size of the segment in which its first sample lies, and may run over into the
+    update has the size of the phase in which its first sample lies, and may run over into the
     next one. "drop" leaves out what is no whole update, floor(N / B) an epoch; epochs of different
     batch sizes would then differ in their samples, so it is for one batch size alone. A run that
     ends inside an epoch has the updates that start before its end (rounded to a sample), and at
     least one.
 
     Args:
-        segments: from `batch_schedule`, or made by hand: the first at epoch 1, in order.
+        phases: from `batch_schedule`, or made by hand: the first at epoch 1, in order.
         epochs: length of the run.
         num_samples: samples of the training set.
         last_update: "keep", "wrap" or "drop".
 
     Raises:
-        InputError: segments out of order or past the run's end, a batch larger than the training
+        InputError: phases out of order or past the run's end, a batch larger than the training
             set, an unknown `last_update`, "drop" with a batch that changes.
 
     >>> from lbaccel.batch.rules import batch_schedule
-    >>> segments = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
-    >>> segment_updates(segments, epochs=200, num_samples=50_000)
+    >>> phases = batch_schedule("bsi", global_batch_size=128, epochs=200, num_samples=50_000)
+    >>> phase_updates(phases, epochs=200, num_samples=50_000)
     [23069, 4740, 640, 164]
-    >>> segment_updates(segments, epochs=200, num_samples=50_000, last_update="wrap")
+    >>> phase_updates(phases, epochs=200, num_samples=50_000, last_update="wrap")
     [23047, 4688, 625, 129]
     """
-    check_segments(segments, epochs=epochs, num_samples=num_samples)
-    stream = segment_stream(segments, num_samples=num_samples, last_update=last_update)
+    check_phases(phases, epochs=epochs, num_samples=num_samples)
+    stream = phase_stream(phases, num_samples=num_samples, last_update=last_update)
     total = stream.num_updates(epochs)
-    firsts = [min(stream.first_update(segment.epoch - 1), total) for segment in segments]
+    firsts = [min(stream.first_update(phase.epoch - 1), total) for phase in phases]
     return [stop - first for first, stop in pairwise([*firsts, total])]
 
 
-def check_segments(segments: Sequence[Segment], *, epochs: float, num_samples: int) -> None:
-    """Stop at segments that are no schedule of this run.
+def check_phases(phases: Sequence[Phase], *, epochs: float, num_samples: int) -> None:
+    """Stop at phases that are no schedule of this run.
 
     Raises:
         InputError: none, not from epoch 1 and factor 1 on, out of order or past the run's end, or
@@ -132,15 +130,15 @@ def check_segments(segments: Sequence[Segment], *, epochs: float, num_samples: i
     """
     check_whole("num_samples", num_samples)
     check_number("epochs", epochs)
-    if not segments or segments[0].epoch != 1 or segments[0].lr_factor != 1:
+    if not phases or phases[0].epoch != 1 or phases[0].lr_factor != 1:
         raise InputError(
-            f"segments={list(segments)!r} do not begin at epoch 1 with lr_factor 1.0. "
-            "Use a first Segment(epoch=1, global_batch_size=..., lr_factor=1.0)."
+            f"phases={list(phases)!r} do not begin at epoch 1 with lr_factor 1.0. "
+            "Use a first Phase(epoch=1, global_batch_size=..., lr_factor=1.0)."
         )
-    whole_epochs("segments", [segment.epoch for segment in segments[1:]], epochs=epochs)
-    for segment in segments:
-        check_size("global_batch_size", segment.global_batch_size, num_samples=num_samples)
-        check_number("lr_factor", segment.lr_factor)
+    whole_epochs("phases", [phase.epoch for phase in phases[1:]], epochs=epochs)
+    for phase in phases:
+        check_size("global_batch_size", phase.global_batch_size, num_samples=num_samples)
+        check_number("lr_factor", phase.lr_factor)
 
 
 def whole_epochs(what: str, given: Sequence[float], *, epochs: float) -> list[int]:

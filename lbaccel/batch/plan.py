@@ -244,7 +244,7 @@ class BatchPlan:
     def warnings(
         self, *, num_samples: int, num_updates: int, last_update: LastUpdate = "wrap"
     ) -> tuple[str, ...]:
-        """What a user of this batch on this training set should know before the run."""
+        """Warnings about this batch on this training set, for the user to read before the run."""
         b = self.global_batch_size
         found = []
         if b >= num_samples:

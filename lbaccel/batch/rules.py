@@ -1,6 +1,6 @@
 """Batch-size schedules: how batch and learning rate change from epoch to epoch (no torch).
 
-A schedule is a tuple of `Segment`s. Epochs are numbered from 1, and a change happens at the start
+A schedule is a tuple of `Phase`s. Epochs are numbered from 1, and a change happens at the start
 of its epoch. `docs/methods.md` says where each rule fails.
 """
 
@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import ceil, inf
 
 from lbaccel.batch.growth import BY_EPOCH, READ_BY, Frame, Growth
-from lbaccel.batch.phases import Segment, check_size, whole_epochs
+from lbaccel.batch.phases import Phase, check_size, whole_epochs
 from lbaccel.errors import InputError, check_choice, check_number
 
 RULES = ("lrd", "bsi", "bsi-doubled-end", "steady", "mixed", "fast", "instant", "listed")
@@ -39,8 +39,8 @@ def batch_schedule(
     first_epoch: int | None = None,
     batch_sizes: Sequence[int] | None = None,
     lr_factors: Sequence[float] | None = None,
-) -> tuple[Segment, ...]:
-    """The segments of a run under a rule, those alone that change something.
+) -> tuple[Phase, ...]:
+    """The phases of a run under a rule, those alone that change something.
 
     With B the batch size, eta the learning rate, f a milestone's factor, M = `max_batch_size`:
 
@@ -59,7 +59,7 @@ def batch_schedule(
 
     Args:
         rule: one of `RULES`.
-        global_batch_size: samples of an update in the first segment.
+        global_batch_size: samples of an update in the first phase.
         epochs: length of the run; its last epoch may be a fraction.
         num_samples: samples of the training set.
         milestones: epochs at whose start something changes: whole, from 2 on, increasing
@@ -73,7 +73,7 @@ def batch_schedule(
         lr_growth: factor of the learning rate at an epoch of "fast" (default: 1.3).
         first_epoch: the first epoch with a larger batch, for "fast" and "instant" (default: 6).
         batch_sizes: samples of an update from each milestone on, for "listed" (default: they stay).
-        lr_factors: multiple of the first segment's learning rate from each milestone on, for
+        lr_factors: multiple of the first phase's learning rate from each milestone on, for
             "listed" (default: it stays).
 
     Raises:
@@ -84,10 +84,10 @@ def batch_schedule(
     Source: a thesis on large and increasing batch sizes, chapters 3 to 5; "bsi" and
     `past_max="lr"` after Smith et al. 2018 (arXiv 1711.00489).
 
-    >>> for segment in batch_schedule(
+    >>> for phase in batch_schedule(
     ...     "bsi", global_batch_size=2048, factors=4, epochs=200, num_samples=50_000, past_max="lr"
     ... ):
-    ...     print(segment.epoch, segment.global_batch_size, segment.lr_factor)
+    ...     print(phase.epoch, phase.global_batch_size, phase.lr_factor)
     1 2048 1.0
     60 8192 1.0
     120 32768 1.0
@@ -182,7 +182,7 @@ def _fold(
     *,
     largest: int,
     past_max: str,
-) -> tuple[Segment, ...]:
+) -> tuple[Phase, ...]:
     """Apply changes one after the other, in exact arithmetic; those that change nothing go."""
     size, factor = Fraction(global_batch_size), Fraction(1)
     reached = {1: (size, factor)}
@@ -201,7 +201,7 @@ def _fold(
     states = list(reached.items())
     kept = [states[0], *(new for old, new in pairwise(states) if new[1] != old[1])]
     return tuple(
-        Segment(epoch=epoch, global_batch_size=int(size), lr_factor=_rounded(factor, epoch))
+        Phase(epoch=epoch, global_batch_size=int(size), lr_factor=_rounded(factor, epoch))
         for epoch, (size, factor) in kept
     )
 

@@ -22,8 +22,8 @@ from lbaccel.runs.read import Run, load_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lbaccel advise`."""
     parser.description = (
-        "How large should the batch be? What the gradient noise scale, measured during a run "
-        "(lbaccel train --noise-scale), says of training loss at tuned learning rates."
+        "How large should the batch be? The answer of the gradient noise scale, measured during a "
+        "run (lbaccel train --noise-scale), for the training loss at tuned learning rates."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or wandb's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -125,7 +125,7 @@ def _count(value: int | None) -> str:
 
 
 def as_json(one: Run, found: Sequence[NoiseReading], batches: Sequence[int]) -> dict[str, Any]:
-    """What `--json` prints; null is unbounded or unknown."""
+    """The object that `--json` prints; null stands for an unbounded or unknown value."""
     last = found[-1]
     return {
         "run": one.name,

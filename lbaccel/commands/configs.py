@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.commands.plan import add_plan_arguments
-from lbaccel.configs.launcher import Launch, Row
+from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
@@ -94,7 +94,7 @@ def _validate(a: argparse.Namespace) -> int:
         fsdp_problems,
         precision_notes,
     )
-    from lbaccel.configs.claims import Script
+    from lbaccel.configs.claims import ScriptArguments
     from lbaccel.configs.launcher import launch
     from lbaccel.configs.resolve import read_json, resolve
 
@@ -119,7 +119,7 @@ def _validate(a: argparse.Namespace) -> int:
     problems = list(started.problems) if started else []
     notes: list[str] = []
     if json_file is not None or (started and started.distributed_type == "DEEPSPEED"):
-        script = Script(
+        script = ScriptArguments(
             micro_batch_size=plan.micro_batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps
             if a.accelerator_steps is None
@@ -213,7 +213,7 @@ def _make(a: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[ResolvedValue]) -> list[str]:
     cells = [(row.key, _shown(row.value), row.decided_by, row.over) for row in rows]
     return columns([("key", "value", "decided by", "over"), *cells])
 

@@ -23,7 +23,7 @@ from lbaccel.update.normalization import has_batch_norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to look at; all of it may be left out."""
+    """The files and the network to check; each flag is optional."""
     looked = parser.add_argument_group("what to look at, beside this environment")
     looked.add_argument("--config", metavar="YAML", help="a file, or the name of a shipped config")
     looked.add_argument("--ds-config", type=Path, metavar="JSON", help="default: the YAML's")
@@ -94,7 +94,7 @@ def _has_batch_norm(model: str, img_size: int | None) -> bool:
 
 
 def _says(a: argparse.Namespace, facts: Facts) -> Iterator[str]:
-    """What ZeRO can do here, and what DeepSpeed would build."""
+    """Sentences on the memory that ZeRO saves, and on the operators that DeepSpeed would build."""
     if facts.deepspeed:
         yield from _operators(facts)
     if facts.model is None or a.global_batch_size is None:

@@ -89,7 +89,7 @@ def _check(own: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class RateMeasurements:
     """The range, the curvature where it was asked for, and the recipe's rates."""
 
     lr_range: LrRange
@@ -99,7 +99,7 @@ class Measured:
     curvature: Curvature | None
 
 
-def _measure(own: argparse.Namespace, settings: Settings) -> Measured:
+def _measure(own: argparse.Namespace, settings: Settings) -> RateMeasurements:
     from lbaccel.recipe.built import built
     from lbaccel.stability.curvature import largest_curvature, sgd_momentum
     from lbaccel.stability.range_test import lr_find
@@ -153,12 +153,12 @@ def _measure(own: argparse.Namespace, settings: Settings) -> Measured:
             num_updates=own.num_updates,
             after_update=after_update,
         )
-        return Measured(
+        return RateMeasurements(
             lr_range=found, own_lr=own_lr, base_lr=b.base_lr, sgd=sgd, curvature=curvature
         )
 
 
-def _show(own: argparse.Namespace, settings: Settings, m: Measured) -> None:
+def _show(own: argparse.Namespace, settings: Settings, m: RateMeasurements) -> None:
     """On the first rank alone."""
     found, own_lr, curvature = m.lr_range, m.own_lr, m.curvature
     momentum, nesterov = m.sgd or (0.0, False)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a plan is asked for."""
+    """The flags of a plan: contract, machine and options."""
     contract = parser.add_argument_group("the contract")
     contract.add_argument("--model", required=True, help="any timm model")
     contract.add_argument("--img-size", type=int, metavar="S", help="default: the model's")

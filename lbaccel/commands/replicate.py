@@ -16,7 +16,7 @@ from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered
 from lbaccel.recipe.values import switch
 from lbaccel.replication.contract import Contract, contract_of
-from lbaccel.replication.many_gpus import Row
+from lbaccel.replication.many_gpus import Translation
 from lbaccel.replication.readers.plain import Said
 from lbaccel.replication.render import table, to_yaml
 from lbaccel.replication.sources import SOURCES, norms_of, read_source
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The source, what it may not say, and the machine to plan for."""
     parser.usage = "lbaccel replicate [SOURCE] [--gpus N] [...] [-- COMMAND ...]"
     parser.description = (
-        "What a recipe made for many GPUs asks for, as the contract of one card: global batch, "
+        "A recipe made for many GPUs, as the contract of one card: global batch, "
         "norm_batch_size, learning rate, schedule, average; and the plan for this machine."
     )
     parser.add_argument("source", nargs="*", metavar="SOURCE", help=SOURCES)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     contract = contract_of(recipe, norms)
     if a.data is not None:
         rows = tuple(row for row in contract.rows if row.setting != "data")
-        row = Row(f"--data {a.data}", "data", a.data, "as typed")
+        row = Translation(f"--data {a.data}", "data", a.data, "as typed")
         contract = replace(contract, rows=(*rows, row))
     check_contract(contract)
     print("\n".join(table(contract)))

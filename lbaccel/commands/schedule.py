@@ -1,4 +1,4 @@
-"""`lbaccel schedule`: the segments of a batch-size schedule, their updates, and a picture."""
+"""`lbaccel schedule`: the phases of a batch-size schedule, their updates, and a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lbaccel.runs.figures import check_plot
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The batch, the run, the learning rate, and the output."""
     parser.description = (
-        "Segments of a batch-size schedule: batch size, learning rate and updates from each epoch "
+        "Phases of a batch-size schedule: batch size, learning rate and updates from each epoch "
         "on. Epochs are numbered from 1, and a change happens at the start of its epoch."
     )
     batch = parser.add_argument_group("the batch")
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--past-max",
         default="drop",
         metavar="|".join(PAST_MAX),
-        help="what of a factor the maximum leaves no room for is lost (default), or divides the "
-        "learning rate",
+        help="what to do with the part of a growth factor that exceeds --max-batch-size: drop it "
+        "(default), or divide the learning rate by it",
     )
     for flag, what in (("--growth", "batch; default: 2"), ("--lr-growth", "rate; default: 1.3")):
         batch.add_argument(flag, type=float, metavar="F", help=f"fast, instant: of the {what}")
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the segments, draw them where asked; 0.
+    """Print the phases, draw them where asked; 0.
 
     Raises:
         InputError: see `compose`; a plot in another format or that can't be written.
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def headlines(table: ScheduleTable, a: argparse.Namespace) -> Iterator[str]:
-    """What runs, and what it saves."""
+    """The number of updates of the schedule, and its share of the steady run's."""
     yield (
         f"{a.batch_schedule}: {table.num_updates} updates in {table.epochs:.10g} epochs of "
         f"{a.num_samples} samples (last update: {a.last_update})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lbaccel.configs.launcher import Launch, Row
+from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.refusals import PRECISION_KEYS, flat
 
 # DeepSpeed's key: argument of DeepSpeedPlugin, variable, accelerate's own value
@@ -37,8 +37,8 @@ PLUGIN_KEYS: dict[str, tuple[str, str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Script:
-    """What the script itself says: its loader, and the arguments of its Accelerator.
+class ScriptArguments:
+    """The values that the script itself sets, in its loader and in its Accelerator.
 
     `plugin` holds the arguments of a `DeepSpeedPlugin` that the script makes.
     """
@@ -53,30 +53,30 @@ def row(
     key: str,
     value: Any,
     config: Mapping[str, Any] | None,
-    script: Script,
+    script: ScriptArguments,
     variables: Mapping[str, str],
     launch: Launch | None,
     world_size: int,
-) -> Row:
+) -> ResolvedValue:
     """Who decides a key: the first in accelerate's order that has a value, over the others."""
     claims = _claims(key, config, script, variables, launch)
     if key == "train_batch_size" and flat(config or {}).get(key, "auto") == "auto":
-        return Row(key, value, f"micro-batch x accumulation x {world_size} ranks")
+        return ResolvedValue(key, value, f"micro-batch x accumulation x {world_size} ranks")
     if not claims:
-        return Row(key, value, "accelerate")
+        return ResolvedValue(key, value, "accelerate")
     (winner, _), *rest = claims
     losers = [
         f"{other} ({who})"
         for who, other in rest
         if str(other) != str(value) and who != "accelerate"
     ]
-    return Row(key, value, winner, ", ".join(losers))
+    return ResolvedValue(key, value, winner, ", ".join(losers))
 
 
 def _claims(
     key: str,
     config: Mapping[str, Any] | None,
-    script: Script,
+    script: ScriptArguments,
     variables: Mapping[str, str],
     launch: Launch | None,
 ) -> Sequence[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What `accelerate launch` makes of a YAML, its command line and the environment."""
+"""The launch that `accelerate launch` derives from a YAML, its command line and the environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Who = Literal["JSON", "YAML", "command line", "environment", "code", "accelerate
 
 
 @dataclass(frozen=True)
-class Row:
+class ResolvedValue:
     """One key: what it is in the end, who says so, and whom that overrules."""
 
     key: str
@@ -38,7 +38,7 @@ class Launch:
     world_size: int  # processes that are started, whatever num_processes says
     variables: Mapping[str, str]  # ACCELERATE_*, FSDP_* of each process
     origins: Mapping[str, Who]  # variable -> who set it
-    rows: tuple[Row, ...]
+    rows: tuple[ResolvedValue, ...]
     problems: tuple[str, ...] = ()
     block: Mapping[str, Any] = field(default_factory=dict)  # the YAML's deepspeed_config
 
@@ -153,7 +153,7 @@ def _hermetic(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def _kind(arguments: Any) -> str:
-    """What `launch_command` starts: --cpu undoes every launcher."""
+    """The kind of launch that `launch_command` starts: --cpu overrides every launcher."""
     if not arguments.cpu:
         if arguments.use_deepspeed:
             return "DEEPSPEED"
@@ -167,7 +167,7 @@ def _kind(arguments: Any) -> str:
 def _variables(
     arguments: Any, kind: str, environment: Mapping[str, str], fields: list[str]
 ) -> dict[str, str]:
-    """What accelerate's own function puts into the environment of a process."""
+    """The variables that accelerate's own function puts into the environment of a process."""
     from accelerate.utils.launch import (
         prepare_deepspeed_cmd_env,
         prepare_multi_gpu_env,
@@ -210,8 +210,10 @@ def _flag(variable: str) -> str:
 
 def _rows(
     raw: Mapping[str, Any], arguments: Any, given: set[str], kind: str, world_size: int
-) -> Iterator[Row]:
-    yield Row("distributed_type", kind, "YAML" if kind == raw["distributed_type"] else "launcher")
+) -> Iterator[ResolvedValue]:
+    yield ResolvedValue(
+        "distributed_type", kind, "YAML" if kind == raw["distributed_type"] else "launcher"
+    )
     blocks = ("deepspeed_config", "fsdp_config")
     flat = {k: v for k, v in raw.items() if k not in (*blocks, "distributed_type")}
     for block in blocks:
@@ -219,11 +221,11 @@ def _rows(
     for key, written in flat.items():
         value = getattr(arguments, key, written)
         if key == "num_processes" and value != world_size:
-            yield Row(key, world_size, "launcher", f"{value} (YAML)")
+            yield ResolvedValue(key, world_size, "launcher", f"{value} (YAML)")
         elif key in given:
             over = f"{written} (YAML)" if written != value else ""
-            yield Row(key, value, "command line", over)
+            yield ResolvedValue(key, value, "command line", over)
         else:
-            yield Row(key, written, "YAML")
+            yield ResolvedValue(key, written, "YAML")
     for key in sorted(given & {"num_processes", "mixed_precision"} - set(flat)):
-        yield Row(key, getattr(arguments, key), "command line")
+        yield ResolvedValue(key, getattr(arguments, key), "command line")

@@ -1,4 +1,4 @@
-"""What is wrong with a DeepSpeed config, with the line to type."""
+"""The errors of a DeepSpeed config, each with the line to type."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unfit(given: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the JSON by itself."""
+    """The errors that the JSON has by itself."""
     for key in HIDDEN_SIZE_KEYS:
         if given.get(key) == "auto":
             name = key.split(".")[-1]
@@ -84,7 +84,7 @@ REFUSED = (
 
 
 def refused(error: Exception, launch: Launch | None) -> str:
-    """What accelerate said, with the line to type."""
+    """The message of accelerate's error, with the line to type."""
     text = " ".join(str(error).split())
     if "will be ignored" in text and launch is not None:
         fields = launch.variables.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")

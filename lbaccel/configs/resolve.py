@@ -10,8 +10,8 @@ from typing import Any
 
 from accelerate.utils import DeepSpeedPlugin, clear_environment, patch_environment
 
-from lbaccel.configs.claims import Script, row
-from lbaccel.configs.launcher import Launch, Row
+from lbaccel.configs.claims import ScriptArguments, row
+from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.refusals import BATCH_KEYS, HIDDEN_SIZE_KEYS, flat, refused, unfit
 from lbaccel.errors import InputError, check_whole, reading
 
@@ -21,7 +21,7 @@ class Resolved:
     """The config that `deepspeed.initialize` gets, row by row, and what is wrong with it."""
 
     config: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[ResolvedValue, ...]
     problems: tuple[str, ...]
 
     @property
@@ -54,13 +54,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def resolve(
     config: Mapping[str, Any] | None,
-    script: Script,
+    script: ScriptArguments,
     *,
     world_size: int,
     launch: Launch | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """What accelerate hands to DeepSpeed; its own plugin does the filling in, on a copy.
+    """The config that accelerate hands to DeepSpeed; accelerate's own plugin fills in a copy.
 
     Follows `Accelerator._prepare_deepspeed` of accelerate 1.15, which needs a running Accelerator;
     a test compares the two.
@@ -78,7 +78,7 @@ def resolve(
     >>> found = resolve(
     ...     {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": "auto",
     ...      "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"},
-    ...     Script(micro_batch_size=32, gradient_accumulation_steps=4), world_size=2)
+    ...     ScriptArguments(micro_batch_size=32, gradient_accumulation_steps=4), world_size=2)
     >>> found.batch
     (32, 4, 256)
     """
@@ -119,7 +119,11 @@ def resolve(
 
 
 def _fill(
-    plugin: DeepSpeedPlugin, script: Script, accelerators: int, world_size: int, problems: list[str]
+    plugin: DeepSpeedPlugin,
+    script: ScriptArguments,
+    accelerators: int,
+    world_size: int,
+    problems: list[str],
 ) -> None:
     """The part that accelerate does in `prepare`."""
     if plugin.is_auto("train_micro_batch_size_per_gpu"):

@@ -1,1 +1,1 @@
-"""What is known to go wrong in silence with an environment, a config and a script, looked up."""
+"""Checks of an environment, a config and a script for errors that no message reports."""

@@ -13,7 +13,7 @@ Look = Callable[[Facts], Iterable[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Check:
-    """What to look for. `consequence` is measured, unless it says that it was read."""
+    """One check. `consequence` was measured, unless its text says that it was read in a source."""
 
     name: str
     consequence: str

@@ -1,4 +1,4 @@
-"""What the checks look at: environment, YAML, JSON, script, plan; and what they find."""
+"""The inputs of the checks (environment, YAML, JSON, script, plan), and their findings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.configs.claims import Script as Said
+from lbaccel.configs.claims import ScriptArguments
 from lbaccel.configs.launcher import Launch, launch, read_yaml
 from lbaccel.configs.refusals import BATCH_KEYS, flat
 from lbaccel.configs.resolve import Resolved, read_json, resolve
@@ -178,7 +178,7 @@ def gather(
     resolved = None
     if config is not None or (started and started.distributed_type == "DEEPSPEED"):
         world = started.world_size if started else world_size or 1
-        said, judged = Said(micro_batch_size=1, gradient_accumulation_steps=1), config
+        said, judged = ScriptArguments(micro_batch_size=1, gradient_accumulation_steps=1), config
         if global_batch_size is not None and micro_batch_size is not None:
             plan = BatchPlan(
                 global_batch_size=global_batch_size,
@@ -186,7 +186,9 @@ def gather(
                 world_size=world,
             )
             steps = plan.gradient_accumulation_steps
-            said = Said(micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps)
+            said = ScriptArguments(
+                micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps
+            )
         elif config is not None and "auto" in map(config.get, BATCH_KEYS[:2]):
             judged = {**config, "train_batch_size": "auto"}
         resolved = resolve(

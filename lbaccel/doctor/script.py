@@ -92,7 +92,7 @@ class Script:
 
     @property
     def accumulation_steps(self) -> Any:
-        """What it gives Accelerator: a number, `...` for an expression, None for nothing."""
+        """The argument of Accelerator: a number, `...` for an expression, None without one."""
         for call in self.calls_of("Accelerator", "GradientAccumulationPlugin"):
             name = "num_steps" if call.last != "Accelerator" else "gradient_accumulation_steps"
             if call.keyword(name) is not None:

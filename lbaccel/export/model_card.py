@@ -15,7 +15,7 @@ from lbaccel.runs.read import Run
 
 @dataclass(frozen=True)
 class Exported:
-    """What is exported: a run, and one of its checkpoints.
+    """The content of an export: a run, and one of its checkpoints.
 
     Args:
         run: settings, summary and metrics.
@@ -79,7 +79,7 @@ def model_card(
     sections = {
         "Use": _use(exported, repo_id),
         "Data": tables.data(config, exported.preprocessing, num_classes=len(exported.classes)),
-        "Contract": _titled("What decides the result.", tables.contract(run)),
+        "Contract": _titled("These settings decide the result.", tables.contract(run)),
         "Plan": _titled(
             "How the batch was fitted into memory. This does not affect the result: another plan "
             "gives the same update up to rounding.",

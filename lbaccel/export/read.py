@@ -1,4 +1,4 @@
-"""What a run folder and one of its checkpoints say, checked: the source of an export."""
+"""Reads and checks a run folder and one of its checkpoints: the source of an export."""
 
 from __future__ import annotations
 

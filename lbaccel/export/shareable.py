@@ -1,4 +1,4 @@
-"""What of a run may be published: its settings and command without paths, trackers or machine."""
+"""The publishable part of a run: settings and command without paths, trackers and machine."""
 
 from __future__ import annotations
 

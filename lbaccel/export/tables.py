@@ -46,7 +46,7 @@ def data(config: Mapping[str, Any], pre: Mapping[str, Any], *, num_classes: int)
 
 
 def contract(run: Run) -> str:
-    """What decides the result."""
+    """The table of the settings that decide the result."""
     config = run.config
     batch = global_batch_size(config)
     grows = _batch_schedule(config)
@@ -248,7 +248,7 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
 
 
 def _augmentation(config: Mapping[str, Any]) -> str | None:
-    """What is added to the crops and mirror images of the recipe, which follow from the data."""
+    """The settings that add to the recipe's crops and mirror images, which follow from the data."""
     names = ("mixup", "cutmix", "label_smoothing", "drop_rate", "drop_path", "auto_augment")
     if not any(name in config for name in names):
         return None

@@ -96,7 +96,7 @@ def write_folder(
             _check(beside, exported, model)
     except (OSError, safetensors.SafetensorError) as error:
         raise RunFailed(
-            f"the export could not be written to {target}: {error}. What was there is kept. "
+            f"the export could not be written to {target}: {error}. An earlier export is kept. "
             f"{way_out(error, 'give another folder with --to')}"
         ) from error
 

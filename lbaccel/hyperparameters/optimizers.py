@@ -1,4 +1,4 @@
-"""What the sheet must know of an optimizer by its name (no torch); tests measure it on timm's."""
+"""The properties of an optimizer that the sheet needs, by name (no torch); tests measure timm's."""
 
 from __future__ import annotations
 

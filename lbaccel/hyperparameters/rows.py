@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What `transfer` found.
+    """The result of `transfer`: old and new values, with the rule of each.
 
     Attributes:
         base_batch_size: the batch of the old values.

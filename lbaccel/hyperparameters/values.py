@@ -12,7 +12,7 @@ from lbaccel.optim.scaling import find_rule, scale_lr
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerValues:
-    """What the optimizer and the average of its weights do at an update; see `transfer`.
+    """The moves of the optimizer, and of the average of its weights, at an update; see `transfer`.
 
     Raises:
         InputError: a value out of its range.

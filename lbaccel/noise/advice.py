@@ -1,4 +1,4 @@
-"""What a run's noise scale says about its batch, in figures (no torch).
+"""Advice on the batch of a run from its noise scale, in figures (no torch).
 
 With Emin and Smin the samples and updates that a run needs in the limits of small and of large
 batches, and B_crit = Emin / Smin, a batch of B needs (McCandlish et al. 2018, arXiv 1812.06162,
@@ -48,7 +48,7 @@ def updates_factor(global_batch_size: float, critical: float) -> float:
 
 
 def trade(small: float, large: float, critical: float) -> tuple[float, float]:
-    """What going from a small batch to a large one costs: times the samples, times fewer updates.
+    """The cost of a larger batch: the factor on the samples, and the factor fewer updates.
 
     >>> samples, updates = trade(3100, 16384, critical=3100)
     >>> f"{samples:.1f} times the samples for {updates:.1f} times fewer updates"
@@ -111,7 +111,7 @@ def _verdict(reading: NoiseReading, batch: int) -> str:
 
 
 def closing_advice(noise_scale: Any, global_batch_size: int) -> str:
-    """What the recipe ends with: the two lines, or why there are none.
+    """The last lines of the recipe: the two of `advice`, or the reason why the run has none.
 
     Args:
         noise_scale: a `NoiseScale`.

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from lbaccel.errors import check_number
 
 
-class Estimate(NamedTuple):
-    """What one update says of its gradient: unbiased, and noisy."""
+class NoiseEstimate(NamedTuple):
+    """The estimates that one update gives of S and |G|^2: unbiased, and noisy."""
 
     scale_s: Any  # S, of one sample
     grad_norm_sq: Any  # |G|^2, may be below zero
@@ -29,7 +29,7 @@ def estimate(
     num_units: Any,
     training_set_size: float = math.inf,
     repeat: Any = 1.0,
-) -> Estimate:
+) -> NoiseEstimate:
     """S and |G|^2 from the norms of K units of n_i samples and of their mean (floats or arrays).
 
     With mean gradients g_i of the units, B = sum n_i and g = sum n_i g_i / B,
@@ -61,12 +61,12 @@ def estimate(
     Source: McCandlish et al. 2018, appendix A.1; the terms in N are derived above.
 
     >>> estimate(100.0, 6.0, num_samples=10, num_units=5)  # 5 units of 2 samples with |g_i|^2 = 10
-    Estimate(scale_s=10.0, grad_norm_sq=5.0)
+    NoiseEstimate(scale_s=10.0, grad_norm_sq=5.0)
     """
     share = num_samples / training_set_size
     spread = sum_unit_sq - num_samples * update_sq
     scale_s = spread / (num_units - 1 - (1 - repeat) * share)
-    return Estimate(scale_s, update_sq - scale_s / num_samples * (1 - repeat * share))
+    return NoiseEstimate(scale_s, update_sq - scale_s / num_samples * (1 - repeat * share))
 
 
 def same_epoch(start: int, num_samples: int, *, samples_per_epoch: int) -> float:
@@ -170,8 +170,8 @@ class RatioAverage:
     batch sizes, and a run whose batch grows, average over the same stretch of training.
 
     The variance of a mean is the weighted variance over n - 1, n = (sum w)^2 / sum w^2 being the
-    effective number of updates, and Student's t has n - 1 degrees of freedom. What S and |G|^2
-    drift within the average widens the interval.
+    effective number of updates, and Student's t has n - 1 degrees of freedom. A drift of
+    S and |G|^2 within the average widens the interval.
 
     Args:
         half_life: samples.
@@ -181,7 +181,7 @@ class RatioAverage:
 
     >>> average = RatioAverage(half_life=1000)
     >>> for s, g in ((90.0, 1.0), (110.0, 1.0), (100.0, 1.0)):
-    ...     average.add(Estimate(s, g), num_samples=10)
+    ...     average.add(NoiseEstimate(s, g), num_samples=10)
     >>> round(average.ratio)
     100
     """
@@ -193,7 +193,7 @@ class RatioAverage:
         self._x = self._y = 0.0
         self._xx = self._xy = self._yy = 0.0  # weighted sums of products about the means
 
-    def add(self, found: Estimate, *, num_samples: int) -> None:
+    def add(self, found: NoiseEstimate, *, num_samples: int) -> None:
         """Take an update in (West 1979: means and products, updated stably)."""
         keep = 2.0 ** (-num_samples / self.half_life)
         w = float(num_samples)

@@ -17,7 +17,7 @@ from lbaccel.errors import InputError
 
 
 class Loader(Protocol):
-    """What `UpdateLoader` has."""
+    """The part of `UpdateLoader` that this module uses."""
 
     next_update: int
     stream: UpdateStream
@@ -34,7 +34,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What was decided at the start of an epoch, and why."""
+    """The decision at the start of an epoch, with its evidence."""
 
     epoch: int  # numbered from 1
     update: int  # done before it

@@ -26,7 +26,7 @@ from lbaccel.noise.arithmetic import RatioAverage, estimate, same_epoch
 
 
 class UnitSums(NamedTuple):
-    """What the micro-batches of all ranks add up to; fillers and empty ones count nothing."""
+    """The sums over the micro-batches of all ranks; fillers and empty ones count nothing."""
 
     num_units: int  # K
     sum_sq: float  # sum of |h_i|^2 / w_i
@@ -129,7 +129,7 @@ class NoiseScale:
             self.preconditioned.add(found, num_samples=num_samples)
 
     def metrics(self) -> dict[str, float]:
-        """The line of a log; empty before the first estimate. What is unbounded is infinite."""
+        """The line of a log; empty before the first estimate. An unbounded figure is infinite."""
         if not self.average.num_updates:
             return {}
         interval = self.average.interval()

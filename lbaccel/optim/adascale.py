@@ -19,7 +19,7 @@ from lbaccel.errors import InputError, check_number
 
 
 class Averages(Protocol):
-    """What `RatioAverage` has: averages of S = tr(Sigma) of one sample, and of |G|^2."""
+    """The part of `RatioAverage` that is read here: averages of S = tr(Sigma) and of |G|^2."""
 
     @property
     def scale_s(self) -> float:
@@ -103,9 +103,9 @@ class AdaScale:
     Raises:
         InputError: a batch that is not above 0.
 
-    >>> from lbaccel.noise.arithmetic import Estimate, RatioAverage
+    >>> from lbaccel.noise.arithmetic import NoiseEstimate, RatioAverage
     >>> average, rule = RatioAverage(half_life=10_000), AdaScale(base_batch_size=100)
-    >>> average.add(Estimate(scale_s=300.0, grad_norm_sq=1.0), num_samples=300)
+    >>> average.add(NoiseEstimate(scale_s=300.0, grad_norm_sq=1.0), num_samples=300)
     >>> gain = rule.gain(average, global_batch_size=300)  # sigma^2 = 3, mu^2 = 1, S = 3
     >>> rule.advance(gain)
     >>> gain, rule.progress

@@ -62,7 +62,7 @@ def _is(name: str, kind: str) -> bool:
 
 
 def notes(name: str, *, decay_all: bool, clip_grad_norm: float | None) -> list[str]:
-    """What timm's LARS and LAMB do beside what was asked for, in a line each.
+    """A line for each thing that timm's LARS and LAMB do besides the settings given.
 
     >>> notes("lars", decay_all=False, clip_grad_norm=None)
     []

@@ -32,7 +32,7 @@ Checkpointing = Literal["none", "full"] | Segments
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a plan chooses."""
+    """The settings that a plan chooses."""
 
     micro_batch_size: int
     memory_format: MemoryFormat = "contiguous"
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a candidate costs."""
+    """The bytes and seconds that a candidate costs."""
 
     peak: int  # bytes, all of `breakdown`
     traced: int  # bytes that the trace alone has
@@ -125,7 +125,7 @@ class Estimator:
             def find(model: nn.Module, recorder: Recorder) -> None:
                 finders.append(ChainFinder(model, recorder))
 
-            kernels = _phases(self._trace(Candidate(size), find, 1), 0).first
+            kernels = _step_kernels(self._trace(Candidate(size), find, 1), 0).first
             turned = [k for k in kernels if "convolution" in k.name or "batch_norm" in k.name]
             self._surveys[size] = Survey(
                 finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
@@ -219,7 +219,7 @@ class Estimator:
         breakdown = self._breakdown(trace)
         accumulating = trace.breakdown()
         accumulating["workspace"] += self._margin
-        phases = _phases(trace, len(self.units) if plain else 0)
+        by_step = _step_kernels(trace, len(self.units) if plain else 0)
 
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
@@ -229,11 +229,11 @@ class Estimator:
             traced=trace.peak(),
             breakdown=breakdown,
             accumulating=accumulating,
-            first_step_seconds=timed(phases.first),
-            micro_step_seconds=timed(phases.micro),
-            commit_seconds=timed(phases.commit) + self.step_seconds(),
+            first_step_seconds=timed(by_step.first),
+            micro_step_seconds=timed(by_step.micro),
+            commit_seconds=timed(by_step.commit) + self.step_seconds(),
             chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
-            forward_seconds=tuple(timed(kernels) for kernels in phases.forward),
+            forward_seconds=tuple(timed(kernels) for kernels in by_step.forward),
         )
 
     def step_seconds(self, *, fused: bool | None = None) -> float:
@@ -313,7 +313,7 @@ class Untraceable(InputError):
 
 
 @dataclass
-class _Phases:
+class _StepKernels:
     """The kernels of a trace: of its first and last micro-step, and of its commit."""
 
     first: list[Kernel]
@@ -322,8 +322,8 @@ class _Phases:
     forward: list[list[Kernel]]  # of each unit, in the last micro-step
 
 
-def _phases(trace: Trace, num_units: int) -> _Phases:
-    found = _Phases([], [], [], [])
+def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
+    found = _StepKernels([], [], [], [])
     into, unit = found.commit, None
     for event in trace.events:
         if isinstance(event, Mark):

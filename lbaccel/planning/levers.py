@@ -1,4 +1,4 @@
-"""What each lever would buy in bytes and cost in seconds, and what that means, in words."""
+"""The bytes that each lever would save and the seconds it would cost, with a verdict in words."""
 
 from __future__ import annotations
 

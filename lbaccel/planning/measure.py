@@ -1,4 +1,4 @@
-"""What a plan really costs: one update of its first micro-steps on the device at hand."""
+"""The measured cost of a plan: one update of its first micro-steps on this device."""
 
 from __future__ import annotations
 

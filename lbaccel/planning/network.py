@@ -1,4 +1,4 @@
-"""What a plan is made for: a model by name or as it is, with its data, loss and optimizer."""
+"""The network that a plan is made for: a model by name or as it is, data, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lbaccel.update.accumulation import LossFn
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is trained, as `plan` describes it: a model by name, or a module with its own data."""
+    """The training that `plan` is asked about: a model by name, or a module with its own data."""
 
     model: str | nn.Module
     img_size: int | None

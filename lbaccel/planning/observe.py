@@ -30,7 +30,7 @@ def observer(
     optimizer: str,
     clip_grad_norm: bool,
 ) -> Callable[[Candidate, int], Estimate]:
-    """What `Estimator` takes in the place of a trace: two real updates of a candidate.
+    """The function that `Estimator` calls instead of a trace: two real updates of a candidate.
 
     Nothing of `model` changes. On a CPU, where nothing stops a process that takes too much, a size
     is left out that by the line through a smaller one exceeds what is free.

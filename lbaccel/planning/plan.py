@@ -12,7 +12,7 @@ from lbaccel.planning.cost.update import Precision
 from lbaccel.planning.cost.workspace import Workspaces
 from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.levers import Lever
-from lbaccel.planning.sweep import Point
+from lbaccel.planning.sweep import SweepPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Plan:
     why: str = ""  # where it does not fit
     zero_stage: int | None = None  # of DeepSpeed; None: one process, or DDP
     offload: str = "none"
-    points: Sequence[Point] = ()
+    points: Sequence[SweepPoint] = ()
     workspaces: Workspaces | None = None  # of a traced plan for a CPU
     notes: Sequence[str] = field(default_factory=tuple)
 

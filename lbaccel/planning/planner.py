@@ -29,7 +29,7 @@ from lbaccel.planning.machine import Machine, is_at_hand, machine_of, zero_of
 from lbaccel.planning.network import Trained, image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
-from lbaccel.planning.sweep import Point, sweep
+from lbaccel.planning.sweep import SweepPoint, sweep
 from lbaccel.update.normalization import has_batch_norm
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -145,7 +145,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan shall hold beside the choice; `plan` describes each."""
+    """The contents of a plan beside the choice; `plan` describes each."""
 
     num_samples: int
     epochs: float
@@ -277,10 +277,10 @@ def _why(search: Search, choice: Choice) -> str:
     )
 
 
-def _points(search: Search, choice: Choice) -> list[Point]:
+def _points(search: Search, choice: Choice) -> list[SweepPoint]:
     candidate, peak = choice.candidate, choice.estimate.peak / GIB
     kept = 1.0 if candidate.checkpointing == "none" else 0.0
-    chosen = Point(candidate.micro_batch_size, kept, peak, choice.seconds, chosen=True)
+    chosen = SweepPoint(candidate.micro_batch_size, kept, peak, choice.seconds, chosen=True)
     return sweep(search, candidate.memory_format, chosen)
 
 

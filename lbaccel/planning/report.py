@@ -68,7 +68,7 @@ def write_report(
         img_size: likewise; default: the model's.
 
     Returns:
-        What was written, and one line that has both figures.
+        The written report, and one line that has both figures.
 
     Raises:
         InputError: see `check_report` and `measure`.

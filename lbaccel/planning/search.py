@@ -32,7 +32,7 @@ WORTH = 0.98  # recompute for a larger micro-batch must promise this much
 
 @dataclass(frozen=True, kw_only=True)
 class Pinned:
-    """What the user has decided; None leaves it to the search."""
+    """The settings that the user has decided; None leaves a setting to the search."""
 
     micro_batch_size: int | None = None
     memory_format: MemoryFormat | None = None
@@ -79,7 +79,7 @@ class Search:
         return found or self._smallest(layout)
 
     def choice(self, candidate: Candidate) -> Choice:
-        """What `candidate` comes to."""
+        """The cost of `candidate`, and whether it fits the budget."""
         estimate = self.estimator.estimate(candidate)
         steps = self.most / min(candidate.micro_batch_size, self.most)  # the last may be short
         seconds = steps * estimate.micro_step_seconds + estimate.commit_seconds

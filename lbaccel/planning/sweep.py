@@ -14,7 +14,7 @@ SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the activations that recompute leave
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One plan of a sweep, on the line through the traces of two micro-batches."""
 
     micro_batch_size: int
@@ -25,7 +25,9 @@ class Point:
     best: bool = False  # no other point has less of both
 
 
-def sweep(search: Search, layout: MemoryFormat, chosen: Point | None = None) -> list[Point]:
+def sweep(
+    search: Search, layout: MemoryFormat, chosen: SweepPoint | None = None
+) -> list[SweepPoint]:
     """Plans of every size of the ladder, with and without recompute, in order of their peak."""
     found = [] if chosen is None else [chosen]
     for size in search.sizes():
@@ -33,17 +35,17 @@ def sweep(search: Search, layout: MemoryFormat, chosen: Point | None = None) -> 
             costs = search.predicted(layout, size, share)
             if costs is not None:
                 peak, seconds = costs
-                found.append(Point(size, share, peak / GIB, seconds))
+                found.append(SweepPoint(size, share, peak / GIB, seconds))
     found.sort(key=lambda point: (point.peak_gib, point.seconds_per_update))
     points, fastest = [], float("inf")
     for point in found:
         best = point.seconds_per_update < fastest
         fastest = min(fastest, point.seconds_per_update)
-        points.append(Point(**{**vars(point), "best": best}))
+        points.append(SweepPoint(**{**vars(point), "best": best}))
     return points
 
 
-def plot(points: list[Point], path: Path, *, title: str, budget_gib: float) -> None:
+def plot(points: list[SweepPoint], path: Path, *, title: str, budget_gib: float) -> None:
     """Draw the sweep to `path`."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()

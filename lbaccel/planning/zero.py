@@ -1,4 +1,4 @@
-"""What ZeRO and offload can do for a network on so many devices: a plan's levers, in sentences."""
+"""The effect of ZeRO and offload on a network and its devices: a plan's levers, in sentences."""
 
 from __future__ import annotations
 

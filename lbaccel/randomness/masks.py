@@ -5,15 +5,15 @@ Within an update, the draw of element e of sample position p in the forward's c-
     bits(h, e),   h = hash(seed, update, p, c)
 
 a stateless hash in integer arithmetic on the device, so a mask is the same in every partition of
-the update, on every rank, and in a recompute. What networks call for their masks (`F.dropout` and
-its kin, DropPath, PatchDropout, StochasticDepth) is replaced while a micro-batch runs, and at no
+the update, on every rank, and in a recompute. The functions that draw masks (`F.dropout` and
+its kin, DropPath, PatchDropout, StochasticDepth) are replaced while a micro-batch runs, and at no
 other time: the model, its modules and its `state_dict` stay as they are.
 
 A recompute must draw the c of its forward. Each call takes a token from torch's CPU generator,
 which activation checkpointing puts back for a recompute: a token seen before names its c.
 
-What draws in another way (dropout inside fused attention, a user's own `torch.rand`) can't be keyed
-by sample. Its generators are seeded by (seed, update, first sample of the micro-batch): another
+A draw by other means (dropout inside fused attention, a user's own `torch.rand`) can't be keyed by
+sample. Its generators are seeded by (seed, update, first sample of the micro-batch): another
 partition draws other masks of the same distribution, the same partition draws the same.
 """
 

@@ -1,1 +1,1 @@
-"""What `lbaccel train` is asked for, and what it builds from that."""
+"""The settings of `lbaccel train`, and the objects that it builds from them."""

@@ -54,7 +54,7 @@ def wants_plan(batch: BatchOptions) -> bool:
 
 @dataclass(frozen=True)
 class Workload:
-    """What an update of the run holds, for the planner."""
+    """The parts of the run's update that the planner needs."""
 
     model: nn.Module
     optimizer: OptimizerOptions

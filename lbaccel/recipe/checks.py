@@ -56,9 +56,12 @@ def check_read(settings: Settings) -> None:
     Raises:
         InputError: with what stands against it.
     """
-    check_reference(settings.rate, given="base_batch_size" in settings.given)
+    named = settings.origin("base_batch_size") != "default"
+    check_reference(settings.rate, given=named)
     for name, row in OPTIONS.items():
-        if name in settings.given and row.reads_with and not is_read(row, settings):
+        if name not in settings.given or settings.value(name) in row.neutral:
+            continue
+        if not is_read(row, settings):
             raise InputError(_unread(row, settings))
 
 

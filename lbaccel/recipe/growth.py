@@ -1,11 +1,11 @@
-"""What the recipe makes of `--batch-schedule`: sizes for the loader, factors for the rate."""
+"""The recipe's `--batch-schedule`: sizes for the loader, factors for the learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lbaccel.batch.phases import Segment, segment_updates
+from lbaccel.batch.phases import Phase, phase_updates
 from lbaccel.batch.rules import MILESTONES, batch_schedule
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError, check_number
@@ -17,10 +17,10 @@ from lbaccel.recipe.options_training import RateOptions
 Say = Callable[[str], object]
 
 
-def segments_of(
+def phases_of(
     batch: BatchOptions, rate: RateOptions, *, num_samples: int, say: Say
-) -> tuple[Segment, ...]:
-    """The segments that the settings ask for; none without a batch schedule.
+) -> tuple[Phase, ...]:
+    """The phases that the settings ask for; none without a batch schedule.
 
     Raises:
         InputError: as `batch_schedule`.
@@ -125,16 +125,16 @@ def _check_auto(batch: BatchOptions, *, noise_scale: str) -> None:
         )
 
 
-def largest(batch: BatchOptions, segments: Sequence[Segment]) -> int:
+def largest(batch: BatchOptions, phases: Sequence[Phase]) -> int:
     """The largest batch that a run may come to."""
     if batch.follows_noise and batch.max_batch_size is not None:
         return batch.max_batch_size
-    return max([batch.first_size, *(segment.global_batch_size for segment in segments)])
+    return max([batch.first_size, *(phase.global_batch_size for phase in phases)])
 
 
-def factor_of(segments: Sequence[Segment], *, samples_per_epoch: int) -> Schedule:
-    """The factor of the learning rate in the segment that `samples_seen` lies in."""
-    starts = [((segment.epoch - 1) * samples_per_epoch, segment.lr_factor) for segment in segments]
+def factor_of(phases: Sequence[Phase], *, samples_per_epoch: int) -> Schedule:
+    """The factor of the learning rate in the phase that `samples_seen` lies in."""
+    starts = [((phase.epoch - 1) * samples_per_epoch, phase.lr_factor) for phase in phases]
     return lambda samples_seen: [f for start, f in starts if start <= samples_seen][-1]
 
 
@@ -161,14 +161,14 @@ def factor_by_rule(loader: Any, *, rule: str, exponent: float | None) -> Schedul
     return factor
 
 
-def explain(segments: Sequence[Segment], *, stream: UpdateStream, epochs: float, lr: float) -> str:
-    """A line a segment: from which epoch on, how many samples, at which rate, how many updates."""
-    counts = segment_updates(
-        segments, epochs=epochs, num_samples=stream.num_samples, last_update=stream.last_update
+def explain(phases: Sequence[Phase], *, stream: UpdateStream, epochs: float, lr: float) -> str:
+    """A line a phase: from which epoch on, how many samples, at which rate, how many updates."""
+    counts = phase_updates(
+        phases, epochs=epochs, num_samples=stream.num_samples, last_update=stream.last_update
     )
     rows = [
-        f"  from epoch {segment.epoch}: {segment.global_batch_size} samples an update, "
-        f"lr {segment.lr(lr):.6g}, {count} updates"
-        for segment, count in zip(segments, counts, strict=True)
+        f"  from epoch {phase.epoch}: {phase.global_batch_size} samples an update, "
+        f"lr {phase.lr(lr):.6g}, {count} updates"
+        for phase, count in zip(phases, counts, strict=True)
     ]
     return "\n".join(["batch schedule:", *rows])

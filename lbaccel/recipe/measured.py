@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 
-from lbaccel.batch.phases import Segment
+from lbaccel.batch.phases import Phase
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.data.loader import UpdateLoader
@@ -56,14 +56,14 @@ def loss_dropout(
 
 
 def rate_factor(
-    batch: BatchOptions, rate: PeakRate, *, segments: Sequence[Segment], loader: UpdateLoader
+    batch: BatchOptions, rate: PeakRate, *, phases: Sequence[Phase], loader: UpdateLoader
 ) -> Schedule | None:
     """The factor of a growing batch on the learning rate; None where the batch stays."""
     if batch.follows_noise:
         return factor_by_rule(loader, rule=rate.rule, exponent=rate.exponent)
-    if not segments:
+    if not phases:
         return None
-    return factor_of(segments, samples_per_epoch=loader.stream.samples_per_epoch)
+    return factor_of(phases, samples_per_epoch=loader.stream.samples_per_epoch)
 
 
 def build_noise_scale(

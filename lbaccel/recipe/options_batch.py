@@ -193,7 +193,8 @@ class BatchOptions:
     past_max: str = option(
         "drop",
         str,
-        "what of a factor has no room below --max-batch-size is lost, or divides the rate",
+        "what to do with the part of a growth factor that exceeds --max-batch-size: drop it, or "
+        "divide the learning rate by it",
         choices=PAST_MAX,
         over_time=True,
         reads_with=(SCHEDULED,),

@@ -88,6 +88,7 @@ class RateOptions:
         float,
         "length of the warmup, epochs",
         shown="5, at most a quarter of --epochs",
+        neutral=(0.0,),
         over_time=True,
         reads_with=(_WARMED,),
     )

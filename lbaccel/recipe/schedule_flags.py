@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lbaccel.batch.duration import Duration
-from lbaccel.batch.phases import Segment, segment_stream
+from lbaccel.batch.phases import Phase, phase_stream
 from lbaccel.batch.rules import RULES, batch_schedule
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 from lbaccel.optim.scaling import TABLE, explain_lr, rule_named, scale_lr
@@ -56,7 +56,7 @@ def compose(a: ScheduleFlags) -> tuple[ScheduleTable, list[str]]:
     """The schedule of the flags, with warmup and decay, and notes on it.
 
     Raises:
-        InputError: see `batch_schedule`, `segment_updates`, `scale_lr` and `make_schedule`; no
+        InputError: see `batch_schedule`, `phase_updates`, `scale_lr` and `make_schedule`; no
             length of the run or two, scaling without a reference batch, a batch below the world
             size, a warmup that does not rise.
     """
@@ -78,12 +78,12 @@ def compose(a: ScheduleFlags) -> tuple[ScheduleTable, list[str]]:
         batch_sizes=a.batch_sizes,
         lr_factors=a.lr_factors,
     )
-    segments = build(past_max=a.past_max)
-    stream = segment_stream(segments, num_samples=a.num_samples, last_update=a.last_update)
-    _check_ranks(segments, a.world_size)
+    phases = build(past_max=a.past_max)
+    stream = phase_stream(phases, num_samples=a.num_samples, last_update=a.last_update)
+    _check_ranks(phases, a.world_size)
     first_lr, notes = _first_lr(a)
     table = schedule_table(
-        segments,
+        phases,
         epochs=epochs,
         num_samples=a.num_samples,
         last_update=a.last_update,
@@ -93,7 +93,7 @@ def compose(a: ScheduleFlags) -> tuple[ScheduleTable, list[str]]:
         ),
     )
     if a.past_max == "drop" and a.batch_schedule in KEEPS_FACTORS:
-        notes += _lost(segments, build(past_max="lr"))
+        notes += _lost(phases, build(past_max="lr"))
     notes += [
         f"From epoch {row.epoch} on there is no update: the run ends inside one of those before."
         for row in table.rows
@@ -123,9 +123,9 @@ def _epochs(a: ScheduleFlags) -> float:
     return a.epochs
 
 
-def _check_ranks(segments: Sequence[Segment], world_size: int) -> None:
+def _check_ranks(phases: Sequence[Phase], world_size: int) -> None:
     check_whole("world_size", world_size)
-    smallest = min(segments, key=lambda segment: segment.global_batch_size)
+    smallest = min(phases, key=lambda phase: phase.global_batch_size)
     if smallest.global_batch_size < world_size:
         raise InputError(
             f"global_batch_size={smallest.global_batch_size} from epoch {smallest.epoch} on is "
@@ -135,7 +135,7 @@ def _check_ranks(segments: Sequence[Segment], world_size: int) -> None:
 
 
 def _first_lr(a: ScheduleFlags) -> tuple[float, list[str]]:
-    """The learning rate of the first segment, and how it came about."""
+    """The learning rate of the first phase, and how it came about."""
     check_choice("lr_scaling", a.lr_scaling, choices=LR_RULES)
     check_number("base_lr", a.base_lr)
     if "base_batch_size" not in rule_named(a.lr_scaling).reads:
@@ -207,13 +207,13 @@ def _warmup_start(text: str | None) -> float | str:
         ) from None
 
 
-def _lost(segments: Sequence[Segment], kept: Sequence[Segment]) -> list[str]:
-    """What the maximum cut off: `kept` gives it to the learning rate."""
-    share = segments[-1].lr_factor / kept[-1].lr_factor
+def _lost(phases: Sequence[Phase], kept: Sequence[Phase]) -> list[str]:
+    """A note on the factor that the maximum cuts off; `kept` gives it to the learning rate."""
+    share = phases[-1].lr_factor / kept[-1].lr_factor
     if share == 1:
         return []
-    first = next(segment for segment in kept if segment not in segments)
+    first = next(phase for phase in kept if phase not in phases)
     return [
-        f"At {segments[-1].global_batch_size} samples, the maximum, a factor of {share:.6g} is "
+        f"At {phases[-1].global_batch_size} samples, the maximum, a factor of {share:.6g} is "
         f"lost from epoch {first.epoch} on (--past-max lr: it divides the learning rate)."
     ]

@@ -1,4 +1,4 @@
-"""A batch-size schedule with its learning rates: a row a segment, and a picture (no torch)."""
+"""A batch-size schedule with its learning rates: a row a phase, and a picture (no torch)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import accumulate
 from math import log
 from pathlib import Path
 
-from lbaccel.batch.phases import Segment, segment_stream, segment_updates
+from lbaccel.batch.phases import Phase, phase_stream, phase_updates
 from lbaccel.optim.schedules import Schedule, constant
 from lbaccel.runs.figures import new_figure, save
 
-CURVE_POINTS = 200  # a segment
+CURVE_POINTS = 200  # a phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A segment as it is trained: `lr` at its first update, `last_lr` at its last."""
+class PhaseRow:
+    """A phase as it is trained: `lr` at its first update, `last_lr` at its last."""
 
     epoch: int
     global_batch_size: int
@@ -30,7 +30,7 @@ class Row:
 class ScheduleTable:
     """A schedule with its warmup and decay, and the steady run that it is compared with."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PhaseRow, ...]
     epochs: float
     num_updates: int
     num_updates_steady: int  # of the first batch size, kept
@@ -38,12 +38,12 @@ class ScheduleTable:
 
     @property
     def moves(self) -> bool:
-        """Whether the learning rate changes inside a segment."""
+        """Whether the learning rate changes inside a phase."""
         return any(row.lr != row.last_lr for row in self.rows)
 
 
 def schedule_table(
-    segments: Sequence[Segment],
+    phases: Sequence[Phase],
     *,
     epochs: float,
     num_samples: int,
@@ -51,44 +51,44 @@ def schedule_table(
     last_update: str = "keep",
     multiplier: Schedule = constant,
 ) -> ScheduleTable:
-    """Updates and learning rates of each segment: lr(s) = `first_lr` x `lr_factor` x multiplier(s).
+    """Updates and learning rates of each phase: lr(s) = `first_lr` x `lr_factor` x multiplier(s).
 
     s is the samples seen before an update, as in `lbaccel.optim.schedules`.
 
     Args:
-        segments: from `batch_schedule`.
+        phases: from `batch_schedule`.
         epochs: length of the run.
         num_samples: samples of the training set.
-        first_lr: peak learning rate of the first segment.
-        last_update: see `segment_updates`.
+        first_lr: peak learning rate of the first phase.
+        last_update: see `phase_updates`.
         multiplier: warmup and decay, from `make_schedule`.
 
     Raises:
-        InputError: see `segment_updates`.
+        InputError: see `phase_updates`.
 
     >>> from lbaccel.batch.rules import batch_schedule
-    >>> segments = batch_schedule("lrd", global_batch_size=128, epochs=200, num_samples=50_000)
-    >>> table = schedule_table(segments, epochs=200, num_samples=50_000, first_lr=0.1)
+    >>> phases = batch_schedule("lrd", global_batch_size=128, epochs=200, num_samples=50_000)
+    >>> table = schedule_table(phases, epochs=200, num_samples=50_000, first_lr=0.1)
     >>> [row.lr for row in table.rows], table.num_updates
     ([0.1, 0.02, 0.004, 0.0008], 78200)
     """
     run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
-    counts = segment_updates(segments, **run)
-    stream = segment_stream(segments, num_samples=num_samples, last_update=last_update)
+    counts = phase_updates(phases, **run)
+    stream = phase_stream(phases, num_samples=num_samples, last_update=last_update)
     samples = stream.samples_per_epoch
     firsts = [0, *accumulate(counts)][:-1]
     starts = [stream.samples_seen(first) for first in firsts]
     ends = [*starts[1:], epochs * samples]
     rows, curve = [], []
-    for segment, first, num_updates, start, end in zip(
-        segments, firsts, counts, starts, ends, strict=True
+    for phase, first, num_updates, start, end in zip(
+        phases, firsts, counts, starts, ends, strict=True
     ):
-        rate = segment.lr(first_lr)
+        rate = phase.lr(first_lr)
         last = stream.samples_seen(first + max(0, num_updates - 1))
         rows.append(
-            Row(
-                epoch=segment.epoch,
-                global_batch_size=segment.global_batch_size,
+            PhaseRow(
+                epoch=phase.epoch,
+                global_batch_size=phase.global_batch_size,
                 lr=rate * multiplier(start),
                 last_lr=rate * multiplier(last),
                 num_updates=num_updates,
@@ -100,7 +100,7 @@ def schedule_table(
         rows=tuple(rows),
         epochs=epochs,
         num_updates=sum(counts),
-        num_updates_steady=sum(segment_updates(segments[:1], **run)),
+        num_updates_steady=sum(phase_updates(phases[:1], **run)),
         curve=tuple(curve),
     )
 

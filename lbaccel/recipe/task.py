@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from lbaccel.batch.phases import Segment, growth_of
+from lbaccel.batch.phases import Phase, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
 from lbaccel.data.identity import check_identity
@@ -45,7 +45,7 @@ class Task:
     plan: BatchPlan
     chosen: Chosen
     searches: bool  # the micro-batch is still to be found by trial
-    segments: tuple[Segment, ...]  # of the batch schedule; none without
+    phases: tuple[Phase, ...]  # of the batch schedule; none without
     loader: UpdateLoader
     loss_fn: LossFn
 
@@ -83,14 +83,14 @@ def build_task(
     norm_batch_size = choose_norm_batch_size(
         s.batch, model=s.model.model, has_batch_norm=has_batch_norm(model), num_samples=num_samples
     )
-    segments = growth.segments_of(s.batch, s.rate, num_samples=num_samples, say=say)
+    phases = growth.phases_of(s.batch, s.rate, num_samples=num_samples, say=say)
     size, mixes = preprocessing["img_size"], bool(s.data.mixup or s.data.cutmix)
     chosen = auto_plan.as_asked(s.batch)
     if auto_plan.wants_plan(s.batch):
         work = Workload(
             model,
             s.optimizer,
-            largest_batch=min(growth.largest(s.batch, segments), num_samples),
+            largest_batch=min(growth.largest(s.batch, phases), num_samples),
             norm_batch_size=norm_batch_size,
             mix_pairs=mixes,
             image_shape=(source.num_channels, size, size),
@@ -100,8 +100,8 @@ def build_task(
         chosen = auto_plan.choose(s.batch, work, accelerator, say=say)
     model = auto_plan.apply(model, chosen, say=say)
     world_size = accelerator.num_processes
-    plan = _plan(s, chosen, norm_batch_size, num_samples, growth_of(segments), world_size, say=say)
-    loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(segments), accelerator)
+    plan = _plan(s, chosen, norm_batch_size, num_samples, growth_of(phases), world_size, say=say)
+    loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator)
     return Task(
         source=source,
         model=model,
@@ -112,7 +112,7 @@ def build_task(
         plan=plan,
         chosen=chosen,
         searches=s.batch.micro_batch_size == "auto" and chosen.micro_batch_size is None,
-        segments=segments,
+        phases=phases,
         loader=loader,
         loss_fn=_loss_fn(dtype, chosen.memory_format, s.data.label_smoothing),
     )

@@ -141,11 +141,11 @@ def build_training(
     rate = peak_rate(
         s.rate, s.optimizer, pretrained=s.model.pretrained, global_batch_size=batch_size
     )
-    factor = rate_factor(s.batch, rate, segments=task.segments, loader=task.loader)
+    factor = rate_factor(s.batch, rate, phases=task.phases, loader=task.loader)
     optimizer, schedule = _optimizer(s, task, rate, accelerator, factor=factor, say=say)
-    if task.segments:
+    if task.phases:
         stream, epochs = task.loader.stream, s.rate.epochs
-        say(growth.explain(task.segments, stream=stream, epochs=epochs, lr=rate.lr))
+        say(growth.explain(task.phases, stream=stream, epochs=epochs, lr=rate.lr))
     noise_scale = build_noise_scale(s, task.loader, accelerator, searches=task.searches, say=say)
     auto_batch = build_auto_batch(s.batch, task.loader, noise_scale)
     scheduler = build_scheduler(

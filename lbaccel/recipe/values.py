@@ -139,6 +139,7 @@ class Option:
         of_run: it belongs to the run; else to one start of it, and a resume takes no saved value.
         private: of a machine or an account; an export leaves it out.
         reads_with: what makes it read; one of several is enough.
+        neutral: values that ask for nothing, so that they may be given where nothing reads them.
     """
 
     parse: Callable[[Any], Any]
@@ -152,6 +153,7 @@ class Option:
     of_run: bool = True
     private: bool = False
     reads_with: tuple[ReadWith, ...] = ()
+    neutral: tuple[Any, ...] = ()
     name: str = ""
     group: str = ""
 

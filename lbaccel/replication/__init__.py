@@ -1,1 +1,1 @@
-"""What a recipe made for many GPUs asks for, as a contract of one card."""
+"""A recipe made for many GPUs, as a contract of one card."""

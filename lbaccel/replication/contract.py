@@ -20,7 +20,16 @@ from typing import Any
 
 from lbaccel.errors import InputError
 from lbaccel.optim.scaling import rule_named, scale_lr
-from lbaccel.replication.many_gpus import Average, Batch, Curve, Gap, Rate, Recipe, Row, shown
+from lbaccel.replication.many_gpus import (
+    Average,
+    Batch,
+    Curve,
+    Gap,
+    Rate,
+    Recipe,
+    Translation,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Contract:
     """Settings of `lbaccel train`, why each is what it is, and what they can't say."""
 
     origin: str
-    rows: tuple[Row, ...]
+    rows: tuple[Translation, ...]
     gaps: tuple[Gap, ...]
     unknown: tuple[str, ...]
     assumed: tuple[str, ...]
@@ -50,11 +59,11 @@ class Contract:
 
 @dataclass
 class _Draft:
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Translation] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
 
     def say(self, source: str, setting: str, value: Any, why: str) -> None:
-        self.rows.append(Row(source, setting, value, why))
+        self.rows.append(Translation(source, setting, value, why))
 
 
 def contract_of(recipe: Recipe, norms: Norms | None) -> Contract:
@@ -103,7 +112,7 @@ def _norm(batch: Batch, norms: Norms | None, draft: _Draft) -> None:
     b, w = batch.per_gpu, batch.gpus
     if norms is not None and not norms.num_layers:
         draft.rows.append(
-            Row(batch.said, None, None, "no norm_batch_size: the network has no BatchNorm")
+            Translation(batch.said, None, None, "no norm_batch_size: the network has no BatchNorm")
         )
         return
     n = b * w if batch.sync_bn else b

@@ -12,7 +12,7 @@ from lbaccel.errors import InputError, check_whole
 
 
 @dataclass(frozen=True)
-class Row:
+class Translation:
     """One setting of the source and what it is in the contract.
 
     `setting` is an option of `lbaccel train`; None where the source's setting decides nothing of
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """What the contract can't say exactly, why, and what comes nearest."""
+    """A setting that the contract cannot express exactly, the reason, and the nearest setting."""
 
     what: str
     because: str
@@ -121,7 +121,7 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one source says. Settings that translate one to one are `rows` already."""
+    """The recipe of one source. Its `rows` are the settings that translate one to one."""
 
     origin: str
     model: str | None
@@ -130,7 +130,7 @@ class Recipe:
     rate: Rate | None = None
     curve: Curve | None = None
     average: Average | None = None
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Translation, ...] = ()
     gaps: tuple[Gap, ...] = ()
     unknown: tuple[str, ...] = ()  # keys that the reader has never heard of
     assumed: tuple[str, ...] = ()  # keys that the source leaves out, with the script's default

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lbaccel.replication.contract import Contract
-from lbaccel.replication.many_gpus import Row
+from lbaccel.replication.many_gpus import Translation
 from lbaccel.runs.columns import columns
 
 WIDTH = 100
@@ -82,7 +82,7 @@ def _commented(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="#   ")
 
 
-def _value(row: Row) -> str:
+def _value(row: Translation) -> str:
     if row.setting is None:
         return "-"
     value = row.value

@@ -1,4 +1,4 @@
-"""What a run remembers between updates: means to be logged, the best result, its time."""
+"""The state of a run between updates: means to be logged, the best result, its time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunLog:
         return self._seconds_before + time.perf_counter() - self._started
 
     def where(self, result: Any) -> dict[str, float]:
-        """What every line begins with."""
+        """The values that every line of the log begins with."""
         return {
             "update": result.num_updates,
             "samples_seen": result.samples_seen,
@@ -98,7 +98,7 @@ class RunLog:
         return improved
 
     def summary(self, large_batch: Any) -> dict[str, Any]:
-        """What `summary.json` holds besides the status."""
+        """The content of `summary.json` besides the status."""
         kept = {k.replace("/", "_"): v for k, v in self.latest.items() if k[:4] in ("val/", "trai")}
         return {
             "num_updates": large_batch.num_updates,

@@ -1,4 +1,4 @@
-"""What a run shows: a bar or plain lines, peak memory, and the closing table."""
+"""The output of a run in a terminal: a bar or plain lines, peak memory, and the closing table."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ SINCE: dict[str, str] = {}
 
 
 class Session:
-    """What a run is made of, so that it can be saved and restored as one.
+    """The parts of a run, which are saved and restored together.
 
     Args:
         accelerator: the main process writes, all processes read.
@@ -195,7 +195,7 @@ class Session:
         return summary.get("status") == "done" and summary.get("num_updates") == done
 
     def how_to_go_on(self) -> str:
-        """What to type after an end before time."""
+        """The line to type after a run that ended before its time."""
         if self.folder is None:
             return "Nothing was written."
         newest = next(iter(checkpoints_in(self.folder / CHECKPOINTS)), None)

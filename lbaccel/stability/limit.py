@@ -103,7 +103,7 @@ def rate_sentence(
 
 
 def rate_advice(lr: float, lambda_max: float, *, momentum: float, nesterov: bool) -> str:
-    """What the ratio of `lr` and the stable rate means, without claiming more than is known."""
+    """The meaning of the ratio of `lr` and the stable rate; it claims no more than is known."""
     ratio = lr / stable_rate(lambda_max, momentum=momentum, nesterov=nesterov)
     if ratio <= 1:
         return "curvature allows it at these weights"

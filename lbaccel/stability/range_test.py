@@ -33,7 +33,7 @@ AfterUpdate = Callable[[int, float, float], object]
 
 @dataclass(frozen=True)
 class LrRange:
-    """What a range test saw; the same on every rank.
+    """The measurements of a range test; the same on every rank.
 
     `losses[u]` and `smoothed[u]` were measured after the step at `lrs[u]`; `start_loss` before any.
     """

@@ -40,7 +40,7 @@ def table(found: LrRange) -> list[str]:
 
 
 def in_words(found: LrRange, *, own_lr: float, base_lr: float) -> list[str]:
-    """What the test found, and what each rate means.
+    """The result of the test, and the meaning of each rate.
 
     Every scaling rule is a factor on `base_lr`, so the base for another peak is in proportion.
     """

@@ -35,7 +35,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class Scope(Protocol):
-    """What must know which samples run: BatchNorm's ghost batches, the masks of dropout."""
+    """A part that depends on the running samples: BatchNorm's ghost batches, dropout's masks."""
 
     def forward(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch."""
@@ -48,7 +48,7 @@ class Scope(Protocol):
 
 @dataclass(frozen=True)
 class Sums:
-    """What one rank's micro-batches add up to; tensors stay on the device until the commit."""
+    """The sums over one rank's micro-batches; tensors stay on the device until the commit."""
 
     loss: Tensor  # float64 [], sum of w_i l_i
     weight: Tensor  # float64 [], sum of w_i
@@ -139,7 +139,7 @@ def _check_loss(loss: Any) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know of an update before anything is reduced."""
+    """The facts on which all ranks agree before a gradient is reduced."""
 
     loss: float  # weighted mean over all samples of the update
     weight: float  # sum of the weights over all ranks

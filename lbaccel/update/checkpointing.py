@@ -26,7 +26,7 @@ _STARTS = (nn.Linear, nn.modules.conv._ConvNd)
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What is recomputed: by the model's own hook, or the wrapped blocks by name."""
+    """The recomputed parts: by the model's own hook, or the wrapped blocks by name."""
 
     by_model: bool
     blocks: tuple[str, ...]

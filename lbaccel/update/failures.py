@@ -1,4 +1,4 @@
-"""What an update says when it can't go on: each an error with its numbers and what to type."""
+"""The errors of an update that cannot go on, each with its numbers and the line to type."""
 
 from __future__ import annotations
 

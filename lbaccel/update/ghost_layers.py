@@ -128,7 +128,7 @@ def _ghost_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _pickled_plain(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """What pickle keeps is the user's own layer, which loads where there is no lbaccel."""
+    """Pickle keeps the user's own layer, which loads without lbaccel."""
     state = {key: value for key, value in self.__dict__.items() if key != SLOT}
     return copyreg._reconstructor, (plain_class(self), object, None), state  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""What the user's Accelerator must be like for an exact update."""
+"""Checks of the user's Accelerator: the settings that an exact update needs."""
 
 from __future__ import annotations
 

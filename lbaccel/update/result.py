@@ -1,4 +1,4 @@
-"""What became of one update."""
+"""The result of one update."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lbaccel.update.accumulation import Stop
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What became of one update, the same on every rank."""
+    """The result of one update, the same on every rank."""
 
     applied: bool  # False: an fp16 overflow (nothing was written), or `dropped`
     loss: float  # weighted mean over all samples of the update

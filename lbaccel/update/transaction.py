@@ -28,7 +28,7 @@ from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
 
 
 class Transaction:
-    """What an update writes together or not at all: weights, optimizer state, statistics.
+    """The writes of an update, all or none of them: weights, optimizer state, statistics.
 
     Args:
         accelerator: its device, scaler and processes are used.
@@ -68,8 +68,8 @@ class Transaction:
         """Add up gradients, and learn whether all ranks could.
 
         Where memory ran out on some rank, what this rank's attempt holds is let go. Where ranks
-        meet within micro-steps (ZeRO-3, FSDP2) there is no agreeing after a failure: the others
-        wait in a collective that this rank will not come to, so its end must end them.
+        meet within micro-steps (ZeRO-3, FSDP2), a failed rank cannot report: the others are blocked
+        in a collective that it never joins. Its end must end them.
 
         Args:
             update: its index is the key of its draws.
@@ -199,7 +199,7 @@ class Transaction:
 
 
 def _cut_off(error: BaseException, rank: int) -> BaseException:
-    """What to raise where the other ranks can't be told."""
+    """The error of a rank that cannot report its failure to the others."""
     if isinstance(error, (InputError, RunFailed)):
         return error
     what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,4 +1,4 @@
-"""What `verify` found: one cell a plan, one finding a cause; as a table and as strict JSON."""
+"""The certificate of `verify`: a cell for each plan, a diagnosis for each cause; table and JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """A cause of what differs, where it is, and what to type."""
 
     layer: str
@@ -55,7 +55,7 @@ class Certificate:
     tolerance: float
     versions: dict[str, str]
     cells: tuple[Cell, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnosis, ...]
 
     @property
     def equivalent(self) -> bool:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from lbaccel.verification.copies import described
 
 Report = tuple[Literal["value", "error", "no start"], Any]
-"""What the function returned; what it raised; or why the rank never began."""
+"""The kind of report, and its content: a value, an error, or the reason why no rank began."""
 
 
 def why_no_ranks() -> str | None:
@@ -49,7 +49,7 @@ def run_ranks(
 ) -> list[Report]:
     """Run `function(rank)` in forked ranks of one gloo group, and wait for all of them.
 
-    What it returns or raises comes back pickled. A rank that hangs is killed and reported as an
+    Its result or error comes back pickled. A rank that hangs is killed and reported as an
     error; none outlives this call.
     """
     with tempfile.TemporaryDirectory(prefix="lbaccel_verify_") as folder:

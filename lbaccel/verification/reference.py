@@ -15,10 +15,10 @@ from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.verification.copies import CPU, described, float64_copy, rows_of
-from lbaccel.verification.updates import Result, Task, result_of, stirred_states
+from lbaccel.verification.updates import Result, Subject, result_of, stirred_states
 
 
-def reference(task: Task) -> Result:
+def reference(subject: Subject) -> Result:
     """The update of the whole batch in plain torch: one forward, one backward.
 
     Of lbaccel it uses the keyed masks alone, without which dropout could not be compared. With
@@ -29,14 +29,14 @@ def reference(task: Task) -> Result:
         InputError: the loss function fails, or returns no loss.
         RunFailed: the loss or a gradient is not finite.
     """
-    model, n = float64_copy(task.model), task.num_samples
+    model, n = float64_copy(subject.model), subject.num_samples
     _without_checkpointing(model)
-    move_statistics = _run_ghost_batches_in_turn(model, task.norm_batch_size, n)
-    randomness = KeyedRandomness(task.seed, CPU)
+    move_statistics = _run_ghost_batches_in_turn(model, subject.norm_batch_size, n)
+    randomness = KeyedRandomness(subject.seed, CPU)
     before = stirred_states()
     with randomness.update(0), randomness.forward(MicroBatch(0, (n,))):
         try:
-            out = task.loss_fn(model, rows_of(task.batch, 0, n))
+            out = subject.loss_fn(model, rows_of(subject.batch, 0, n))
             loss = out[0] if isinstance(out, tuple) else out
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)

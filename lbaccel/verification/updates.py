@@ -24,8 +24,8 @@ from lbaccel.verification.copies import CPU, float64_copy, rows_of
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is verified: a copy of the model that never runs, the loss function, the samples."""
+class Subject:
+    """The subject of a verification: a model copy that never runs, a loss function, samples."""
 
     model: nn.Module
     loss_fn: LossFn
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What an update left: all that an optimizer and the next update would see."""
+    """The result of an update: all that an optimizer and the next update read."""
 
     loss: float
     gradients: dict[str, Tensor | None]
@@ -66,7 +66,7 @@ class Result:
 
 
 def planned(
-    task: Task,
+    subject: Subject,
     plan: BatchPlan,
     *,
     rank: int = 0,
@@ -79,12 +79,12 @@ def planned(
     micro-batches, in one process.
     """
     partition = plan.partition(rank) if only is None else only
-    num_samples = task.num_samples if only is None else sum(m.num_samples for m in only)
-    model = float64_copy(task.model)
+    num_samples = subject.num_samples if only is None else sum(m.num_samples for m in only)
+    model = float64_copy(subject.model)
     if checkpointing:
-        apply_activation_checkpointing(model, task.blocks)
-    norm = converted(model, task.norm_batch_size)
-    randomness = KeyedRandomness(task.seed, CPU)
+        apply_activation_checkpointing(model, subject.blocks)
+    norm = converted(model, subject.norm_batch_size)
+    randomness = KeyedRandomness(subject.seed, CPU)
     before = stirred_states()
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm.begin()
@@ -94,10 +94,10 @@ def planned(
         try:
             sums = accumulation.accumulate(
                 model,
-                micro_batches(task, partition),
-                task.loss_fn,
+                micro_batches(subject, partition),
+                subject.loss_fn,
                 num_samples=num_samples,
-                scopes=scopes_of(task, norm, randomness),
+                scopes=scopes_of(subject, norm, randomness),
             )
         except Exception as raised:
             error = raised
@@ -125,15 +125,17 @@ def converted(model: nn.Module, norm_batch_size: NormBatchSize) -> GhostNorm:
     return convert_batch_norm(model, norm_batch_size)
 
 
-def scopes_of(task: Task, norm: GhostNorm, randomness: KeyedRandomness) -> tuple[Scope, ...]:
-    """What `LargeBatch` enters around each micro-batch."""
+def scopes_of(subject: Subject, norm: GhostNorm, randomness: KeyedRandomness) -> tuple[Scope, ...]:
+    """The scopes that `LargeBatch` enters around each micro-batch."""
     return (norm, randomness)
 
 
-def micro_batches(task: Task, partition: Iterable[MicroBatch]) -> Iterable[tuple[MicroBatch, Any]]:
+def micro_batches(
+    subject: Subject, partition: Iterable[MicroBatch]
+) -> Iterable[tuple[MicroBatch, Any]]:
     """Micro-batches with their samples."""
     for m in partition:
-        yield m, rows_of(task.batch, m.start, m.start + m.num_samples)
+        yield m, rows_of(subject.batch, m.start, m.start + m.num_samples)
 
 
 def samples_of(partition: Iterable[MicroBatch]) -> list[int]:
@@ -153,7 +155,7 @@ def check_ranks(plan: BatchPlan, rank: int) -> None:
 
 
 def result_of(model: nn.Module, loss: float, before: Any) -> Result:
-    """What the update left in a copy; `before` are the generators' states before it."""
+    """The result of an update in a copy; `before` holds the generators' states before it."""
     return Result(
         loss,
         {name: p.grad for name, p in model.named_parameters() if p.requires_grad},

@@ -35,7 +35,7 @@ from lbaccel.verification.diagnosis.evidence import Trial
 from lbaccel.verification.differences import difference
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import reference
-from lbaccel.verification.updates import Result, Task, check_ranks, converted, planned
+from lbaccel.verification.updates import Result, Subject, check_ranks, converted, planned
 
 RANKS = 2
 
@@ -62,8 +62,8 @@ def verify(
         |h - g| / |g| <= tolerance
 
     and the same holds of the loss and of the buffers of each module, and the random states of
-    torch, numpy and Python are as before. What differs is traced to a layer and a cause. Model,
-    gradients, buffers and random states of the caller stay as they are.
+    torch, numpy and Python are as before. `verify` traces each difference to a layer and a
+    cause. Model, gradients, buffers and random states of the caller stay as they are.
 
     Args:
         model: the network, not prepared by Accelerate. Without `norm_batch_size` it is taken as it
@@ -107,27 +107,27 @@ def verify(
         in_float64, num_samples = float64_batch(batch)
         twin = float64_copy(model)
         names = None if blocks is None else tuple(blocks)
-        task = Task(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names)
-        task.plan(task.whole)  # stops at a norm_batch_size that the samples do not hold
+        subject = Subject(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names)
+        subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         converted(float64_copy(twin), norm_batch_size)
         say = say or (lambda _: None)
         say(f"the whole batch of {num_samples} samples in plain torch")
         start = time.monotonic()
-        truth = reference(task)
+        truth = reference(subject)
         patience = 120 + 60 * (time.monotonic() - start)
-        how, cannot_recompute = _recompute(task)
+        how, cannot_recompute = _recompute(subject)
         trials = []
-        for plan in plans(task):
+        for plan in plans(subject):
             for checkpointing in (False, True):
                 say(_text(plan) + (", recomputed" if checkpointing else ""))
                 if checkpointing and cannot_recompute:
                     trials.append(Trial(plan, True, not_run=cannot_recompute))
                 else:
-                    trials.append(_try(task, plan, checkpointing, truth, tolerance, patience))
-        if plans(task)[-1].world_size == 1:
-            reason = f"two ranks need {RANKS} x {task.unit} samples, and there are {num_samples}"
-            trials += [Trial(plans(task)[0], c, not_run=reason) for c in (False, True)]
-        findings = diagnose(task, truth, trials, tolerance)
+                    trials.append(_try(subject, plan, checkpointing, truth, tolerance, patience))
+        if plans(subject)[-1].world_size == 1:
+            reason = f"two ranks need {RANKS} x {subject.unit} samples, and there are {num_samples}"
+            trials += [Trial(plans(subject)[0], c, not_run=reason) for c in (False, True)]
+        findings = diagnose(subject, truth, trials, tolerance)
     return Certificate(
         model=name or type(model).__name__,
         data=data or f"{num_samples} samples",
@@ -148,12 +148,12 @@ def verify(
     )
 
 
-def plans(task: Task) -> list[BatchPlan]:
+def plans(subject: Subject) -> list[BatchPlan]:
     """Whole, equal, ragged, in single units, and on two ranks, as far as there are units."""
-    count = task.plan(task.whole).num_groups(task.num_samples)
-    found = [task.plan(size * task.unit) for size in _sizes(count)]
-    if task.num_samples >= RANKS * task.unit:
-        found.append(task.plan(-(-count // 4) * task.unit, RANKS))
+    count = subject.plan(subject.whole).num_groups(subject.num_samples)
+    found = [subject.plan(size * subject.unit) for size in _sizes(count)]
+    if subject.num_samples >= RANKS * subject.unit:
+        found.append(subject.plan(-(-count // 4) * subject.unit, RANKS))
     return found
 
 
@@ -168,18 +168,18 @@ def _sizes(count: int) -> list[int]:
     return sorted({count, equal, ragged, 1}, reverse=True)
 
 
-def _recompute(task: Task) -> tuple[str, str]:
+def _recompute(subject: Subject) -> tuple[str, str]:
     """How activation checkpointing is applied, and why it can't be."""
     try:
-        return str(apply_activation_checkpointing(float64_copy(task.model), task.blocks)), ""
+        return str(apply_activation_checkpointing(float64_copy(subject.model), subject.blocks)), ""
     except InputError as error:
-        if task.blocks is not None:
+        if subject.blocks is not None:
             raise
         return "activation checkpointing: not possible", str(error)
 
 
 def _try(
-    task: Task,
+    subject: Subject,
     plan: BatchPlan,
     checkpointing: bool,
     truth: Result,
@@ -187,9 +187,9 @@ def _try(
     patience: float,
 ) -> Trial:
     if plan.world_size > 1:
-        return _try_ranks(task, plan, checkpointing, truth, tolerance, patience)
+        return _try_ranks(subject, plan, checkpointing, truth, tolerance, patience)
     try:
-        result = planned(task, plan, checkpointing=checkpointing)
+        result = planned(subject, plan, checkpointing=checkpointing)
     except InputError as error:
         return Trial(plan, checkpointing, not_run=str(error))
     except Exception as error:
@@ -199,7 +199,7 @@ def _try(
 
 
 def _try_ranks(
-    task: Task,
+    subject: Subject,
     plan: BatchPlan,
     checkpointing: bool,
     truth: Result,
@@ -212,7 +212,7 @@ def _try_ranks(
 
     def update(rank: int) -> Any:
         check_ranks(plan, rank)
-        result = planned(task, plan, rank=rank, checkpointing=checkpointing)
+        result = planned(subject, plan, rank=rank, checkpointing=checkpointing)
         return difference(result, truth, tolerance)
 
     reports = run_ranks(update, world_size=RANKS, timeout_seconds=patience)

@@ -1,1 +1,1 @@
-"""What an update takes in bytes and seconds on a device."""
+"""The bytes and seconds that an update takes on a device."""

@@ -219,7 +219,7 @@ def _overhead(device: torch.device) -> float:
 def _kernel(
     build: Callable[[Make], Call], dtype: torch.dtype, layout: torch.memory_format
 ) -> Kernel:
-    """What the tracer sees of a call."""
+    """The kernel that the tracer records of a call."""
     with fake_tensors():
         make = partial(_tensor, torch.device("cpu"), dtype, layout)
         call = build(make)
@@ -236,7 +236,7 @@ def _tensor(
 
 
 def _builds(n: int) -> Iterator[Callable[[Make], Call]]:
-    """What turns a `Make` into a call on `n` samples."""
+    """Functions that turn a `Make` into a call on `n` samples."""
 
     def call(op: Any, *arguments: Any) -> Callable[[Make], Call]:
         return lambda make: _call(make, op, *arguments)

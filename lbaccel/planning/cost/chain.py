@@ -27,7 +27,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What a unit takes in bytes, from its trace without recompute.
+    """The bytes that a unit takes, from its trace without recompute.
 
     With `before` bytes live at its start: `saved` more are live at its end, `gap` more at the next
     unit's start; `forward` and `backward` are the most beyond `before` while either runs.
@@ -85,7 +85,7 @@ class ChainFinder:
         links = [self._is_linked(found, i) for i in range(len(found))]
         starts = [not call.spoils for call in found]
         for i in reversed(range(len(found) - 1)):
-            # What hands its input on begins no run whose next module writes into it.
+            # A module that hands its input on begins no run whose next module writes into it.
             handed_on = _address(found[i].input) == _address(found[i].output)
             starts[i] = starts[i] and not (handed_on and links[i] and not starts[i + 1])
         return [

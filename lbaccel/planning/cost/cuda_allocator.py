@@ -68,7 +68,7 @@ class CachingAllocator:
         """Take `num_bytes` and return a handle for `free`; 0 bytes cost nothing.
 
         Raises:
-            OutOfMemory: no room in `capacity`. What was cached stays released.
+            OutOfMemory: no room in `capacity`. The blocks released from the cache stay released.
             ValueError: `num_bytes` is negative.
         """
         if num_bytes < 0:

@@ -19,10 +19,10 @@ from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
 
 GIB = 2**30
-# What torch takes outside its allocator: 0.3 to 0.5 GiB, kernels loaded lazily (pytorch #86509).
+# Bytes outside torch's allocator: 0.3 to 0.5 GiB, as kernels are loaded lazily (pytorch #86509).
 CUDA_CONTEXT = int(0.45 * GIB)
-# What real kernels reach of a datasheet's numbers (an RTX 3090 in timm's published results);
-# calibration replaces it.
+# The share of a datasheet's numbers that real kernels reach (an RTX 3090 in timm's published
+# results); calibration replaces it.
 FLOP_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 
 

@@ -100,7 +100,7 @@ def _called() -> Iterator[None]:
 
 
 def _state() -> tuple[Any, ...]:
-    """What else of this process the choice of an algorithm depends on."""
+    """The other state of this process on which the choice of an algorithm depends."""
     return (
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,

@@ -1,4 +1,4 @@
-"""What a kernel of this processor takes inside, learned from the kernel itself on a few samples.
+"""The memory that a kernel of this processor takes inside, learned from it on a few samples.
 
 oneDNN and ATen choose a convolution's algorithm by instruction set, number of threads, shape and
 layout, and each algorithm has buffers of its own: a Winograd gradient of 512 x 512 weights takes

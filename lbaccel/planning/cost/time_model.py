@@ -70,7 +70,7 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
         turns = 6 if kernel.name.endswith("backward") else 2
         work = max(work, kernel.num_bytes / cached) + turns * kernel.weight_bytes / cached
     if kernel.new_bytes > MMAP_THRESHOLD:
-        # What a sum of two large tensors takes beyond its traffic is the new one's page faults.
+        # A sum of two large tensors takes more than its traffic: the page faults of the new one.
         work += kernel.new_bytes * max(0.0, 3 / device.reached_bandwidth - 3 / cached)
     return work
 

@@ -1,4 +1,4 @@
-"""What an update allocates and frees, in executed order, recorded on tensors without memory.
+"""The allocations of an update, in executed order, recorded on tensors without memory.
 
 A `Recorder` sees every kernel call of forward, backward and step (torch's dispatch order) and every
 storage that is made or dropped. Run on fake tensors it costs neither memory nor a device; the
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _result(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """What `func` returns; of fake tensors that repeat, by the sizes it returned before.
+        """The result of `func`; for repeated fake tensors, made from an earlier result's sizes.
 
         torch decomposes a batch norm on fake tensors anew in each call, 5 ms a ghost batch.
         """
@@ -238,7 +238,7 @@ _REPEATED = frozenset(
 
 
 def _sizes(value: Any) -> Any:
-    """What the sizes of a result depend on; of a tensor: sizes, strides and dtype."""
+    """The properties that the sizes of a result depend on; of a tensor: sizes, strides, dtype."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype
     return tuple(value) if isinstance(value, list) else value

@@ -49,7 +49,7 @@ def classification_loss(model: Any, micro_batch: tuple[Tensor, Tensor]) -> Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is trained, for the tracer: nothing here is run or changed."""
+    """The trained network and its loss, for the tracer, which neither runs nor changes them."""
 
     model: nn.Module  # on any device, "meta" included
     make_batch: MakeBatch
@@ -210,7 +210,7 @@ def _random_states_watched(recorder: Recorder) -> Iterator[None]:
 
 
 def _autocast_forward(model: nn.Module, dtype: torch.dtype) -> None:
-    """What `accelerator.prepare` does: the forward under autocast, its outputs in float32."""
+    """As `accelerator.prepare`: run the forward under autocast, and give float32 outputs."""
     plain = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What kernels allocate inside and free before they return, which no tensor in Python shows.
+"""Workspaces of kernels: they are freed before the call returns, and no Python tensor shows them.
 
 On a CPU, ATen's own kernels follow rules that stand in its source (a kernel of mixed dtypes casts
 first, a strided operand is copied); where the processor decides, the kernel is measured. See
@@ -57,7 +57,7 @@ class CpuWorkspaces:
         return MARGIN * torch.get_num_threads()
 
     def summary(self) -> Workspaces:
-        """What a plan says of them."""
+        """The workspaces as a plan reports them."""
         source = (
             "kernels that the processor chooses measured on a few samples, others by ATen's rules"
         )

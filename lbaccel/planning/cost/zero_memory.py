@@ -1,4 +1,4 @@
-"""What a rank holds under DeepSpeed 0.19.8 as lbaccel drives it: formulas in bytes, no torch.
+"""The bytes of a rank under DeepSpeed 0.19.8 as lbaccel drives it: formulas, no torch.
 
 W weights, P parameters, G gradients, S optimizer state, L the largest parameter, B the reduce
 bucket, N ranks; in float32. Read in DeepSpeed's stage_1_and_2.py and stage3.py, and measured
@@ -6,8 +6,8 @@ bucket, N ranks; in float32. Read in DeepSpeed's stage_1_and_2.py and stage3.py,
 
 - ZeRO-0: W + S + G; the reduction flattens the gradient, so G once more.
 - ZeRO-1 and 2 alike: W + S/N and a flat copy P/N of the rank's own weights, in float32 too. lbaccel
-  reduces once an update, so a rank holds G whole until then; the reduction adds what of B no
-  gradient fills, and G/N or the sums of one bucket.
+  reduces once an update, so a rank holds G whole until then; the reduction adds the part of B
+  that no gradient fills, and G/N or the sums of one bucket.
 - ZeRO-3: 2P/N + S/N + G/N + B. All gathered weights lie there at the peak, P (measured; a smaller
   `stage3_max_reuse_distance` changed nothing), and at most three gathers of B + L besides.
 """
@@ -138,7 +138,7 @@ def _divided_always(
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a stage adds to a micro-step and to the end of an update."""
+    """The seconds that a stage adds to a micro-step and to the end of an update."""
 
     micro_step: float
     commit: float

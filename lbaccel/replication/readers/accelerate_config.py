@@ -17,7 +17,7 @@ from lbaccel.replication.many_gpus import (
     Gap,
     Rate,
     Recipe,
-    Row,
+    Translation,
     one_number_of_gpus,
     shown,
 )
@@ -168,7 +168,7 @@ def _stated_gpus(content: Mapping[str, Any]) -> dict[str, int]:
 def _with_batch(
     said: Said, block: Mapping[str, Any], json: Mapping[str, Any], *, gpus: int, origin: str
 ) -> tuple[Said, tuple[str, ...]]:
-    """What was typed, with per-GPU batch and accumulation of the files; and what is assumed."""
+    """The typed settings, with the files' per-GPU batch and accumulation; and the assumptions."""
     per_gpu, total = (
         number_of(json.get(key)) for key in ("train_micro_batch_size_per_gpu", "train_batch_size")
     )
@@ -218,17 +218,23 @@ def _check_total(json: Mapping[str, Any], batch: Batch, origin: str) -> None:
         )
 
 
-def _precision(content: Mapping[str, Any], json: Mapping[str, Any]) -> list[Row]:
+def _precision(content: Mapping[str, Any], json: Mapping[str, Any]) -> list[Translation]:
     for name in ("bf16", "fp16"):
         enabled = (json.get(name) or {}).get("enabled")
         if enabled is True:
             why = "DeepSpeed's own rounds the weights too; lbaccel's is autocast over float32 ones"
-            return [Row(f"{name}.enabled true", "precision", name, why)]
+            return [Translation(f"{name}.enabled true", "precision", name, why)]
     mixed = content.get("mixed_precision")
     if mixed in ("no", False, None):
-        return [] if mixed is None else [Row("mixed_precision 'no'", "precision", "fp32", "as it")]
+        return (
+            []
+            if mixed is None
+            else [Translation("mixed_precision 'no'", "precision", "fp32", "as it")]
+        )
     if mixed in ("fp16", "bf16"):
-        return [Row(f"mixed_precision {mixed}", "precision", mixed, "autocast of the forward")]
+        return [
+            Translation(f"mixed_precision {mixed}", "precision", mixed, "autocast of the forward")
+        ]
     return []
 
 
@@ -236,11 +242,11 @@ def _plan_rows(
     content: Mapping[str, Any],
     block: Mapping[str, Any],
     json: Mapping[str, Any],
-    rows: list[Row],
+    rows: list[Translation],
 ) -> None:
     why = "of the plan: where states lie has no effect on the result"
     stage = (json.get("zero_optimization") or {}).get("stage", block.get("zero_stage"))
     if stage is not None:
-        rows.append(Row(f"ZeRO stage {stage}", None, None, why))
+        rows.append(Translation(f"ZeRO stage {stage}", None, None, why))
     if content.get("fsdp_config"):
-        rows.append(Row("fsdp_config", None, None, why))
+        rows.append(Translation("fsdp_config", None, None, why))

@@ -1,4 +1,4 @@
-"""What DeepSpeed's JSON decides: clipping, optimizer, warmup and decay, as DeepSpeed reads them."""
+"""The settings of DeepSpeed's JSON: clipping, optimizer, warmup, decay, as DeepSpeed reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lbaccel.errors import InputError
 from lbaccel.recipe.values import words
-from lbaccel.replication.many_gpus import Batch, Curve, Gap, Rate, Row, shown
+from lbaccel.replication.many_gpus import Batch, Curve, Gap, Rate, Translation, shown
 from lbaccel.replication.readers.plain import Said
 
 JSON_KEYS = frozenset(
@@ -29,7 +29,7 @@ def number_of(value: Any) -> Any:
     return None if value in (None, "auto") else value
 
 
-def clipping(block: Mapping[str, Any], json: Mapping[str, Any]) -> list[Row]:
+def clipping(block: Mapping[str, Any], json: Mapping[str, Any]) -> list[Translation]:
     """The norm that the gradient is clipped to, where DeepSpeed runs: of the YAML or the JSON."""
     if not block and not json:
         return []
@@ -44,11 +44,11 @@ def clipping(block: Mapping[str, Any], json: Mapping[str, Any]) -> list[Row]:
         said, norm, why = "no gradient_clipping", 0.0, "DeepSpeed's default is 0, off"
     else:
         said, norm, why = f"gradient_clipping {shown(value)}", float(value), "of the mean gradient"
-    return [Row(said, "clip_grad_norm", norm or None, why)]
+    return [Translation(said, "clip_grad_norm", norm or None, why)]
 
 
 def optimizer_of(
-    asked: Mapping[str, Any], said: Said, rows: list[Row], gaps: list[Gap], origin: str
+    asked: Mapping[str, Any], said: Said, rows: list[Translation], gaps: list[Gap], origin: str
 ) -> Rate | None:
     """The JSON's optimizer: its rate, where nothing else was typed; rows and gaps are added to.
 
@@ -67,15 +67,17 @@ def optimizer_of(
         why = "DeepSpeed's Adam decays as AdamW does" if kind.lower() == "adam" else "the same rule"
         if name == "momentum":
             why = "SGD without Nesterov is timm's momentum"
-        rows.append(Row(f"optimizer {kind}", "optimizer", name, why))
+        rows.append(Translation(f"optimizer {kind}", "optimizer", name, why))
     decay = number_of(given.pop("weight_decay", 0.0))
     if decay is not None and said.weight_decay is None:
-        rows.append(Row(f"weight_decay {shown(decay)}", "weight_decay", decay, "the number"))
+        rows.append(
+            Translation(f"weight_decay {shown(decay)}", "weight_decay", decay, "the number")
+        )
         why = "one group of all parameters: norms and biases decay as well"
-        rows.append(Row("one parameter group", "decay_all", True, why))
+        rows.append(Translation("one parameter group", "decay_all", True, why))
     momentum = number_of(given.pop("momentum", 0.0 if name == "momentum" else None))
     if momentum is not None and said.momentum is None:
-        rows.append(Row(f"momentum {shown(momentum)}", "momentum", momentum, "the number"))
+        rows.append(Translation(f"momentum {shown(momentum)}", "momentum", momentum, "the number"))
     lr = number_of(given.pop("lr", None))
     usual = {"betas": [0.9, 0.999], "eps": 1e-8}
     for key, value in given.items():

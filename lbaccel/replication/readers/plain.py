@@ -7,12 +7,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.replication.many_gpus import Batch, Curve, Rate, Recipe, Row, one_number_of_gpus, shown
+from lbaccel.replication.many_gpus import (
+    Batch,
+    Curve,
+    Rate,
+    Recipe,
+    Translation,
+    one_number_of_gpus,
+    shown,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What was typed beside the source; None where it was not."""
+    """The settings that were typed beside the source; None where one was not typed."""
 
     per_gpu_batch: int | None = None
     accumulation: int | None = None
@@ -123,7 +131,7 @@ def curve_of(said: Said) -> Curve | None:
     )
 
 
-def rows_of(said: Said) -> list[Row]:
+def rows_of(said: Said) -> list[Translation]:
     """The settings that have the same name and meaning here."""
     why: Mapping[str, str] = {
         "optimizer": "any name of timm.optim (sgd is Nesterov's; without it: momentum)",
@@ -131,13 +139,13 @@ def rows_of(said: Said) -> list[Row]:
         "weight_decay": "on weights; biases and norms are left out",
         "img_size": "pixels a side",
     }
-    rows: list[Row] = []
+    rows: list[Translation] = []
     for name, reason in why.items():
         value: Any = getattr(said, name)
         if value is not None:
             flag = f"--{name.replace('_', '-')} {shown(value)}"
-            rows.append(Row(flag, name, value, reason))
+            rows.append(Translation(flag, name, value, reason))
     if said.lr is not None and said.epochs is None:
         reason = "an absolute rate has no smaller base that a warmup could start from"
-        rows.append(Row("no --epochs", "warmup_start", "zero", reason))
+        rows.append(Translation("no --epochs", "warmup_start", "zero", reason))
     return rows

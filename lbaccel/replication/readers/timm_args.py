@@ -17,7 +17,7 @@ from lbaccel.replication.many_gpus import (
     Gap,
     Rate,
     Recipe,
-    Row,
+    Translation,
     one_number_of_gpus,
     shown,
 )
@@ -190,14 +190,14 @@ def _average(a: Mapping[str, Any], gaps: list[Gap]) -> Average | None:
     )
 
 
-def _rows(a: Mapping[str, Any]) -> list[Row]:
-    rows: list[Row] = []
+def _rows(a: Mapping[str, Any]) -> list[Translation]:
+    rows: list[Translation] = []
 
     def same(key: str, setting: str, why: str, *, when: bool = True) -> None:
         if when:
             value = a[key]
             value = list(value) if isinstance(value, (list, tuple)) else value
-            rows.append(Row(f"{key} {shown(value)}", setting, value, why))
+            rows.append(Translation(f"{key} {shown(value)}", setting, value, why))
 
     same("opt", "optimizer", "timm's name on both sides")
     same("momentum", "momentum", "the same argument of timm's optimizer factory")
@@ -217,7 +217,7 @@ def _rows(a: Mapping[str, Any]) -> list[Row]:
     size = a["img_size"] or (a["input_size"] or [None])[-1]
     if size is not None:
         key = "img_size" if a["img_size"] else "input_size"
-        rows.append(Row(f"{key} {shown(a[key])}", "img_size", int(size), "pixels a side"))
+        rows.append(Translation(f"{key} {shown(a[key])}", "img_size", int(size), "pixels a side"))
     for key in ("mean", "std", "crop_pct"):
         same(key, key, "as given", when=a[key] is not None)
     good = a["interpolation"] in ("bilinear", "bicubic")
@@ -226,10 +226,10 @@ def _rows(a: Mapping[str, Any]) -> list[Row]:
     if a["amp"]:
         precision = "bf16" if a["amp_dtype"] == "bfloat16" else "fp16"
     said = f"amp {shown(a['amp'])}" + f", amp_dtype {a['amp_dtype']}" * bool(a["amp"])
-    rows.append(Row(said, "precision", precision, "autocast of the forward pass, or none"))
+    rows.append(Translation(said, "precision", precision, "autocast of the forward pass, or none"))
     if a["pretrained_path"]:
         why = "the file's weights with a new classifier where it does not fit"
-        rows.append(Row(f"pretrained_path {a['pretrained_path']}", "pretrained", True, why))
+        rows.append(Translation(f"pretrained_path {a['pretrained_path']}", "pretrained", True, why))
         same("pretrained_path", "checkpoint", why)
     else:
         same("pretrained", "pretrained", "timm's weights", when=bool(a["pretrained"]))
@@ -240,13 +240,13 @@ def _rows(a: Mapping[str, Any]) -> list[Row]:
     root = a["data_dir"] or a["data"]
     if root and not a["dataset"]:
         why = "sub-folders a class, under train/ and val/"
-        rows.append(Row(f"data_dir {root}", "data", f"folder:{root}", why))
+        rows.append(Translation(f"data_dir {root}", "data", f"folder:{root}", why))
     if a["channels_last"]:
         why = "of the plan: no effect on the result"
-        rows.append(Row("channels_last true", None, None, why))
+        rows.append(Translation("channels_last true", None, None, why))
     if a["grad_checkpointing"]:
         why = "of the plan: recompute has no effect on the result"
-        rows.append(Row("grad_checkpointing true", None, None, why))
+        rows.append(Translation("grad_checkpointing true", None, None, why))
     return rows
 
 

@@ -11,7 +11,7 @@ from lbaccel.recipe.values import words
 
 REQUIRED = ("batch_size", "model", "opt", "epochs", "sched")
 
-# What the contract is made of, with the script's default where a file leaves it out.
+# The keys that the contract needs, with the script's default where a file leaves one out.
 READ: dict[str, Any] = {
     **dict.fromkeys(REQUIRED),
     "grad_accum_steps": 1,

@@ -20,7 +20,7 @@ from lbaccel.replication.many_gpus import (
     Gap,
     Rate,
     Recipe,
-    Row,
+    Translation,
     nearest_word,
     one_number_of_gpus,
     shown,
@@ -118,7 +118,7 @@ def _assumed(a: dict[str, Any], given: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class _FlagParser(argparse.ArgumentParser):
     origin = ""
 
     def error(self, message: str) -> Any:
@@ -135,7 +135,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(words: Sequence[str], origin: str) -> dict[str, Any]:
     """The flags that were typed; abbreviations as argparse takes them in the script too."""
-    parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser = _FlagParser(add_help=False, argument_default=argparse.SUPPRESS)
     parser.origin = origin
     kinds = {name: kind for name, (kind, _) in FLAGS.items()} | NEUTRAL | LAUNCHER
     for name, kind in kinds.items():
@@ -233,16 +233,20 @@ def _average(a: dict[str, Any], batch: Batch, gaps: list[Gap]) -> Average | None
     )
 
 
-def _rows(a: dict[str, Any]) -> list[Row]:
+def _rows(a: dict[str, Any]) -> list[Translation]:
     rows = [_optimizer(a["opt"].lower())]
     if rows[0].value in ("momentum", "sgd", "rmsprop"):
-        rows.append(Row(f"--momentum {shown(a['momentum'])}", "momentum", a["momentum"], "alike"))
+        rows.append(
+            Translation(f"--momentum {shown(a['momentum'])}", "momentum", a["momentum"], "alike")
+        )
     said = f"--weight-decay {shown(a['weight_decay'])}"
-    rows.append(Row(said, "weight_decay", a["weight_decay"], "L2 in the gradient, or AdamW's own"))
+    rows.append(
+        Translation(said, "weight_decay", a["weight_decay"], "L2 in the gradient, or AdamW's own")
+    )
     norm = a["norm_weight_decay"]
     alike = norm is None or norm == a["weight_decay"]
     rows.append(
-        Row(
+        Translation(
             "no --norm-weight-decay" if norm is None else f"--norm-weight-decay {shown(norm)}",
             "decay_all",
             alike,
@@ -257,12 +261,12 @@ def _rows(a: dict[str, Any]) -> list[Row]:
     ):
         value = a[flag.replace("-", "_")]
         if value:
-            rows.append(Row(f"--{flag} {shown(value)}", setting, value, "the same number"))
+            rows.append(Translation(f"--{flag} {shown(value)}", setting, value, "the same number"))
     size = a["train_crop_size"]
-    rows.append(Row(f"--train-crop-size {size}", "img_size", size, "pixels a side"))
+    rows.append(Translation(f"--train-crop-size {size}", "img_size", size, "pixels a side"))
     crop, resize = a["val_crop_size"], a["val_resize_size"]
     rows.append(
-        Row(
+        Translation(
             f"--val-crop-size {crop} --val-resize-size {resize}",
             "crop_pct",
             float(f"{crop / resize:.6g}"),
@@ -272,35 +276,39 @@ def _rows(a: dict[str, Any]) -> list[Row]:
     if a["interpolation"] in ("bilinear", "bicubic"):
         value = a["interpolation"]
         why = "of training and evaluation"
-        rows.append(Row(f"--interpolation {value}", "interpolation", value, why))
+        rows.append(Translation(f"--interpolation {value}", "interpolation", value, why))
     why = "ImageNet's, fixed in torchvision's presets"
-    rows.append(Row("preset", "mean", [0.485, 0.456, 0.406], why))
-    rows.append(Row("preset", "std", [0.229, 0.224, 0.225], why))
+    rows.append(Translation("preset", "mean", [0.485, 0.456, 0.406], why))
+    rows.append(Translation("preset", "std", [0.229, 0.224, 0.225], why))
     amp = a["amp"]
     said, why = ("--amp", "autocast and GradScaler") if amp else ("no --amp", "no autocast")
-    rows.append(Row(said, "precision", "fp16" if amp else "fp32", why))
+    rows.append(Translation(said, "precision", "fp16" if amp else "fp32", why))
     if a["auto_augment"] == "imagenet":
         why = "AutoAugment's ImageNet policy, in timm's words"
-        rows.append(Row("--auto-augment imagenet", "auto_augment", "original", why))
+        rows.append(Translation("--auto-augment imagenet", "auto_augment", "original", why))
     if a["weights"] or a["pretrained"]:
         said = f"--weights {a['weights']}" if a["weights"] else "--pretrained"
-        rows.append(Row(said, "pretrained", True, "pretrained weights, timm's"))
+        rows.append(Translation(said, "pretrained", True, "pretrained weights, timm's"))
     if a["data_path"]:
         why = "sub-folders a class, under train/ and val/"
-        rows.append(Row(f"--data-path {a['data_path']}", "data", f"folder:{a['data_path']}", why))
+        rows.append(
+            Translation(f"--data-path {a['data_path']}", "data", f"folder:{a['data_path']}", why)
+        )
     return rows
 
 
-def _optimizer(name: str) -> Row:
+def _optimizer(name: str) -> Translation:
     said = f"--opt {name}"
     if name.startswith("sgd"):
         if "nesterov" in name:
-            return Row(said, "optimizer", "sgd", "SGD with Nesterov's momentum is timm's sgd")
-        return Row(said, "optimizer", "momentum", "SGD without Nesterov: timm's sgd has it")
+            return Translation(
+                said, "optimizer", "sgd", "SGD with Nesterov's momentum is timm's sgd"
+            )
+        return Translation(said, "optimizer", "momentum", "SGD without Nesterov: timm's sgd has it")
     if name == "rmsprop":
-        return Row(said, "optimizer", "rmsprop", "torch's RMSprop, alpha 0.9 on both sides")
+        return Translation(said, "optimizer", "rmsprop", "torch's RMSprop, alpha 0.9 on both sides")
     if name == "adamw":
-        return Row(said, "optimizer", "adamw", "torch's AdamW, betas 0.9 and 0.999")
+        return Translation(said, "optimizer", "adamw", "torch's AdamW, betas 0.9 and 0.999")
     raise InputError(
         f"--opt {name} is none of sgd, sgd_nesterov, rmsprop, adamw, which the script has."
         f"{nearest_word(name, ('sgd', 'sgd_nesterov', 'rmsprop', 'adamw'))}"

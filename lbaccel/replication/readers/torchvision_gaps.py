@@ -1,4 +1,4 @@
-"""What torchvision's reference flags say and the contract can't."""
+"""The settings of torchvision's reference flags that the contract cannot express."""
 
 from __future__ import annotations
 

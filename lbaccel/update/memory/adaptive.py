@@ -76,7 +76,7 @@ def announce(text: str | None, *, speak: bool) -> None:
 
 
 def what_to_try(plan: BatchPlan) -> str:
-    """What is left where one group in a micro-batch does not fit."""
+    """The advice for a micro-batch of one group that does not fit."""
     unit = plan.group_size
     groups = {1: "one sample", 2: "one pair of samples"}.get(unit, f"one group of {unit} samples")
     advice = ["apply_activation_checkpointing(model) (--activation-checkpointing full)"]

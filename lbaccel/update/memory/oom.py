@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-# What memory alone can mean. Each is the text of one library, in the case it is written in.
+# Messages that only a lack of memory causes. Each is the text of one library, in its own case.
 _CERTAIN = re.compile(
     "|".join(
         (
@@ -27,7 +27,7 @@ _CERTAIN = re.compile(
         )
     )
 )
-# What libraries also say for other reasons: it counts where memory is short at that moment.
+# Messages with other causes as well: one counts where memory is short at that moment.
 _AMBIGUOUS = re.compile(
     "|".join(
         (

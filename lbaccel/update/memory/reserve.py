@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def state_like(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-    """What the optimizer's first step will allocate: pairs (parameter, meta tensor of its state).
+    """The state that the optimizer's first step will allocate: pairs (parameter, meta tensor).
 
     Found by a step of a copy whose parameters lie on the meta device: no memory, no kernel, and
     the optimizer itself stays untouched. Empty where its state exists already, or where its step

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class OptimizerState(Protocol):
-    """What a checkpoint keeps of an optimizer; the methods are collectives where it is sharded."""
+    """The part of an optimizer that a checkpoint keeps; a sharded one's methods are collectives."""
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizers have it in one process."""

@@ -86,7 +86,7 @@ def asks_for_bf16(accelerator: Accelerator) -> bool:
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """What a forward runs under: `accelerator.autocast()`, and the same under DeepSpeed."""
+    """The context of a forward: `accelerator.autocast()`, and its equal under DeepSpeed."""
     if not asks_for_bf16(accelerator):
         return accelerator.autocast()
     handler = accelerator.autocast_handler

@@ -21,7 +21,7 @@ from lbaccel.update.sharding.precision import (
 )
 from lbaccel.update.sharding.replicated import Replicated
 from lbaccel.update.sharding.steps import Sharding, skeleton
-from lbaccel.update.sharding.zero import Zero
+from lbaccel.update.sharding.zero import ZeroSharding
 from lbaccel.update.sharding.zero_config import check_engine, settle_config
 
 BF16 = (
@@ -113,5 +113,5 @@ def _prepare_zero(
     return (
         engine,
         optimizer,
-        Zero(engine, world_size=accelerator.num_processes, empty=empty, groups=groups),
+        ZeroSharding(engine, world_size=accelerator.num_processes, empty=empty, groups=groups),
     )

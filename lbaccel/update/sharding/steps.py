@@ -1,4 +1,4 @@
-"""What an update asks of the way in which a network is sharded."""
+"""The operations that an update needs from the way in which a network is sharded."""
 
 from __future__ import annotations
 

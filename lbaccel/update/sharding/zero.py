@@ -19,7 +19,7 @@ from lbaccel.update.sharding.optimizer_state import Groups, OptimizerState, Zero
 from lbaccel.update.sharding.steps import MicroBatches, Step, filled, with_last
 
 
-class Zero:
+class ZeroSharding:
     """See `Sharding`. Clipping is the engine's own, by `gradient_clipping` of its config.
 
     ZeRO-0, 1 and 2 keep each rank's gradient whole and unreduced until the commit (under ZeRO-1

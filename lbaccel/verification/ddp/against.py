@@ -31,7 +31,7 @@ from lbaccel.verification.copies import aside, float64_batch, float64_copy, unwr
 from lbaccel.verification.ddp.real import RankResult, Spans, run_ddp
 from lbaccel.verification.ddp.report import Comparison, DdpCertificate
 from lbaccel.verification.differences import buffer_errors, difference
-from lbaccel.verification.updates import Result, Task, planned
+from lbaccel.verification.updates import Result, Subject, planned
 
 Buffers = dict[str, Tensor]
 
@@ -98,13 +98,13 @@ def verify_against_ddp(
         total = sum(size for rank in spans for _, size in rank)
         if norm_batch_size is None and layers:
             norm_batch_size = per_gpu * gpus if sync_bn else per_gpu
-        task = Task(twin, loss_fn, in_float64, total, norm_batch_size, seed)
-        task.plan(task.whole)  # stops at a norm_batch_size that the samples do not hold
+        subject = Subject(twin, loss_fn, in_float64, total, norm_batch_size, seed)
+        subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         say(f"DistributedDataParallel on {gpus} ranks")
         start = time.monotonic()
-        ranks = run_ddp(task, spans, sync_bn=sync_bn)
+        ranks = run_ddp(subject, spans, sync_bn=sync_bn)
         say(f"lbaccel in one process (DDP took {time.monotonic() - start:.0f} s)")
-        study = _Study(task, spans, ranks, layers, tolerance)
+        study = _Study(subject, spans, ranks, layers, tolerance)
         rows = study.uneven() if uneven else study.even(sync_bn=sync_bn)
     return DdpCertificate(
         model=name or type(model).__name__,
@@ -164,27 +164,27 @@ class _Study:
 
     def __init__(
         self,
-        task: Task,
+        subject: Subject,
         spans: Spans,
         ranks: Sequence[RankResult],
         layers: dict[str, Any],
         tolerance: float,
     ) -> None:
-        self.task, self.spans, self.ranks = task, spans, ranks
+        self.subject, self.spans, self.ranks = subject, spans, ranks
         self.layers, self.tolerance = layers, tolerance
         self.is_uneven = len({size for rank in spans for _, size in rank}) > 1
         loss = sum(rank.loss for rank in ranks) / len(ranks)
         self.ddp = Result(loss, dict(ranks[0].gradients), ranks[0].buffers, True)
-        self.unit = task.unit
-        self.whole = planned(task, task.plan(task.whole))
+        self.unit = subject.unit
+        self.whole = planned(subject, subject.plan(subject.whole))
 
     def even(self, *, sync_bn: bool) -> list[Comparison]:
         """Of equal batches: all of it is claimed to be the same."""
-        one = f"in one micro-batch of {self.task.num_samples}"
+        one = f"in one micro-batch of {self.subject.num_samples}"
         rows = [
             *self._update("mean over all samples", one),
             self._gradient(
-                planned(self.task, self.task.plan(self.unit)),
+                planned(self.subject, self.subject.plan(self.unit)),
                 f"the same, in micro-batches of {self.unit}",
             ),
             self._same_on_ranks(),
@@ -198,9 +198,9 @@ class _Study:
     def uneven(self) -> list[Comparison]:
         """Of unequal batches: DDP weighs the ranks equally, lbaccel the samples."""
         own = [MicroBatch(start, (size,)) for rank in self.spans for start, size in rank]
-        plan = self.task.plan(self.unit)
-        by_samples = planned(self.task, plan, only=own)
-        each = [planned(self.task, plan, only=[m]) for m in own]
+        plan = self.subject.plan(self.unit)
+        by_samples = planned(self.subject, plan, only=own)
+        each = [planned(self.subject, plan, only=[m]) for m in own]
         rows = [
             *self._update("mean over all samples", "cut as lbaccel cuts it"),
             self._gradient(by_samples, "DDP's own batches, weighted by their samples"),
@@ -254,13 +254,13 @@ class _Study:
         """Buffers after lbaccel's update of a rank's ghost batches; None where it has none."""
         mine = self.spans[rank]
         first, end = mine[0][0], sum(mine[-1])
-        ghosts = self.task.plan(self.unit).partition()
+        ghosts = self.subject.plan(self.unit).partition()
         if self.is_uneven:  # lbaccel would cut the update into others
             ghosts = tuple(MicroBatch(start, (size,)) for start, size in mine)
         own = [m for m in ghosts if first <= m.start and m.start + m.num_samples <= end]
         if sum(m.num_samples for m in own) != end - first:
             return None
-        return planned(self.task, self.task.plan(self.unit), only=own).buffers
+        return planned(self.subject, self.subject.plan(self.unit), only=own).buffers
 
     def _composed(self) -> Comparison:
         """lbaccel's own statistics, all ghost batches in order, out of those of DDP's ranks."""

@@ -22,7 +22,7 @@ from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.verification.copies import CPU, float64_copy, rows_of
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import move_running
-from lbaccel.verification.updates import Task
+from lbaccel.verification.updates import Subject
 
 Spans = Sequence[Sequence[tuple[int, int]]]
 """Of each rank, of each of its micro-batches: first sample position, and samples."""
@@ -30,7 +30,7 @@ Spans = Sequence[Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank holds after the update."""
+    """The loss, gradients and buffers of one rank after the update."""
 
     loss: float  # mean of its micro-batches' mean losses
     gradients: dict[str, Tensor]  # of rank 0 alone, empty on the others
@@ -40,7 +40,7 @@ class RankResult:
 
 
 def run_ddp(
-    task: Task, spans: Spans, *, sync_bn: bool = False, timeout_seconds: float = 600.0
+    subject: Subject, spans: Spans, *, sync_bn: bool = False, timeout_seconds: float = 600.0
 ) -> list[RankResult]:
     """One update in as many ranks as there are spans, each with its own samples.
 
@@ -56,7 +56,7 @@ def run_ddp(
         raise RunFailed(f"DDP needs ranks: {reason}.")
 
     def update(rank: int) -> RankResult:
-        return _update(task, spans, rank, sync_bn)
+        return _update(subject, spans, rank, sync_bn)
 
     reports = run_ranks(update, world_size=len(spans), timeout_seconds=timeout_seconds)
     for kind, said in reports:
@@ -66,19 +66,19 @@ def run_ddp(
     return [value for _, value in reports]
 
 
-def _update(task: Task, spans: Spans, rank: int, sync_bn: bool) -> RankResult:
-    model = float64_copy(task.model)
+def _update(subject: Subject, spans: Spans, rank: int, sync_bn: bool) -> RankResult:
+    model = float64_copy(subject.model)
     if sync_bn:
         synchronise(model)
     _check_rank(spans, rank)
     ddp = DistributedDataParallel(model)
-    randomness, mine = KeyedRandomness(task.seed, CPU), spans[rank]
+    randomness, mine = KeyedRandomness(subject.seed, CPU), spans[rank]
     losses = []
     with randomness.update(0):
         for step, (start, size) in enumerate(mine):
             quiet = ddp.no_sync() if step < len(mine) - 1 else contextlib.nullcontext()
             with quiet, randomness.forward(MicroBatch(start, (size,))):
-                loss: Any = task.loss_fn(ddp, rows_of(task.batch, start, start + size))
+                loss: Any = subject.loss_fn(ddp, rows_of(subject.batch, start, start + size))
                 (loss / len(mine)).backward()
             losses.append(float(loss.detach()))
     buffers = _copied(model)
@@ -86,7 +86,7 @@ def _update(task: Task, spans: Spans, rank: int, sync_bn: bool) -> RankResult:
     gap = _gap_to_first(list(gradients.values()))
     start, size = mine[0]
     with torch.no_grad(), randomness.update(0), randomness.forward(MicroBatch(start, (size,))):
-        task.loss_fn(ddp.eval(), rows_of(task.batch, start, start + size))
+        subject.loss_fn(ddp.eval(), rows_of(subject.batch, start, start + size))
     return RankResult(
         loss=sum(losses) / len(losses),
         gradients=gradients if rank == 0 else {},

@@ -1,4 +1,4 @@
-"""What `verify --against ddp` found: a row for each thing compared; as a table and as JSON."""
+"""The report of `verify --against ddp`: a row for each comparison; as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lbaccel.verification.certificate import Finding
+from lbaccel.verification.certificate import Diagnosis
 from lbaccel.verification.diagnosis.evidence import Evidence
 from lbaccel.verification.diagnosis.probe import OUTSIDE, ROOT, trace
 from lbaccel.verification.differences import buffer_errors
-from lbaccel.verification.updates import Task
+from lbaccel.verification.updates import Subject
 
 BATCH_NORM = "BatchNorm over the micro-batch"
 DOUBLE_UPDATE = "double update under recompute"
@@ -44,7 +44,7 @@ KERNEL = (
 )
 
 
-def _draws(e: Evidence) -> Iterator[Finding]:
+def _draws(e: Evidence) -> Iterator[Diagnosis]:
     if e.plain is None:
         return
     by_kind: dict[str, list[str]] = {}
@@ -52,7 +52,7 @@ def _draws(e: Evidence) -> Iterator[Finding]:
         by_kind.setdefault(draw.what, []).append(draw.layer)
     for what, layers in by_kind.items():
         more = f" and {len(layers) - 1} other layers" if len(layers) > 1 else ""
-        yield Finding(
+        yield Diagnosis(
             layers[0],
             UNKEYED,
             f"draws by {what}{more}: same distribution, not the same draw, under another plan",
@@ -63,8 +63,8 @@ def _draws(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def _batch_norm(e: Evidence) -> Iterator[Finding]:
-    names = _plain_batch_norms(e.task)
+def _batch_norm(e: Evidence) -> Iterator[Diagnosis]:
+    names = _plain_batch_norms(e.subject)
     if e.plain is None or not names:
         return
     blamed = [name for name in e.unequal() if name in names]
@@ -72,34 +72,36 @@ def _batch_norm(e: Evidence) -> Iterator[Finding]:
     if not executed:
         return
     sizes = sorted({m.num_samples for m in e.plain.plan.partition()}, reverse=True)
-    yield Finding(
+    yield Diagnosis(
         (blamed or executed)[0],
         BATCH_NORM,
         f"the first of {len(names)} BatchNorm layers; in training they normalise over what a "
         f"micro-batch holds, {' or '.join(map(str, sizes))} samples in place of "
-        f"{e.task.num_samples}",
+        f"{e.subject.num_samples}",
         "Fix what BatchNorm sees, under every plan: norm_batch_size=32 (--norm-batch-size 32), "
         "another number of samples, or 'frozen' (--norm-batch-size frozen).",
     )
 
 
-def _plain_batch_norms(task: Task) -> set[str]:
-    if task.norm_batch_size is not None:
+def _plain_batch_norms(subject: Subject) -> set[str]:
+    if subject.norm_batch_size is not None:
         return set()
     return {
         name
-        for name, m in task.model.named_modules()
+        for name, m in subject.model.named_modules()
         if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)
     }
 
 
-def _coupled_module(e: Evidence) -> Iterator[Finding]:
+def _coupled_module(e: Evidence) -> Iterator[Diagnosis]:
     if e.plain is None:
         return
-    explained = [d.layer for d in (*e.parts.draws, *e.whole.draws)] + [*_plain_batch_norms(e.task)]
+    explained = [d.layer for d in (*e.parts.draws, *e.whole.draws)] + [
+        *_plain_batch_norms(e.subject)
+    ]
     for name in e.unequal():
         if not any(_holds(name, layer) for layer in explained):
-            yield Finding(
+            yield Diagnosis(
                 name,
                 COUPLED_MODULE,
                 "its output for a sample depends on which others are in the micro-batch (or on "
@@ -116,13 +118,15 @@ def _holds(module: str, layer: str) -> bool:
     )
 
 
-def _mixed_inputs(e: Evidence) -> Iterator[Finding]:
+def _mixed_inputs(e: Evidence) -> Iterator[Diagnosis]:
     if e.plain is None or not e.inputs_differ():
         return
-    changed = trace(e.task, e.task.plan(e.task.whole), batch=_other_first_sample(e.task.batch))
+    changed = trace(
+        e.subject, e.subject.plan(e.subject.whole), batch=_other_first_sample(e.subject.batch)
+    )
     mixes = changed.first.compare(e.whole.first, e.rows_tolerance, start=1) is False
     if mixes or not any(d.layer == OUTSIDE for d in e.parts.draws):
-        yield Finding(
+        yield Diagnosis(
             OUTSIDE,
             MIXUP,
             "the network's input for a sample "
@@ -136,16 +140,16 @@ def _other_first_sample(batch: Any) -> Any:
     return recursively_apply(lambda t: torch.cat([t[-1:], t[1:]]) if t.ndim else t, batch)
 
 
-def _loss(e: Evidence) -> Iterator[Finding]:
+def _loss(e: Evidence) -> Iterator[Diagnosis]:
     if e.plain is None or not e.outputs_agree() or e.inputs_differ() or e.losses_agree():
         return
     whole, losses = e.whole.loss, [loss for loss, _ in e.parts.losses]
     if not math.isfinite(e.parts.loss):
         text = f"the loss of a micro-batch is {e.parts.loss}, that of the whole batch {whole:.6g}"
-        yield Finding(OUTSIDE, FAILS, text, TAKE_ANY_NUMBER)
+        yield Diagnosis(OUTSIDE, FAILS, text, TAKE_ANY_NUMBER)
         return
     if abs(sum(losses) - whole) <= 1e-9 * abs(whole) and not e.parts.weighs:
-        yield Finding(
+        yield Diagnosis(
             OUTSIDE,
             SUM,
             f"the loss of the whole batch is the sum of those of its {len(losses)} micro-batches, "
@@ -154,7 +158,7 @@ def _loss(e: Evidence) -> Iterator[Finding]:
             "each micro-batch by its share.",
         )
     elif not any(d.layer == OUTSIDE for d in e.parts.draws):
-        yield Finding(
+        yield Diagnosis(
             OUTSIDE,
             COUPLED_LOSS,
             f"the network's outputs agree sample by sample, the loss does not: {whole:.6g} for "
@@ -166,7 +170,7 @@ def _loss(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def _gradients(e: Evidence) -> Iterator[Finding]:
+def _gradients(e: Evidence) -> Iterator[Diagnosis]:
     if e.plain is None or e.plain.difference is None or not e.plain.difference.parameters:
         return
     if e.plain.plan.world_size > 1 or e.parts.draws or e.only_rounding():
@@ -174,10 +178,10 @@ def _gradients(e: Evidence) -> Iterator[Finding]:
     if not e.outputs_agree() or e.inputs_differ() or not e.losses_agree():
         return
     differing = e.plain.difference.parameters
-    clipped = _hooked(e.task.model, [p.name for p in differing])
+    clipped = _hooked(e.subject.model, [p.name for p in differing])
     called = sorted({*e.parts.clipped, *e.whole.clipped})
     if clipped or called:
-        yield Finding(
+        yield Diagnosis(
             OUTSIDE if called else clipped[0],
             CLIPPING,
             f"{', '.join(called)} runs inside it, on the gradient of a part of the batch"
@@ -196,7 +200,7 @@ def _gradients(e: Evidence) -> Iterator[Finding]:
         if abs(worst.ratio - e.plain.num_micro_batches) < 1e-6:
             how += " = the number of micro-batches"
     more = f", and so are {len(differing) - 1} others" if len(differing) > 1 else ""
-    yield Finding(
+    yield Diagnosis(
         worst.name,
         OUTSIDE_GRAPH,
         f"outputs and loss agree, its gradient is {how}{more}"
@@ -220,13 +224,13 @@ def _hooked(model: nn.Module, differing: Sequence[str]) -> list[str]:
     ]
 
 
-def _ranks(e: Evidence) -> Iterator[Finding]:
+def _ranks(e: Evidence) -> Iterator[Diagnosis]:
     """Only ranks differ, and one process in their place does not."""
     if e.plain is None or e.plain.plan.world_size == 1 or e.parts.draws:
         return
     d = e.plain.difference
     if d is not None and d.parameters and e.outputs_agree() and e.losses_agree():
-        yield Finding(
+        yield Diagnosis(
             d.parameters[0].name,
             RANKS,
             f"its gradient is {d.parameters[0].error:.2g} away (relative) on two ranks, while the "
@@ -236,7 +240,7 @@ def _ranks(e: Evidence) -> Iterator[Finding]:
         )
 
 
-def _recomputed(e: Evidence) -> Iterator[Finding]:
+def _recomputed(e: Evidence) -> Iterator[Diagnosis]:
     plain = {t.plan: t for t in e.trials if not t.checkpointing and t.buffers is not None}
     for trial in e.trials:
         twin = plain.get(trial.plan)
@@ -246,16 +250,16 @@ def _recomputed(e: Evidence) -> Iterator[Finding]:
         _, names = buffer_errors(trial.buffers, twin.buffers, e.tolerance)
         other_gradient = trial.difference.gradients > e.tolerance >= twin.difference.gradients
         if names:
-            yield Finding(
+            yield Diagnosis(
                 _owner(names[0]),
                 DOUBLE_UPDATE,
                 f"with activation checkpointing {_values(names, trial.buffers, twin.buffers)}"
                 + ("" if other_gradient else "; the gradients tell nothing of it"),
-                _advice_for_buffers(e.task, names),
+                _advice_for_buffers(e.subject, names),
             )
         if other_gradient:
             worst = trial.difference.parameters[0]
-            yield Finding(
+            yield Diagnosis(
                 worst.name,
                 RECOMPUTE,
                 f"with activation checkpointing its gradient is {worst.error:.2g} away (relative)",
@@ -266,8 +270,8 @@ def _recomputed(e: Evidence) -> Iterator[Finding]:
             return
 
 
-def _moving_buffers(e: Evidence) -> Iterator[Finding]:
-    batch_norms = _plain_batch_norms(e.task)
+def _moving_buffers(e: Evidence) -> Iterator[Diagnosis]:
+    batch_norms = _plain_batch_norms(e.subject)
     for trial in e.trials:
         if trial.checkpointing or trial.difference is None:
             continue
@@ -279,14 +283,14 @@ def _moving_buffers(e: Evidence) -> Iterator[Finding]:
             cut = f"cut into {trial.num_micro_batches} micro-batches"
             if trial.plan.world_size > 1:
                 cut += f" on {trial.plan.world_size} ranks"
-            yield Finding(
-                _owner(names[0]), BUFFER, f"{cut}, {how}", _advice_for_buffers(e.task, names)
+            yield Diagnosis(
+                _owner(names[0]), BUFFER, f"{cut}, {how}", _advice_for_buffers(e.subject, names)
             )
             return
 
 
-def _advice_for_buffers(task: Task, names: Sequence[str]) -> str:
-    if _owner(names[0]) in _plain_batch_norms(task):
+def _advice_for_buffers(subject: Subject, names: Sequence[str]) -> str:
+    if _owner(names[0]) in _plain_batch_norms(subject):
         return (
             "norm_batch_size=32 (--norm-batch-size 32) or 'frozen': lbaccel then moves BatchNorm's "
             "statistics once a ghost batch, at the end of the update, and not in a recompute."
@@ -312,7 +316,7 @@ def _values(names: Sequence[str], found: dict[str, Tensor], truth: dict[str, Ten
     return f"{name} is {a:.6g} where it would be {b:.6g}{more}"
 
 
-CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+CAUSES: tuple[Callable[[Evidence], Iterator[Diagnosis]], ...] = (
     _draws,
     _batch_norm,
     _mixed_inputs,

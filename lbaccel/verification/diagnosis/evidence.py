@@ -1,4 +1,4 @@
-"""What causes are told by: plans that were tried, and traces of the whole batch and of a cut."""
+"""The evidence for causes: plans that were tried, and traces of the whole and of a cut batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.verification.diagnosis.probe import Trace
+from lbaccel.verification.diagnosis.probe import ProbeTrace
 from lbaccel.verification.differences import Difference
-from lbaccel.verification.updates import Result, Task
+from lbaccel.verification.updates import Result, Subject
 
 ROWS_TOLERANCE = 1e-9  # of outputs: far above rounding in float64, far below any real cause
 ROUNDED_TOLERANCE = 1e-3  # where part of the network computes in float32 or less
@@ -37,15 +37,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the causes are told by: traces of the whole batch and of one that is cut."""
+    """The evidence for the causes: traces of the whole batch and of a cut one."""
 
-    task: Task
+    subject: Subject
     truth: Result
     trials: Sequence[Trial]
     tolerance: float
     plain: Trial | None  # a plan that cuts the batch, differs, and recomputes nothing
-    whole: Trace
-    parts: Trace
+    whole: ProbeTrace
+    parts: ProbeTrace
     rounded: str | None  # the first module, or the loss, that computes in less than float64
 
     @property

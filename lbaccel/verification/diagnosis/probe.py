@@ -1,4 +1,4 @@
-"""What a network does inside an update: outputs row by row, random draws, gradients it touches.
+"""A probe of a network inside an update: outputs by row, random draws, gradients it changes.
 
 Rows are remembered by two numbers each (a projection and an absolute sum), so that a probe takes
 no memory to speak of.
@@ -23,7 +23,7 @@ from lbaccel.batch.plan import BatchPlan
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update.accumulation import accumulate
 from lbaccel.verification.copies import CPU, float64_copy, tensors_in
-from lbaccel.verification.updates import Task, converted, micro_batches, scopes_of
+from lbaccel.verification.updates import Subject, converted, micro_batches, scopes_of
 
 OUTSIDE = "the loss function"
 ROOT = "the model itself"
@@ -60,8 +60,8 @@ class Draw:
 
 
 @dataclass
-class Trace:
-    """What was seen in all micro-batches of one rank after the other."""
+class ProbeTrace:
+    """The observations of a probe in the micro-batches of all ranks, in order."""
 
     inputs: dict[Key, Rows] = field(default_factory=dict)
     outputs: dict[Key, Rows] = field(default_factory=dict)  # in order of completion
@@ -79,30 +79,30 @@ class Trace:
         return sum(x * w for x, w in self.losses) / (sum(w for _, w in self.losses) or 1.0)
 
 
-def trace(task: Task, plan: BatchPlan, *, batch: Any = None) -> Trace:
+def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace:
     """Run the micro-batches of all ranks of `plan` in one process, and watch.
 
     Args:
-        task: what is verified.
+        subject: what is verified.
         plan: how to cut it.
-        batch: samples in place of the task's.
+        batch: samples in place of the subject's.
     """
-    model = float64_copy(task.model)
+    model = float64_copy(subject.model)
     if batch is not None:
-        task = replace(task, batch=batch)
-    norm = converted(model, task.norm_batch_size)
+        subject = replace(subject, batch=batch)
+    norm = converted(model, subject.norm_batch_size)
     norm.begin()
-    randomness = KeyedRandomness(task.seed, CPU)
-    seen = Trace()
-    watcher = _Watcher(seen, model, task, randomness)
+    randomness = KeyedRandomness(subject.seed, CPU)
+    seen = ProbeTrace()
+    watcher = _Watcher(seen, model, subject, randomness)
     pairs = [m for rank in range(plan.world_size) for m in plan.partition(rank)]
     with watcher.installed(), randomness.update(0):
         accumulate(
             model,
-            micro_batches(task, [m for m in pairs if not m.is_filler]),
+            micro_batches(subject, [m for m in pairs if not m.is_filler]),
             watcher.loss_fn,
-            num_samples=task.num_samples,
-            scopes=scopes_of(task, norm, randomness),
+            num_samples=subject.num_samples,
+            scopes=scopes_of(subject, norm, randomness),
         )
     return seen
 
@@ -110,8 +110,10 @@ def trace(task: Task, plan: BatchPlan, *, batch: Any = None) -> Trace:
 class _Watcher:
     """Hooks on every module, a dispatch mode, and a loss function that is watched."""
 
-    def __init__(self, seen: Trace, model: nn.Module, task: Task, randomness: Any) -> None:
-        self.seen, self.model, self.task = seen, model, task
+    def __init__(
+        self, seen: ProbeTrace, model: nn.Module, subject: Subject, randomness: Any
+    ) -> None:
+        self.seen, self.model, self.subject = seen, model, subject
         self.names = {m: name or ROOT for name, m in model.named_modules()}
         self.stack: list[str] = []
         self.calls: dict[str, int] = {}
@@ -210,7 +212,7 @@ class _Watcher:
         self.host, self.active = _host_states(), True
         try:
             with self.mode:
-                out = self.task.loss_fn(model, data)
+                out = self.subject.loss_fn(model, data)
         finally:
             self.active = False
         self.check_host()
