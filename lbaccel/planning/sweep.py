@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lbaccel.planning.cost.devices import GIB
@@ -35,11 +35,12 @@ def sweep(search: Search, layout: MemoryFormat, chosen: Point | None = None) -> 
                 peak, seconds = costs
                 found.append(Point(size, share, peak / GIB, seconds))
     found.sort(key=lambda point: (point.peak_gib, point.seconds_per_update))
-    points, fastest = [], float("inf")
+    points: list[Point] = []
+    fastest = float("inf")
     for point in found:
         best = point.seconds_per_update < fastest
         fastest = min(fastest, point.seconds_per_update)
-        points.append(Point(**{**vars(point), "best": best}))
+        points.append(replace(point, best=best))
     return points
 
 

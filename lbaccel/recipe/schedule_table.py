@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import log
 from pathlib import Path
@@ -72,14 +73,17 @@ def schedule_table(
     >>> [row.lr for row in table.rows], table.num_updates
     ([0.1, 0.02, 0.004, 0.0008], 78200)
     """
-    run = {"epochs": epochs, "num_samples": num_samples, "last_update": last_update}
-    counts = segment_updates(segments, **run)
+    updates = partial(
+        segment_updates, epochs=epochs, num_samples=num_samples, last_update=last_update
+    )
+    counts = updates(segments)
     stream = segment_stream(segments, num_samples=num_samples, last_update=last_update)
     samples = stream.samples_per_epoch
     firsts = [0, *accumulate(counts)][:-1]
     starts = [stream.samples_seen(first) for first in firsts]
     ends = [*starts[1:], epochs * samples]
-    rows, curve = [], []
+    rows: list[Row] = []
+    curve: list[tuple[float, float]] = []
     for segment, first, num_updates, start, end in zip(
         segments, firsts, counts, starts, ends, strict=True
     ):
@@ -100,7 +104,7 @@ def schedule_table(
         rows=tuple(rows),
         epochs=epochs,
         num_updates=sum(counts),
-        num_updates_steady=sum(segment_updates(segments[:1], **run)),
+        num_updates_steady=sum(updates(segments[:1])),
         curve=tuple(curve),
     )
 

@@ -116,7 +116,7 @@ def verify(
         truth = reference(task)
         patience = 120 + 60 * (time.monotonic() - start)
         how, cannot_recompute = _recompute(task)
-        trials = []
+        trials: list[Trial] = []
         for plan in plans(task):
             for checkpointing in (False, True):
                 say(_text(plan) + (", recomputed" if checkpointing else ""))

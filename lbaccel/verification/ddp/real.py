@@ -73,7 +73,7 @@ def _update(task: Task, spans: Spans, rank: int, sync_bn: bool) -> RankResult:
     _check_rank(spans, rank)
     ddp = DistributedDataParallel(model)
     randomness, mine = KeyedRandomness(task.seed, CPU), spans[rank]
-    losses = []
+    losses: list[float] = []
     with randomness.update(0):
         for step, (start, size) in enumerate(mine):
             quiet = ddp.no_sync() if step < len(mine) - 1 else contextlib.nullcontext()
