@@ -143,7 +143,7 @@ def check_phases(phases: Sequence[Phase], *, epochs: float, num_samples: int) ->
 
 def whole_epochs(what: str, given: Sequence[float], *, epochs: float) -> list[int]:
     """Whole, increasing epochs from 2 on, the last one not after the run's end."""
-    found = []
+    found: list[int] = []
     for epoch in given:
         check_number(what, epoch)
         if epoch != int(epoch) or epoch < 2:

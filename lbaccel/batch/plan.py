@@ -157,7 +157,7 @@ class BatchPlan:
         groups = self.num_groups(total)
         first, last = self.rank_groups(rank, total)
         per_micro = self.micro_batch_size // self.group_size
-        micro_batches = []
+        micro_batches: list[MicroBatch] = []
         for begin in range(first, last, per_micro):
             edges = [
                 boundary(total, groups, g) for g in range(begin, min(begin + per_micro, last) + 1)
@@ -246,7 +246,7 @@ class BatchPlan:
     ) -> tuple[str, ...]:
         """Warnings about this batch on this training set, for the user to read before the run."""
         b = self.global_batch_size
-        found = []
+        found: list[str] = []
         if b >= num_samples:
             found.append(
                 f"global_batch_size={b} is the whole training set ({num_samples} samples): "

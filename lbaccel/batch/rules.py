@@ -224,7 +224,8 @@ def _steps_to(largest: int, size: int, growth: float) -> list[Fraction]:
     factor = _decimal("growth", growth)
     if factor <= 1:
         raise InputError(f"growth={growth!r} does not grow a batch. Use growth > 1, such as 2.")
-    steps, reached = [], Fraction(size)
+    steps: list[Fraction] = []
+    reached = Fraction(size)
     while reached < largest:
         if len(steps) == MAX_STEPS:
             raise InputError(

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(device: Device) -> str:
     """Aligned lines of class and rate, of this device."""
     head = device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
-    rows = []
+    rows: list[tuple[str, str]] = []
     for name, rate in {**device.rates, "bandwidth": device.bandwidth}.items():
         in_bytes = name.startswith(("norm", "elementwise", "bandwidth"))
         rows.append((name, f"{rate / 1e9:10,.1f} {'GB/s' if in_bytes else 'GFLOP/s'}"))

@@ -99,7 +99,7 @@ def launch(path: Path, *, flags: Sequence[str] = (), environment: Mapping[str, s
             block = raw.get("deepspeed_config") or {}
             in_yaml = flag in raw or flag in block
             origins[name] = "command line" if flag in given else "YAML" if in_yaml else "accelerate"
-    problems = []
+    problems: list[str] = []
     if count > world_size:
         cpu = "use_cpu is true: " if raw.get("use_cpu") else ""
         problems.append(

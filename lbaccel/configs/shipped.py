@@ -53,7 +53,7 @@ def shipped() -> list[Shipped]:
     >>> [config.name for config in shipped()][:3]
     ['cpu', 'fsdp2', 'multi_gpu']
     """
-    found = []
+    found: list[Shipped] = []
     for path in sorted(folder(YAML_FOLDER).glob("*.yaml")):
         block = yaml.safe_load(path.read_text(encoding="utf-8")).get("deepspeed_config") or {}
         named = block.get("deepspeed_config_file")

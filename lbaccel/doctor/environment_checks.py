@@ -19,7 +19,7 @@ def replaces_optimizer(facts: Facts) -> bool:
 
 def builds(facts: Facts) -> list[str]:
     """DeepSpeed's operators that are compiled at the first start."""
-    found = []
+    found: list[str] = []
     if facts.deepspeed and facts.environment.num_gpus == 0:
         found.append("shared-memory communication between CPU ranks (about 30 s)")
     if facts.deepspeed and replaces_optimizer(facts):

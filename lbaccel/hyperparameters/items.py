@@ -133,7 +133,7 @@ def _moments(m: Move, warnings: list[str]) -> list[Row]:
             "RMSProp; alpha has no setting here."
         )
     whole_rule = is_adam(m.optimizer.name) and m.by_root
-    rows = []
+    rows: list[Row] = []
     kept = "kept: its rule belongs to sqrt" if is_adam(m.optimizer.name) else "kept"
     open_for = "open" if is_adam(m.optimizer.name) else f"no derivation for {m.optimizer.name}"
     betas = list(m.optimizer.betas or ())
@@ -221,7 +221,7 @@ def _noise(m: Move, warnings: list[str]) -> list[Row]:
 
 
 def _cadence(m: Move, warnings: list[str]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     if m.run.eval_every is not None:
         every = m.run.eval_every
         rows.append(Row("evaluation, epochs", every, every, "the same epochs", "none", "certain"))

@@ -51,7 +51,7 @@ def scale_optimizer(
     [0.2, 2.0]
     """
     sizes = {"global_batch_size": global_batch_size, "rule": rule, "exponent": exponent}
-    factors = []
+    factors: list[float] = []
     for group in optimizer.param_groups:
         stands_at = group.get(SCALED_TO, base_batch_size)
         scale_lr(1.0, base_batch_size=base_batch_size, **sizes)  # a bad argument is always refused
@@ -150,7 +150,7 @@ def split_groups(
     groups: Iterable[dict[str, Any]], factors: dict[int, float]
 ) -> list[dict[str, Any]]:
     """The groups, cut so that all parameters of one have one factor, multiplied into `lr_scale`."""
-    cut = []
+    cut: list[dict[str, Any]] = []
     for group in groups:
         parts: dict[float, list[Any]] = {}
         for parameter in group["params"]:

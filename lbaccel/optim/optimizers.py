@@ -68,7 +68,7 @@ def notes(name: str, *, decay_all: bool, clip_grad_norm: float | None) -> list[s
     []
     """
     _check_known(name)
-    lines = []
+    lines: list[str] = []
     if _is(name, "Lamb") and clip_grad_norm is None:
         lines.append(
             f"{name} clips the gradient's norm at 1.0, timm's default. --clip-grad-norm X takes "

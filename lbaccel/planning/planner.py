@@ -286,7 +286,7 @@ def _points(search: Search, choice: Choice) -> list[SweepPoint]:
 
 def _alternatives(search: Search, choice: Choice, num_updates: int) -> list[Alternative]:
     """The same contract on 1, 2, 4 and 8 such devices, with the micro-batch chosen or less."""
-    found = []
+    found: list[Alternative] = []
     estimator, candidate = search.estimator, choice.candidate
     for world in WORLD_SIZES:
         if estimator.plan.global_batch_size < world * search.unit:

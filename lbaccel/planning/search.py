@@ -127,7 +127,8 @@ class Search:
 
     def _ladder(self, most: int) -> list[int]:
         """Sizes from `most` down, in whole groups, each as even as its number of steps allows."""
-        sizes, size = [], most
+        sizes: list[int] = []
+        size = most
         while size > self.unit:
             sizes.append(self._even(size))
             size = min(math.floor(size / LADDER / self.unit) * self.unit, size - self.unit)
@@ -278,7 +279,7 @@ class Search:
         """The chain's costs at `size`, on the line through two traces."""
         first, second = self._lines(layout, "none")
         assert first.chain is not None and second.chain is not None
-        units = []
+        units: list[UnitCost] = []
         for one, two in zip(first.chain.units, second.chain.units, strict=True):
             fields = {
                 key: math.ceil(_line(self._sizes, value, getattr(two, key), size))

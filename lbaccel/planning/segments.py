@@ -100,7 +100,8 @@ def best_runs(
 
 def _runs(fronts: Sequence[_Front], plan: int) -> list[Run]:
     """The runs of a plan of the last front, read backwards; on a front more bytes cost less."""
-    found, at = [], len(fronts) - 1
+    found: list[Run] = []
+    at = len(fronts) - 1
     while at > 0:
         front = fronts[at]
         start = int(front.starts[plan])

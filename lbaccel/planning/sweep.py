@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lbaccel.planning.cost.devices import GIB
@@ -37,11 +37,12 @@ def sweep(
                 peak, seconds = costs
                 found.append(SweepPoint(size, share, peak / GIB, seconds))
     found.sort(key=lambda point: (point.peak_gib, point.seconds_per_update))
-    points, fastest = [], float("inf")
+    points: list[SweepPoint] = []
+    fastest = float("inf")
     for point in found:
         best = point.seconds_per_update < fastest
         fastest = min(fastest, point.seconds_per_update)
-        points.append(SweepPoint(**{**vars(point), "best": best}))
+        points.append(replace(point, best=best))
     return points
 
 

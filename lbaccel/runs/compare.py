@@ -39,7 +39,7 @@ FORMATS = {
 def distinct_names(runs: Sequence[Run]) -> list[Run]:
     """The runs, later ones of the same name with ` (2)`, ` (3)` added."""
     seen: Counter[str] = Counter()
-    named = []
+    named: list[Run] = []
     for one in runs:
         seen[one.name] += 1
         suffix = f" ({seen[one.name]})" if seen[one.name] > 1 else ""

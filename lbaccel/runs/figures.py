@@ -105,7 +105,7 @@ def plot_run(folder: Path) -> list[Path]:
         The files written.
     """
     run = load_run_folder(folder)
-    written = []
+    written: list[Path] = []
     for file, label, metrics in PANELS:
         present = [metric for metric in metrics if run.history.get(metric)]
         if not present:

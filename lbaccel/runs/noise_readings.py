@@ -23,7 +23,7 @@ def readings(run: Run, prefix: str = "critical_batch_size") -> list[NoiseReading
         "preconditioned_low",
         "preconditioned_high",
     )  # fmt: skip
-    found = []
+    found: list[NoiseReading] = []
     columns = [_by_update(run, name) for name in (prefix, *ends, "num_updates")]
     for update, point in columns[0].items():
         values = [column[update].value if update in column else None for column in columns]

@@ -113,7 +113,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     with reading(path):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line and number == len(lines):
             continue  # what follows the last newline

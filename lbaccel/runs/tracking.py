@@ -112,7 +112,7 @@ def keep_updates_until(run: Path, update: int) -> None:
         return
     with reading(path):
         lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
+    kept: list[str] = []
     for line in lines:
         try:
             row = json.loads(line)

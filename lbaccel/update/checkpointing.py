@@ -160,7 +160,7 @@ class _Segment:
         return out
 
     def _run(self, x: Any) -> Any:
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         for module in self.modules:
             x = type(module).forward(module, x)
             shapes.append(tuple(x.shape))

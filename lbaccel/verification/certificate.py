@@ -141,7 +141,7 @@ def partition_text(shares: Sequence[Sequence[int]]) -> str:
     >>> partition_text([[4, 4, 3]]), partition_text([[1] * 11]), partition_text([[4, 2], [5]])
     ('4 + 4 + 3', '11 x 1', '(4 + 2) | (5)')
     """
-    texts = []
+    texts: list[str] = []
     for sizes in shares:
         same = len(set(sizes)) == 1 and len(sizes) > 3
         texts.append(f"{len(sizes)} x {sizes[0]}" if same else " + ".join(map(str, sizes)))

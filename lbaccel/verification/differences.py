@@ -56,7 +56,8 @@ def _gradients(
     found: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None], tolerance: float
 ) -> tuple[float, list[Differing]]:
     norm = math.sqrt(sum(_square(g) for g in truth.values())) or 1.0
-    total, differing = 0.0, []
+    differing: list[Differing] = []
+    total = 0.0
     for name, b in truth.items():
         a = found[name]
         if a is None and b is None:
@@ -90,7 +91,8 @@ def buffer_errors(
     for name, value in truth.items():
         if value.is_floating_point():
             scales[_owner(name)] = scales.get(_owner(name), 0.0) + _square(_finite(value))
-    worst, names = 0.0, []
+    names: list[str] = []
+    worst = 0.0
     for name in [*truth, *[name for name in found if name not in truth]]:
         a, b = found.get(name), truth.get(name)
         if a is None or b is None or a.shape != b.shape:

@@ -75,7 +75,8 @@ def _check_leaves(loss: Tensor, model: nn.Module) -> None:
     """Stop at a parameter that is not the model's: before the backward could write to it."""
     own = {id(p) for p in model.parameters()}
     todo: list[Any] = [loss.grad_fn]
-    met, outside = set(), []
+    met: set[Any] = set()
+    outside: list[tuple[int, ...]] = []
     while todo:
         node = todo.pop()
         if node is None or node in met:

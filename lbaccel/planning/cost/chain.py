@@ -193,7 +193,7 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
     backward = [over] * (num_units + 1)
     for i in range(num_units):
         backward[i] = place.get(f"backward {i}", over)
-    units = []
+    units: list[UnitCost] = []
     for i in range(num_units):
         before = settled[starts[i]]
         until = backward[i - 1] if i else over

@@ -99,7 +99,9 @@ class Trace:
     def live_before(self) -> tuple[list[int], list[int]]:
         """For each event: bytes live when it comes, and the most while it happens."""
         sizes: dict[int, int] = {}
-        now, settled, most = 0, [], []
+        settled: list[int] = []
+        most: list[int] = []
+        now = 0
         for event in self.events:
             settled.append(now)
             if isinstance(event, Allocate):

@@ -21,7 +21,11 @@ from typing import Literal
 from lbaccel.errors import InputError
 
 Offload = Literal["none", "optimizer", "optimizer+parameters"]
-STAGES = {"none": (0, 1, 2, 3), "optimizer": (2, 3), "optimizer+parameters": (3,)}
+STAGES: dict[str, tuple[int, ...]] = {
+    "none": (0, 1, 2, 3),
+    "optimizer": (2, 3),
+    "optimizer+parameters": (3,),
+}
 BUCKET = 5_000_000  # elements: 19 MiB in fp32, near DDP's 25 MiB; DeepSpeed's 5e8 takes 1.9 GiB
 DEEPSPEEDS_BUCKET = 500_000_000  # where a config names none
 GATHERS = 3  # in flight at once under ZeRO-3, at most (seen: 2 to 3)

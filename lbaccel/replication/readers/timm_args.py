@@ -251,7 +251,7 @@ def _rows(a: Mapping[str, Any]) -> list[Translation]:
 
 
 def _gaps(a: Mapping[str, Any], content: Mapping[str, Any]) -> list[Gap]:
-    gaps = []
+    gaps: list[Gap] = []
     for key, default in AT_DEFAULT.items():
         value = content.get(key, default)
         if not _is_default(value, default):

@@ -156,7 +156,8 @@ def _split_launcher(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _stated_gpus(launcher: Sequence[str], a: dict[str, Any]) -> dict[str, int]:
     """Every number of GPUs that the command states, by its own words."""
-    text, stated = " ".join(launcher), {}
+    stated: dict[str, int] = {}
+    text = " ".join(launcher)
     found = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", text)
     nodes = re.search(r"--nnodes[= ](\d+)", text)
     if found:

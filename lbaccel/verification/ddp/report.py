@@ -103,7 +103,7 @@ class DdpCertificate:
                 )
 
     def _notes(self) -> Iterator[str]:
-        notes = []
+        notes: list[str] = []
         if self.uneven:
             notes.append(
                 "DDP weighs its ranks equally, (1 / W) sum_r g_r, lbaccel the samples, "

@@ -196,7 +196,8 @@ class _Watcher:
             self.seen.rounded = key[0]
 
     def _add(self, rows: Rows, tree: Any) -> None:
-        found, shapes = [], []
+        found: list[Tensor] = []
+        shapes: list[int | None] = []
         for tensor in tensors_in(tree):
             per_sample = tensor.shape[0] / self.num_samples if tensor.ndim else 0.5
             shapes.append(int(per_sample) if per_sample == int(per_sample) else None)
