@@ -3,7 +3,7 @@
 python benchmarks/equality_matrix.py [--world-sizes 1 2 3] [--markdown FILE]
 
 Networks x partitions x checkpointing x ranks, each against plain torch training the ghost batches
-one after the other (tests/reference.py). A cell that was not run says so.
+one after the other (tests/helpers/reference.py). A cell that was not run says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "update")]
 
 from reference import MODELS  # noqa: E402
 from test_ranks import launch  # noqa: E402

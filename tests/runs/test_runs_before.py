@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lbaccel import train
 
-BEFORE = Path(__file__).parent / "fixtures" / "before_the_house"
+BEFORE = Path(__file__).parent.parent / "fixtures" / "before_the_house"
 
 
 @pytest.mark.parametrize("name", ["plain", "grown"])

@@ -533,7 +533,7 @@ def test_an_interrupt_keeps_the_checkpoint_before_it(monkeypatch, capsys):
 
 
 def test_accelerate_launch_ends_with_the_run_folder(tmp_path):
-    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["-m", "lbaccel.train", *SMALL, "--max-updates", "1"]
     root = str(Path(train.__file__).parent.parent)

@@ -15,7 +15,7 @@ from lbaccel.doctor.facts import Environment, gather, this_environment
 from lbaccel.doctor.script import read_script
 from lbaccel.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "accelerate": "1.15.0",
     "deepspeed": "0.19.8",

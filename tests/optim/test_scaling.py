@@ -206,7 +206,7 @@ def test_rates_tuned_one_by_one_lie_between_the_square_root_and_linear_at_the_st
     assert [round(slope - half, 2), round(slope + half, 2)] == [0.62, 0.76]
     assert slope - half > 0.5
     assert slope + half < 1
-    methods = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    methods = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     for text in (power_scaling.__doc__, methods):
         assert text is not None
         assert "0.69" in text

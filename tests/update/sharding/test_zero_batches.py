@@ -11,7 +11,7 @@ from test_zero_recipe import launch, metrics
 
 from lbaccel.configs.shipped import shipped
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SIZES = (2048, 4096, 8192, 16384)
 ZERO = sorted(config.name for config in shipped() if config.name.startswith("zero"))
 

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 # oneDNN takes the variable on x86 alone; elsewhere these tests run a second time as they are.
 OLDER = "AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "SSE41"
-PREDICTION = ("test_kernel_memory", "test_trace", "test_chain", "test_measure")
+PREDICTION = (
+    "planning/cost/test_kernel_memory",
+    "planning/cost/test_trace",
+    "planning/cost/test_chain",
+    "planning/test_measure",
+)
 WORKSPACES = """
 import torch
 torch.set_num_threads(1)
@@ -53,7 +58,7 @@ def test_predictions_hold_under_an_older_instruction_set():
 @pytest.mark.slow
 def test_the_older_instruction_set_has_other_workspaces():
     """Else the test above would show nothing."""
-    path = str(ROOT / "tests")
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests" / "helpers")])
     native = child("-c", WORKSPACES, PYTHONPATH=path, ONEDNN_MAX_CPU_ISA="DEFAULT")
     older = child("-c", WORKSPACES, PYTHONPATH=path, ONEDNN_MAX_CPU_ISA=OLDER)
     assert native.count("\n") == older.count("\n") == 12

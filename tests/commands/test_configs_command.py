@@ -18,7 +18,7 @@ from lbaccel.recipe.options import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

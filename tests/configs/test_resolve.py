@@ -16,7 +16,7 @@ from lbaccel.configs.make import deepspeed_config
 from lbaccel.configs.resolve import read_json, resolve
 from lbaccel.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MICRO, WORLD = 4, 2
 MISSING = object()
 STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"

@@ -21,7 +21,7 @@ from lbaccel.models import adapt_stem
 
 pytest.importorskip("deepspeed", reason="not run: pip install 'lbaccel[deepspeed]'")
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 FLAGS = [
     *("--data", "digits", "--epochs", "2", "--log-with", "run_folder", "--checkpoint-every", "3"),
     *("--drop-rate", "0.1", "--activation-checkpointing", "full"),

@@ -22,7 +22,7 @@ from lbaccel.configs import shipped as module
 from lbaccel.configs.shipped import copy, find, folder, shipped
 from lbaccel.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 TYPES = {
     "cpu": DistributedType.NO,

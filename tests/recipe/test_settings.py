@@ -13,7 +13,7 @@ from lbaccel.errors import InputError
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES
 from lbaccel.recipe.settings import make_parser, read_settings, show_settings
 
-PACKAGE = Path(__file__).parent.parent / "lbaccel"
+PACKAGE = Path(__file__).parents[2] / "lbaccel"
 
 
 @pytest.fixture(autouse=True)
