@@ -17,7 +17,7 @@ COMMANDS = {
         "lbaccel.commands.schedule.compose",
     ),
     "plan": ("--model resnet10t --global-batch-size 8 --sweep", "lbaccel.commands.plan.find_plan"),
-    "lr-find": ("", "lbaccel.recipe.task.built"),
+    "lr-find": ("", "lbaccel.recipe.built.built"),
 }
 MAKES_FOLDERS = ("schedule", "plan")
 

@@ -15,11 +15,14 @@ from types import SimpleNamespace
 
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.runs.folder import strict_json
+from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
 from lbaccel.runs.progress import Progress, closing_table, peak_gib
 
 assert math.isnan(peak_gib())
-log = RunLog(UpdateStream(4, 8, "keep"), log_every=1, eval_every=1, stop_at=2)
+stream = UpdateStream(4, 8, "keep")
+length = Length(SimpleNamespace(stream=stream), epochs=1)
+log = RunLog(stream, log_every=1, eval_every=1, length=length)
 result = SimpleNamespace(
     loss=1.0, num_samples=4, num_updates=2, samples_seen=8, grad_norm=1.0, micro_batch_size=4,
     dropped=False,
@@ -27,7 +30,7 @@ result = SimpleNamespace(
 metrics = log.after_update(result, lr=0.1, seconds=1.0, more=dict)
 line = json.loads(strict_json(metrics))
 assert line["memory/peak_gib"] is None and line["train/loss"] == 1.0
-Progress(2, True).show(2, {"epoch": 1.0, **metrics})
+Progress(length, True).show(2, {"epoch": 1.0, **metrics})
 summary = log.summary(SimpleNamespace(num_updates=2, samples_seen=8))
 assert json.loads(strict_json(summary))["peak_gib"] is None
 print(closing_table({**summary, "best_val_top1": None, "best_update": None}))
