@@ -251,6 +251,7 @@ def test_a_plain_install_imports_every_module():
 def test_settings_are_read_as_typed_fields(path):
     """No module reads a setting by a string: the type checker knows each field of a group."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        text = getattr(getattr(node, "slice", None), "value", None)
+        if isinstance(node, ast.Subscript) and isinstance(text, str):
             name = node.value.id if isinstance(node.value, ast.Name) else ""
             assert name not in ("s", "settings", "saved"), f"{path}:{node.lineno}"
