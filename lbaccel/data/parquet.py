@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
-from lbaccel.data.split import split_by_hash
+from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.errors import InputError
 
 VAL_NAMES = ("validation", "val", "test")
@@ -58,7 +58,7 @@ def open_parquet(
     else:
         named = None not in train.paths and len(set(train.paths)) == len(labels)
         keys = [str(path if named else row) for row, path in enumerate(train.paths)]
-        how = f"split by hash of the {'file name' if named else 'row number'}"
+        how = f"{SPLIT} of the {'file name' if named else 'row number'}"
         halves = split_by_hash(
             keys, labels.tolist(), classes=classes, val_fraction=val_fraction, seed=seed
         )

@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageArray, ImageFiles, read_image
 from lbaccel.data.parquet import open_parquet
-from lbaccel.data.split import check_val_fraction, split_by_hash
+from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
 from lbaccel.errors import InputError, RunFailed, reading
 
 __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
@@ -40,6 +40,7 @@ class Source:
     name: str
     num_channels: int
     description: str
+    held_out: bool = True  # the validation set is a share of the data, not one of their own
 
 
 class _Halves(NamedTuple):
@@ -94,7 +95,7 @@ def _source(spec: str, halves: _Halves) -> Source:
         f"{spec}: {len(train)} training and {len(val)} validation images{size}, "
         f"{len(train.classes)} classes, {how}"
     )
-    return Source(train, val, spec, num_channels, description)
+    return Source(train, val, spec, num_channels, description, how.startswith(SPLIT))
 
 
 def _unknown(spec: str) -> str:
@@ -126,7 +127,7 @@ def _digits(val_fraction: float, seed: int) -> _Halves:
     return _Halves(
         ImageArray(pixels[train], labels[train], classes),
         ImageArray(pixels[val], labels[val], classes),
-        "split by hash of the index",
+        f"{SPLIT} of the index",
     )
 
 
@@ -206,7 +207,7 @@ def open_folder(
         seed=seed,
     )
     train, val = (_take(everything, rows) for rows in halves)
-    return train, val, "split by hash of the file name"
+    return train, val, f"{SPLIT} of the file name"
 
 
 def _scan(root: Path) -> ImageFiles:

@@ -7,6 +7,8 @@ from hashlib import blake2b
 
 from lbaccel.errors import InputError
 
+SPLIT = "split by hash"  # how a share is held out, in words
+
 
 def check_val_fraction(val_fraction: float) -> None:
     """Let a share between 0 and 1 pass.

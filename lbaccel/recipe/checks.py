@@ -7,6 +7,8 @@ from typing import NewType
 
 import torch
 
+from lbaccel.data.images import ImageArray
+from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
@@ -63,6 +65,40 @@ def check_read(settings: Settings) -> None:
             continue
         if not is_read(row, settings):
             raise InputError(_unread(row, settings))
+
+
+def check_read_from_data(settings: Settings, source: Source) -> None:
+    """Stop at an option that was given and that these images leave unread.
+
+    Raises:
+        InputError: a share to hold out beside a validation set of their own; a crop in evaluation
+            for images in memory.
+    """
+    reasons = {}
+    if not source.held_out:
+        reasons["val_fraction"] = "has a validation set of its own"
+    if isinstance(source.train, ImageArray):
+        reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
+    for name, reason in reasons.items():
+        if name in settings.given and settings.run.resume is None:
+            flag, value = flag_of(name), shown(settings.value(name))
+            raise InputError(
+                f"--data {settings.data.data} {reason}, so nothing reads {flag} {value}. "
+                "Leave it out."
+            )
+
+
+def check_read_by_norm(settings: Settings, has_batch_norm: bool) -> None:
+    """Stop at `--bn-statistics` that was given for a network without BatchNorm.
+
+    Raises:
+        InputError: it was.
+    """
+    if "bn_statistics" in settings.given and not has_batch_norm and settings.run.resume is None:
+        raise InputError(
+            f"--bn-statistics {settings.batch.bn_statistics}: {settings.model.model} has no "
+            "BatchNorm. Leave it out."
+        )
 
 
 def _unread(row: Option, settings: Settings) -> str:

@@ -21,7 +21,7 @@ from lbaccel.data.sources import Source, open_source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
 from lbaccel.recipe.auto_plan import Chosen, Workload
-from lbaccel.recipe.checks import Checked
+from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_data
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
@@ -69,6 +69,7 @@ def build_task(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed, before=s.identity))
     say(f"data: {source.description}")
+    check_read_from_data(s, source)
     num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)
     model, preprocessing = build_model(
         s.model,
@@ -80,8 +81,10 @@ def build_task(
         load_weights=load_weights,
     )
     model, num_samples = model.to(dtype), len(source.train)
+    normed = has_batch_norm(model)
+    check_read_by_norm(s, normed)
     norm_batch_size = choose_norm_batch_size(
-        s.batch, model=s.model.model, has_batch_norm=has_batch_norm(model), num_samples=num_samples
+        s.batch, model=s.model.model, has_batch_norm=normed, num_samples=num_samples
     )
     phases = growth.phases_of(s.batch, s.rate, num_samples=num_samples, say=say)
     size, mixes = preprocessing["img_size"], bool(s.data.mixup or s.data.cutmix)

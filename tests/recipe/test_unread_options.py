@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from lbaccel import train
+from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
-from lbaccel.recipe.checks import check_read
+from lbaccel.recipe.checks import check_read, check_read_from_data
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.settings import layered
 
@@ -130,3 +132,41 @@ def test_a_yaml_that_names_a_default_asks_for_nothing(tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert train.main(["--config", "c.yaml"]) == 2
     assert "--schedule cosine does not read --gamma 0.2" in capsys.readouterr().err
+
+
+def make_images(root):
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8), (20 * i, 99, len(label))).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            "--data folder:images --val-fraction 0.3",
+            "has a validation set of its own, so nothing reads --val-fraction 0.3",
+        ),
+        (
+            "--model test_vit --img-size 16 --bn-statistics per_update",
+            "--bn-statistics per_update: test_vit has no BatchNorm. Leave it out.",
+        ),
+    ],
+)
+def test_what_the_images_or_the_network_leave_unread_is_refused_too(
+    flags, says, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "images")
+    assert train.main([*flags.split(), "--log-with", "run_folder", "--workers", "0"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_crop_is_refused_for_images_that_a_parquet_file_gives_to_memory():
+    settings = layered(Settings(), {"data": "parquet:x", "crop_pct": "0.9"}, origin="flag")
+    check_read(settings)  # by the name of the data nobody can tell
+    with pytest.raises(InputError, match="images are evaluated whole, so nothing reads --crop-pct"):
+        check_read_from_data(settings, open_source("digits"))
