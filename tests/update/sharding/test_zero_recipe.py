@@ -129,7 +129,17 @@ def test_zero_3_trains_as_one_process_does_and_its_checkpoint_goes_on_without_it
 
 @pytest.mark.slow
 def test_a_bf16_run_killed_under_zero_2_goes_on_in_one_process_and_under_zero_3(tmp_path):
-    flags = [*FLAGS, "--epochs", "20", "--precision", "bf16", "--checkpoint-every", "1"]
+    flags = [
+        *FLAGS,
+        "--model",
+        "test_resnet",
+        "--epochs",
+        "20",
+        "--precision",
+        "bf16",
+        "--checkpoint-every",
+        "1",
+    ]
     (tmp_path / "2").mkdir()
     config = write_configs(tmp_path / "2", 2)
     run = launch_and_kill(config, 2, *flags, folder=tmp_path, at="update_000002")
