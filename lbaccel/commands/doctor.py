@@ -19,6 +19,7 @@ from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
 from lbaccel.planning.planner import plan
 from lbaccel.planning.zero import explain_zero
+from lbaccel.recipe.values import flag_of
 from lbaccel.update.normalization import has_batch_norm
 
 
@@ -52,8 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--global-batch-size plans for a network. Add --model resnet50, say.")
     for name in ("micro_batch_size", "world_size", "memory", "device", "img_size"):
         if a.global_batch_size is None and getattr(a, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is for a plan. Add --global-batch-size 4096, say.")
+            raise InputError(f"{flag_of(name)} is for a plan. Add --global-batch-size 4096, say.")
     script = None if a.script is None else read_script(a.script)
     model = a.model or (script.model_name if script else None)
     yaml_path, json_path = _config(a.config)

@@ -14,6 +14,7 @@ from lbaccel.errors import InputError, check_number
 from lbaccel.launch import rank
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import read_settings, show_settings
+from lbaccel.recipe.values import flag_of
 from lbaccel.runs.figures import check_plot
 from lbaccel.stability.limit import limits, rate_advice, rate_sentence
 from lbaccel.stability.range_text import duration, in_words, plot, table
@@ -80,7 +81,7 @@ def run(own: argparse.Namespace) -> int:
 def _check(own: argparse.Namespace) -> None:
     for name in ("min_lr", "max_lr"):
         if getattr(own, name) is not None:
-            check_number(f"--{name.replace('_', '-')}", getattr(own, name))
+            check_number(flag_of(name), getattr(own, name))
     if own.curvature_samples < 0:
         raise InputError(f"--curvature-samples {own.curvature_samples} must be 0 or more.")
     if own.num_updates < 5:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lbaccel.errors import InputError, RunFailed, check_number, check_whole
 from lbaccel.models import SMALL_IMAGE, create_backbone
-from lbaccel.recipe.values import group_samples
+from lbaccel.recipe.values import flag_of, group_samples
 from lbaccel.verification.ddp.against import verify_against_ddp
 from lbaccel.verification.verify import verify
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("img_size", "num_classes"):
         if getattr(a, name) is not None:
             check_whole(name, getattr(a, name))
-    typed = [f"--{name.replace('_', '-')}" for name in OF_DDP if getattr(a, name)]
+    typed = [flag_of(name) for name in OF_DDP if getattr(a, name)]
     if typed and a.against is None:
         raise InputError(f"{typed[0]} is of --against ddp. Add that, or leave it out.")
     torch.manual_seed(a.seed)

@@ -15,9 +15,8 @@ from lbaccel.hyperparameters.values import (
     RateValues,
     RunValues,
     betas_of,
-    default_warmup,
 )
-from lbaccel.optim.defaults import default_base_lr, default_weight_decay
+from lbaccel.optim.defaults import default_base_lr, default_warmup, default_weight_decay
 from lbaccel.optim.scaling import choose_rule, is_sgd
 
 

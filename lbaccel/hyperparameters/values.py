@@ -151,15 +151,6 @@ def betas_of(
     return beta1, beta2
 
 
-def default_warmup(epochs: float | None) -> float:
-    """Epochs of warmup in the recipe: 5, or a quarter of a run below 20.
-
-    >>> default_warmup(None), default_warmup(8)
-    (5.0, 2.0)
-    """
-    return 5.0 if epochs is None else min(5.0, epochs / 4)
-
-
 def _check_above_zero(values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None:

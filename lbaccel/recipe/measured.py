@@ -26,6 +26,7 @@ from lbaccel.recipe.options import Settings
 from lbaccel.recipe.options_batch import BatchOptions
 from lbaccel.recipe.options_training import RateOptions
 from lbaccel.recipe.rate import PeakRate
+from lbaccel.recipe.values import shown
 from lbaccel.runs.folder import DECISIONS
 from lbaccel.update.loss_dropout import LossDropout
 
@@ -42,10 +43,9 @@ def loss_dropout(
     if not epochs:
         return None
     if len(epochs) != 2 or not all(float(epoch).is_integer() and epoch > 0 for epoch in epochs):
-        shown = " ".join(f"{epoch:g}" for epoch in epochs)
         raise InputError(
-            f"--loss-dropout {shown}: give the first and the last epoch in which updates may be "
-            "dropped, numbered from 1, such as --loss-dropout 3 119."
+            f"--loss-dropout {shown(epochs)}: give the first and the last epoch in which updates "
+            "may be dropped, numbered from 1, such as --loss-dropout 3 119."
         )
     if epochs[0] > ceil(rate.epochs) and not is_measured(rate.lr_scaling):  # which runs longer
         raise InputError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbaccel.errors import InputError, check_number
-from lbaccel.optim.defaults import default_base_lr, default_weight_decay
+from lbaccel.optim.defaults import default_base_lr, default_warmup, default_weight_decay
 from lbaccel.optim.rule import Rule
 from lbaccel.optim.scaling import choose_rule, find_rule, reference_batch, rule_named
 from lbaccel.recipe.options_batch import BatchOptions
@@ -127,7 +127,7 @@ def peak_rate(
     }
     asked = rate.warmup_epochs
     if asked is None:
-        asked = 0.0 if rate.warmup == "none" else min(5.0, rate.epochs / 4)
+        asked = 0.0 if rate.warmup == "none" else default_warmup(rate.epochs)
     warmup_epochs = rule.warmup(asked, **sizes)
     if rule.warmup_times_k:
         why = f"as asked; warmup of {asked:g} epochs at the base batch, {warmup_epochs:g} here"

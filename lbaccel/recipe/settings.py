@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
 from lbaccel.recipe.values import (
     Option,
     group_samples,
+    nearest_word,
     numbers,
     samples_or_auto,
     shown,
@@ -90,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         parts = message.rsplit(": ", 1)
         if parts[0] == "unrecognized arguments":
             flag = parts[1].split()[0].split("=")[0]
-            near = _nearest(flag, [row.flag for row in OPTIONS.values()])
+            near = nearest_word(flag, [row.flag for row in OPTIONS.values()])
             if flag in ("--batch-size", "-b"):  # timm's, samples of one GPU
                 near = " Did you mean --global-batch-size, or --micro-batch-size?"
             message = f"unknown flag {flag}.{near} See --help."
@@ -119,7 +119,8 @@ def from_file(path: Path) -> Settings:
     content = read_file(path)
     settings = layered(Settings(), options_in(content, path), origin=str(path))
     before = content.get(ORIGIN)
-    by_default = {k for k, v in before.items() if v == "default"} if before else set()
+    origins = before.items() if isinstance(before, Mapping) else ()
+    by_default = {name for name, origin in origins if origin == "default"}
     asked = {n for n in settings.given if settings.value(n) != OPTIONS[n].default}
     return replace(settings, given=frozenset(asked - by_default))
 
@@ -211,7 +212,7 @@ def options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
             continue
         if name not in OPTIONS:
             raise InputError(
-                f"--config {path}: unknown key {key!r}.{_nearest(name, OPTIONS)} "
+                f"--config {path}: unknown key {key!r}.{nearest_word(name, OPTIONS)} "
                 "lbaccel train --help lists them all."
             )
         layer[name] = value
@@ -248,11 +249,6 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
         }.get(option.parse, "one word or path")
         raise InputError(f"{where}={raw!r} is not {kind}.") from None
     if option.choices and value not in option.choices:
-        near = _nearest(str(value), option.choices)
+        near = nearest_word(str(value), option.choices)
         raise InputError(f"{where}={value!r} is not one of {', '.join(option.choices)}.{near}")
     return value
-
-
-def _nearest(word: str, words: Any) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return f" Did you mean {found[0]}?" if found else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,16 @@ def flag_of(name: str) -> str:
     '--base-lr'
     """
     return "--" + name.replace("_", "-")
+
+
+def nearest_word(word: str, words: Iterable[str]) -> str:
+    """' Did you mean ...?', or nothing where no word is near.
+
+    >>> nearest_word("cosin", ["cosine", "step"])
+    ' Did you mean cosine?'
+    """
+    found = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def shown(value: Any) -> str:

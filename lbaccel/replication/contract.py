@@ -20,6 +20,7 @@ from typing import Any
 
 from lbaccel.errors import InputError
 from lbaccel.optim.scaling import rule_named, scale_lr
+from lbaccel.recipe.values import shown
 from lbaccel.replication.many_gpus import (
     Average,
     Batch,
@@ -28,7 +29,6 @@ from lbaccel.replication.many_gpus import (
     Rate,
     Recipe,
     Translation,
-    shown,
 )
 
 

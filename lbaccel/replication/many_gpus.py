@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -167,20 +166,3 @@ def one_number_of_gpus(asked: int | None, stated: Mapping[str, int], *, origin: 
             "--gpus out, or correct the source."
         )
     return number
-
-
-def nearest_word(word: str, words: Iterable[str]) -> str:
-    """' Did you mean ...?', or nothing."""
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return f" Did you mean {found[0]}?" if found else ""
-
-
-def shown(value: Any) -> str:
-    """A value as a flag or YAML key would have it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (list, tuple)):
-        return " ".join(shown(item) for item in value)
-    return str(value)

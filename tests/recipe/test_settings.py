@@ -121,6 +121,12 @@ def test_what_a_run_folder_adds_to_its_config_is_passed_over():
     assert values["epochs"] == 2.0 and origins["epochs"] == "c.yaml"
 
 
+@pytest.mark.parametrize("origin", ["5", "word", "[a]", ""])
+def test_an_origin_that_a_hand_wrote_is_passed_over(origin):
+    values, origins, _ = read("", f"epochs: 2\norigin: {origin}\n")
+    assert values["epochs"] == 2.0 and origins["epochs"] == "c.yaml"
+
+
 def test_every_setting_survives_a_round_trip_through_yaml():
     flags = (
         "--mean 0.1 0.2 0.3 --std 1 --milestones 1.5 2 --wandb-tags a b --base-lr 1e-7 "

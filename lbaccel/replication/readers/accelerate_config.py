@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.recipe.values import words
+from lbaccel.recipe.values import shown, words
 from lbaccel.replication.many_gpus import (
     Batch,
     Gap,
@@ -19,7 +19,6 @@ from lbaccel.replication.many_gpus import (
     Recipe,
     Translation,
     one_number_of_gpus,
-    shown,
 )
 from lbaccel.replication.readers.deepspeed_json import (
     JSON_KEYS,

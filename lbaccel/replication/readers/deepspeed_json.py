@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.recipe.values import words
-from lbaccel.replication.many_gpus import Batch, Curve, Gap, Rate, Translation, shown
+from lbaccel.recipe.values import shown, words
+from lbaccel.replication.many_gpus import Batch, Curve, Gap, Rate, Translation
 from lbaccel.replication.readers.plain import Said
 
 JSON_KEYS = frozenset(

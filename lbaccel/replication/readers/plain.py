@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbaccel.errors import InputError
+from lbaccel.recipe.values import flag_of, shown
 from lbaccel.replication.many_gpus import (
     Batch,
     Curve,
@@ -14,7 +15,6 @@ from lbaccel.replication.many_gpus import (
     Recipe,
     Translation,
     one_number_of_gpus,
-    shown,
 )
 
 
@@ -43,7 +43,7 @@ class Said:
         """
         for field in fields(self):
             if getattr(self, field.name) is not None and field.name not in allowed:
-                flag = "--" + field.name.replace("_", "-")
+                flag = flag_of(field.name)
                 raise InputError(
                     f"{flag} {shown(getattr(self, field.name))}: {origin} says it itself. Leave "
                     f"{flag} out, and change the contract that is written."
@@ -143,7 +143,7 @@ def rows_of(said: Said) -> list[Translation]:
     for name, reason in why.items():
         value: Any = getattr(said, name)
         if value is not None:
-            flag = f"--{name.replace('_', '-')} {shown(value)}"
+            flag = f"{flag_of(name)} {shown(value)}"
             rows.append(Translation(flag, name, value, reason))
     if said.lr is not None and said.epochs is None:
         reason = "an absolute rate has no smaller base that a warmup could start from"

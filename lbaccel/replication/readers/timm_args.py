@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.errors import InputError
+from lbaccel.recipe.values import shown
 from lbaccel.replication.many_gpus import (
     Average,
     Batch,
@@ -19,7 +20,6 @@ from lbaccel.replication.many_gpus import (
     Recipe,
     Translation,
     one_number_of_gpus,
-    shown,
 )
 from lbaccel.replication.readers.timm_keys import AT_DEFAULT, NEUTRAL, OWN_REASONS, READ, REQUIRED
 

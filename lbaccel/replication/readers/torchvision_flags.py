@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lbaccel.errors import InputError
+from lbaccel.recipe.values import nearest_word, shown
 from lbaccel.replication.many_gpus import (
     Average,
     Batch,
@@ -21,9 +22,7 @@ from lbaccel.replication.many_gpus import (
     Rate,
     Recipe,
     Translation,
-    nearest_word,
     one_number_of_gpus,
-    shown,
 )
 from lbaccel.replication.readers.torchvision_gaps import gaps_of
 from lbaccel.replication.readers.torchvision_names import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lbaccel.replication.many_gpus import Gap, shown
+from lbaccel.recipe.values import shown
+from lbaccel.replication.many_gpus import Gap
 from lbaccel.replication.readers.torchvision_names import AUGMENT
 
 
