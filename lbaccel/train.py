@@ -95,7 +95,9 @@ def open_folder(t: Training) -> None:
 
     s, (taken, plan) = t.settings, t.describe()
     name = f"{s.model.model}-gbs{s.batch.global_batch_size}"
-    folder = t.session.open(Path(s.run.output), name=name, seed=s.run.seed, config=t.config())
+    folder = t.session.open(
+        Path(s.run.output), name=name, seed=s.run.seed, config=t.config(taken, plan)
+    )
     line = start_trackers(
         t.accelerator,
         folder,

@@ -19,7 +19,7 @@ from lbaccel.hyperparameters.transfer import transfer
 from lbaccel.optim.scaling import PER_SAMPLES, RULES, is_measured, rule_named
 from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
-from lbaccel.recipe.rate import check_scaling, peak_rate
+from lbaccel.recipe.rate import check_scaling, rate_of
 from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
 from lbaccel.runs.figures import writable
 
@@ -112,7 +112,7 @@ def _values_of(layer: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -
             f"give --base-lr at {asked} too."
         )
     check_scaling(s.rate, s.batch, noise_scale=s.run.noise_scale)
-    rate = peak_rate(s.rate, s.optimizer, pretrained=s.model.pretrained, global_batch_size=batch)
+    rate = rate_of(s, global_batch_size=batch)
     values = {
         "optimizer": s.optimizer.optimizer,
         "ema_decay": s.optimizer.ema_decay,

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.row_images import RowImages
 from lbaccel.data.sources import Source
@@ -67,11 +69,11 @@ def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: st
     )
 
 
-def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes]:
+def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes | memoryview]:
     yield repr(images.classes).encode()
     if isinstance(images, ImageArray):
-        yield images.images.numpy().tobytes()
-        yield images.labels.numpy().tobytes()
+        for tensor in (images.images, images.labels):
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data  # no copy
         return
     for name, label in zip(images.names, images.labels, strict=True):
         yield f"{name}\0{label}\n".encode()

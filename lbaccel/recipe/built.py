@@ -13,9 +13,9 @@ from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.optimizer import build_optimizer, takes_fused_step
 from lbaccel.recipe.options import Settings
-from lbaccel.recipe.rate import lines_of, peak_rate
+from lbaccel.recipe.rate import lines_of, rate_of
 from lbaccel.recipe.sizes import limit_for
-from lbaccel.recipe.task import build_task
+from lbaccel.recipe.task import build_task, find_micro_batch, large_batch_of
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
 
@@ -58,29 +58,16 @@ def built(settings: Settings, *, say: Say) -> Iterator[Built]:
         )
     accelerator, precision = make_accelerator(s.batch.precision)
     task = build_task(s, accelerator, precision, say=say)
-    rate = peak_rate(
-        s.rate,
-        s.optimizer,
-        pretrained=s.model.pretrained,
-        global_batch_size=task.plan.global_batch_size,
-    )
+    rate = rate_of(s, global_batch_size=task.plan.global_batch_size)
     for line in lines_of(s.rate, rate):
         say(line)
     fused = takes_fused_step(s.optimizer, accelerator, precision)
     optimizer = build_optimizer(s.optimizer, task.model, rate=rate, fused=fused, say=say)
     task.model.to(accelerator.device)
-    large_batch = LargeBatch(
-        accelerator,
-        task.plan,
-        clip_grad_norm=s.optimizer.clip_grad_norm,
-        bn_statistics=s.batch.bn_statistics,
-        seed=s.run.seed,
-    )
+    large_batch = large_batch_of(s, accelerator, task)
     _, optimizer, loader = large_batch.prepare(task.model, optimizer, task.loader)
     with limit_for(s.batch, accelerator.device) as line:
         if line:
             say(line)
-        if task.searches:
-            found = large_batch.find_micro_batch_size(loader, task.loss_fn)
-            say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
+        find_micro_batch(task, large_batch, loader, say=say)
         yield Built(large_batch, loader, optimizer, task.loss_fn, rate.base_lr, rate.lr)

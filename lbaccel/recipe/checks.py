@@ -80,7 +80,7 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
     if isinstance(source.train, ImageArray):
         reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
     for name, reason in reasons.items():
-        if name in settings.given and settings.run.resume is None:
+        if name in settings.given:
             flag, value = flag_of(name), shown(settings.value(name))
             raise InputError(
                 f"--data {settings.data.data} {reason}, so nothing reads {flag} {value}. "
@@ -94,7 +94,7 @@ def check_read_by_norm(settings: Settings, has_batch_norm: bool) -> None:
     Raises:
         InputError: it was.
     """
-    if "bn_statistics" in settings.given and not has_batch_norm and settings.run.resume is None:
+    if "bn_statistics" in settings.given and not has_batch_norm:
         raise InputError(
             f"--bn-statistics {settings.batch.bn_statistics}: {settings.model.model} has no "
             "BatchNorm. Leave it out."

@@ -10,6 +10,7 @@ from lbaccel.errors import InputError, check_number
 from lbaccel.optim.defaults import default_base_lr, default_warmup, default_weight_decay
 from lbaccel.optim.rule import Rule
 from lbaccel.optim.scaling import choose_rule, find_rule, reference_batch, rule_named
+from lbaccel.recipe.options import Settings
 from lbaccel.recipe.options_batch import BatchOptions
 from lbaccel.recipe.options_training import OptimizerOptions, RateOptions
 
@@ -145,6 +146,16 @@ def peak_rate(
         asked_warmup_epochs=asked,
         weight_decay=weight_decay,
         sentence=sentence if rule.measured else f"{sentence} ({why})",
+    )
+
+
+def rate_of(settings: Settings, *, global_batch_size: int) -> PeakRate:
+    """`peak_rate` of a recipe's settings."""
+    return peak_rate(
+        settings.rate,
+        settings.optimizer,
+        pretrained=settings.model.pretrained,
+        global_batch_size=global_batch_size,
     )
 
 

@@ -68,6 +68,7 @@ def resolve(settings: Settings) -> Settings:
     return replace(
         merged.with_values({"resume": target}),
         asked=saved.asked,
+        given=frozenset(),  # it began with what a new run is refused for
         extensions=extensions,
         identity=saved.identity,
     )

@@ -27,6 +27,7 @@ from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update.accumulation import LossFn
+from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
 
 Say = Callable[[str], object]
@@ -212,3 +213,23 @@ def _loss_fn(dtype: torch.dtype, memory_format: str, label_smoothing: float) -> 
         return F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
 
     return loss_fn
+
+
+def large_batch_of(s: Checked, accelerator: Any, task: Task, **parts: Any) -> LargeBatch:
+    """The engine of a task; `parts` are those of `LargeBatch` that not every run has."""
+    return LargeBatch(
+        accelerator,
+        task.plan,
+        clip_grad_norm=s.optimizer.clip_grad_norm,
+        bn_statistics=s.batch.bn_statistics,
+        seed=s.run.seed,
+        **parts,
+    )
+
+
+def find_micro_batch(task: Task, large_batch: LargeBatch, loader: Any, *, say: Say) -> bool:
+    """Search the micro-batch by trial, where no plan gave one; whether it was searched."""
+    if task.searches:
+        found = large_batch.find_micro_batch_size(loader, task.loss_fn)
+        say(f"micro-batch: {found} samples, the largest that fits\n{large_batch.plan}")
+    return task.searches

@@ -30,9 +30,9 @@ from lbaccel.recipe.measured import (
     rate_factor,
 )
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
-from lbaccel.recipe.rate import PeakRate, lines_of, peak_rate
+from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
 from lbaccel.recipe.settings import ASKED, EXTENSIONS, IDENTITY, ORIGIN, PLAN
-from lbaccel.recipe.task import Task, build_task
+from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
 from lbaccel.runs.folder import DECISIONS, atomic_write_text
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
@@ -82,12 +82,9 @@ class Training:
 
     def search(self, *, say: Say) -> None:
         """Find the micro-batch by trial, where no plan gave one; inside the memory's limit."""
-        if not self.task.searches:
-            return
-        found = self.large_batch.find_micro_batch_size(self.loader, self.task.loss_fn)
-        say(f"micro-batch: {found} samples, the largest that fits\n{self.large_batch.plan}")
-        needed = follows_noise(self.settings.batch, self.settings.rate)
-        check_measurable(needed, self.large_batch.plan)
+        if find_micro_batch(self.task, self.large_batch, self.loader, say=say):
+            needed = follows_noise(self.settings.batch, self.settings.rate)
+            check_measurable(needed, self.large_batch.plan)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings as the run takes them, and its plan: what config.yaml says of it."""
@@ -120,9 +117,8 @@ class Training:
         }
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
 
-    def config(self) -> dict[str, Any]:
-        """The content of config.yaml."""
-        taken, plan = self.describe()
+    def config(self, taken: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of config.yaml, from what `describe` gives."""
         kept = {name: value for name, value in taken.items() if name not in ("resume", "extend")}
         origins = {name: self.settings.origin(name) for name in self.settings.values()}
         return {**kept, PLAN: plan, ORIGIN: origins}
@@ -137,10 +133,7 @@ def build_training(
         InputError: settings that can't be used.
     """
     task = build_task(s, accelerator, precision, say=say, load_weights=resume_from is None)
-    batch_size = task.plan.global_batch_size
-    rate = peak_rate(
-        s.rate, s.optimizer, pretrained=s.model.pretrained, global_batch_size=batch_size
-    )
+    rate = rate_of(s, global_batch_size=task.plan.global_batch_size)
     factor = rate_factor(s.batch, rate, phases=task.phases, loader=task.loader)
     optimizer, schedule = _optimizer(s, task, rate, accelerator, factor=factor, say=say)
     if task.phases:
@@ -157,15 +150,7 @@ def build_training(
         on_each_rank(accelerator, lambda: load_weights(resume_from, task.model, ema=ema))
     loader = task.loader
     drops = loss_dropout(s.optimizer.loss_dropout, lambda: loader.stream, rate=s.rate)
-    large_batch = LargeBatch(
-        accelerator,
-        task.plan,
-        clip_grad_norm=s.optimizer.clip_grad_norm,
-        bn_statistics=s.batch.bn_statistics,
-        seed=s.run.seed,
-        drops=drops,
-        noise_scale=noise_scale,
-    )
+    large_batch = large_batch_of(s, accelerator, task, drops=drops, noise_scale=noise_scale)
     _, optimizer, loader, scheduler = large_batch.prepare(
         task.model, optimizer, loader, scheduler, ema=ema
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
+from runs_of_recipe import run
 
 from lbaccel import train
 from lbaccel.data.sources import open_source
@@ -170,3 +171,12 @@ def test_a_crop_is_refused_for_images_that_a_parquet_file_gives_to_memory():
     check_read(settings)  # by the name of the data nobody can tell
     with pytest.raises(InputError, match="images are evaluated whole, so nothing reads --crop-pct"):
         check_read_from_data(settings, open_source("digits"))
+
+
+def test_a_resume_refuses_none_of_them_as_the_run_began_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "images")
+    data = ["--data", "folder:images", "--img-size", 8, "--workers", 0, "--norm-batch-size", 4]
+    folder = run("--max-updates", 1, "--micro-batch-size", 4, *data)
+    unread = ["--gamma", "0.1", "--val-fraction", "0.2"]  # the run's own values
+    assert run("--resume", folder, "--max-updates", 2, *data, *unread) == folder
