@@ -30,11 +30,8 @@ TOLERANCE = 0.1
 class NotLearned(Exception):
     """A micro-batch called for other masks than the network's first samples did."""
 
-    def __init__(self, found: int, learned: int) -> None:
-        super().__init__(
-            f"the network called for masks (dropout, drop-path) in another way than on its first "
-            f"samples: {found} calls, where {learned} were learned"
-        )
+    def __init__(self, how: str) -> None:
+        super().__init__(f"its calls are not those of the first samples: {how}")
 
 
 class NoRows(Exception):
@@ -62,10 +59,6 @@ class Place:
             return cls()
         return cls(0) if rows and rows % num_samples == 0 else cls(known=False)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether `x` can be a tensor of this call."""
-        return not self.known or x.ndim == self.ndim
-
     def runs_of(self, x: Tensor, num_samples: int) -> int:
         """Runs of the samples along the dimension of `x`.
 
@@ -76,7 +69,7 @@ class Place:
         size = x.shape[self.dim]
         runs = size // num_samples if self.runs is None else self.runs
         if not size or size % (num_samples * runs):
-            raise NotLearned(size, num_samples)
+            raise NotLearned(f"{size} rows for {num_samples} samples")
         return runs
 
 
@@ -93,9 +86,12 @@ class Layouts:
         Raises:
             NotLearned: there is no such call, or its tensor has other dimensions.
         """
-        if call >= len(self.places) or not self.places[call].fits(x):
-            raise NotLearned(call + 1, len(self.places))
-        return self.places[call]
+        if call >= len(self.places):
+            raise NotLearned(f"more than {len(self.places)}")
+        place = self.places[call]
+        if place.known and x.ndim != place.ndim:
+            raise NotLearned(f"{x.ndim} dimensions in place of {place.ndim} in call {call + 1}")
+        return place
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class KeyedRandomness:
             with self._replaced():
                 yield
             if self.layouts is not None and len(self._calls) != len(self.layouts.places):
-                raise NotLearned(len(self._calls), len(self.layouts.places))
+                learned = len(self.layouts.places)
+                raise NotLearned(f"{len(self._calls)} in place of {learned}")
         finally:
             self._micro_batch, self._recomputing = None, False
             self._rows = {}
@@ -157,7 +158,7 @@ class KeyedRandomness:
             call = self.call_number()
             place = self.layouts.place(call, x)
         elif self.must_learn:
-            raise NotLearned(1, 0)
+            raise NotLearned("none was learned")
         else:
             place = Place.by_rows(x, samples)
             call = self.call_number() if place.known else 0

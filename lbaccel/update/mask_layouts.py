@@ -47,7 +47,9 @@ class MaskLayouts:
         self.randomness, self.norm = randomness, norm
         self._rates = [(m, name) for m in module.modules() for name in _rates_of(m)]
         self._learned_at: Any = None
-        self._failed = 0
+        self._calls_unseen = False  # by any rate: some came all the same
+        self._given_up = False
+        self._unsaid: list[str] = []
         randomness.must_learn = not always
 
     def learn(
@@ -62,10 +64,10 @@ class MaskLayouts:
             always: learn even where no rate shows.
         """
         rates = [m.training and getattr(m, name) for m, name in self._rates]
-        if rates == self._learned_at or self._failed > 1:
+        if rates == self._learned_at or self._given_up:
             return
-        randomness = self.randomness
-        if self._learned_at is None and not (always or self.always or self._failed or any(rates)):
+        randomness, always = self.randomness, always or self.always or self._calls_unseen
+        if self._learned_at is None and not (always or any(rates)):
             return
         self._learned_at, randomness.layouts = rates, None
         try:
@@ -80,18 +82,23 @@ class MaskLayouts:
                 raise
             self._by_rows(str(error) or type(error).__name__)
             return
-        for text in randomness.layouts.not_known:
-            _say(text)
+        self._unsaid = list(randomness.layouts.not_known)
 
-    def failed(self, error: NotLearned) -> None:
-        """Forget them after a micro-batch that called for other masks; the second time for good."""
-        self._failed, self._learned_at, self.randomness.layouts = self._failed + 1, None, None
-        if self._failed > 1:
+    def forget(self, error: NotLearned, *, again: bool) -> None:
+        """Learn anew after a micro-batch that called for other masks; `again` gives it up."""
+        self._learned_at, self.randomness.layouts, self._calls_unseen = None, None, True
+        if again:
             self._by_rows(str(error))
+
+    def say(self) -> None:
+        """Warn of masks that no plan repeats, once: after a forward pass that went well."""
+        for text in self._unsaid:
+            _warn(text)
+        self._unsaid = []
 
     def _by_rows(self, why: str) -> None:
         self.randomness.layouts, self.randomness.must_learn = None, False
-        _say(why)
+        self._given_up, self._unsaid = True, [why]
 
 
 def learn_mask_layouts(
@@ -133,7 +140,7 @@ def _rates_of(module: nn.Module) -> list[str]:
     ]
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     warnings.warn(
         f"masks of dropout or drop-path depend on the micro-batch, so another plan trains with "
         f"other ones of the same distribution: {text}. Give the tensor its samples in a dimension "

@@ -96,8 +96,10 @@ class Transaction:
         retries = allocator_retries(device)
         with self.randomness.update(update.index):
             sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
-            while isinstance(error, NotLearned) and self.sharding.droppable:
-                self.masks.failed(error)  # at most twice: it then goes by rows
+            for again in (False, True):
+                if not isinstance(error, NotLearned) or not self.sharding.droppable:
+                    break
+                self.masks.forget(error, again=again)
                 self.drop()
                 sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
             if error is not None and not self.sharding.droppable and world_size > 1:
@@ -140,6 +142,7 @@ class Transaction:
                 )
         except Exception as error:
             return None, error
+        self.masks.say()
         return sums, None
 
     def _learning(
