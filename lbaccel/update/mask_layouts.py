@@ -63,7 +63,10 @@ class MaskLayouts:
             data: of it, on the device.
             always: learn even where no rate shows.
         """
-        rates = [m.training and getattr(m, name) for m, name in self._rates]
+        rates = [m.training and getattr(m, name, 0) for m, name in self._rates]
+        if self._unsaid:  # the forward pass that met it failed too, for a reason of its own
+            self._learned_at, self._given_up, self._unsaid = None, False, []
+            self.randomness.must_learn = not self.always
         if rates == self._learned_at or self._given_up:
             return
         randomness, always = self.randomness, always or self.always or self._calls_unseen

@@ -95,13 +95,13 @@ class Transaction:
         device, world_size = self.accelerator.device, self.accelerator.num_processes
         retries = allocator_retries(device)
         with self.randomness.update(update.index):
-            sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
-            for again in (False, True):
-                if not isinstance(error, NotLearned) or not self.sharding.droppable:
+            sums, error = None, None
+            for again in (False, True, True):  # the second time gives up: there is no third
+                sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
+                if not (isinstance(error, NotLearned) and self.sharding.droppable):
                     break
                 self.masks.forget(error, again=again)
                 self.drop()
-                sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
             if error is not None and not self.sharding.droppable and world_size > 1:
                 raise _cut_off(error, self.accelerator.process_index) from error
             agreement = accumulation.agree(
