@@ -354,8 +354,8 @@ MUTANTS = {
     ),
     "statistics of the failed attempt are kept": (
         "update.transaction",
-        "        self.drop()\n        device, world_size",
-        "        device, world_size",
+        "        self.drop()\n        self.masks.begin()",
+        "        self.masks.begin()",
         "tests/update/memory/test_oom.py::"
         "test_an_update_that_ran_out_of_memory_is_that_of_a_run_with_smaller_micro_batches[1-forward]",
     ),

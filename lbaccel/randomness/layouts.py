@@ -95,7 +95,7 @@ class Layouts:
 
 
 @dataclass(frozen=True)
-class Call:
+class WatchedCall:
     """A call for a mask that was watched: the layer, the tensor's shape, what its rows sum up."""
 
     layer: str
@@ -130,8 +130,8 @@ def learn_layouts(
         NoRows: no tensor of the micro-batch has a row a sample.
     """
 
-    def calls(order: Sequence[int]) -> list[Call]:
-        found: list[Call] = []
+    def calls(order: Sequence[int]) -> list[WatchedCall]:
+        found: list[WatchedCall] = []
         few, count = taken(data, order, num_samples)
         if not count:
             raise NoRows(f"no tensor of the micro-batch has {num_samples} rows")
@@ -158,8 +158,8 @@ def learn_layouts(
     )
 
 
-def _call(layer: str, x: Tensor, covered: int) -> Call:
-    return Call(layer, tuple(x.shape), tuple(_sums(x, d) for d in range(covered)))
+def _call(layer: str, x: Tensor, covered: int) -> WatchedCall:
+    return WatchedCall(layer, tuple(x.shape), tuple(_sums(x, d) for d in range(covered)))
 
 
 def _sums(x: Tensor, dim: int) -> Tensor:
@@ -169,14 +169,14 @@ def _sums(x: Tensor, dim: int) -> Tensor:
     return (rows @ weights).cpu()
 
 
-def _moved(few: Call, more: Call) -> list[int] | None:
+def _moved(few: WatchedCall, more: WatchedCall) -> list[int] | None:
     """The dimensions whose size follows the number of samples; None where they can't compare."""
     if len(few.shape) != len(more.shape):
         return None
     return [d for d, (a, b) in enumerate(zip(few.shape, more.shape, strict=True)) if a != b]
 
 
-def _rows_of_a_sample(few: Call, more: Call) -> int:
+def _rows_of_a_sample(few: WatchedCall, more: WatchedCall) -> int:
     moved = _moved(few, more)
     if not moved or len(moved) > 1:
         return 0
@@ -184,7 +184,7 @@ def _rows_of_a_sample(few: Call, more: Call) -> int:
     return b // len(MORE) if a * len(MORE) == b * len(FEW) else 0
 
 
-def _place(few: Call, more: Call, turned: Call) -> tuple[Place, str]:
+def _place(few: WatchedCall, more: WatchedCall, turned: WatchedCall) -> tuple[Place, str]:
     """The place of a call, and why it is not known."""
     moved, ndim = _moved(few, more), len(more.shape)
     if moved == []:

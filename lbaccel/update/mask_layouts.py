@@ -52,6 +52,12 @@ class MaskLayouts:
         self._unsaid: list[str] = []
         randomness.must_learn = not always
 
+    def begin(self) -> None:
+        """Forget what an attempt met that failed for a reason of its own."""
+        if self._unsaid:
+            self._learned_at, self._given_up, self._unsaid = None, False, []
+            self.randomness.must_learn = not self.always
+
     def learn(
         self, loss_fn: LossFn, micro_batch: MicroBatch, data: Any, *, always: bool = False
     ) -> None:
@@ -64,9 +70,6 @@ class MaskLayouts:
             always: learn even where no rate shows.
         """
         rates = [m.training and getattr(m, name, 0) for m, name in self._rates]
-        if self._unsaid:  # the forward pass that met it failed too, for a reason of its own
-            self._learned_at, self._given_up, self._unsaid = None, False, []
-            self.randomness.must_learn = not self.always
         if rates == self._learned_at or self._given_up:
             return
         randomness, always = self.randomness, always or self.always or self._calls_unseen

@@ -92,6 +92,7 @@ class Transaction:
             RunFailed: another rank failed, or this one did where ranks meet within micro-steps.
         """
         self.drop()
+        self.masks.begin()
         device, world_size = self.accelerator.device, self.accelerator.num_processes
         retries = allocator_retries(device)
         with self.randomness.update(update.index):
