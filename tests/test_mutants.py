@@ -127,8 +127,8 @@ MUTANTS = {
     ),
     "tail divided by the full batch": (
         "update.transaction",
-        "self._try(micro_batches, loss_fn, update.num_samples)",
-        "self._try(micro_batches, loss_fn, 8)",
+        "self._try(micro_batches(), loss_fn, update.num_samples)",
+        "self._try(micro_batches(), loss_fn, 8)",
         "tests/update/test_engine.py::"
         "test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),
@@ -292,6 +292,27 @@ MUTANTS = {
         "tests/randomness/test_masks.py::"
         "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout1d]",
     ),
+    "masks by the rows of a tensor, samples or not": (
+        "update.mask_layouts",
+        "randomness.must_learn = not always",
+        "self._given_up = True",
+        "tests/randomness/test_layouts.py::"
+        "test_a_mask_is_the_same_wherever_the_samples_stand[of_a_table]",
+    ),
+    "the rows of a sample are neighbours, whatever they are": (
+        "randomness.layouts",
+        "runs = _runs(more.sums[dim], turned.sums[dim] if dim < len(turned.sums) else None, k)",
+        "runs = 1",
+        "tests/randomness/test_layouts.py::"
+        "test_a_mask_is_the_same_wherever_the_samples_stand[tokens_first_in_rows]",
+    ),
+    "a rate that changes moves no layout": (
+        "update.mask_layouts",
+        "if rates == self._learned_at or self._given_up:",
+        "if self._learned_at is not None or self._given_up:",
+        "tests/randomness/test_layouts.py::"
+        "test_they_are_learned_anew_where_a_rate_changes_which_calls_there_are",
+    ),
     "the same masks in every layer": (
         "randomness.masks",
         "self._calls[token] = len(self._calls)\n",
@@ -333,8 +354,8 @@ MUTANTS = {
     ),
     "statistics of the failed attempt are kept": (
         "update.transaction",
-        "        self.drop()\n        device, world_size",
-        "        device, world_size",
+        "        self.drop()\n        self.masks.begin()",
+        "        self.masks.begin()",
         "tests/update/memory/test_oom.py::"
         "test_an_update_that_ran_out_of_memory_is_that_of_a_run_with_smaller_micro_batches[1-forward]",
     ),

@@ -5,9 +5,14 @@ Within an update, the draw of element e of sample position p in the forward's c-
     bits(h, e),   h = hash(seed, update, p, c)
 
 a stateless hash in integer arithmetic on the device, so a mask is the same in every partition of
-the update, on every rank, and in a recompute. The functions that draw masks (`F.dropout` and
-its kin, DropPath, PatchDropout, StochasticDepth) are replaced while a micro-batch runs, and at no
-other time: the model, its modules and its `state_dict` stay as they are.
+the update, on every rank, and in a recompute. Elements are counted within the sample, wherever its
+dimension stands. A tensor without samples (a table of relative positions) has one draw for the
+whole update: p is then ALL_SAMPLES. Which dimension holds the samples is learned, see
+`layouts.learn_layouts`; before that, rows that are a multiple of the samples are taken for theirs.
+
+The functions that draw masks (`F.dropout` and its kin, DropPath, PatchDropout, StochasticDepth) are
+replaced while a micro-batch runs, and at no other time: the model, its modules and its `state_dict`
+stay as they are.
 
 A recompute must draw the c of its forward. Each call takes a token from torch's CPU generator,
 which activation checkpointing puts back for a recompute: a token seen before names its c.
@@ -19,30 +24,25 @@ partition draws other masks of the same distribution, the same partition draws t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
-from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError
+from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
+from lbaccel.randomness.layouts import Layouts, NotLearned, Place
 
 # One number for each kind of key, so that no two share a hash.
 OUTSIDE, MICRO_BATCH, MASKS = range(1, 4)
 CALLS_AT_ONCE = (
     64  # keys of so many calls are hashed together: a dozen kernels in place of hundreds
 )
-# SELU's fixed point: -scale x alpha (Klambauer et al. 2017, section 1)
-SELU_FLOOR = -1.7580993408473766
 ALL_SAMPLES = -1  # in place of a position, where one draw serves all samples
 
 
@@ -52,6 +52,7 @@ class KeyedRandomness:
     Args:
         seed: of every draw; with another one, the same update has other masks.
         device: where the network runs.
+        layouts: where the tensors of the calls hold their samples; None goes by their rows.
 
     >>> import torch
     >>> from lbaccel.batch.plan import MicroBatch
@@ -67,16 +68,18 @@ class KeyedRandomness:
     True
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed, self.device = seed, device
+    def __init__(self, seed: int, device: torch.device, layouts: Layouts | None = None) -> None:
+        self.seed, self.device, self.layouts = seed, device, layouts
+        self.must_learn = False  # a call without layouts raises `NotLearned`
         self._update = 0
         self._micro_batch: MicroBatch | None = None
         self._recomputing = False
+        self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
         self._rows: dict[int, Tensor] = {}  # int64 [CALLS_AT_ONCE, n] of a block of calls
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
-        self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in _REPLACED]
+        self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
 
     @contextmanager
     def update(self, index: int) -> Iterator[None]:
@@ -91,11 +94,37 @@ class KeyedRandomness:
 
     @contextmanager
     def forward(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Inside, calls for masks draw by sample, in forward and recompute."""
+        """Inside, calls for masks draw by sample, in forward and recompute.
+
+        Raises:
+            NotLearned: it called for other masks than `layouts` has, and did not fail otherwise.
+        """
         self._micro_batch = micro_batch
         self._calls, self._rows = {}, {}
         seed = keyed_hash(self.seed, MICRO_BATCH, self._update, micro_batch.start)
         seed_generators(int(seed), self.device)
+        try:
+            with self._replaced():
+                yield
+            if self.layouts is not None and len(self._calls) != len(self.layouts.places):
+                learned = len(self.layouts.places)
+                raise NotLearned(f"{len(self._calls)} in place of {learned}")
+        finally:
+            self._micro_batch, self._recomputing = None, False
+            self._rows = {}
+
+    @contextmanager
+    def watching(self, watch: Callable[[Tensor, int], object]) -> Iterator[None]:
+        """Inside, masks keep all; `watch` is told each tensor, and how many dimensions differ."""
+        self._watch = watch
+        try:
+            with self._replaced():
+                yield
+        finally:
+            self._watch = None
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
         plain = [(owner, name, getattr(owner, name)) for owner, name, _ in self._keyed]
         try:
             for owner, name, keyed in self._keyed:
@@ -104,8 +133,6 @@ class KeyedRandomness:
         finally:
             for owner, name, original in plain:
                 setattr(owner, name, original)
-            self._micro_batch, self._recomputing = None, False
-            self._rows = {}
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -116,21 +143,31 @@ class KeyedRandomness:
         finally:
             self._recomputing = False
 
-    def _next_keys(self, x: Tensor, *, batch: bool = False) -> Tensor | None:
-        """Int64 keys [x.shape[0]] or [1] of the next call's rows; None: `x` has no rows of samples.
+    def _next_keys(self, x: Tensor, covered: int) -> Keys | None:
+        """Keys [n] of the samples of the next call, or [1] common to the update; None: no keys.
 
-        Rows are samples, or several of each sample one after the other (windows of attention).
-        With one row for several samples, or with `batch`, the draw is common to the update.
+        Raises:
+            NotLearned: the call is not one of those that `layouts` holds.
         """
+        if self._watch is not None:
+            self._watch(x, covered)
+            return torch.zeros(1, dtype=torch.int64, device=x.device), ALL_KEPT, 1
         assert self._micro_batch is not None
-        samples, rows = self._micro_batch.num_samples, x.shape[0] if x.ndim else 0
-        common = batch or (rows == 1 and samples > 1)
-        if not common and (rows == 0 or rows % samples):
+        samples = self._micro_batch.num_samples
+        if self.layouts is not None:
+            call = self.call_number()
+            place = self.layouts.place(call, x)
+        elif self.must_learn:
+            raise NotLearned("none was learned")
+        else:
+            place = Place.by_rows(x, samples)
+            call = self.call_number() if place.known else 0
+        if not place.known:
             return None
-        call = self.call_number()
-        if common:
+        if place.dim is None or place.dim >= covered:
             h = torch.full((1,), _signed(self._base()), dtype=torch.int64, device=x.device)
-            return _chain(_chain(h, ALL_SAMPLES), call)
+            return _chain(_chain(h, ALL_SAMPLES), call), COMMON, 1
+        runs = place.runs_of(x, samples)
         block, row = divmod(call, CALLS_AT_ONCE)
         if block not in self._rows:
             start = self._micro_batch.start
@@ -138,11 +175,7 @@ class KeyedRandomness:
             calls = torch.arange(CALLS_AT_ONCE, device=x.device) + block * CALLS_AT_ONCE
             h = _chain(torch.full_like(positions, _signed(self._base())), positions)
             self._rows[block] = _chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None])
-        keys = self._rows[block][row]
-        if rows == samples:
-            return keys
-        parts = torch.arange(rows // samples, device=x.device)
-        return _chain(keys[:, None].repeat(1, len(parts)), parts[None]).reshape(-1)
+        return self._rows[block][row], place.dim, runs
 
     def _base(self) -> int:
         return int(keyed_hash(self.seed, MASKS, self._update))
@@ -175,145 +208,3 @@ def _chain(h: Tensor, part: Tensor | int) -> Tensor:
         if multiplier != 1:
             h.mul_(_signed(multiplier))
     return h
-
-
-def element_bits(keys: Tensor, count: int) -> Tensor:
-    """Random int32 [len(keys), count]: a hash of each key and element in 32-bit arithmetic.
-
-    The element is multiplied and folded (Knuth's golden ratio), then mixed with the key's two
-    halves in two rounds of xor, multiply and shift. Uniform over the whole range of int32, best in
-    its upper bits.
-    """
-    low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
-    element = torch.arange(count, dtype=torch.int32, device=keys.device).mul_(-1640531527)
-    element = element ^ (element >> 15).bitwise_and_(0x1FFFF)
-    h = (element ^ low).mul_(0x7FEB352D)
-    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(high)
-    return h.mul_(-2073254261)
-
-
-def keep_mask(keys: Tensor, keep: float, shape: tuple[int, ...]) -> Tensor:
-    """Bool [len(keys), *shape], True with probability `keep` (to 2^-32)."""
-    threshold = round(keep * 2**32) - 2**31
-    bits = element_bits(keys, math.prod(shape)).view(len(keys), *shape)
-    return bits < threshold if threshold < 2**31 else torch.ones_like(bits, dtype=torch.bool)
-
-
-def _dropped(x: Tensor, mask: Tensor, keep: float, inplace: bool = False) -> Tensor:
-    """x * mask / keep; autograd saves the mask, a byte an element."""
-    scale = 1.0 / keep if keep > 0 else 0.0
-    return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
-
-
-Make = Callable[[KeyedRandomness, Any], Any]
-
-
-def _dropout(num_channel_dims: int | None) -> Make:
-    """F.dropout (each element), or F.dropout1d to 3d (whole channels of so many dimensions)."""
-
-    def make(randomness: KeyedRandomness, plain: Any) -> Any:
-        def dropout(
-            input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-        ) -> Tensor:
-            unbatched = num_channel_dims is not None and input.ndim != num_channel_dims + 2
-            if not training or not 0.0 < p <= 1.0 or unbatched:
-                return plain(input, p, training, inplace)
-            keys = randomness.keys(input)
-            if keys is None:
-                return plain(input, p, training, inplace)
-            shape = tuple(input.shape[1:])
-            if num_channel_dims is not None:
-                shape = (shape[0], *[1] * num_channel_dims)
-            return _dropped(input, keep_mask(keys, 1 - p, shape), 1 - p, inplace)
-
-        return dropout
-
-    return make
-
-
-def _alpha_dropout(whole_channels: bool, default_training: bool) -> Make:
-    """F.alpha_dropout (Klambauer et al. 2017, section 3) and F.feature_alpha_dropout."""
-
-    def make(randomness: KeyedRandomness, plain: Any) -> Any:
-        def alpha_dropout(
-            input: Tensor,
-            p: float = 0.5,
-            training: bool = default_training,
-            inplace: bool = False,
-        ) -> Tensor:
-            keys = randomness.keys(input) if training and 0.0 < p < 1.0 else None
-            if keys is None:
-                return plain(input, p, training, inplace)
-            shape = tuple(input.shape[1:])
-            if whole_channels:
-                shape = (shape[0], *[1] * (len(shape) - 1))
-            mask = keep_mask(keys, 1 - p, shape)
-            a = ((1 - p) * (1 + p * SELU_FLOOR**2)) ** -0.5
-            out = (input * mask + SELU_FLOOR * ~mask).mul_(a).sub_(a * SELU_FLOOR * p)
-            return input.copy_(out) if inplace else out
-
-        return alpha_dropout
-
-    return make
-
-
-def _drop_path(randomness: KeyedRandomness, plain: Any) -> Any:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        active = self.training and self.drop_prob
-        keys = randomness.keys(x) if active else None
-        if keys is None:
-            return plain(self, x)
-        keep = 1 - self.drop_prob
-        mask = keep_mask(keys, keep, (1,) * (x.ndim - 1))
-        return _dropped(x, mask, keep if self.scale_by_keep else 1.0)
-
-    return forward
-
-
-def _stochastic_depth(randomness: KeyedRandomness, plain: Any) -> Any:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        active = self.training and self.p
-        keys = randomness.keys(input, batch=self.mode == "batch") if active else None
-        if keys is None:
-            return plain(self, input)
-        return _dropped(input, keep_mask(keys, 1 - self.p, (1,) * (input.ndim - 1)), 1 - self.p)
-
-    return forward
-
-
-def _patch_dropout(with_indices: bool) -> Make:
-    """Liu et al. 2022 (arXiv 2208.07220): the L (1 - p) tokens of the smallest draws stay."""
-
-    def make(randomness: KeyedRandomness, plain: Any) -> Any:
-        def forward(self: Any, x: Tensor) -> Any:
-            keys = randomness.keys(x) if self.training and self.prob else None
-            if keys is None:
-                return plain(self, x)
-            prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            length = tokens.shape[1]
-            num_keep = max(1, int(length * (1.0 - self.prob)))
-            chosen = element_bits(keys, length).argsort(dim=-1, stable=True)[:, :num_keep]
-            if self.ordered:
-                chosen = chosen.sort(dim=-1)[0]
-            kept = tokens.gather(1, chosen[..., None].expand(-1, -1, *tokens.shape[2:]))
-            kept = torch.cat((prefix, kept), dim=1)
-            return (kept, chosen) if with_indices else kept
-
-        return forward
-
-    return make
-
-
-# owner, attribute, what makes its keyed twin out of (randomness, the plain one)
-_REPLACED: list[tuple[Any, str, Make]] = [
-    (F, "dropout", _dropout(None)),
-    (F, "dropout1d", _dropout(1)),
-    (F, "dropout2d", _dropout(2)),
-    (F, "dropout3d", _dropout(3)),
-    (F, "alpha_dropout", _alpha_dropout(False, False)),
-    (F, "feature_alpha_dropout", _alpha_dropout(True, False)),
-    (DropPath, "forward", _drop_path),
-    (StochasticDepth, "forward", _stochastic_depth),
-    (PatchDropout, "forward", _patch_dropout(False)),
-    (PatchDropoutWithIndices, "forward", _patch_dropout(True)),
-]

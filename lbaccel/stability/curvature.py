@@ -137,6 +137,7 @@ def largest_curvature(
     check_whole("max_products", max_products)
     check_number("tolerance", tolerance)
     with large_batch.rehearsing() as transaction:
+        device = large_batch.accelerator.device
         plan, world_size = large_batch.plan, large_batch.plan.world_size
         sharding = replicated(transaction)
         scales = _scales(sharding.parameters, plain_optimizer(sharding))
@@ -157,6 +158,7 @@ def largest_curvature(
             hessian = _Hessian(transaction, micro_batches, loss_fn, scales, world_size)
             try:
                 with transaction.randomness.update(update.index):
+                    transaction.masks.learn(loss_fn, *_moved(micro_batches[0], device), always=True)
                     found = largest_eigenvalue(
                         hessian, hessian.start(), tolerance=tolerance, max_products=max_products
                     )
@@ -172,6 +174,11 @@ def largest_curvature(
             return Curvature(
                 found.value, found.residual, int(hessian.num_samples), found.num_products
             )
+
+
+def _moved(pair: tuple[MicroBatch, Any], device: torch.device) -> tuple[MicroBatch, Any]:
+    micro_batch, data = pair
+    return micro_batch, send_to_device(data, device)
 
 
 def _scales(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:

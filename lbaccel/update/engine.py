@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -194,7 +195,7 @@ class LargeBatch:
         for num_retries in range(self.plan.micro_batch_size + 1):
             try:
                 agreement = transaction.attempt(
-                    update, self._cut(update), loss_fn, stop=self._stop_requested
+                    update, partial(self._cut, update), loss_fn, stop=self._stop_requested
                 )
                 if agreement.out_of_memory:
                     self._shrink(update)
@@ -236,8 +237,12 @@ class LargeBatch:
         update, unit, device = loader.peek(), self.plan.group_size, self.accelerator.device
 
         def fits(size: int) -> bool:
-            assert update.recut is not None
-            two = islice(update.recut(size), 2)
+            recut = update.recut
+            assert recut is not None
+
+            def two() -> MicroBatches:
+                return islice(recut(size), 2)
+
             try:
                 return not transaction.attempt(update, two, loss_fn).out_of_memory
             finally:

@@ -25,6 +25,14 @@ def prepared_before() -> InputError:
     )
 
 
+def read_before() -> InputError:
+    """An update whose micro-batches are an iterator that was read, and that can't be made anew."""
+    return InputError(
+        "this update has no micro-batch left: it was iterated before, and nothing makes it anew. "
+        "Hand large_batch.update each item of the loader once, and don't iterate it yourself."
+    )
+
+
 def half_stepped() -> RunFailed:
     """An update after a step that failed half way."""
     return RunFailed(

@@ -7,6 +7,7 @@ where an update becomes lasting. `LargeBatch` counts, and moves scheduler and av
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,13 +16,15 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from lbaccel.batch.plan import BatchPlan
+from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RankFailed, RunFailed
 from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.mask_layouts import MaskLayouts
 from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
@@ -51,6 +54,13 @@ class Transaction:
     ) -> None:
         self.accelerator, self.model, self.sharding = accelerator, model, sharding
         self.norm, self.randomness, self.units = norm, randomness, units
+        self.masks = MaskLayouts(
+            model,
+            sharding.module,
+            randomness=randomness,
+            norm=norm,
+            always=not sharding.droppable,
+        )
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
@@ -60,7 +70,7 @@ class Transaction:
     def attempt(
         self,
         update: Update,
-        micro_batches: MicroBatches,
+        micro_batches: Callable[[], MicroBatches],
         loss_fn: LossFn,
         *,
         stop: Stop | None = None,
@@ -73,7 +83,7 @@ class Transaction:
 
         Args:
             update: its index is the key of its draws.
-            micro_batches: of this rank, moved to the device one at a time.
+            micro_batches: makes those of this rank, which move to the device one at a time.
             loss_fn: as for `accumulate`.
             stop: this rank wants to end the run after this update.
 
@@ -82,10 +92,17 @@ class Transaction:
             RunFailed: another rank failed, or this one did where ranks meet within micro-steps.
         """
         self.drop()
+        self.masks.begin()
         device, world_size = self.accelerator.device, self.accelerator.num_processes
         retries = allocator_retries(device)
         with self.randomness.update(update.index):
-            sums, error = self._try(micro_batches, loss_fn, update.num_samples)
+            sums, error = None, None
+            for again in (False, True, True):  # the second time gives up: there is no third
+                sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
+                if not (isinstance(error, NotLearned) and self.sharding.droppable):
+                    break
+                self.masks.forget(error, again=again)
+                self.drop()
             if error is not None and not self.sharding.droppable and world_size > 1:
                 raise _cut_off(error, self.accelerator.process_index) from error
             agreement = accumulation.agree(
@@ -117,7 +134,7 @@ class Transaction:
             with self.sharding.around(), cache, listening:
                 sums = accumulation.accumulate(
                     self.model,
-                    on_device,
+                    self._learning(on_device, loss_fn),
                     loss_fn,
                     num_samples=num_samples,
                     scopes=(self.norm, self.randomness),
@@ -126,7 +143,21 @@ class Transaction:
                 )
         except Exception as error:
             return None, error
+        self.masks.say()
         return sums, None
+
+    def _learning(
+        self, pairs: Iterable[tuple[MicroBatch, Any]], loss_fn: LossFn
+    ) -> Iterator[tuple[MicroBatch, Any]]:
+        """The micro-batches; where masks must be learned, the first shows how."""
+        is_first = True
+        for micro_batch, data in pairs:
+            if is_first:
+                self.masks.learn(loss_fn, micro_batch, data)
+                is_first = False
+            yield micro_batch, data
+        if is_first:
+            raise failures.read_before()
 
     def finish(
         self,

@@ -13,9 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.verification.copies import CPU, described, float64_copy, rows_of
-from lbaccel.verification.updates import Result, Subject, result_of, stirred_states
+from lbaccel.verification.copies import described, float64_copy, rows_of
+from lbaccel.verification.updates import Result, Subject, masks_of, result_of, stirred_states
 
 
 def reference(subject: Subject) -> Result:
@@ -32,7 +31,7 @@ def reference(subject: Subject) -> Result:
     model, n = float64_copy(subject.model), subject.num_samples
     _without_checkpointing(model)
     move_statistics = _run_ghost_batches_in_turn(model, subject.norm_batch_size, n)
-    randomness = KeyedRandomness(subject.seed, CPU)
+    randomness = masks_of(subject)
     before = stirred_states()
     with randomness.update(0), randomness.forward(MicroBatch(0, (n,))):
         try:

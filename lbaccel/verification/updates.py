@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from lbaccel.batch.plan import BatchPlan, MicroBatch, NormBatchSize
 from lbaccel.errors import RunFailed
 from lbaccel.randomness.generators import generator_states
+from lbaccel.randomness.layouts import Layouts
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn, Scope
 from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.mask_layouts import learn_mask_layouts
 from lbaccel.update.normalization import GhostNorm, convert_batch_norm
 from lbaccel.verification.copies import CPU, float64_copy, rows_of
 
@@ -34,6 +36,7 @@ class Subject:
     norm_batch_size: NormBatchSize
     seed: int
     blocks: tuple[str, ...] | None = None  # to recompute, in place of lbaccel's choice
+    layouts: Layouts | None = None  # of its masks, see `learned`
 
     @property
     def unit(self) -> int:
@@ -53,6 +56,31 @@ class Subject:
             world_size=world_size,
             norm_batch_size=self.norm_batch_size,
         )
+
+
+def learned(subject: Subject) -> Subject:
+    """The subject with the layouts of its masks, as `LargeBatch` learns them."""
+    model = float64_copy(subject.model)
+    norm, randomness = converted(model, subject.norm_batch_size), masks_of(subject)
+    with randomness.update(0):
+        try:
+            layouts = learn_mask_layouts(
+                model,
+                subject.loss_fn,
+                rows_of(subject.batch, 0, subject.num_samples),
+                num_samples=subject.num_samples,
+                module=model,
+                randomness=randomness,
+                norm=norm,
+            )
+        except Exception:  # the update goes by rows then, and shows what differs
+            return subject
+    return replace(subject, layouts=layouts)
+
+
+def masks_of(subject: Subject) -> KeyedRandomness:
+    """The draws of an update of the subject."""
+    return KeyedRandomness(subject.seed, CPU, subject.layouts)
 
 
 @dataclass(frozen=True)
@@ -84,7 +112,7 @@ def planned(
     if checkpointing:
         apply_activation_checkpointing(model, subject.blocks)
     norm = converted(model, subject.norm_batch_size)
-    randomness = KeyedRandomness(subject.seed, CPU)
+    randomness = masks_of(subject)
     before = stirred_states()
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm.begin()

@@ -35,7 +35,7 @@ from lbaccel.verification.diagnosis.evidence import Trial
 from lbaccel.verification.differences import difference
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import reference
-from lbaccel.verification.updates import Result, Subject, check_ranks, converted, planned
+from lbaccel.verification.updates import Result, Subject, check_ranks, converted, learned, planned
 
 RANKS = 2
 
@@ -110,6 +110,7 @@ def verify(
         subject = Subject(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names)
         subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         converted(float64_copy(twin), norm_batch_size)
+        subject = learned(subject)
         say = say or (lambda _: None)
         say(f"the whole batch of {num_samples} samples in plain torch")
         start = time.monotonic()

@@ -22,8 +22,9 @@ from updates import one_update
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader
 from lbaccel.batch.plan import MicroBatch
+from lbaccel.randomness.draws import element_bits, keep_mask
 from lbaccel.randomness.keys import keyed_hash
-from lbaccel.randomness.masks import MASKS, KeyedRandomness, element_bits, keep_mask
+from lbaccel.randomness.masks import MASKS, KeyedRandomness
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def test_patches_that_stay_are_keyed_and_the_prefix_is_whole():
 def test_keys_are_the_documented_hash():
     randomness = KeyedRandomness(7, CPU)
     with randomness.update(3), randomness.forward(MicroBatch(5, (4,))):
-        calls = [randomness.keys(torch.empty(4, 2)) for _ in range(70)]  # past a block of 64
+        calls = [randomness.keys(torch.empty(4, 2), 2)[0] for _ in range(70)]  # past a block of 64
     for number in (0, 1, 63, 64, 69):
         truth = keyed_hash(7, MASKS, 3, np.arange(5, 9), number)
         assert (calls[number].numpy().view(np.uint64) == truth).all()
@@ -115,8 +116,8 @@ def masks_of(number, *, seed=0, update=0, samples=64, elements=512, keep=0.7):
     randomness = KeyedRandomness(seed, CPU)
     with randomness.update(update), randomness.forward(MicroBatch(0, (samples,))):
         for _ in range(number + 1):
-            keys = randomness.keys(torch.empty(samples, elements))
-    return keep_mask(keys, keep, (elements,)).double()
+            keys = randomness.keys(torch.empty(samples, elements), 2)[0]
+    return keep_mask(element_bits(keys, elements), keep).double()
 
 
 def correlation(a, b):
@@ -397,8 +398,8 @@ def test_functions_are_put_back_where_a_forward_fails():
 def test_rows_that_are_no_samples_are_drawn_as_ever():
     randomness = KeyedRandomness(0, CPU)
     with randomness.update(0), randomness.forward(cut(4)[0]):
-        assert randomness.keys(torch.empty(7, 2)) is None
-        assert randomness.keys(torch.empty(())) is None
+        assert randomness.keys(torch.empty(7, 2), 2) is None
+        assert randomness.keys(torch.empty(()), 0) is None
         assert F.dropout(torch.ones(7, 100), 0.5).unique().tolist() == [0.0, 2.0]
         one = F.dropout(torch.ones(1, 100), 0.5)
     with randomness.update(0), randomness.forward(MicroBatch(4, (3,))):

@@ -31,7 +31,7 @@ from lbaccel.verification.copies import aside, float64_batch, float64_copy, unwr
 from lbaccel.verification.ddp.real import RankResult, Spans, run_ddp
 from lbaccel.verification.ddp.report import Comparison, DdpCertificate
 from lbaccel.verification.differences import buffer_errors, difference
-from lbaccel.verification.updates import Result, Subject, planned
+from lbaccel.verification.updates import Result, Subject, learned, planned
 
 Buffers = dict[str, Tensor]
 
@@ -98,7 +98,7 @@ def verify_against_ddp(
         total = sum(size for rank in spans for _, size in rank)
         if norm_batch_size is None and layers:
             norm_batch_size = per_gpu * gpus if sync_bn else per_gpu
-        subject = Subject(twin, loss_fn, in_float64, total, norm_batch_size, seed)
+        subject = learned(Subject(twin, loss_fn, in_float64, total, norm_batch_size, seed))
         subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         say(f"DistributedDataParallel on {gpus} ranks")
         start = time.monotonic()

@@ -18,11 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import RunFailed
-from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.verification.copies import CPU, float64_copy, rows_of
+from lbaccel.verification.copies import float64_copy, rows_of
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import move_running
-from lbaccel.verification.updates import Subject
+from lbaccel.verification.updates import Subject, masks_of
 
 Spans = Sequence[Sequence[tuple[int, int]]]
 """Of each rank, of each of its micro-batches: first sample position, and samples."""
@@ -72,7 +71,7 @@ def _update(subject: Subject, spans: Spans, rank: int, sync_bn: bool) -> RankRes
         synchronise(model)
     _check_rank(spans, rank)
     ddp = DistributedDataParallel(model)
-    randomness, mine = KeyedRandomness(subject.seed, CPU), spans[rank]
+    randomness, mine = masks_of(subject), spans[rank]
     losses = []
     with randomness.update(0):
         for step, (start, size) in enumerate(mine):
@@ -85,6 +84,7 @@ def _update(subject: Subject, spans: Spans, rank: int, sync_bn: bool) -> RankRes
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     gap = _gap_to_first(list(gradients.values()))
     start, size = mine[0]
+    randomness.layouts = None  # of training
     with torch.no_grad(), randomness.update(0), randomness.forward(MicroBatch(start, (size,))):
         subject.loss_fn(ddp.eval(), rows_of(subject.batch, start, start + size))
     return RankResult(

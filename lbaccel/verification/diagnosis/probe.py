@@ -20,10 +20,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update.accumulation import accumulate
-from lbaccel.verification.copies import CPU, float64_copy, tensors_in
-from lbaccel.verification.updates import Subject, converted, micro_batches, scopes_of
+from lbaccel.verification.copies import float64_copy, tensors_in
+from lbaccel.verification.updates import Subject, converted, masks_of, micro_batches, scopes_of
 
 OUTSIDE = "the loss function"
 ROOT = "the model itself"
@@ -92,7 +91,7 @@ def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace
         subject = replace(subject, batch=batch)
     norm = converted(model, subject.norm_batch_size)
     norm.begin()
-    randomness = KeyedRandomness(subject.seed, CPU)
+    randomness = masks_of(subject)
     seen = ProbeTrace()
     watcher = _Watcher(seen, model, subject, randomness)
     pairs = [m for rank in range(plan.world_size) for m in plan.partition(rank)]

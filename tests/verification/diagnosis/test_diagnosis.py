@@ -355,8 +355,8 @@ def test_without_the_flag_of_a_recompute_its_cells_fail(monkeypatch):
 def test_without_keys_masks_fail(monkeypatch):
     plain = KeyedRandomness.__init__
 
-    def unkeyed(self, seed, device):
-        plain(self, seed, device)
+    def unkeyed(self, seed, device, layouts=None):
+        plain(self, seed, device, layouts)
         self._keyed = []
 
     monkeypatch.setattr(KeyedRandomness, "__init__", unkeyed)

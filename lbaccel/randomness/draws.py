@@ -1,0 +1,212 @@
+"""The functions that draw masks, and their keyed twins: bits of a key and an element as a mask.
+
+A twin asks for the keys of its tensor (`KeyedRandomness.keys`) and turns them to bits; where there
+are none it draws as torch and timm do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from timm.layers.drop import DropPath
+from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+# SELU's fixed point: -scale x alpha (Klambauer et al. 2017, section 1)
+SELU_FLOOR = -1.7580993408473766
+COMMON, ALL_KEPT = -1, -2  # in place of the dimension of the samples
+Keys = tuple[Tensor, int, int]
+"""Int64 keys [n] of the samples, their dimension, and how many runs of samples it holds."""
+
+
+class KeySource(Protocol):
+    """Gives the keys of the next call, see `KeyedRandomness`."""
+
+    keys: Callable[[Tensor, int], Keys | None]
+
+
+def element_bits(keys: Tensor, count: int) -> Tensor:
+    """Random int32 [len(keys), count]: a hash of each key and element in 32-bit arithmetic.
+
+    The element is multiplied and folded (Knuth's golden ratio), then mixed with the key's two
+    halves in two rounds of xor, multiply and shift. Uniform over the whole range of int32, best in
+    its upper bits.
+    """
+    low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
+    element = torch.arange(count, dtype=torch.int32, device=keys.device).mul_(-1640531527)
+    element = element ^ (element >> 15).bitwise_and_(0x1FFFF)
+    h = (element ^ low).mul_(0x7FEB352D)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(high)
+    return h.mul_(-2073254261)
+
+
+def keep_mask(bits: Tensor, keep: float) -> Tensor:
+    """Bool of the shape of `bits`, True with probability `keep` (to 2^-32)."""
+    threshold = round(keep * 2**32) - 2**31
+    return bits < threshold if threshold < 2**31 else torch.ones_like(bits, dtype=torch.bool)
+
+
+def bits_of(
+    source: KeySource, x: Tensor, covered: int, *, each: tuple[int, ...] = ()
+) -> Tensor | None:
+    """Random int32 that differ along the first `covered` dimensions of `x`, and are 1 in the rest.
+
+    The bits of a sample are those of its own elements in order, wherever its dimension stands: in
+    [B, L], [L, B] and [L x B] it draws the same.
+
+    Args:
+        source: of the keys.
+        x: what the mask is for.
+        covered: leading dimensions with draws of their own; dropped paths cover the first.
+        each: dimensions of draws for each of these, in place of the rest of `x`.
+
+    Returns:
+        [*x.shape[:covered], *each or 1, ...]; None where the call has no keys.
+    """
+    found = source.keys(x, covered)
+    if found is None:
+        return None
+    keys, dim, runs = found
+    lead, rest = x.shape[:covered], each or (1,) * (x.ndim - covered)
+    if dim == ALL_KEPT:
+        return torch.full((*lead, *rest), -(2**31), dtype=torch.int32, device=x.device)
+    if dim == COMMON:
+        return element_bits(keys, math.prod((*lead, *each))).view(*lead, *rest)
+    own = (*lead[:dim], runs, lead[dim] // (len(keys) * runs), *lead[dim + 1 :], *each)
+    bits = element_bits(keys, math.prod(own)).view(len(keys), *own)
+    if dim > 0 or runs > 1:
+        bits = bits.movedim(0, dim + 1)
+    return bits.reshape(*lead, *rest)
+
+
+def _dropped(x: Tensor, mask: Tensor, keep: float, inplace: bool = False) -> Tensor:
+    """x * mask / keep; autograd saves the mask, a byte an element."""
+    scale = 1.0 / keep if keep > 0 else 0.0
+    return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
+
+
+Make = Callable[[KeySource, Any], Any]
+
+
+def _dropout(num_channel_dims: int | None) -> Make:
+    """F.dropout (each element), or F.dropout1d to 3d (whole channels of so many dimensions)."""
+
+    def make(source: KeySource, plain: Any) -> Any:
+        def dropout(
+            input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        ) -> Tensor:
+            covered = _channels(input.ndim, num_channel_dims)
+            if not training or not 0.0 < p <= 1.0 or covered is None:
+                return plain(input, p, training, inplace)
+            bits = bits_of(source, input, covered)
+            if bits is None:
+                return plain(input, p, training, inplace)
+            return _dropped(input, keep_mask(bits, 1 - p), 1 - p, inplace)
+
+        return dropout
+
+    return make
+
+
+def _channels(ndim: int, num_channel_dims: int | None) -> int | None:
+    """Leading dimensions whose elements have draws of their own; None where torch refuses.
+
+    A tensor without samples has its channels in dimension 0; dropout2d takes [n, C, L] as such of
+    samples, as torch does.
+    """
+    if num_channel_dims is None:
+        return ndim
+    if ndim == num_channel_dims + 2 or (num_channel_dims == 2 and ndim == 3):
+        return 2
+    return 1 if ndim == num_channel_dims + 1 else None
+
+
+def _alpha_dropout(whole_channels: bool, default_training: bool) -> Make:
+    """F.alpha_dropout (Klambauer et al. 2017, section 3) and F.feature_alpha_dropout."""
+
+    def make(source: KeySource, plain: Any) -> Any:
+        def alpha_dropout(
+            input: Tensor,
+            p: float = 0.5,
+            training: bool = default_training,
+            inplace: bool = False,
+        ) -> Tensor:
+            covered = min(2, input.ndim) if whole_channels else input.ndim
+            bits = bits_of(source, input, covered) if training and 0.0 < p < 1.0 else None
+            if bits is None:
+                return plain(input, p, training, inplace)
+            mask = keep_mask(bits, 1 - p)
+            a = ((1 - p) * (1 + p * SELU_FLOOR**2)) ** -0.5
+            out = (input * mask + SELU_FLOOR * ~mask).mul_(a).sub_(a * SELU_FLOOR * p)
+            return input.copy_(out) if inplace else out
+
+        return alpha_dropout
+
+    return make
+
+
+def _drop_path(source: KeySource, plain: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        active = self.training and self.drop_prob
+        bits = bits_of(source, x, 1) if active else None
+        if bits is None:
+            return plain(self, x)
+        keep = 1 - self.drop_prob
+        return _dropped(x, keep_mask(bits, keep), keep if self.scale_by_keep else 1.0)
+
+    return forward
+
+
+def _stochastic_depth(source: KeySource, plain: Any) -> Any:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        active = self.training and self.p
+        bits = bits_of(source, input, 0 if self.mode == "batch" else 1) if active else None
+        if bits is None:
+            return plain(self, input)
+        return _dropped(input, keep_mask(bits, 1 - self.p), 1 - self.p)
+
+    return forward
+
+
+def _patch_dropout(with_indices: bool) -> Make:
+    """Liu et al. 2022 (arXiv 2208.07220): the L (1 - p) tokens of the smallest draws stay."""
+
+    def make(source: KeySource, plain: Any) -> Any:
+        def forward(self: Any, x: Tensor) -> Any:
+            length = x.shape[1] - self.num_prefix_tokens
+            active = self.training and self.prob
+            bits = bits_of(source, x, 1, each=(length,)) if active else None
+            if bits is None:
+                return plain(self, x)
+            prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            num_keep = max(1, int(length * (1.0 - self.prob)))
+            chosen = bits.argsort(dim=-1, stable=True)[:, :num_keep]
+            if self.ordered:
+                chosen = chosen.sort(dim=-1)[0]
+            kept = tokens.gather(1, chosen[..., None].expand(-1, -1, *tokens.shape[2:]))
+            kept = torch.cat((prefix, kept), dim=1)
+            return (kept, chosen) if with_indices else kept
+
+        return forward
+
+    return make
+
+
+# owner, attribute, what makes its keyed twin out of (source of keys, the plain one)
+REPLACED: list[tuple[Any, str, Make]] = [
+    (F, "dropout", _dropout(None)),
+    (F, "dropout1d", _dropout(1)),
+    (F, "dropout2d", _dropout(2)),
+    (F, "dropout3d", _dropout(3)),
+    (F, "alpha_dropout", _alpha_dropout(False, False)),
+    (F, "feature_alpha_dropout", _alpha_dropout(True, False)),
+    (DropPath, "forward", _drop_path),
+    (StochasticDepth, "forward", _stochastic_depth),
+    (PatchDropout, "forward", _patch_dropout(False)),
+    (PatchDropoutWithIndices, "forward", _patch_dropout(True)),
+]
