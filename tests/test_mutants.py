@@ -22,6 +22,13 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a rank needs a whole group, where a short one will do": (
+        "batch.plan",
+        "        if groups < self.world_size:\n",
+        "        if self.global_batch_size < self.world_size * unit:\n",
+        "tests/batch/test_batch.py::"
+        "test_ranks_share_as_many_groups_as_there_are_and_the_last_may_be_short",
+    ),
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",
         '        torch.ones((), device="cpu", requires_grad=True).backward()\n',
