@@ -22,6 +22,45 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a scaler hides a loss that is not finite": (
+        "update.sharding.replicated",
+        "if not finite and (scaler is None or self._all_finite()):",
+        "if not finite and scaler is None:",
+        "tests/update/test_engine.py::test_a_scaler_does_not_hide_what_it_does_not_look_at",
+    ),
+    "a scaler keeps its account of a gradient that was not stepped with": (
+        "update.sharding.replicated",
+        "            scaler.update()\n",
+        "            pass\n",
+        "tests/update/test_engine.py::test_a_scaler_does_not_hide_what_it_does_not_look_at",
+    ),
+    "nan times a weight of 0 counts in the loss": (
+        "update.weightless",
+        "return torch.where(weight != 0, product, 0.0)",
+        "return product",
+        "tests/update/test_weightless.py::"
+        "test_an_update_with_empty_micro_batches_is_that_of_the_whole_batch",
+    ),
+    "nan times a weight of 0 counts in the gradient": (
+        "update.weightless",
+        "return torch.where(self._counts, gradient, gradient.new_zeros(()))",
+        "return gradient",
+        "tests/update/test_weightless.py::"
+        "test_an_update_with_empty_micro_batches_is_that_of_the_whole_batch",
+    ),
+    "FSDP2 is left without hooks": (
+        "update.weightless",
+        "                tensor.register_hook(self._gradient)\n",
+        "                pass\n",
+        "tests/update/test_weightless.py::"
+        "test_several_ranks_with_empty_micro_batches_give_the_whole_batch",
+    ),
+    "the gradient of an empty micro-batch is heard by the noise scale": (
+        "noise.scale",
+        "self._sums += torch.where(weight > 0, sums, 0.0)",
+        "self._sums += (weight > 0) * sums",
+        "tests/update/test_weightless.py::test_an_empty_micro_batch_is_no_unit_of_the_noise_scale",
+    ),
     "a rank needs a whole group, where a short one will do": (
         "batch.plan",
         "        if groups < self.world_size:\n",
