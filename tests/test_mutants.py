@@ -22,6 +22,18 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a seed of more than 64 bits is taken": (
+        "errors",
+        "if not 0 <= seed < 2**64:",
+        "if seed < 0:",
+        "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
+    ),
+    "a masks' seed is cut to a whole number": (
+        "randomness.masks",
+        'check_seed("seed", seed), device',
+        "int(seed), device",
+        "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
+    ),
     "a scaler hides a loss that is not finite": (
         "update.sharding.replicated",
         "if not finite and (scaler is None or self._all_finite()):",

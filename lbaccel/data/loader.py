@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.data.order import samples_at
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
@@ -110,7 +110,7 @@ class UpdateLoader:
         self.dataset = dataset
         self.plan = plan.capped(len(dataset))
         self.rank = rank
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
         self.stream = UpdateStream(
             self.plan.global_batch_size,
             len(dataset),

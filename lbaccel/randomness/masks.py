@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from lbaccel.batch.plan import MicroBatch
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
 
@@ -53,6 +53,9 @@ class KeyedRandomness:
         seed: of every draw; with another one, the same update has other masks.
         device: where the network runs.
 
+    Raises:
+        InputError: a seed that is no whole number from 0 to 2^64 - 1.
+
     >>> import torch
     >>> from lbaccel.batch.plan import MicroBatch
     >>> randomness, drop = KeyedRandomness(0, torch.device("cpu")), torch.nn.Dropout(0.5)
@@ -68,7 +71,7 @@ class KeyedRandomness:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed, self.device = seed, device
+        self.seed, self.device = check_seed("seed", seed), device
         self._update = 0
         self._micro_batch: MicroBatch | None = None
         self._recomputing = False
