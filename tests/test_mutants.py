@@ -22,6 +22,19 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a ghost batch of rows has as many rows as samples": (
+        "update.ghost_layers",
+        "sizes = tuple(size * tokens for size in sizes)",
+        "sizes = (*sizes[:-1], x.shape[0] - sum(sizes[:-1]))",
+        "tests/update/test_ghost_layers.py::test_levit_equals_plain_ghost_batches_in_turn",
+    ),
+    "rows that lie token by token are cut as if they lay sample by sample": (
+        "update.ghost_layers",
+        "return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None",
+        "return tokens",
+        "tests/update/test_ghost_layers.py::"
+        "test_rows_that_are_not_known_to_lie_sample_by_sample_are_refused",
+    ),
     "a seed of more than 64 bits is taken": (
         "errors",
         "if not 0 <= seed < 2**64:",

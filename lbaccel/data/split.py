@@ -55,7 +55,7 @@ def split_by_hash(
         seed: another seed is another split.
 
     Raises:
-        InputError: `val_fraction` is out of range, or leaves one side of a class empty; a seed that is
+        InputError: `val_fraction` is out of range or leaves one side of a class empty, or a seed is
             no whole number from 0 to 2^64 - 1.
 
     >>> train, val = split_by_hash("abcdefgh", [0] * 8, classes=["x"], val_fraction=0.25, seed=0)
