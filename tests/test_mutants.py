@@ -22,6 +22,45 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a schedule that the user steps as well runs twice as fast": (
+        "update.plain_loop",
+        "if count is not None and self._moved is not None and count > self._moved:",
+        "if False:",
+        "tests/update/test_plain_loop.py::"
+        "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
+    ),
+    "going back to an older state counts as the user's step": (
+        "update.plain_loop",
+        "count > self._moved:",
+        "count != self._moved:",
+        "tests/update/test_plain_loop.py::test_going_back_to_a_state_is_no_step_of_the_users",
+    ),
+    "a loaded state that is ahead counts as the user's step": (
+        "update.plain_loop",
+        "self._moved, self._accumulated = None, self._accelerator.step",
+        "pass",
+        "tests/update/test_plain_loop.py::test_going_back_to_a_state_is_no_step_of_the_users",
+    ),
+    "the user's own optimizer step writes": (
+        "update.plain_loop",
+        "    if guard is None or guard._stepping:\n",
+        "    if True:\n",
+        "tests/update/test_plain_loop.py::"
+        "test_the_users_own_optimizer_step_is_refused_before_it_writes",
+    ),
+    "accumulate around an update is passed over": (
+        "update.plain_loop",
+        "if self._accelerator.step != self._accumulated or not self._accelerator.sync_gradients:",
+        "if False:",
+        "tests/update/test_plain_loop.py::"
+        "test_a_number_of_accumulation_steps_that_is_set_later_does_not_swallow_the_step",
+    ),
+    "an update of two micro-batches is taken apart into images and labels": (
+        "data.loader",
+        "if is_unpacking(sys._getframe(1)):",
+        "if False:",
+        "tests/data/test_as_data_loader.py::test_an_old_loop_over_the_loader_is_told_what_to_write",
+    ),
     "a ghost batch of rows has as many rows as samples": (
         "update.ghost_layers",
         "sizes = tuple(size * tokens for size in sizes)",
