@@ -33,13 +33,13 @@ MUTANTS = {
         "update.plain_loop",
         "count > self._moved:",
         "count != self._moved:",
-        "tests/update/test_plain_loop.py::test_going_back_to_a_state_is_no_step_of_the_users",
+        "tests/update/test_plain_loop.py::test_going_to_a_saved_state_is_no_step_of_the_users",
     ),
     "a loaded state that is ahead counts as the user's step": (
         "update.plain_loop",
         "self._moved, self._accumulated = None, self._accelerator.step",
         "pass",
-        "tests/update/test_plain_loop.py::test_going_back_to_a_state_is_no_step_of_the_users",
+        "tests/update/test_plain_loop.py::test_going_to_a_saved_state_is_no_step_of_the_users",
     ),
     "the user's own optimizer step writes": (
         "update.plain_loop",

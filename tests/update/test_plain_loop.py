@@ -67,19 +67,20 @@ def test_a_scheduler_that_was_not_given_is_the_users_to_step():
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**4
 
 
-def test_going_back_to_a_state_is_no_step_of_the_users():
+def test_going_to_a_saved_state_is_no_step_of_the_users():
     large_batch, _, _, loader, scheduler = make(halving)
-    start = [copy.deepcopy(x.state_dict()) for x in (large_batch, loader, scheduler)]
-    ahead = None
-    for _ in range(2):
-        for update in loader:
-            large_batch.update(update, cross_entropy)
-        ahead = ahead or [copy.deepcopy(x.state_dict()) for x in (large_batch, loader, scheduler)]
-        for thing, state in zip((large_batch, loader, scheduler), start, strict=True):
-            thing.load_state_dict(state)
-    for thing, state in zip((large_batch, loader, scheduler), ahead, strict=True):
+    start = copy.deepcopy(scheduler.state_dict())
+    for update in loader:
+        large_batch.update(update, cross_entropy)
+    things = (large_batch, loader, scheduler)
+    end = [copy.deepcopy(thing.state_dict()) for thing in things]
+    scheduler.load_state_dict(start)  # back, by itself
+    large_batch.update(next(iter(loader)), cross_entropy)
+    assert scheduler.last_epoch == 1
+    for thing, state in zip(things, end, strict=True):  # ahead, with all that belongs to it
         thing.load_state_dict(state)
     large_batch.update(next(iter(loader)), cross_entropy)
+    assert scheduler.last_epoch == 5
 
 
 def test_the_users_own_optimizer_step_is_refused_before_it_writes():
