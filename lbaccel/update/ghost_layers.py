@@ -102,7 +102,9 @@ def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
     if slot.rows_of_samples:
         return tokens
     node: Any = x.grad_fn
-    before = getattr(node, "_saved_self_sym_sizes", ()) if "View" in type(node).__name__ else ()
+    before: Any = (
+        getattr(node, "_saved_self_sym_sizes", ()) if "View" in type(node).__name__ else ()
+    )
     return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None
 
 

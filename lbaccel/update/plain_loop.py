@@ -13,15 +13,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from lbaccel.data.as_data_loader import LOOP
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError
 from lbaccel.optim.scheduler import updates_counted
+
+_WATCHES: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 def check_prepared(loader: Any, scheduler: Any) -> None:
@@ -92,10 +96,16 @@ class LoopGuard:
         self._stepping = False
         self._moved: int | None = None  # by our own steps, as the scheduler counts them
         self._accumulated = accelerator.step
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
         if isinstance(optimizer, Optimizer):
+            if (before := _WATCHES.pop(optimizer, None)) is not None:
+                before.remove()  # the LargeBatch that prepared it last steps it
             # Weakly: an optimizer outlives its LargeBatch, and then it is the user's again.
             own = weakref.ref(self)
-            optimizer.register_step_pre_hook(lambda stepped, *_: _refuse_step(own(), stepped))
+            _WATCHES[optimizer] = optimizer.register_step_pre_hook(
+                lambda stepped, *_: _refuse_step(own(), stepped)
+            )
 
     @contextmanager
     def stepping(self) -> Iterator[None]:

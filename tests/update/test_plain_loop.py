@@ -120,6 +120,19 @@ def test_the_optimizer_is_the_users_again_when_its_large_batch_is_gone():
     assert not torch.equal(before["weight"], model.state_dict()["weight"])
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_second_large_batch_takes_the_optimizer_over(wrapped):
+    first, model, optimizer, loader = make()
+    first.update(next(iter(loader)), cross_entropy)
+    second = LargeBatch(first.accelerator, PLAN)
+    given = optimizer if wrapped else optimizer.optimizer
+    model, optimizer, loader = second.prepare(model, given, loader)
+    assert second.update(next(iter(loader)), cross_entropy).applied
+    with pytest.raises(InputError, match="outside of an update"):
+        optimizer.step()
+    assert first.num_updates == 1  # it lives
+
+
 def test_accumulate_around_an_update_is_refused_in_the_first_one():
     accelerator = Accelerator(cpu=True)
     large_batch, model, _, loader = make(accelerator=accelerator)
