@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # no file of this disk, or no more of it: a sentence says so, and a traceback would not help
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,6 +44,27 @@ def check_whole(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={value!r} is not a whole number of at least 1. Use {name} >= 1.")
+
+
+def check_seed(name: str, value: Any) -> int:
+    """Stop at anything but a whole number from 0 to 2^64 - 1: a draw is a hash of these 64 bits.
+
+    Raises:
+        InputError: a fraction, a truth value, text, or a number out of the bounds.
+
+    >>> check_seed("seed", 0.5)
+    Traceback (most recent call last):
+    lbaccel.errors.InputError: seed=0.5 is not a whole number from 0 to 2^64 - 1. Use seed=0.
+    """
+    try:
+        seed = -1 if type(value).__name__ in ("bool", "bool_") else operator.index(value)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < 2**64:
+        raise InputError(
+            f"{name}={value!r} is not a whole number from 0 to 2^64 - 1. Use {name}=0."
+        )
+    return seed
 
 
 def check_choice(name: str, value: str, *, choices: Sequence[str]) -> None:

@@ -22,6 +22,116 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a schedule that the user steps as well runs twice as fast": (
+        "update.plain_loop",
+        "if count is not None and self._moved is not None and count > self._moved:",
+        "if False:",
+        "tests/update/test_plain_loop.py::"
+        "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
+    ),
+    "going back to an older state counts as the user's step": (
+        "update.plain_loop",
+        "count > self._moved:",
+        "count != self._moved:",
+        "tests/update/test_plain_loop.py::test_going_to_a_saved_state_is_no_step_of_the_users",
+    ),
+    "a loaded state that is ahead counts as the user's step": (
+        "update.plain_loop",
+        "self._moved, self._accumulated = None, self._accelerator.step",
+        "pass",
+        "tests/update/test_plain_loop.py::test_going_to_a_saved_state_is_no_step_of_the_users",
+    ),
+    "the user's own optimizer step writes": (
+        "update.plain_loop",
+        "    if guard is None or guard._stepping:\n",
+        "    if True:\n",
+        "tests/update/test_plain_loop.py::"
+        "test_the_users_own_optimizer_step_is_refused_before_it_writes",
+    ),
+    "accumulate around an update is passed over": (
+        "update.plain_loop",
+        "if self._accelerator.step != self._accumulated or not self._accelerator.sync_gradients:",
+        "if False:",
+        "tests/update/test_plain_loop.py::"
+        "test_a_number_of_accumulation_steps_that_is_set_later_does_not_swallow_the_step",
+    ),
+    "an update of two micro-batches is taken apart into images and labels": (
+        "data.loader",
+        "if is_unpacking(sys._getframe(1)):",
+        "if False:",
+        "tests/data/test_as_data_loader.py::test_an_old_loop_over_the_loader_is_told_what_to_write",
+    ),
+    "a ghost batch of rows has as many rows as samples": (
+        "update.ghost_layers",
+        "sizes = tuple(size * tokens for size in sizes)",
+        "sizes = (*sizes[:-1], x.shape[0] - sum(sizes[:-1]))",
+        "tests/update/test_ghost_layers.py::test_levit_equals_plain_ghost_batches_in_turn",
+    ),
+    "rows that lie token by token are cut as if they lay sample by sample": (
+        "update.ghost_layers",
+        "return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None",
+        "return tokens",
+        "tests/update/test_ghost_layers.py::"
+        "test_rows_that_are_not_known_to_lie_sample_by_sample_are_refused",
+    ),
+    "a seed of more than 64 bits is taken": (
+        "errors",
+        "if not 0 <= seed < 2**64:",
+        "if seed < 0:",
+        "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
+    ),
+    "a masks' seed is cut to a whole number": (
+        "randomness.masks",
+        'check_seed("seed", seed), device',
+        "int(seed), device",
+        "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
+    ),
+    "a scaler hides a loss that is not finite": (
+        "update.sharding.replicated",
+        "if not finite and (scaler is None or self._all_finite()):",
+        "if not finite and scaler is None:",
+        "tests/update/test_engine.py::test_a_scaler_does_not_hide_what_it_does_not_look_at",
+    ),
+    "a scaler keeps its account of a gradient that was not stepped with": (
+        "update.sharding.replicated",
+        "            scaler.update()\n",
+        "            pass\n",
+        "tests/update/test_engine.py::test_a_scaler_does_not_hide_what_it_does_not_look_at",
+    ),
+    "nan times a weight of 0 counts in the loss": (
+        "update.weightless",
+        "return torch.where(weight != 0, product, 0.0)",
+        "return product",
+        "tests/update/test_weightless.py::"
+        "test_an_update_with_empty_micro_batches_is_that_of_the_whole_batch",
+    ),
+    "nan times a weight of 0 counts in the gradient": (
+        "update.weightless",
+        "return torch.where(self._counts, gradient, gradient.new_zeros(()))",
+        "return gradient",
+        "tests/update/test_weightless.py::"
+        "test_an_update_with_empty_micro_batches_is_that_of_the_whole_batch",
+    ),
+    "FSDP2 is left without hooks": (
+        "update.weightless",
+        "                tensor.register_hook(self._gradient)\n",
+        "                pass\n",
+        "tests/update/test_weightless.py::"
+        "test_several_ranks_with_empty_micro_batches_give_the_whole_batch",
+    ),
+    "the gradient of an empty micro-batch is heard by the noise scale": (
+        "noise.scale",
+        "self._sums += torch.where(weight > 0, sums, 0.0)",
+        "self._sums += (weight > 0) * sums",
+        "tests/update/test_weightless.py::test_an_empty_micro_batch_is_no_unit_of_the_noise_scale",
+    ),
+    "a rank needs a whole group, where a short one will do": (
+        "batch.plan",
+        "        if groups < self.world_size:\n",
+        "        if self.global_batch_size < self.world_size * unit:\n",
+        "tests/batch/test_batch.py::"
+        "test_ranks_share_as_many_groups_as_there_are_and_the_last_may_be_short",
+    ),
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",
         '        torch.ones((), device="cpu", requires_grad=True).backward()\n',

@@ -97,12 +97,15 @@ class BatchPlan:
                     f"has. Use norm_batch_size <= {self.global_batch_size}."
                 )
         unit = self.group_size
-        if self.global_batch_size < self.world_size * unit:
-            what = "sample" if unit == 1 else f"group of {unit} samples"
+        groups = self.num_groups(self.global_batch_size)
+        if groups < self.world_size:
+            size = f"global_batch_size={self.global_batch_size} is"
+            if unit > 1:
+                size += f" {groups} group{'s' * (groups > 1)} of at most {unit} samples,"
             raise InputError(
-                f"global_batch_size={self.global_batch_size} is smaller than world_size="
-                f"{self.world_size} x {unit}: every rank needs at least one {what}. "
-                f"Use world_size <= {max(1, self.global_batch_size // unit)}."
+                f"{size} {'smaller' if unit == 1 else 'fewer'} than world_size={self.world_size}: "
+                f"every rank needs at least one {'sample' if unit == 1 else 'group'}. "
+                f"Use world_size <= {groups}."
             )
         if self.micro_batch_size % unit:
             below = self.micro_batch_size // unit * unit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbaccel.errors import InputError, RunFailed, check_number, check_whole
+from lbaccel.errors import InputError, RunFailed, check_number, check_seed, check_whole
 from lbaccel.models import SMALL_IMAGE, create_backbone
 from lbaccel.recipe.values import flag_of, group_samples
 from lbaccel.verification.ddp.against import verify_against_ddp
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     typed = [flag_of(name) for name in OF_DDP if getattr(a, name)]
     if typed and a.against is None:
         raise InputError(f"{typed[0]} is of --against ddp. Add that, or leave it out.")
-    torch.manual_seed(a.seed)
+    torch.manual_seed(check_seed("--seed", a.seed))
     model, size, num_classes = _build(a)
     if not a.pretrained and a.checkpoint is None:
         _add_noise(model, a.seed)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.data.sources import ImageArray
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.keys import keyed_uniform
 
 # One number for each kind of draw, so that no two share a hash.
@@ -39,6 +39,9 @@ class KeyedImages:
     flip: float = 0.0
     img_size: int | None = None
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -113,6 +116,7 @@ class GroupMix:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         if min(self.mixup, self.cutmix) < 0 or not (self.mixup or self.cutmix):
             raise InputError(
                 f"mixup={self.mixup} and cutmix={self.cutmix}: give at least one above 0."

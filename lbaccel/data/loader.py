@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
+from lbaccel.data.as_data_loader import check_options, check_parts, is_unpacking, taken_apart
 from lbaccel.data.order import samples_at
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
@@ -43,7 +45,12 @@ class Update:
     loader: UpdateLoader | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Any]]:
+        if is_unpacking(sys._getframe(1)):
+            raise taken_apart("for images, labels in loader")
         return iter(self.micro_batches)
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        raise taken_apart(f"batch[{key!r}]")
 
 
 class UpdateLoader:
@@ -88,7 +95,10 @@ class UpdateLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         transform: Transform | None = None,
+        **of_a_data_loader: NoReturn,
     ) -> None:
+        check_options(of_a_data_loader)
+        check_parts(dataset, plan)
         if not len(dataset):
             raise InputError("the training set is empty: give a data set of at least one sample.")
         if not hasattr(dataset, "__getitem__") and not hasattr(dataset, FETCH):
@@ -110,7 +120,7 @@ class UpdateLoader:
         self.dataset = dataset
         self.plan = plan.capped(len(dataset))
         self.rank = rank
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
         self.stream = UpdateStream(
             self.plan.global_batch_size,
             len(dataset),

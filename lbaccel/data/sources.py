@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lbaccel.data.images import ImageArray, ImageFiles, read_image
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
-from lbaccel.errors import InputError, RunFailed, reading
+from lbaccel.errors import InputError, RunFailed, check_seed, reading
 
 __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
 
@@ -72,6 +72,7 @@ def open_source(
     digits: 1438 training and 359 validation images of 8x8x1, 10 classes, split by hash of the index
     """
     check_val_fraction(val_fraction)
+    seed = check_seed("seed", seed)
     kind, _, path = spec.partition(":")
     if kind in AT_A_PATH and path:
         root = Path(path).expanduser().absolute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 
 SPLIT = "split by hash"  # how a share is held out, in words
 
@@ -55,13 +55,15 @@ def split_by_hash(
         seed: another seed is another split.
 
     Raises:
-        InputError: `val_fraction` is out of range, or leaves one side of a class empty.
+        InputError: `val_fraction` is out of range or leaves one side of a class empty, or a seed is
+            no whole number from 0 to 2^64 - 1.
 
     >>> train, val = split_by_hash("abcdefgh", [0] * 8, classes=["x"], val_fraction=0.25, seed=0)
     >>> train, val
     ([1, 2, 3, 5, 6, 7], [0, 4])
     """
     check_val_fraction(val_fraction)
+    seed = check_seed("seed", seed)
     members: list[list[int]] = [[] for _ in classes]
     for position, label in enumerate(labels):
         members[label].append(position)

@@ -275,9 +275,8 @@ class UnitNorms:
         total = torch.stack(norms).detach().double().square().sum()
         third = torch.stack(squares).double().sum() if squares else 0.0 * total
         if isinstance(weight, Tensor):
-            counts = (weight > 0).double()
-            weight = torch.where(weight > 0, weight, 1.0)
-            self._sums += torch.stack([counts, counts * total / weight, counts * third / weight])
+            sums = torch.stack([torch.ones_like(total), total / weight, third / weight])
+            self._sums += torch.where(weight > 0, sums, 0.0)  # its gradient may be nan
         else:
             self._sums += torch.stack([torch.ones_like(total), total / weight, third / weight])
 

@@ -87,6 +87,19 @@ def after_update(scheduler: Any, *, dropped: bool) -> None:
         scheduler.step()
 
 
+def updates_counted(scheduler: Any) -> int | None:
+    """How often a scheduler has moved, by its own count; None where it has none.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    >>> updates_counted(lr_scheduler(optimizer, lambda s: 1.0, samples_per_update=32))
+    0
+    """
+    name = "num_updates" if isinstance(scheduler, AdaScaleLR) else "last_epoch"
+    count = getattr(scheduler, name, None)
+    return count if isinstance(count, int) else None
+
+
 class AdaScaleLR:
     """Learning rates by AdaScale: `lr = initial_lr * gain * schedule(t B0)`, group by group.
 

@@ -289,7 +289,7 @@ def _alternatives(search: Search, choice: Choice, num_updates: int) -> list[Alte
     found: list[Alternative] = []
     estimator, candidate = search.estimator, choice.candidate
     for world in WORLD_SIZES:
-        if estimator.plan.global_batch_size < world * search.unit:
+        if estimator.plan.num_groups(estimator.plan.global_batch_size) < world:
             continue
         batch = replace(
             estimator.plan, world_size=world, micro_batch_size=candidate.micro_batch_size

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lbaccel.batch.plan import MicroBatch
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
@@ -54,6 +54,9 @@ class KeyedRandomness:
         device: where the network runs.
         layouts: where the tensors of the calls hold their samples; None goes by their rows.
 
+    Raises:
+        InputError: a seed that is no whole number from 0 to 2^64 - 1.
+
     >>> import torch
     >>> from lbaccel.batch.plan import MicroBatch
     >>> randomness, drop = KeyedRandomness(0, torch.device("cpu")), torch.nn.Dropout(0.5)
@@ -69,7 +72,7 @@ class KeyedRandomness:
     """
 
     def __init__(self, seed: int, device: torch.device, layouts: Layouts | None = None) -> None:
-        self.seed, self.device, self.layouts = seed, device, layouts
+        self.seed, self.device, self.layouts = check_seed("seed", seed), device, layouts
         self.must_learn = False  # a call without layouts raises `NotLearned`
         self._update = 0
         self._micro_batch: MicroBatch | None = None

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.update.memory.oom import is_out_of_memory
+from lbaccel.update.weightless import Weightless
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
 """(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
@@ -68,7 +69,8 @@ def accumulate(
     """Add the gradients of one rank's micro-batches to `.grad`; no host synchronisation.
 
     Each loss is multiplied by w_i / `num_samples` before its backward, so that `.grad` never
-    leaves the scale of a mean. A filler has weight zero.
+    leaves the scale of a mean. A filler has weight zero; of a micro-batch of weight zero neither
+    loss nor gradient counts, even where they are nan (`Weightless`).
 
     Args:
         model: handed to `loss_fn` as it is.
@@ -86,39 +88,41 @@ def accumulate(
     weight_sum: Tensor | float = 0.0
     weighs: bool | None = None
     device = None
-    for micro_batch, data in micro_batches:
-        with ExitStack() as around:
-            for scope in scopes:
-                around.enter_context(scope.forward(micro_batch))
-            out = loss_fn(model, data)
-            loss, weight = out if isinstance(out, tuple) else (out, None)
-            _check_loss(loss)
-            device = loss.device
-            if weighs is None:
-                weighs = weight is not None
-            elif weighs != (weight is not None):
-                raise InputError(
-                    "the loss function returned a weight for some micro-batches of this update "
-                    "and none for others. Return (loss, weight) always or never."
-                )
-            if micro_batch.is_filler:
-                weight = 0.0
-            elif weight is None:
-                weight = float(micro_batch.num_samples)
-            elif isinstance(weight, Tensor):
-                weight = weight.detach().double()  # int64 / int would be float32
-            share = weight / num_samples
-            scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
-            with ExitStack() as recompute:
+    with Weightless(model) as weightless:
+        for micro_batch, data in micro_batches:
+            with ExitStack() as around:
                 for scope in scopes:
-                    recompute.enter_context(scope.backward())
-                backward(scaled)
-            if after is not None:
-                after(weight)
-            if not micro_batch.is_filler:
-                loss_sum = loss_sum + loss.detach().double() * weight
-                weight_sum = weight_sum + weight
-            del out, loss, scaled
+                    around.enter_context(scope.forward(micro_batch))
+                out = loss_fn(model, data)
+                loss, weight = out if isinstance(out, tuple) else (out, None)
+                _check_loss(loss)
+                device = loss.device
+                if weighs is None:
+                    weighs = weight is not None
+                elif weighs != (weight is not None):
+                    raise InputError(
+                        "the loss function returned a weight for some micro-batches of this update "
+                        "and none for others. Return (loss, weight) always or never."
+                    )
+                if micro_batch.is_filler:
+                    weight = 0.0
+                elif weight is None:
+                    weight = float(micro_batch.num_samples)
+                elif isinstance(weight, Tensor):
+                    weight = weight.detach().double()  # int64 / int would be float32
+                share = weight / num_samples
+                scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
+                weightless.expect(weight)
+                with ExitStack() as recompute:
+                    for scope in scopes:
+                        recompute.enter_context(scope.backward())
+                    backward(scaled)
+                if after is not None:
+                    after(weight)
+                if not micro_batch.is_filler:
+                    loss_sum = loss_sum + weightless.share(loss, weight)
+                    weight_sum = weight_sum + weight
+                del out, loss, scaled
     as_double = {"dtype": torch.float64, "device": device}
     return Sums(
         torch.as_tensor(loss_sum, **as_double),

@@ -24,6 +24,7 @@ from lbaccel.update.accumulation import Agreement, LossFn, Stop
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
 from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
+from lbaccel.update.plain_loop import LoopGuard, check_prepared
 from lbaccel.update.preflight import check_accelerator
 from lbaccel.update.result import UpdateResult
 from lbaccel.update.sharding.optimizer_state import OptimizerState
@@ -104,6 +105,7 @@ class LargeBatch:
         self._ema: Any = None
         self._transaction: Transaction | None = None
         self._stop_requested: Stop | None = None
+        self._guard: LoopGuard | None = None
 
     @property
     def plan(self) -> BatchPlan:
@@ -133,10 +135,12 @@ class LargeBatch:
 
         Raises:
             InputError: it was called before, or model, optimizer or DeepSpeed's configuration would
-                break the contract.
+                break the contract; a plain DataLoader, or a scheduler that an update can't move.
         """
         if self._transaction is not None:
             raise failures.prepared_before()
+        check_prepared(loader, scheduler)
+        given = optimizer
         self.norm = convert_batch_norm(
             model, self.plan.norm_batch_size, statistics=self.bn_statistics
         )
@@ -159,6 +163,7 @@ class LargeBatch:
             units=self._unit_norms(sharding, optimizer),
         )
         self._scheduler, self._ema = scheduler, ema
+        self._guard = LoopGuard(self.accelerator, given, scheduler)
         for thing in (self, scheduler, loader):
             if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
                 self.accelerator.register_for_checkpointing(thing)
@@ -187,10 +192,14 @@ class LargeBatch:
                 weight is the sum of token, mask or class weights that the mean was taken over.
 
         Raises:
+            InputError: no update, or a line of a plain loop that moves what an update moves
+                (`scheduler.step()`, `accelerator.accumulate`).
             RunFailed: the loss or the gradient is not finite (without fp16's scaler), or another
                 rank failed; weights, statistics and counters are as before.
         """
-        transaction = self._ready()
+        transaction, guard = self._ready(), self._guard
+        assert guard is not None
+        guard.before_update(update)
         transaction.sharding.reserve()
         for num_retries in range(self.plan.micro_batch_size + 1):
             try:
@@ -200,15 +209,17 @@ class LargeBatch:
                 if agreement.out_of_memory:
                     self._shrink(update)
                     continue
-                step = transaction.finish(
-                    agreement,
-                    update,
-                    plan=self.plan,
-                    num_updates=self.num_updates,
-                    samples_seen=self.samples_seen,
-                    noise_scale=self.noise_scale,
-                    dropped=self._drops is not None and self._drops(agreement.loss, update.index),
-                )
+                dropped = self._drops is not None and self._drops(agreement.loss, update.index)
+                with guard.stepping():
+                    step = transaction.finish(
+                        agreement,
+                        update,
+                        plan=self.plan,
+                        num_updates=self.num_updates,
+                        samples_seen=self.samples_seen,
+                        noise_scale=self.noise_scale,
+                        dropped=dropped,
+                    )
                 return self._count(update, agreement, step, num_retries=num_retries)
             except BaseException:
                 transaction.drop()
@@ -301,6 +312,8 @@ class LargeBatch:
                 after_update(self._scheduler, dropped=dropped)
             if self._ema is not None and not dropped:
                 self._ema.update(self._ready().sharding.module)
+        if self._guard is not None:
+            self._guard.after_update()
         size = self.plan.micro_batch_size
         note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
         announce(note, speak=self.accelerator.is_main_process)
@@ -353,5 +366,7 @@ class LargeBatch:
         self.samples_seen = int(state["samples_seen"])
         if self.noise_scale is not None and "noise_scale" in state:
             self.noise_scale.load_state_dict(state["noise_scale"])
+        if self._guard is not None:
+            self._guard.forget()
         if self._transaction is not None:
             self._transaction.sharding.half_stepped = False

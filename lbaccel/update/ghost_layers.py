@@ -28,6 +28,7 @@ class Slot:
 
     def __init__(self, norm: GhostNorm, name: str) -> None:
         self.norm, self.name = norm, name
+        self.rows_of_samples = False  # the layer's rows are known to be runs of a sample's tokens
         self.mean = self.var = self.spare_mean = self.spare_var = None
         self.num_groups = 0
         self.num_values = 0
@@ -54,19 +55,23 @@ def _ghost_forward(self: Any, x: Tensor) -> Tensor:
 
 def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Tensor:
     assert norm.micro_batch is not None
-    sizes = norm.micro_batch.group_sizes
-    if x.shape[0] != norm.micro_batch.num_samples:
-        raise InputError(
-            f"BatchNorm layer {slot.name!r} got {x.shape[0]} samples where the micro-batch holds "
-            f"{norm.micro_batch.num_samples}: ghost batches are cut by sample, so the model must "
-            "see each micro-batch once, whole. Use norm_batch_size='frozen' for this loss."
-        )
+    num_samples, sizes = norm.micro_batch.num_samples, norm.micro_batch.group_sizes
+    if x.shape[0] != num_samples:
+        tokens = _tokens(x, slot, num_samples)
+        if tokens is None:
+            raise InputError(
+                f"BatchNorm layer {slot.name!r} got {x.shape[0]} samples where the micro-batch "
+                f"holds {num_samples}: ghost batches are cut by sample, so the model must see "
+                "each micro-batch once, whole (rows of tokens as a view of [samples, tokens, "
+                "channels]). Use norm_batch_size='frozen' for this loss."
+            )
+        sizes = tuple(size * tokens for size in sizes)
     smallest = min(sizes) * x.shape[2:].numel()
     if smallest < 2:
         raise InputError(
             f"BatchNorm layer {slot.name!r} has one value a channel in a ghost batch of "
-            f"{min(sizes)} sample: no variance can be taken. Use norm_batch_size >= 2, larger "
-            "images, or norm_batch_size='frozen'."
+            f"{min(norm.micro_batch.group_sizes)} sample: no variance can be taken. Use "
+            "norm_batch_size >= 2, larger images, or norm_batch_size='frozen'."
         )
     discard = norm.recomputing or norm.micro_batch.is_filler
     if not discard:
@@ -75,11 +80,32 @@ def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Ten
             raise InputError(
                 f"BatchNorm layer {slot.name!r} runs {slot.calls} times in one forward, so the "
                 f"order of its statistics would depend on the {len(sizes)} ghost batches of a "
-                f"micro-batch. Use micro_batch_size=norm_batch_size={max(sizes)}, or 'frozen'."
+                "micro-batch. Use micro_batch_size=norm_batch_size="
+                f"{max(norm.micro_batch.group_sizes)}, or 'frozen'."
             )
     if len(sizes) == 1:
         return _normalise(layer, x, slot, norm, discard)
     return torch.cat([_normalise(layer, part, slot, norm, discard) for part in x.split(sizes)])
+
+
+def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
+    """Rows of a sample in `x` [samples x tokens, channels]; None where rows may be anything else.
+
+    A sample's rows must follow one another, or a run of them would be no ghost batch. So `x` is
+    a view of a tensor whose first dimension holds the samples, as the autograd graph says, or the
+    layer's module is known to make it so. (Where there are as many tokens as samples, the graph
+    can't tell [samples, tokens, C] from [tokens, samples, C]; any other micro-batch does.)
+    """
+    tokens, rest = divmod(x.shape[0], num_samples)
+    if x.ndim != 2 or rest or not tokens:
+        return None
+    if slot.rows_of_samples:
+        return tokens
+    node: Any = x.grad_fn
+    before: Any = (
+        getattr(node, "_saved_self_sym_sizes", ()) if "View" in type(node).__name__ else ()
+    )
+    return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None
 
 
 def _normalise(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool) -> Tensor:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from timm.models.levit import LinearNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -227,6 +228,11 @@ def convert_batch_norm(
         layer.__class__ = GHOST_CLASSES.get(type(layer), type(layer))  # type: ignore[assignment]
         layer._ghost_slot = Slot(norm, name)  # type: ignore[assignment]
         norm.layers.append(layer)
+    for module in model.modules():
+        if isinstance(module, LinearNorm):  # of LeViT: [samples, tokens, C], with its rows in a run
+            slot = getattr(module.bn, SLOT, None)
+            if slot is not None:
+                slot.rows_of_samples = True
     return norm
 
 

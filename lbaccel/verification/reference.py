@@ -130,13 +130,14 @@ def _run_ghost_batches_in_turn(
 
 def _in_turn(layer: Any, name: str, sizes: Any, num_samples: int, calls: Any) -> Any:
     def forward(x: Tensor) -> Tensor:
-        if len(x) != num_samples:
+        tokens, rest = divmod(len(x), num_samples)  # rows of a sample, one after the other
+        if rest or not tokens or (tokens > 1 and x.ndim != 2):
             raise InputError(
                 f"BatchNorm layer {name!r} got {len(x)} rows where the batch holds {num_samples} "
                 "samples: ghost batches are cut by sample. Use norm_batch_size='frozen' "
                 "(--norm-batch-size frozen) for this loss."
             )
-        parts = x.split(sizes)
+        parts = x.split([size * tokens for size in sizes])
         outs = [
             F.batch_norm(p, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
             for p in parts

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel import __version__
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
-from lbaccel.errors import InputError, check_number
+from lbaccel.errors import InputError, check_number, check_seed
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.verification.certificate import (
@@ -102,6 +102,7 @@ def verify(
     True
     """
     check_number("tolerance", tolerance, at_most=1.0)
+    seed = check_seed("seed", seed)
     model = unwrapped(model)
     with aside(model):
         in_float64, num_samples = float64_batch(batch)

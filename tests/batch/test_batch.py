@@ -18,7 +18,7 @@ def plans(draw):
     pairs = norm is None and draw(st.booleans())
     unit = norm if isinstance(norm, int) else 2 if pairs else 1
     world = draw(st.integers(1, 5))
-    size = draw(st.integers(max(2, world * unit), 200))
+    size = draw(st.integers(max(2, unit, (world - 1) * unit + 1), 200))  # a group for each rank
     return BatchPlan(
         global_batch_size=size,
         micro_batch_size=unit * draw(st.integers(1, 12)),
@@ -96,6 +96,15 @@ def test_the_equation_and_what_is_derived():
         ({"norm_batch_size": 1024}, "larger than global_batch_size=512"),
         ({"world_size": 513}, "Use world_size <= 512"),
         ({"world_size": 17, "norm_batch_size": 32}, "Use world_size <= 16"),
+        (
+            {
+                "global_batch_size": 11,
+                "micro_batch_size": 4,
+                "world_size": 4,
+                "norm_batch_size": 4,
+            },
+            "is 3 groups of at most 4 samples, fewer than world_size=4.*Use world_size <= 3",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_names_the_numbers_and_what_to_type(options, words):
@@ -228,6 +237,14 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates():
         UpdateStream(5, 10, "turn")
 
 
+def test_ranks_share_as_many_groups_as_there_are_and_the_last_may_be_short():
+    plan = BatchPlan(global_batch_size=11, micro_batch_size=4, world_size=3, norm_batch_size=4)
+    shares = [[m.group_sizes for m in plan.partition(rank)] for rank in range(3)]
+    assert shares == [[(4,)], [(4,)], [(3,)]]
+    pairs = BatchPlan(global_batch_size=5, micro_batch_size=2, world_size=3, mix_pairs=True)
+    assert [pairs.partition(rank)[0].num_samples for rank in range(3)] == [2, 2, 1]
+
+
 def test_ghost_batches_of_one_sample_stay_apart():
     plan = BatchPlan(global_batch_size=5, micro_batch_size=2, norm_batch_size=1)
     assert [m.group_sizes for m in plan.partition()] == [(1, 1), (1, 1), (1,)]
@@ -235,7 +252,7 @@ def test_ghost_batches_of_one_sample_stay_apart():
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 4), st.integers(1, 6))
 def test_the_largest_micro_batch_is_that_of_the_partition(batch, groups, world, norm):
-    if batch < world * norm or norm > batch:
+    if -(-batch // norm) < world or norm > batch:
         return
     plan = BatchPlan(
         global_batch_size=batch,

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from updates import cross_entropy, one_update, visiting_order
 
 from lbaccel import BatchPlan, LargeBatch, RunFailed, UpdateLoader
-from lbaccel.errors import InputError
+from lbaccel.errors import Diverged, InputError
 from lbaccel.optim.scheduler import lr_scheduler
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.normalization import convert_batch_norm
@@ -254,6 +254,49 @@ def test_the_loss_scale_is_undone_before_the_norm_is_taken_and_clipped():
         ends.append((result.grad_norm, found))
     assert ends[0][0] == ends[1][0]
     assert_same(ends[0][1], ends[1][1])
+
+
+class Huge(torch.autograd.Function):
+    """The identity; its gradient is so large that its norm, and no element, exceeds float32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, 1e25)
+
+
+@pytest.mark.parametrize("case", ["loss of nan", "loss of inf", "norm of inf"])
+def test_a_scaler_does_not_hide_what_it_does_not_look_at(case):
+    """The gradient's elements are finite, so the scaler would step, and without the clipping."""
+
+    def loss_fn(model, micro_batch):
+        loss = cross_entropy(model, micro_batch)
+        if case == "norm of inf":
+            return Huge.apply(loss)
+        return loss + float(case.split()[-1])  # its gradient is that of the loss
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    model = make_network(norm=True).float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plan = BatchPlan(global_batch_size=16, micro_batch_size=4, norm_batch_size=4)
+    large_batch = LargeBatch(accelerator, plan, clip_grad_norm=0.01)
+    x, y = make_data(16)
+    loader = UpdateLoader(TensorDataset(x.float(), y), plan)
+    model, optimizer, loader = large_batch.prepare(model, optimizer, loader)
+    before = copy.deepcopy(model.state_dict())
+    (update,) = loader
+    with pytest.raises(Diverged, match="Nothing of this update was written"):
+        large_batch.update(update, loss_fn)
+    assert_same(model.state_dict(), before)
+    assert accelerator.scaler.state_dict()["_growth_tracker"] == 0
+    (update,) = loader
+    assert large_batch.update(update, cross_entropy).applied
+    moved = [p - before[name] for name, p in model.named_parameters()]
+    assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -109,7 +110,9 @@ class Replicated:
         norm = accumulation.gradient_norm(self.parameters)
         grad_norm = float(norm)
         finite = math.isfinite(agreement.loss) and math.isfinite(grad_norm)
-        if not finite and scaler is None:
+        if not finite and (scaler is None or self._all_finite()):
+            # The scaler would step: it looks at each element of the gradient, and at nothing else.
+            self._close_scaler()
             return Step(grad_norm, "not finite")
         if self._clip_grad_norm is not None and finite:
             accumulation.clip_gradients(self.parameters, norm, self._clip_grad_norm)
@@ -121,6 +124,18 @@ class Replicated:
             self.half_stepped = True
             raise
         return Step(grad_norm, "skipped" if self._optimizer.step_was_skipped else "written")
+
+    def _all_finite(self) -> bool:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return all(bool(torch.isfinite(grad).all()) for grad in grads)
+
+    def _close_scaler(self) -> None:
+        """Let the scaler forget a gradient that it has unscaled; its scale and count stay."""
+        scaler = self._accelerator.scaler
+        if scaler is not None:
+            state = scaler.state_dict()
+            scaler.update()
+            scaler.load_state_dict(state)
 
     def optimizer_state(self) -> OptimizerState:
         """The optimizer itself."""

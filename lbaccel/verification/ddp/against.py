@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel import __version__
 from lbaccel.batch.plan import MicroBatch, NormBatchSize
-from lbaccel.errors import InputError, check_number, check_whole
+from lbaccel.errors import InputError, check_number, check_seed, check_whole
 from lbaccel.update.accumulation import LossFn
 from lbaccel.verification.certificate import number_or_none
 from lbaccel.verification.copies import aside, float64_batch, float64_copy, unwrapped
@@ -77,6 +77,7 @@ def verify_against_ddp(
         RunFailed: ranks can't be started, or one failed.
     """
     check_number("tolerance", tolerance, at_most=1.0)
+    seed = check_seed("seed", seed)
     check_whole("gpus", gpus)
     check_whole("accumulation", accumulation)
     if uneven and sync_bn:
