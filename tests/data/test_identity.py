@@ -11,6 +11,7 @@ import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
 import yaml
 from PIL import Image
+from runs_of_recipe import without_contract
 
 from lbaccel import InputError, open_source, train
 from lbaccel.data.identity import check_identity, identity_of
@@ -125,6 +126,7 @@ def test_a_run_of_before_without_an_identity_still_needs_its_path(capsys):
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text())
     del config["data_identity"]
+    without_contract(folder)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     shutil.copytree("images", "copy")
     assert train.main(["--resume", str(folder), "--data", "folder:copy"]) == 2
