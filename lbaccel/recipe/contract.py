@@ -100,7 +100,8 @@ def names_allowed(words: Collection[str]) -> frozenset[str]:
             raise InputError("--allow-changed epochs: use --epochs with --extend.")
         if not OPTIONS[name].contract:
             raise InputError(
-                f"--allow-changed {name}: it is no part of the contract. Give {flag_of(name)} alone."
+                f"--allow-changed {name}: it is no part of the contract. Give "
+                f"{flag_of(name)} alone."
             )
         if name not in CHANGEABLE:
             raise InputError(
@@ -124,7 +125,7 @@ def against(
     """
     lines = options_in(content, path)
     extended = _goes_on(contract, content)
-    merged, told = {**lines}, []
+    merged, told = {**lines}, {}
     for name, raw in contract[VALUES].items():
         if name not in OPTIONS:
             continue  # of a later version
@@ -136,15 +137,13 @@ def against(
         same_images = name == "data" and same_kind(before, after)
         if after == before or name in allowed or same_images or (name == "epochs" and extended):
             continue
-        told.append(f"{name}: {shown(after)} in place of {shown(before)}")
+        told[name] = f"{name}: {shown(after)} in place of {shown(before)}"
     if told:
-        names = sorted(
-            line.partition(":")[0] for line in told if line.partition(":")[0] in CHANGEABLE
-        )
+        names = sorted(told.keys() & CHANGEABLE)
         way = f", or take it with --allow-changed {' '.join(names)}" if names else ""
         raise InputError(
             f"{path} differs from the contract that the checkpoint was made with: "
-            f"{'; '.join(told)}. Restore it{way}, or start a new run without --resume."
+            f"{'; '.join(told.values())}. Restore it{way}, or start a new run without --resume."
         )
     merged |= {key: contract[key] for key in (ORIGIN, ASKED, IDENTITY, CHANGES)}
     return {**merged, EXTENSIONS: content[EXTENSIONS] if extended else contract[EXTENSIONS]}

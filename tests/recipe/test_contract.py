@@ -20,8 +20,8 @@ CONTRACT = [name for name, row in OPTIONS.items() if row.contract or name == "ep
 # Another value that can be read, for each setting.
 OTHER = {
     **dict.fromkeys(("model", "checkpoint", "batch_decisions"), "other"),
-    **dict.fromkeys(("mean", "std", "factor", "batch_sizes", "lr_factors", "milestones"), [1, 2]),
-    **dict.fromkeys(("betas", "loss_dropout"), [0.5, 0.6]),
+    **dict.fromkeys(("mean", "std", "factor", "batch_sizes", "lr_factors", "milestones"), (1, 2)),
+    **dict.fromkeys(("betas", "loss_dropout"), (0.5, 0.6)),
     "data": "cifar10",
     "auto_augment": "rand-m9",
     "optimizer": "adamw",
@@ -41,11 +41,12 @@ def begun(tmp_path_factory):
     return run("--max-updates", 4, output=tmp_path_factory.mktemp("begun"))
 
 
-def edited(begun, change):
+def edited(begun, change, *, whole=True):
     """A copy of the run, with its config.yaml changed by a function of its content."""
     folder = Path("copy") / begun.name
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(begun, folder, symlinks=True)
+    heavy = () if whole else ("*.safetensors", "state.pt", "plots", "metrics*")
+    shutil.copytree(begun, folder, symlinks=True, ignore=shutil.ignore_patterns(*heavy))
     path = folder / "config.yaml"
     content = yaml.safe_load(path.read_text())
     change(content)
@@ -72,9 +73,10 @@ def other(name, value):
 @pytest.mark.parametrize("name", CONTRACT)
 def test_an_edit_of_the_contract_is_refused_by_its_name(name, begun):
     def change(content):
-        content[name] = other(name, content[name])
+        value = other(name, content[name])
+        content[name] = list(value) if isinstance(value, tuple) else value
 
-    folder = edited(begun, change)
+    folder = edited(begun, change, whole=False)
     with pytest.raises(InputError, match=rf"differs from the contract.*\b{name}: "):
         settings_of(folder)
 
@@ -82,13 +84,13 @@ def test_an_edit_of_the_contract_is_refused_by_its_name(name, begun):
 @pytest.mark.parametrize("name", [*CONTRACT, "origin", "asked", "extensions", "data_identity"])
 def test_a_lost_line_is_the_contract_s(name, begun):
     truth = settings_of(begun)
-    found = settings_of(edited(begun, lambda content: content.pop(name)))
+    found = settings_of(edited(begun, lambda content: content.pop(name), whole=False))
     assert found.values() | {"resume": 0} == truth.values() | {"resume": 0}
     for field in ("asked", "extensions", "identity"):
         assert getattr(found, field) == getattr(truth, field)
 
 
-@pytest.mark.parametrize("wrong", [[1, [2]], {"a": 1}, "no such", True, -1.5])
+@pytest.mark.parametrize("wrong", [[1, [2]], {"a": 1}, "no such", True])
 @pytest.mark.parametrize("name", CONTRACT)
 def test_a_value_of_a_wrong_type_is_refused_by_its_name(name, wrong, begun):
     def change(content):
@@ -96,7 +98,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name(name, wrong, begun):
 
     kept = settings_of(begun).value(name)
     try:
-        found = settings_of(edited(begun, change))
+        found = settings_of(edited(begun, change, whole=False))
     except InputError as error:
         assert name in str(error)
     else:  # another way to write the same
@@ -121,7 +123,6 @@ def test_the_command_line_says_it_and_a_lost_seed_ends_as_the_unbroken_run(begun
     folder = edited(begun, lambda content: content.update(optimizer="adamw"))
     assert train.main(["--resume", str(folder)]) == 2
     assert "optimizer: adamw in place of sgd" in capsys.readouterr().err
-    assert train.main(["--resume", "auto", "--output", "copy"]) == 0  # another recipe: a new run
     folder = edited(begun, lambda content: content.pop("seed"))
     assert train.main(["--resume", str(folder), "--max-updates", "100"]) == 0
     found, truth = tensors(folder), tensors(whole())
