@@ -113,7 +113,7 @@ class Training:
         history = {
             ASKED: dict(s.asked),
             EXTENSIONS: [list(pair) for pair in s.extensions],
-            IDENTITY: s.identity or identity_of(task.source),
+            IDENTITY: _identity(s, task),
             CHANGES: [dict(change) for change in s.changes],
         }
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
@@ -209,6 +209,14 @@ def _optimizer(
     fused = takes_fused_step(s.optimizer, accelerator, task.precision)
     optimizer = build_optimizer(s.optimizer, task.model, rate=rate, fused=fused, say=say)
     return optimizer, schedule if factor is None else product(schedule, factor)
+
+
+def _identity(s: Checked, task: Task) -> Mapping[str, Any]:
+    """Of the images: as the run began with, with a digest of bytes once that is asked for."""
+    of_bytes = s.data.data_digest == "bytes"
+    if s.identity is not None and ("bytes" in s.identity or not of_bytes):
+        return s.identity
+    return identity_of(task.source, of_bytes=of_bytes)
 
 
 def _average(model: nn.Module, decay: float | None) -> Any:
