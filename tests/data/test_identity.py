@@ -109,6 +109,12 @@ def test_other_bytes_of_the_same_size_are_seen_where_the_digest_of_bytes_was_ask
     assert train.main(["--resume", str(folder), "--max-updates", "3"]) == 0
 
 
+def test_a_digest_of_bytes_that_holds_is_no_change():
+    make_images("images")
+    source = open_source("folder:images")
+    check_identity(source, identity_of(source, of_bytes=True), data="folder:images")
+
+
 def test_a_digest_of_bytes_may_be_asked_for_later():
     make_images("images")
     flags = [*FLAGS, "--data", "folder:images", "--max-updates", "2"]

@@ -191,6 +191,13 @@ def test_a_damaged_contract_is_refused_by_the_checksums(begun, capsys):
     assert "contract.json is damaged" in capsys.readouterr().err
 
 
+def test_a_damaged_contract_counts_for_nothing(begun):
+    path = newest(edited(begun, lambda content: None)) / "contract.json"
+    path.write_text(path.read_text().replace('"seed": 4', '"seed": 5'))
+    with pytest.raises(InputError, match="damaged"):
+        read_contract(path.parent)
+
+
 def test_a_newest_checkpoint_that_is_refused_leaves_no_contract_that_nobody_compared(begun, capsys):
     folder = edited(begun, lambda content: content.update(label_smoothing=0.1))
     resumed = ["--resume", str(folder)]
