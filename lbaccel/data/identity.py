@@ -94,7 +94,7 @@ def _images_of(source: Source) -> dict[str, int]:
 
 
 def _classes_told(now: Any, before: Any) -> list[str]:
-    """What changed in the classes: at most five of them."""
+    """The changes in the classes, at most five of them."""
     if not isinstance(now, Mapping) or not isinstance(before, Mapping) or now == before:
         return []
     told = [f"class {name!r} is gone" for name in before if name not in now]

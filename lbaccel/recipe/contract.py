@@ -30,7 +30,7 @@ CHANGEABLE = frozenset(
 
 
 def contract_of(settings: Settings, taken: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result of a run, for its checkpoints.
+    """The settings that decide the result of a run, for its checkpoints.
 
     Args:
         settings: of the run.
@@ -152,7 +152,7 @@ def against(
 def changes_of(
     before: Settings, after: Settings, *, allowed: Collection[str], update: int | None
 ) -> tuple[dict[str, Any], ...]:
-    """What a resume changes in the contract, for the record."""
+    """The changes that a resume makes in the contract, for the record."""
     return tuple(
         {"name": n, "before": before.value(n), "after": after.value(n), "update": update}
         for n in sorted(allowed)
