@@ -49,6 +49,7 @@ def run(settings: Settings) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
     from lbaccel.recipe.accelerator import make_accelerator
     from lbaccel.recipe.checks import checked
+    from lbaccel.recipe.contract import check_chosen
     from lbaccel.recipe.resume import AUTO
     from lbaccel.recipe.signals import graceful_signals
     from lbaccel.recipe.sizes import limit_for
@@ -64,7 +65,11 @@ def run(settings: Settings) -> Path | None:
         say(unsupported)
     if s.run.resume is None and auto:
         say("resume: no run here was asked for with these settings; a new one starts")
+    for note in s.notes:
+        say(note)
     resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say)
+    if resume_from is not None:
+        check_chosen(resume_from, s.contract)
     t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
     if t.large_batch.num_updates >= t.length.stop_at and t.session.was_closed():
         done, stop_at = t.large_batch.num_updates, t.length.stop_at
@@ -91,9 +96,11 @@ def run(settings: Settings) -> Path | None:
 
 def open_folder(t: Training) -> None:
     """Make the run folder, or go on in it, and start the trackers."""
+    from lbaccel.recipe.contract import contract_of
     from lbaccel.runs.tracking import start_trackers
 
     s, (taken, plan) = t.settings, t.describe()
+    t.session.contract = contract_of(s, taken)
     name = f"{s.model.model}-gbs{s.batch.global_batch_size}"
     folder = t.session.open(
         Path(s.run.output), name=name, seed=s.run.seed, config=t.config(taken, plan)

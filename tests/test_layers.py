@@ -48,6 +48,7 @@ NO_TORCH = (  # those without numpy first
     "recipe.rate",
     "recipe.settings",
     "recipe.resume",
+    "recipe.contract",
     "recipe.signals",
     "recipe.schedule_table",
     "stability.limit",

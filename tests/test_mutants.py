@@ -578,6 +578,51 @@ MUTANTS = {
         "tests/runs/test_resume.py::"
         "test_a_run_may_be_resumed_many_times_and_from_an_older_checkpoint",
     ),
+    "a resume deletes the checkpoints behind its update": (
+        "runs.abandoned",
+        "            path.rename(aside / name)\n",
+        "            shutil.rmtree(path)\n",
+        "tests/runs/test_abandoned.py::test_a_refused_newest_checkpoint_keeps_its_good_weights",
+    ),
+    "lines of lost updates are deleted": (
+        "runs.abandoned",
+        "    _copy_lines(run, update, say=say)\n",
+        "",
+        "tests/runs/test_abandoned.py::"
+        "test_a_resume_from_the_newest_makes_no_folder_and_keeps_the_lines_of_lost_updates",
+    ),
+    "an edited config.yaml is trusted": (
+        "recipe.resume",
+        "    if contract is not None:\n        content = against(",
+        "    if False:\n        content = against(",
+        "tests/recipe/test_contract.py::"
+        "test_an_edit_of_the_contract_is_refused_by_its_name[weight_decay]",
+    ),
+    "a lost line is the default's": (
+        "recipe.contract",
+        "            merged[name] = raw\n",
+        "            pass\n",
+        "tests/recipe/test_contract.py::test_a_lost_line_is_the_contract_s[seed]",
+    ),
+    "a checkpoint whose contract nobody compared is taken": (
+        "recipe.contract",
+        "    if read_contract(checkpoint) != contract:",
+        "    if False:",
+        "tests/recipe/test_contract.py::"
+        "test_a_newest_checkpoint_that_is_refused_leaves_no_contract_that_nobody_compared",
+    ),
+    "a damaged contract is trusted": (
+        "recipe.contract",
+        'if hashlib.sha256(content).hexdigest() != expected["sha256"]:',
+        "if False:",
+        "tests/recipe/test_contract.py::test_a_damaged_contract_counts_for_nothing",
+    ),
+    "the digest of bytes is not compared": (
+        "data.identity",
+        'of_bytes="bytes" in before',
+        "of_bytes=False",
+        "tests/data/test_identity.py::test_a_digest_of_bytes_that_holds_is_no_change",
+    ),
     "checksums are not compared": (
         "runs.checkpoints",
         'if found["sha256"] != expected["sha256"]:',

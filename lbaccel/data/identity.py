@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,22 @@ import torch
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.row_images import RowImages
 from lbaccel.data.sources import Source
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, reading
 
+MOST_CLASSES = 1000  # whose names and numbers are kept to say what changed
 MOST_SIZES = 4096  # files whose size is looked up; a call each, which a network's disk makes slow
 
 
-def identity_of(source: Source) -> dict[str, Any]:
+def identity_of(source: Source, *, of_bytes: bool = False) -> dict[str, Any]:
     """The identity of training and validation images: equal for a copy at another path.
 
     The fingerprint is a hash of the names in order with their labels, and of the sizes of at most
-    `MOST_SIZES` files, evenly spread; of images in memory it is a hash of their pixels.
+    `MOST_SIZES` files, evenly spread; of images in memory it is a hash of their pixels. The images
+    of each class are counted, where there are no more than `MOST_CLASSES`.
+
+    Args:
+        source: the images.
+        of_bytes: add a hash of the content of all image files, which reads them all.
 
     >>> from lbaccel.data.sources import open_source
     >>> found = identity_of(open_source("digits"))
@@ -33,12 +40,17 @@ def identity_of(source: Source) -> dict[str, Any]:
     for images in (source.train, source.val):
         for part in _parts(images):
             digest.update(part)
-    return {
+    found: dict[str, Any] = {
         "num_train": len(source.train),
         "num_val": len(source.val),
         "num_classes": len(source.train.classes),
         "fingerprint": digest.hexdigest()[:32],
     }
+    if len(source.train.classes) <= MOST_CLASSES:
+        found["images_of"] = _images_of(source)
+    if of_bytes:
+        found["bytes"] = _digest_of_bytes(source)
+    return found
 
 
 def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: str) -> None:
@@ -49,7 +61,9 @@ def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: st
     """
     if before is None:
         return
-    now = identity_of(source)
+    now = identity_of(source, of_bytes="bytes" in before)
+    if all(now.get(key) == value for key, value in before.items()):  # an older run has fewer
+        return
     told = [
         f"{now[key]} {name} in place of {before.get(key)}"
         for key, name in (
@@ -59,14 +73,57 @@ def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: st
         )
         if now[key] != before.get(key)
     ]
-    if now == dict(before):
-        return
+    told += _classes_told(now.get("images_of"), before.get("images_of"))
+    if not told and now["fingerprint"] == before.get("fingerprint"):
+        told = ["other bytes in files of the same names and sizes"]
     raise InputError(
         f"--data {data} holds other images than the run began with: "
         f"{', '.join(told) or 'other names, labels or sizes of files'}. A resume goes on with the "
         "same ones, at any path. Restore them, or start a new run from the weights with "
         "--checkpoint."
     )
+
+
+def _images_of(source: Source) -> dict[str, int]:
+    classes = source.train.classes
+    counted: Counter[int] = Counter()
+    for images in (source.train, source.val):
+        labels = images.labels
+        counted.update(labels.tolist() if isinstance(labels, torch.Tensor) else labels)
+    return {name: counted[label] for label, name in enumerate(classes)}
+
+
+def _classes_told(now: Any, before: Any) -> list[str]:
+    """The changes in the classes, at most five of them."""
+    if not isinstance(now, Mapping) or not isinstance(before, Mapping) or now == before:
+        return []
+    told = [f"class {name!r} is gone" for name in before if name not in now]
+    told += [f"class {name!r} is new" for name in now if name not in before]
+    told += [
+        f"{now[name]} images of {name!r} in place of {count}"
+        for name, count in before.items()
+        if name in now and now[name] != count
+    ]
+    return [*told[:5], *([f"{len(told) - 5} more"] if len(told) > 5 else [])]
+
+
+def _digest_of_bytes(source: Source) -> str:
+    digest = hashlib.sha256()
+    for images in (source.train, source.val):
+        if isinstance(images, ImageArray):
+            for part in _parts(images):
+                digest.update(part)
+            continue
+        read: Any = images.read
+        files = read.files if isinstance(read, RowImages) else images.samples
+        root = read.keywords.get("root", "") if isinstance(read, partial) else ""
+        for name in files:
+            path = Path(root, name)
+            with reading(path), path.open("rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            digest.update(b"\0end\0")
+    return digest.hexdigest()[:32]
 
 
 def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes | memoryview]:

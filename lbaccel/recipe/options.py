@@ -35,6 +35,9 @@ class Settings:
     asked: Mapping[str, Any] = field(default_factory=dict)  # of the contract, when the run began
     extensions: tuple[tuple[float, str | None], ...] = ()  # (epochs before, how it went on)
     identity: Mapping[str, Any] | None = None  # of the data, when the run began
+    contract: Mapping[str, Any] | None = None  # of the checkpoint that a resume takes
+    changes: tuple[Mapping[str, Any], ...] = ()  # of the contract, by --allow-changed
+    notes: tuple[str, ...] = ()  # what a resume has to say
 
     def value(self, name: str) -> Any:
         """The value of an option by its name, for what walks the table."""

@@ -45,6 +45,14 @@ class DataOptions:
     """Images, and what is done to them."""
 
     data: str = option("digits", str, "digits, cifar10, cifar100, folder:PATH or parquet:PATH")
+    data_digest: str = option(
+        "sizes",
+        str,
+        "how a resume knows the images again: names, labels and sizes of files, or their bytes too "
+        "(reads them all at each start)",
+        choices=("sizes", "bytes"),
+        contract=False,
+    )
     val_fraction: float = option(
         0.2,
         float,

@@ -224,6 +224,16 @@ class RunOptions:
         of_run=False,
         private=True,
     )
+    allow_changed: tuple[str, ...] = option(
+        (),
+        words,
+        "settings of the contract that a resume may take changed, by name",
+        shown="none",
+        contract=False,
+        of_run=False,
+        private=True,
+        repeatable=True,
+    )
     max_hours: float | None = option(
         None,
         float,

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import CannotRead, InputError
 from lbaccel.optim.scaling import is_measured
+from lbaccel.recipe.contract import (
+    against,
+    changes_of,
+    contract_for,
+    names_allowed,
+    same_kind,
+)
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.settings import (
     ASKED,
+    CHANGES,
     EXTENSIONS,
     IDENTITY,
     ORIGIN,
@@ -19,8 +27,8 @@ from lbaccel.recipe.settings import (
     parse,
     read_file,
 )
-from lbaccel.recipe.values import flag_of
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, run_of
+from lbaccel.recipe.values import flag_of, shown
+from lbaccel.runs.folder import CHECKPOINTS, CONFIG, CONTRACT, MANIFEST, run_of, update_of
 
 AUTO = "auto"
 
@@ -38,7 +46,10 @@ def resolve(settings: Settings) -> Settings:
     """
     target, how = settings.run.resume, settings.run.extend
     fresh = replace(settings, asked=_typed_contract(settings))
+    allowed = names_allowed(settings.run.allow_changed)
     if target is None:
+        if allowed:
+            raise InputError("--allow-changed is for a resumed run. Add --resume, or leave it out.")
         if how is not None:
             raise InputError("--extend is for a resumed run with other --epochs. Add --resume.")
         return fresh
@@ -46,13 +57,15 @@ def resolve(settings: Settings) -> Settings:
         raise InputError("--dry-run writes nothing and --resume goes on writing. Use one of them.")
     if target == AUTO:
         fresh = replace(fresh, origins={**fresh.origins, "resume": AUTO})
-        run = newest_run(Path(settings.run.output), fresh.asked)
+        run = newest_run(Path(settings.run.output), fresh.asked, allowed=allowed)
         if run is None:
             return fresh.with_values({"resume": None})
         target = str(run)
     run = run_of(Path(target))
-    saved = read_run(run)
-    _check_contract(run, saved, fresh.asked)
+    checkpoint, contract = contract_for(Path(target), run)
+    saved = read_run(run, contract=contract, allowed=allowed)
+    asked = {name: value for name, value in fresh.asked.items() if name not in allowed}
+    _check_contract(run, saved, asked)
     _check_units(run, saved, settings)
     merged = _merged(run, saved, fresh)
     before, after = saved.rate.epochs, merged.rate.epochs
@@ -65,12 +78,19 @@ def resolve(settings: Settings) -> Settings:
             f"--extend {how}: the run already has --epochs {before:g}. Give the new "
             f"length too, such as --epochs {2 * before:g}."
         )
+    before = saved if contract is None else saved.with_values(_values(contract))
+    update = None if checkpoint is None else update_of(checkpoint)
+    changes = changes_of(before, merged, allowed=allowed, update=update)
+    typed = {c["name"]: fresh.asked[c["name"]] for c in changes if c["name"] in fresh.asked}
     return replace(
         merged.with_values({"resume": target}),
-        asked=saved.asked,
+        asked={**saved.asked, **typed},
+        contract=contract,
+        changes=(*saved.changes, *changes),
+        notes=_notes(checkpoint, contract, changes),
         given=frozenset(),  # it began with what a new run is refused for
         extensions=extensions,
-        identity=saved.identity,
+        identity=None if "data" in allowed else saved.identity,
     )
 
 
@@ -85,7 +105,31 @@ def _merged(run: Path, saved: Settings, now: Settings) -> Settings:
     )
 
 
-def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
+def _values(contract: Mapping[str, Any]) -> dict[str, Any]:
+    return _parsed({n: v for n, v in contract["settings"].items() if n in OPTIONS}, Path(CONTRACT))
+
+
+def _notes(
+    checkpoint: Path | None,
+    contract: Mapping[str, Any] | None,
+    changes: tuple[Mapping[str, Any], ...],
+) -> tuple[str, ...]:
+    notes = [
+        f"resume: {c['name']} is {shown(c['after'])} from update {c['update']} on, in place of "
+        f"{shown(c['before'])}, as --allow-changed says"
+        for c in changes
+    ]
+    if checkpoint is not None and contract is None:
+        notes.append(
+            f"resume: {checkpoint.name} was written by an earlier lbaccel and holds no contract, "
+            f"so {CONFIG} can't be checked against it"
+        )
+    return tuple(notes)
+
+
+def newest_run(
+    output: Path, asked: Mapping[str, Any], *, allowed: Collection[str] = ()
+) -> Path | None:
     """The newest run in `output` that was asked for with the same contract and has a checkpoint.
 
     Compared are the settings of the contract that were typed, now and then: a rerun of the same
@@ -98,24 +142,39 @@ def newest_run(output: Path, asked: Mapping[str, Any]) -> Path | None:
         if not any((folder / CHECKPOINTS).glob(f"update_*/{MANIFEST}")):
             continue
         try:
-            saved = read_run(folder)
+            _, contract = contract_for(folder, folder)
+            saved = read_run(folder).asked if contract is None else _asked(contract[ASKED], folder)
         except CannotRead:  # it may be the run that is looked for
             raise
         except InputError:
             continue
-        if saved.asked == asked:
+        left_out = dict.fromkeys(allowed)
+        if {**saved, **left_out} == {**asked, **left_out}:
             return folder
     return None
 
 
-def read_run(run: Path) -> Settings:
+def _asked(layer: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    return _parsed({name: value for name, value in layer.items() if name in OPTIONS}, path)
+
+
+def read_run(
+    run: Path, *, contract: Mapping[str, Any] | None = None, allowed: Collection[str] = ()
+) -> Settings:
     """Settings of a run, from its config.yaml; an option that it does not know has its default.
+
+    Args:
+        run: its folder.
+        contract: of the checkpoint that is taken, which the file is compared with.
+        allowed: names of settings that may differ from it.
 
     Raises:
         InputError: the file is damaged, or of a version with other settings.
     """
     path = run / CONFIG
     content = read_file(path)
+    if contract is not None:
+        content = against(contract, content, path, allowed=allowed)
     saved = _parsed(options_in(content, path), path)
     origins, asked, identity = (content.get(key) for key in (ORIGIN, ASKED, IDENTITY))
     missing = [name for name in ("model", "data", "global_batch_size") if name not in saved]
@@ -128,13 +187,14 @@ def read_run(run: Path) -> Settings:
         history = tuple((float(before), how) for before, how in content[EXTENSIONS])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its extensions can't be read ({error}).") from error
-    known = {name: value for name, value in asked.items() if name in OPTIONS}
+    changes = content.get(CHANGES)
     return replace(
         Settings().with_values(saved),
         origins={str(name): str(origin) for name, origin in origins.items()},
-        asked=_parsed(known, path),
+        asked=_asked(asked, path),
         extensions=history,
         identity=identity if isinstance(identity, dict) else None,  # none before 0.2
+        changes=tuple(changes) if isinstance(changes, list) else (),
     )
 
 
@@ -154,7 +214,7 @@ def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> Non
     """Stop at a setting that differs from what the run was asked for and from what came of it."""
     for name, value in asked.items():
         has = saved.value(name)
-        if name == "data" and saved.identity is not None and _same_kind(value, has):
+        if name == "data" and saved.identity is not None and same_kind(value, has):
             continue  # the images are the contract, wherever they lie: `check_identity`
         if value not in (has, saved.asked.get(name, has)):
             flag = flag_of(name)
@@ -163,12 +223,6 @@ def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> Non
                 f"result, so a resume can't change it. Leave {flag} out, or start a new run "
                 "without --resume."
             )
-
-
-def _same_kind(one: str, other: str) -> bool:
-    """Whether two sources are both folders, or both parquet files."""
-    (kind, colon, _), (other_kind, _, _) = one.partition(":"), other.partition(":")
-    return bool(colon) and kind == other_kind
 
 
 def _check_units(run: Path, saved: Settings, now: Settings) -> None:

@@ -27,13 +27,14 @@ from lbaccel.recipe.values import (
 )
 
 PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
-IDENTITY = "data_identity"
+IDENTITY, CHANGES = "data_identity", "changes"
 ADDED = (
     PLAN,
     ORIGIN,
     ASKED,
     EXTENSIONS,
     IDENTITY,
+    CHANGES,
 )  # to the settings, in config.yaml of a run folder
 
 EPILOG = """examples:
@@ -77,6 +78,10 @@ def _add_option(group: Any, row: Option) -> None:
     if row.parse is switch:
         group.add_argument(
             row.flag, nargs="?", const=True, metavar="BOOL", dest=row.name, help=text
+        )
+    elif row.repeatable:
+        group.add_argument(
+            row.flag, nargs="+", action="extend", metavar="X", dest=row.name, help=text
         )
     elif row.parse in (numbers, words):
         group.add_argument(row.flag, nargs="+", metavar="X", dest=row.name, help=text)

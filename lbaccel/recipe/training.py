@@ -31,7 +31,7 @@ from lbaccel.recipe.measured import (
 )
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
 from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
-from lbaccel.recipe.settings import ASKED, EXTENSIONS, IDENTITY, ORIGIN, PLAN
+from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, PLAN
 from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
 from lbaccel.runs.folder import DECISIONS, atomic_write_text
 from lbaccel.runs.length import Length
@@ -113,13 +113,15 @@ class Training:
         history = {
             ASKED: dict(s.asked),
             EXTENSIONS: [list(pair) for pair in s.extensions],
-            IDENTITY: s.identity or identity_of(task.source),
+            IDENTITY: _identity(s, task),
+            CHANGES: [dict(change) for change in s.changes],
         }
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
 
     def config(self, taken: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.yaml, from what `describe` gives."""
-        kept = {name: value for name, value in taken.items() if name not in ("resume", "extend")}
+        once = ("resume", "extend", "allow_changed")  # said of one start of a run
+        kept = {name: value for name, value in taken.items() if name not in once}
         origins = {name: self.settings.origin(name) for name in self.settings.values()}
         return {**kept, PLAN: plan, ORIGIN: origins}
 
@@ -207,6 +209,14 @@ def _optimizer(
     fused = takes_fused_step(s.optimizer, accelerator, task.precision)
     optimizer = build_optimizer(s.optimizer, task.model, rate=rate, fused=fused, say=say)
     return optimizer, schedule if factor is None else product(schedule, factor)
+
+
+def _identity(s: Checked, task: Task) -> Mapping[str, Any]:
+    """Of the images: as the run began with, with a digest of bytes once that is asked for."""
+    of_bytes = s.data.data_digest == "bytes"
+    if s.identity is not None and ("bytes" in s.identity or not of_bytes):
+        return s.identity
+    return identity_of(task.source, of_bytes=of_bytes)
 
 
 def _average(model: nn.Module, decay: float | None) -> Any:

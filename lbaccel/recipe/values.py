@@ -151,6 +151,7 @@ class Option:
         private: of a machine or an account; an export leaves it out.
         reads_with: what makes it read; one of several is enough.
         neutral: values that ask for nothing, so that they may be given where nothing reads them.
+        repeatable: its flag may be typed several times, for a word each.
     """
 
     parse: Callable[[Any], Any]
@@ -165,6 +166,7 @@ class Option:
     private: bool = False
     reads_with: tuple[ReadWith, ...] = ()
     neutral: tuple[Any, ...] = ()
+    repeatable: bool = False
     name: str = ""
     group: str = ""
 

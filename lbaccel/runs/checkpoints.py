@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,14 @@ from lbaccel.errors import CannotRead, InputError, RunFailed, reading, way_out
 from lbaccel.runs.folder import (
     BEST,
     CLASSES,
+    CONTRACT,
     LAST,
     MANIFEST,
     MODEL,
     PREPROCESSING,
     STATE,
     checkpoint_name,
+    point_link,
     update_of,
     weights_file,
     written_beside,
@@ -38,6 +39,7 @@ def save_checkpoint(
     classes: Sequence[str],
     preprocessing: Mapping[str, Any],
     state: Mapping[str, Any] | None = None,
+    contract: Mapping[str, Any] | None = None,
     best: bool = False,
     keep: int = 2,
 ) -> Path:
@@ -51,6 +53,7 @@ def save_checkpoint(
         classes: names, in order of the outputs.
         preprocessing: what evaluation needs: sizes, mean, std, interpolation, stem.
         state: what a resume needs besides, tensors and plain values; see `read_state`.
+        contract: what decided the weights, as plain values.
 
     Raises:
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
@@ -65,10 +68,12 @@ def save_checkpoint(
             _write_json(beside / PREPROCESSING, dict(preprocessing))
             if state is not None:
                 torch.save(dict(state), beside / STATE)
+            if contract is not None:
+                _write_json(beside / CONTRACT, dict(contract))
             files = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
             _write_json(beside / MANIFEST, {"update": update, "files": files})
         for name in (LAST, *([BEST] if best else [])):
-            _link(folder / name, target.name)
+            point_link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
         before = folder / LAST
         kept = f"{before.resolve()} is kept" if before.exists() else "there was none before"
@@ -140,7 +145,7 @@ def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
     """The newest checkpoint whose checksums hold; says which ones it refused, and why.
 
     Raises:
-        CannotRead: one that may be good: a run that goes on from an older one would remove it.
+        CannotRead: one that may be good: a run that goes on from an older one leaves it behind.
     """
     for path in checkpoints_in(folder):
         try:
@@ -170,14 +175,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _link(link: Path, target: str) -> None:
-    """Turn a symbolic link to `target` in one step."""
-    beside = link.with_name(f".{link.name}-{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target)
-    beside.replace(link)
 
 
 def _prune(folder: Path, keep: int) -> None:

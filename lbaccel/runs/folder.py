@@ -23,8 +23,10 @@ CONFIG, SUMMARY, ENVIRONMENT = "config.yaml", "summary.json", "env.json"
 METRICS, TABLE = "metrics.jsonl", "metrics.csv"
 RESUMES, DECISIONS, PLOTS = "resumes.jsonl", "batch_decisions.jsonl", "plots"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+ABANDONED, ABANDONED_METRICS = "abandoned-", "metrics_abandoned.jsonl"  # past a resume's update
 # of a checkpoint
 MANIFEST, STATE, CLASSES = "manifest.json", "state.pt", "classes.json"
+CONTRACT = "contract.json"
 PREPROCESSING, MODEL, MODEL_EMA = "preprocessing.json", "model", "model_ema"
 # beside a folder that is being written: the new one until it is whole, the old one while it goes
 WRITING, REPLACED = ".writing-", ".replaced-"
@@ -113,11 +115,12 @@ def written_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Take away what a killed process left beside the folders that it was writing in `folder`."""
-    for prefix in (WRITING, REPLACED):
-        for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+def point_link(link: Path, target: str) -> None:
+    """Turn a symbolic link to `target` in one step."""
+    beside = link.with_name(f".{link.name}-{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.replace(link)
 
 
 def _flush(folder: Path) -> None:

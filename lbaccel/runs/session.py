@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ import safetensors.torch
 from lbaccel.errors import CannotRead, InputError, reading
 from lbaccel.models import load_exactly
 from lbaccel.optim.scheduler import refresh
+from lbaccel.runs.abandoned import put_aside
 from lbaccel.runs.checkpoints import (
     check_checkpoint,
     checkpoints_in,
@@ -34,9 +34,7 @@ from lbaccel.runs.folder import (
     SUMMARY,
     atomic_write_text,
     new_run_folder,
-    remove_unfinished,
     run_of,
-    update_of,
     weights_file,
     write_config,
     write_summary,
@@ -73,6 +71,7 @@ class Session:
         self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
         self.whole = whole
         self.folder: Path | None = None
+        self.contract: Mapping[str, Any] | None = None  # goes into each checkpoint
 
     def weights(self, whole: Any) -> dict[str, Any]:
         """File stem to state_dict."""
@@ -94,6 +93,7 @@ class Session:
                     update=update,
                     weights=self.weights(whole),
                     state=state,
+                    contract=self.contract,
                     best=best,
                     keep=keep,
                     **described,
@@ -128,7 +128,7 @@ class Session:
         return update
 
     def open(self, output: Path, *, name: str, seed: int, config: Mapping[str, Any]) -> Path:
-        """Make the run folder, or cut its metrics to where the run goes on; a collective.
+        """Make the run folder, or put aside what lies past where the run goes on; a collective.
 
         Args:
             output: folder of run folders.
@@ -155,10 +155,8 @@ class Session:
 
     def _go_on(self, folder: Path, config: Mapping[str, Any]) -> None:
         update = self.parts["counters"].num_updates
-        remove_unfinished(folder / CHECKPOINTS)
-        for path in checkpoints_in(folder / CHECKPOINTS):
-            if (update_of(path) or 0) > update:
-                shutil.rmtree(path, ignore_errors=True)  # damaged, or of a future that is not to be
+        best = getattr(self.parts.get("log"), "best", {}).get("update")
+        put_aside(folder, update, best=best, say=self.accelerator.print)
         keep_updates_until(folder, update)
         write_config(folder, config)
         line = {

@@ -101,7 +101,7 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "manifest": before(checkpoints, "_write_json"),
     "flush": before(run_folder, "_flush"),
     "rename": before(Path, "rename"),
-    "link": before(checkpoints, "_link"),
+    "link": before(checkpoints, "point_link"),
     "prune": before(checkpoints, "_prune"),
     "between epochs": before(loader.UpdateLoader, "__iter__"),
     "summary": before(run_session, "write_summary"),

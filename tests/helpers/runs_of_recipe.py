@@ -67,6 +67,15 @@ def newest(folder):
     return max((folder / "checkpoints").glob("update_*"))
 
 
+def without_contract(folder):
+    """Make the checkpoints of a run those of a version that kept no contract in them."""
+    for path in (folder / "checkpoints").glob("update_*"):
+        (path / "contract.json").unlink()
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["files"]["contract.json"]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def tensors(folder):
     """Weights, averages and optimizer state of the newest checkpoint, by name."""
     last, found = newest(folder), {}

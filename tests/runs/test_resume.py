@@ -15,7 +15,17 @@ import torch
 import yaml
 from accelerate import Accelerator
 from forks import run_forked, values
-from runs_of_recipe import BASE, NUM_UPDATES, differences, newest, rows, run, tensors, whole
+from runs_of_recipe import (
+    BASE,
+    NUM_UPDATES,
+    differences,
+    newest,
+    rows,
+    run,
+    tensors,
+    whole,
+    without_contract,
+)
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
@@ -489,6 +499,9 @@ def test_paths_that_are_no_runs_are_named(capsys):
     assert train.main(["--resume", str(folder)]) == 2
     assert "is no YAML" in capsys.readouterr().err
     (folder / "config.yaml").write_text("epochs: 3\n")
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "differs from the contract" in capsys.readouterr().err
+    without_contract(folder)
     assert train.main(["--resume", str(folder)]) == 2
     assert "is not whole" in capsys.readouterr().err
 
