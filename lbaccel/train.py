@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbaccel.errors import InputError, RunFailed, is_of_the_disk, way_out
-from lbaccel.launch import unsupported_platform
+from lbaccel.launch import asks_for_ranks, unsupported_platform
 from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
@@ -35,8 +35,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
     """Run the recipe; returns the exit code: 0 done, 1 run failed, 2 user's input, 130 stopped."""
 
     def body() -> None:
-        settings, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
-        settings = resolve(settings)
+        try:
+            settings, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
+            settings = resolve(settings)
+        except InputError as error:
+            if asks_for_ranks():
+                from lbaccel.recipe.alike import tell
+
+                tell(error)
+            raise
         if show:
             print(show_settings(settings))
         else:
@@ -47,8 +54,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 
 def run(settings: Settings) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
+    with contextlib.ExitStack() as locks:
+        return _run(settings, locks)
+
+
+def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     from lbaccel.recipe.accelerator import make_accelerator
-    from lbaccel.recipe.checks import checked
+    from lbaccel.recipe.alike import check_started_alike, checked_on_each_rank
     from lbaccel.recipe.resume import AUTO
     from lbaccel.recipe.signals import graceful_signals
     from lbaccel.recipe.sizes import limit_for
@@ -56,15 +68,16 @@ def run(settings: Settings) -> Path | None:
     from lbaccel.runs.progress import Progress
     from lbaccel.runs.session import find_checkpoint
 
-    s = checked(settings)
+    s = checked_on_each_rank(settings)
     accelerator, precision = make_accelerator(s.batch.precision)
+    check_started_alike(accelerator, settings)
     say, auto = accelerator.print, s.origin("resume") == AUTO
     unsupported = unsupported_platform()
     if unsupported is not None:
         say(unsupported)
     if s.run.resume is None and auto:
         say("resume: no run here was asked for with these settings; a new one starts")
-    resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say)
+    resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say, locks=locks)
     t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
     if t.large_batch.num_updates >= t.length.stop_at and t.session.was_closed():
         done, stop_at = t.large_batch.num_updates, t.length.stop_at
@@ -79,7 +92,7 @@ def run(settings: Settings) -> Path | None:
         if s.run.dry_run:
             t.length.limit(2)
         else:
-            open_folder(t)
+            open_folder(t, locks)
         progress = Progress(t.length, accelerator.is_main_process)
         around.enter_context(contextlib.closing(progress))
         around.enter_context(graceful_signals(t.large_batch.request_stop))
@@ -89,14 +102,18 @@ def run(settings: Settings) -> Path | None:
     return closing_words(t, outcome)
 
 
-def open_folder(t: Training) -> None:
-    """Make the run folder, or go on in it, and start the trackers."""
+def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
+    """Make the run folder, or go on in it, and start the trackers; `locks` keeps others out."""
     from lbaccel.runs.tracking import start_trackers
 
     s, (taken, plan) = t.settings, t.describe()
     name = f"{s.model.model}-gbs{s.batch.global_batch_size}"
     folder = t.session.open(
-        Path(s.run.output), name=name, seed=s.run.seed, config=t.config(taken, plan)
+        Path(s.run.output),
+        name=name,
+        seed=s.run.seed,
+        config=t.config(taken, plan),
+        locks=locks,
     )
     line = start_trackers(
         t.accelerator,
