@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from forks import run_forked, values
 from PIL import Image
-from runs_of_recipe import BASE
+from runs_of_recipe import BASE, newest, stopped_at
 from torch.utils.data import TensorDataset
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
+from lbaccel.errors import CannotRead
 from lbaccel.runs import alike, environment
+from lbaccel.runs.ranks import decided
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,43 @@ def test_a_rank_that_has_one_file_fewer_ends_all_and_is_named():
 def test_an_error_of_one_rank_s_own_flags_reaches_the_first_which_prints_it():
     codes, error = started([], ["--epochs", "-1"])
     assert codes == [2, 2] and "--epochs -1" in error
+
+
+def resumed_elsewhere(rank, run):
+    """One rank of a resume; the last one finds another checkpoint under the same relative path."""
+    import tiny  # noqa: F401
+
+    if rank == 1:
+        os.chdir("elsewhere")
+    return train.main(["--resume", run, "--workers", "0"])
+
+
+def test_a_rank_whose_disk_holds_another_checkpoint_ends_all():
+    folder = stopped_at(3)
+    shutil.copytree("runs", "elsewhere/runs", symlinks=True)
+    manifest = Path("elsewhere") / newest(folder) / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    assert values(run_forked(resumed_elsewhere, str(folder), world_size=2)) == [2, 2]
+    shutil.rmtree("elsewhere")
+    shutil.copytree("runs", "elsewhere/runs", symlinks=True)
+    assert values(run_forked(resumed_elsewhere, str(folder), world_size=2)) == [0, 0]
+
+
+def unreadable(rank):
+    accelerator = Accelerator(cpu=True)
+
+    def fail():
+        raise CannotRead("no file")
+
+    try:
+        decided(accelerator, fail)
+    except InputError as error:
+        return type(error).__name__
+
+
+def test_all_ranks_hear_that_a_file_can_not_be_read_by_the_same_kind_of_error():
+    """With `--resume auto` another kind would let the others start a new run."""
+    assert values(run_forked(unreadable, world_size=2)) == ["CannotRead"] * 2
 
 
 # -- a loop of one's own --------------------------------------------------------------------------
