@@ -93,7 +93,8 @@ MUTANTS = {
         "    check_started_alike(accelerator, settings)\n",
         "",
         "tests/runs/test_alike.py::"
-        "test_a_rank_with_other_software_ends_all_and_is_named[code-code of lbaccel is ]",
+        "test_a_rank_with_another_setting_ends_all_and_is_named"
+        "[flags0---seed is 4 on ranks 0, 1 and 5 on rank 2]",
     ),
     "the data of the ranks are not compared": (
         "recipe.task",

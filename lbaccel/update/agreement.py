@@ -55,7 +55,8 @@ def check_rank_of_loader(loader: Any, rank: int) -> None:
 
 def _of_optimizer(optimizer: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    for index, group in enumerate(getattr(optimizer, "param_groups", ())):
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    for index, group in enumerate(groups):
         for name, value in group.items():
             if name == "params":
                 facts[f"tensors in group {index} of the optimizer"] = len(value)
