@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbaccel.errors import InputError, RunFailed, is_of_the_disk, way_out
-from lbaccel.launch import unsupported_platform
+from lbaccel.launch import asks_for_ranks, unsupported_platform
 from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
@@ -35,8 +35,15 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
     """Run the recipe; returns the exit code: 0 done, 1 run failed, 2 user's input, 130 stopped."""
 
     def body() -> None:
-        settings, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
-        settings = resolve(settings)
+        try:
+            settings, show = read_settings(sys.argv[1:] if argv is None else argv, prog=prog)
+            settings = resolve(settings)
+        except InputError as error:
+            if asks_for_ranks():
+                from lbaccel.recipe.alike import tell
+
+                tell(error)
+            raise
         if show:
             print(show_settings(settings))
         else:
@@ -47,8 +54,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
 
 def run(settings: Settings) -> Path | None:
     """Train as the settings say, and return the run folder (None for a dry run)."""
+    with contextlib.ExitStack() as locks:
+        return _run(settings, locks)
+
+
+def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     from lbaccel.recipe.accelerator import make_accelerator
-    from lbaccel.recipe.checks import checked
+    from lbaccel.recipe.alike import check_started_alike, checked_on_each_rank
     from lbaccel.recipe.contract import check_chosen
     from lbaccel.recipe.resume import AUTO
     from lbaccel.recipe.signals import graceful_signals
@@ -57,8 +69,9 @@ def run(settings: Settings) -> Path | None:
     from lbaccel.runs.progress import Progress
     from lbaccel.runs.session import find_checkpoint
 
-    s = checked(settings)
+    s = checked_on_each_rank(settings)
     accelerator, precision = make_accelerator(s.batch.precision)
+    check_started_alike(accelerator, settings)
     say, auto = accelerator.print, s.origin("resume") == AUTO
     unsupported = unsupported_platform()
     if unsupported is not None:
@@ -67,7 +80,7 @@ def run(settings: Settings) -> Path | None:
         say("resume: no run here was asked for with these settings; a new one starts")
     for note in s.notes:
         say(note)
-    resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say)
+    resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say, locks=locks)
     if resume_from is not None:
         check_chosen(resume_from, s.contract)
     t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
@@ -84,7 +97,7 @@ def run(settings: Settings) -> Path | None:
         if s.run.dry_run:
             t.length.limit(2)
         else:
-            open_folder(t)
+            open_folder(t, locks)
         progress = Progress(t.length, accelerator.is_main_process)
         around.enter_context(contextlib.closing(progress))
         around.enter_context(graceful_signals(t.large_batch.request_stop))
@@ -94,8 +107,8 @@ def run(settings: Settings) -> Path | None:
     return closing_words(t, outcome)
 
 
-def open_folder(t: Training) -> None:
-    """Make the run folder, or go on in it, and start the trackers."""
+def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
+    """Make the run folder, or go on in it, and start the trackers; `locks` keeps others out."""
     from lbaccel.recipe.contract import contract_of
     from lbaccel.runs.tracking import start_trackers
 
@@ -103,7 +116,11 @@ def open_folder(t: Training) -> None:
     t.session.contract = contract_of(s, taken)
     name = f"{s.model.model}-gbs{s.batch.global_batch_size}"
     folder = t.session.open(
-        Path(s.run.output), name=name, seed=s.run.seed, config=t.config(taken, plan)
+        Path(s.run.output),
+        name=name,
+        seed=s.run.seed,
+        config=t.config(taken, plan),
+        locks=locks,
     )
     line = start_trackers(
         t.accelerator,

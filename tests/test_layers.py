@@ -54,6 +54,8 @@ NO_TORCH = (  # those without numpy first
     "stability.limit",
     "runs.folder",
     "runs.length",
+    "runs.lock",
+    "runs.own_name",
     "runs.read",
     "recipe.ending",
     "runs.compare",

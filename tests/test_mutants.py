@@ -174,6 +174,57 @@ MUTANTS = {
         "tests/planning/cost/test_trace.py::"
         "test_the_traced_peak_is_that_of_the_real_allocator[mlp]",
     ),
+    "a run has no lock": (
+        "runs.lock",
+        "        lock.acquire(timeout=_LAST_WORKERS_SECONDS if gone else 0)\n",
+        "        pass\n",
+        "tests/runs/test_lock.py::test_another_process_is_told_who_writes_and_since_when",
+    ),
+    "a resume takes no lock": (
+        "runs.session",
+        "        locks.enter_context(writing(run, say=say, instead=instead))\n",
+        "        pass\n",
+        "tests/runs/test_lock.py::test_a_second_starter_leaves_a_live_run_alone",
+    ),
+    "a lock of another machine is taken over": (
+        "runs.lock",
+        "    if before.was_here():\n",
+        "    if True:\n",
+        "tests/runs/test_lock.py::test_a_lock_of_another_machine_is_not_taken_over",
+    ),
+    "auto takes a copy of a run": (
+        "runs.own_name",
+        "own = [name for name in names if _made_as(output / name, names) == name]",
+        "own = names",
+        "tests/runs/test_lock.py::test_auto_takes_no_copy_of_a_run",
+    ),
+    "the ranks of the recipe are not compared": (
+        "train",
+        "    check_started_alike(accelerator, settings)\n",
+        "",
+        "tests/runs/test_alike.py::"
+        "test_a_rank_with_another_setting_ends_all_and_is_named"
+        "[flags0---seed is 4 on ranks 0, 1 and 5 on rank 2]",
+    ),
+    "the data of the ranks are not compared": (
+        "recipe.task",
+        "    if accelerator.num_processes > 1:\n        same",
+        "    if False:\n        same",
+        "tests/runs/test_alike.py::test_a_rank_that_has_one_file_fewer_ends_all_and_is_named",
+    ),
+    "the hyper-parameters of a loop's ranks are not compared": (
+        "update.agreement",
+        "**_of_optimizer(optimizer), ",
+        "",
+        "tests/runs/test_alike.py::test_ranks_of_a_loop_of_ones_own_stop_together"
+        "[rate-lr in group 0 of the optimizer is 0.1 on ranks 0, 1 and 0.2 on rank 2]",
+    ),
+    "a missing line of the metrics is passed over": (
+        "runs.metric_lines",
+        "            if missing > 0:\n",
+        "            if False:\n",
+        "tests/runs/test_metric_lines.py::test_compare_and_advise_name_gaps_beside_their_result",
+    ),
     "a resume scales the groups again": (
         "optim.groups",
         "stands_at = group.get(SCALED_TO, base_batch_size)",

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         check_whole("--global-batch-size", batch)
     check_plot(args.plot)
     one = load_run(args.run)
+    one.warn()
     found = readings(one)
     if not found:
         raise InputError(_not_measured(args.run, one))

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         writable(args.csv, "--csv")
     runs = distinct_names([load_run(path) for path in args.runs])
+    for one in runs:
+        one.warn()
     rows = table(runs, args.metric, x=args.x, target=args.target)
     equal, _ = split_settings(compared_settings([one.config for one in runs]))
     print(settings_line(equal, len(runs)))

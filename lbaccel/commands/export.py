@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lbaccel.errors import InputError
@@ -12,6 +13,7 @@ from lbaccel.export.model_card import model_card, usage
 from lbaccel.export.read import read_exported
 from lbaccel.export.tables import total
 from lbaccel.export.write import FILES, build, check_target, write_folder
+from lbaccel.runs.lock import writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     check_target(target, args.run, force=args.force)
     model = build(exported, weights)
     card = model_card(exported, license=args.license, repo_id=repo_id)
-    write_folder(target, exported, model, card=card, license=args.license)
+    with _alone_in(args.run, target):
+        write_folder(target, exported, model, card=card, license=args.license)
     done = total(exported.run, "num_updates")
     of = f" of {done:,}" if done is not None else ""
     print(f"{exported.model}{', EMA' * exported.ema}: weights after update {exported.update:,}{of}")
@@ -63,3 +66,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"uploaded: {address}")
     print(target)
     return 0
+
+
+def _alone_in(run: Path, target: Path) -> AbstractContextManager[None]:
+    """The lock of the run where the export lies in it; one that lies elsewhere only reads it."""
+    if run.resolve() not in target.parents:
+        return nullcontext()
+    return writing(run, say=print, instead=", or give another folder with --to")

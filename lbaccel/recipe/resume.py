@@ -29,6 +29,7 @@ from lbaccel.recipe.settings import (
 )
 from lbaccel.recipe.values import flag_of, shown
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, CONTRACT, MANIFEST, run_of, update_of
+from lbaccel.runs.own_name import own_runs
 
 AUTO = "auto"
 
@@ -133,12 +134,9 @@ def newest_run(
     """The newest run in `output` that was asked for with the same contract and has a checkpoint.
 
     Compared are the settings of the contract that were typed, now and then: a rerun of the same
-    command finds its run.
+    command finds its run, and no copy of it.
     """
-    folders = sorted(output.iterdir(), reverse=True) if output.is_dir() else []
-    for folder in folders:
-        if not (folder / CONFIG).is_file():
-            continue
+    for folder in own_runs(output):
         if not any((folder / CHECKPOINTS).glob(f"update_*/{MANIFEST}")):
             continue
         try:

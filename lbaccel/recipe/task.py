@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lbaccel.batch.phases import Phase, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
-from lbaccel.data.identity import check_identity
+from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.sources import Source, open_source
@@ -25,6 +25,7 @@ from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_d
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
+from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
@@ -69,6 +70,9 @@ def build_task(
     set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed, before=s.identity))
+    if accelerator.num_processes > 1:
+        same = identity_of(source)
+        check_alike(accelerator, {f"{key} of --data": value for key, value in same.items()})
     say(f"data: {source.description}")
     check_read_from_data(s, source)
     num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)

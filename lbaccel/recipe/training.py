@@ -33,7 +33,8 @@ from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fuse
 from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
 from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, PLAN
 from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
-from lbaccel.runs.folder import DECISIONS, atomic_write_text
+from lbaccel.runs.alike import check_alike, digest_of
+from lbaccel.runs.folder import DECISIONS, MANIFEST, atomic_write_text
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
 from lbaccel.runs.ranks import on_each_rank
@@ -150,6 +151,8 @@ def build_training(
     ema = _average(task.model, s.optimizer.ema_decay)
     if resume_from is not None:
         on_each_rank(accelerator, lambda: load_weights(resume_from, task.model, ema=ema))
+        manifest = digest_of((resume_from / MANIFEST).read_text(encoding="utf-8"))
+        check_alike(accelerator, {f"manifest of {resume_from}": manifest})
     loader = task.loader
     drops = loss_dropout(s.optimizer.loss_dropout, lambda: loader.stream, rate=s.rate)
     large_batch = large_batch_of(s, accelerator, task, drops=drops, noise_scale=noise_scale)

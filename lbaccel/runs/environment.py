@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lbaccel.runs.folder import ENVIRONMENT, atomic_write_text, strict_json
+from lbaccel.runs.folder import ENVIRONMENT, RUN_NAME, atomic_write_text, strict_json
 
 PACKAGES = ("lbaccel", "torch", "torchvision", "timm", "accelerate", "wandb", "numpy", "deepspeed")
 
@@ -22,6 +22,7 @@ def write_env(run: Path, *, seed: int | None = None, argv: Iterable[str] | None 
     """Write `env.json`: what ran the run, without the name of the host. `argv` is sys.argv."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment = {
+        RUN_NAME: run.resolve().name,
         "command": shlex.join(sys.argv if argv is None else argv),
         "seed": seed,
         "python": platform.python_version(),

@@ -8,10 +8,14 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import CannotRead, InputError, RunFailed
 
 T = TypeVar("T")
-_KINDS: dict[str, type[Exception]] = {"InputError": InputError, "RunFailed": RunFailed}
+_KINDS: dict[str, type[Exception]] = {  # the narrower first: a caller may tell them apart
+    "CannotRead": CannotRead,
+    "InputError": InputError,
+    "RunFailed": RunFailed,
+}
 
 
 def decided(accelerator: Any, decide: Callable[[], T]) -> T:
@@ -68,7 +72,7 @@ def on_each_rank(accelerator: Any, do: Callable[[], T]) -> T:
     if raised is not None and not isinstance(raised, (InputError, RunFailed)):
         raise raised  # with its traceback
     rank, (kind, text) = first
-    raise _KINDS[kind](text if kind == "InputError" else f"rank {rank}: {text}") from raised
+    raise _KINDS[kind](text if kind != "RunFailed" else f"rank {rank}: {text}") from raised
 
 
 def _text(error: Exception) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ import yaml
 
 from lbaccel.errors import CannotRead, InputError, RunFailed, reading
 from lbaccel.runs.folder import CONFIG, METRICS, SUMMARY
+from lbaccel.runs.metric_lines import Line, content, faults, read_lines
 
 NOT_METRICS = frozenset({"update", "samples_seen", "epoch", "perf/seconds"})
 
@@ -44,6 +45,12 @@ class Run:
     summary: Mapping[str, Any]
     history: Mapping[str, Series]
     source: Literal["folder", "wandb-offline"]
+    notes: tuple[str, ...] = ()  # on lines that are damaged, missing or there twice
+
+    def warn(self) -> None:
+        """Print the notes beside the result, not into it."""
+        for note in self.notes:
+            print(f"warning: {note}", file=sys.stderr)
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,7 +108,7 @@ def _is_metric(value: Any) -> bool:
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < math.inf else None  # a whole number may be past any float
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -111,30 +118,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         InputError: any other line that is not a JSON object with an integer `update`, or a file
             that can't be read.
     """
-    with reading(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line and number == len(lines):
-            continue  # what follows the last newline
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                continue
+    return _rows(path, read_lines(path))
+
+
+def _rows(path: Path, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    for line in lines:
+        if line.row is None and not line.torn:
             raise InputError(
-                f"{path}:{number}: not valid JSON ({error}): every line holds one JSON object. "
-                f"Remove line {number} to read the rest."
-            ) from error
-        update = row.get("update") if isinstance(row, dict) else None
-        if isinstance(update, bool) or not isinstance(update, int):
-            raise InputError(
-                f"{path}:{number}: no integer 'update': every line is a JSON object such as "
+                f"{path}:{line.place}: {line.fault}: every line is a JSON object such as "
                 f'{{"update": 1, "samples_seen": 256, "train/loss": 2.3}}. '
-                f"Remove line {number} to read the rest."
+                f"Remove line {line.place} to read the rest."
             )
-        rows.append(row)
-    return rows
+    return [content(line) for line in lines if line.row is not None]
+
+
+def notes_of(lines: Sequence[Line], summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences on lines that are damaged, missing or there twice, the last ones included."""
+    found = faults(list(lines))
+    last = max((line.row["update"] for line in lines if line.row is not None), default=0)
+    done = summary.get("num_updates")
+    if summary.get("status") == "done" and isinstance(done, int) and last < done:
+        found.append(f"the lines end at update {last}, and the run ended at update {done}")
+    return tuple(found)
 
 
 def load_run_folder(path: Path) -> Run:
@@ -148,12 +153,14 @@ def load_run_folder(path: Path) -> Run:
         raise InputError(
             f"{path}: no {METRICS} here: a run folder holds one. " + _what_to_type_instead(path)
         )
+    lines, summary = read_lines(metrics), flatten(read_mapping(path / SUMMARY))
     return Run(
         name=path.resolve().name,
         config=flatten(read_mapping(path / CONFIG)),
-        summary=flatten(read_mapping(path / SUMMARY)),
-        history=history_of(read_metrics(metrics)),
+        summary=summary,
+        history=history_of(_rows(metrics, lines)),
         source="folder",
+        notes=tuple(f"{metrics}: {note}" for note in notes_of(lines, summary)),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from lbaccel.runs.folder import (
     write_config,
     write_summary,
 )
+from lbaccel.runs.lock import writing
+from lbaccel.runs.metric_lines import read_lines
 from lbaccel.runs.ranks import decided
 from lbaccel.runs.tracking import keep_updates_until
 
@@ -127,7 +129,9 @@ class Session:
         say(f"resume: {path} (update {update})")
         return update
 
-    def open(self, output: Path, *, name: str, seed: int, config: Mapping[str, Any]) -> Path:
+    def open(
+        self, output: Path, *, name: str, seed: int, config: Mapping[str, Any], locks: ExitStack
+    ) -> Path:
         """Make the run folder, or put aside what lies past where the run goes on; a collective.
 
         Args:
@@ -135,6 +139,7 @@ class Session:
             name: of a new run folder, behind the time.
             seed: written beside the environment.
             config: what config.yaml holds.
+            locks: is given the lock of the new folder; `find_checkpoint` took that of an old one.
 
         Returns:
             The run folder, the same on every rank.
@@ -146,6 +151,7 @@ class Session:
                 self._go_on(resumed, config)
                 return resumed
             folder = new_run_folder(output, name)
+            locks.enter_context(writing(folder, say=self.accelerator.print))
             write_config(folder, config)
             write_env(folder, seed=seed)
             return folder
@@ -157,7 +163,8 @@ class Session:
         update = self.parts["counters"].num_updates
         best = getattr(self.parts.get("log"), "best", {}).get("update")
         put_aside(folder, update, best=best, say=self.accelerator.print)
-        keep_updates_until(folder, update)
+        for fault in (*keep_updates_until(folder, update), *self._missing_end(folder, update)):
+            self.accelerator.print(f"resume: {folder / METRICS}: {fault}")
         write_config(folder, config)
         line = {
             "update": update,
@@ -168,6 +175,18 @@ class Session:
             "versions": versions(),
         }
         _add_line(folder / RESUMES, json.dumps(line))
+
+    def _missing_end(self, folder: Path, update: int) -> list[str]:
+        """A sentence where the lines end before what the checkpoint says was logged."""
+        window = getattr(self.parts.get("log"), "window", None)
+        if window is None or not (folder / METRICS).exists():
+            return []
+        logged = update - len(window)
+        lines = read_lines(folder / METRICS)
+        last = max((x.row["update"] for x in lines if x.row and "train/loss" in x.row), default=0)
+        if last >= logged:
+            return []
+        return [f"lines of update {last + 1} to {logged} are missing at its end"]
 
     def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
         """Write the summary, end the trackers and, after a good end, draw the plots."""
@@ -190,6 +209,8 @@ class Session:
         except (OSError, ValueError):
             return False
         done = self.parts["counters"].num_updates
+        if not isinstance(summary, dict):
+            return False
         return summary.get("status") == "done" and summary.get("num_updates") == done
 
     def how_to_go_on(self) -> str:
@@ -219,11 +240,13 @@ def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
 
 def _add_line(path: Path, line: str) -> None:
     with reading(path):
-        earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+        earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     atomic_write_text(path, f"{earlier}{line}\n")
 
 
-def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Say) -> Path | None:
+def find_checkpoint(
+    accelerator: Any, target: str | None, *, auto: bool, say: Say, locks: ExitStack
+) -> Path | None:
     """The checkpoint to go on from, the same on every rank: the one given, or a run's newest good.
 
     Args:
@@ -231,14 +254,23 @@ def find_checkpoint(accelerator: Any, target: str | None, *, auto: bool, say: Sa
         target: a run folder or a checkpoint; None is a new run.
         auto: nobody named the run, so that a new one starts where none of its checkpoints is good.
         say: is told which checkpoints were refused, and why.
+        locks: is given the lock of the run on the main process, before anything of it is read.
 
     Raises:
         InputError: no checkpoint can be used.
+        RunFailed: another process writes into the run.
     """
     if target is None:
         return None
+
+    def choose() -> Path:
+        run = run_of(Path(target))
+        instead = ", or start a new run without --resume"
+        locks.enter_context(writing(run, say=say, instead=instead))
+        return _choose(Path(target), say)
+
     try:
-        return decided(accelerator, lambda: _choose(Path(target), say))
+        return decided(accelerator, choose)
     except InputError as error:
         if not auto or isinstance(error, CannotRead):  # what is unreadable may be whole
             raise

@@ -8,7 +8,9 @@ import json
 import netrc
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
@@ -24,9 +26,10 @@ from lbaccel.runs.folder import (
     atomic_write_text,
     new_run_folder,
     plain,
-    strict_json,
     write_config,
 )
+from lbaccel.runs.lock import give_back, take
+from lbaccel.runs.metric_lines import content, faults, next_number, numbered, read_lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +55,7 @@ class RunFolderTracker(GeneralTracker):
         self._project_name = project_name
         self._run = run
         self._file: TextIO | None = None
+        self._number = 1  # of the next line
 
     @property
     def tracker(self) -> Path | None:
@@ -64,8 +68,14 @@ class RunFolderTracker(GeneralTracker):
         if self._run is None:
             self._run = new_run_folder(Path("runs"), self._project_name)
         path = self._run / METRICS
-        _mend_last_line(path)
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        take(self._run, say=print)
+        try:
+            _mend_last_line(path)
+            self._number = next_number(read_lines(path)) if path.exists() else 1
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+        except BaseException:
+            give_back(self._run)
+            raise
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -84,7 +94,8 @@ class RunFolderTracker(GeneralTracker):
                 "log() was given neither step nor 'update': every line of metrics.jsonl belongs to "
                 "one update. Use accelerator.log(values, step=update)."
             )
-        self._file.write(strict_json({"update": update, **values}) + "\n")
+        self._file.write(numbered({"update": update, **values}, self._number) + "\n")
+        self._number += 1
 
     @on_main_process
     def finish(self) -> None:
@@ -92,35 +103,52 @@ class RunFolderTracker(GeneralTracker):
         if self._file is None:
             return
         assert self._run is not None
+        try:
+            self._write_table(self._run)
+        finally:
+            give_back(self._run)
+
+    def _write_table(self, run: Path) -> None:
+        assert self._file is not None
         self._file.close()
         self._file = None
-        path = self._run / METRICS
-        with reading(path), path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        path = run / METRICS
+        rows = [content(line) for line in read_lines(path) if line.row is not None]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        atomic_write_text(self._run / TABLE, text.getvalue())
+        atomic_write_text(run / TABLE, text.getvalue())
 
 
-def keep_updates_until(run: Path, update: int) -> None:
-    """Cut `metrics.jsonl` to the lines up to `update`, beside and renamed: each update is once."""
+def keep_updates_until(run: Path, update: int) -> list[str]:
+    """Cut `metrics.jsonl` to the lines up to `update`, beside and renamed: each update is once.
+
+    Where a line can't be read, the file as it was stays beside under another name.
+
+    Returns:
+        Sentences on what is damaged, missing or there twice up to `update`.
+    """
     path = run / METRICS
     if not path.exists():
-        return
-    with reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    kept: list[str] = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off by a crash
-            continue
-        if row["update"] <= update:
-            kept.append(line + "\n")
-    atomic_write_text(path, "".join(kept))
+        return []
+    lines = read_lines(path)
+    kept = [line for line in lines if line.row is not None and line.row["update"] <= update]
+    place = max((line.place for line in kept), default=0)
+    found = faults([line for line in lines if line.place <= place or line.row is None])
+    if any(line.row is None and not line.torn for line in lines):
+        aside = _free_name(path)
+        shutil.copyfile(path, aside)
+        found.append(f"the lines that can't be read are left out; all of it is kept in {aside}")
+    atomic_write_text(path, "".join(line.raw.decode("utf-8") + "\n" for line in kept))
+    return found
+
+
+def _free_name(path: Path) -> Path:
+    """A name beside `path` that no file has: an earlier copy is not written over."""
+    names = (path.with_name(f"{path.stem}.damaged-{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _mend_last_line(path: Path) -> None:

@@ -19,8 +19,11 @@ from lbaccel.errors import InputError
 from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
+from lbaccel.runs.alike import check_alike, software
+from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update import failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop
+from lbaccel.update.agreement import check_rank_of_loader, facts_of
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
 from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
@@ -141,6 +144,11 @@ class LargeBatch:
             raise failures.prepared_before()
         check_prepared(loader, scheduler)
         given = optimizer
+        if self.accelerator.num_processes > 1:
+            rank = self.accelerator.process_index
+            on_each_rank(self.accelerator, lambda: check_rank_of_loader(loader, rank))
+            facts = facts_of(self.plan, model, optimizer, loader, scheduler, **self._given())
+            check_alike(self.accelerator, {**facts, **software()})
         self.norm = convert_batch_norm(
             model, self.plan.norm_batch_size, statistics=self.bn_statistics
         )
@@ -168,6 +176,16 @@ class LargeBatch:
             if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
                 self.accelerator.register_for_checkpointing(thing)
         return (model, optimizer, loader) + (() if scheduler is None else (scheduler,))
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments of this object that every rank must have in common."""
+        return {
+            "seed of LargeBatch": self.randomness.seed,
+            "clip_grad_norm": self.clip_grad_norm,
+            "bn_statistics": self.bn_statistics,
+            "drops": self._drops is not None,
+            "noise_scale": self.noise_scale is not None,
+        }
 
     def _unit_norms(self, sharding: Sharding, optimizer: Any) -> UnitNorms | None:
         if self.noise_scale is None:

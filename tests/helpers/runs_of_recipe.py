@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
 from safetensors.torch import load_file
 
-from lbaccel import train
+from lbaccel import LargeBatch, train
 
 BASE = [
     *("--model", "lbaccel_tiny", "--global-batch-size", "256", "--epochs", "2", "--seed", "4"),
@@ -23,7 +25,7 @@ NUM_UPDATES = 12  # 2 epochs of 1438 samples at 256, the last one wraps
 # of the machine and of the plan, not of the contract
 NOT_COMPARED = (
     *("perf/seconds", "perf/samples_per_second", "perf/samples_per_second_mean"),
-    *("memory/peak_gib", "batch/micro"),
+    *("memory/peak_gib", "batch/micro", "check"),  # the last is a checksum of the others
 )
 
 
@@ -33,6 +35,33 @@ def run(*flags, code=0, output="runs"):
     assert found == code, f"exit code {found}"
     folders = sorted(Path(output).iterdir()) if Path(output).exists() else []
     return folders[-1] if folders else None
+
+
+def at_update(number, action):
+    """Make this process act in its `number`-th update, in the middle of the accumulation."""
+    plain, count = LargeBatch.update, [0]
+
+    def update(self, *args):
+        count[0] += 1
+        if count[0] == number:
+            action()
+        return plain(self, *args)
+
+    LargeBatch.update = update
+    return lambda: setattr(LargeBatch, "update", plain)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped_at(update, *flags, **options):
+    """A run that Ctrl-C ended after that update."""
+    undo = at_update(update, interrupt)
+    try:
+        return run(*flags, code=130, **options)
+    finally:
+        undo()
 
 
 _whole: dict[tuple[str, ...], Path] = {}

@@ -18,10 +18,13 @@ from forks import run_forked, values
 from runs_of_recipe import (
     BASE,
     NUM_UPDATES,
+    at_update,
     differences,
+    interrupt,
     newest,
     rows,
     run,
+    stopped_at,
     tensors,
     whole,
     without_contract,
@@ -40,33 +43,6 @@ from lbaccel.update import engine
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def at_update(number, action):
-    """Make this process act in its `number`-th update, in the middle of the accumulation."""
-    plain, count = LargeBatch.update, [0]
-
-    def update(self, *args):
-        count[0] += 1
-        if count[0] == number:
-            action()
-        return plain(self, *args)
-
-    LargeBatch.update = update
-    return lambda: setattr(LargeBatch, "update", plain)
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def stopped_at(update, *flags, **options):
-    """A run that Ctrl-C ended after that update."""
-    undo = at_update(update, interrupt)
-    try:
-        return run(*flags, code=130, **options)
-    finally:
-        undo()
 
 
 EXTRAS = {

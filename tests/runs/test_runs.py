@@ -189,13 +189,14 @@ def test_a_file_that_can_not_be_read_is_named_with_the_reason(file, tmp_path, mo
     (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n')
     for name in ("config.yaml", "summary.json"):
         (tmp_path / name).write_text("{}")
-    plain = Path.read_text
+    for reader in ("read_text", "read_bytes"):
+        plain = getattr(Path, reader)
 
-    def denied(self, *rest, **options):
-        if self.name == file:
-            raise PermissionError(13, "Permission denied", str(self))
-        return plain(self, *rest, **options)
+        def denied(self, *rest, plain=plain, **options):
+            if self.name == file:
+                raise PermissionError(13, "Permission denied", str(self))
+            return plain(self, *rest, **options)
 
-    monkeypatch.setattr(Path, "read_text", denied)
+        monkeypatch.setattr(Path, reader, denied)
     with pytest.raises(InputError, match=rf"/{file} can't be read: Permission denied"):
         load_run_folder(tmp_path)

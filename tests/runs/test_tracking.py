@@ -24,6 +24,7 @@ from lbaccel.runs.folder import (
     write_config,
     write_summary,
 )
+from lbaccel.runs.metric_lines import CHECK, faults, read_lines
 from lbaccel.runs.tracking import RunFolderTracker, start_trackers, wandb_mode
 
 KEYS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
@@ -39,7 +40,9 @@ def no_wandb_environment(tmp_path, monkeypatch):
 def rows_of(run):
     refuse = pytest.fail  # a NaN literal is not JSON
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
+    assert faults(read_lines(run / "metrics.jsonl")) == []
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{key: value for key, value in row.items() if key != CHECK} for row in rows]
 
 
 def started(run):
