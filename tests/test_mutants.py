@@ -534,6 +534,34 @@ MUTANTS = {
         "tests/update/memory/test_oom.py::"
         "test_the_failed_attempt_holds_no_activation_when_its_memory_is_given_back",
     ),
+    "a failed backward pass keeps what it had still to do": (
+        "update.memory.oom",
+        "    _forget_backward()\n    gc.collect()",
+        "    gc.collect()",
+        "tests/update/memory/test_host_limit.py::"
+        "test_a_backward_pass_that_failed_keeps_no_activation_of_what_it_had_still_to_do",
+    ),
+    "a CPU's budget counts addresses that hold nothing": (
+        "update.memory.host_limit",
+        "left = self.num_bytes - (in_use - self._start)",
+        "left = self.num_bytes - (address_space - self._start)",
+        "tests/update/memory/test_host_limit.py::"
+        "test_pages_in_use_count_and_reserved_addresses_do_not",
+    ),
+    "a CPU's budget is left to the system's limit, which oneDNN does not survive": (
+        "update.memory.host_limit",
+        "        self.limit.check()",
+        "        pass",
+        "tests/update/memory/test_host_limit.py::"
+        "test_a_network_whose_kernels_are_compiled_as_it_goes_recovers_to_the_bit",
+    ),
+    "a shape that was never run is not watched": (
+        "update.memory.host_limit",
+        "limit.went_well[shapes] >= ENOUGH",
+        "limit.went_well.total() >= ENOUGH",
+        "tests/update/memory/test_host_limit.py::"
+        "test_a_shape_is_checked_until_it_went_well_and_a_new_one_again",
+    ),
     "the global batch shrinks with the micro-batch": (
         "update.memory.adaptive",
         "self.plan = replace(self.plan, micro_batch_size=size)",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -60,4 +61,15 @@ def limit_for(batch: BatchOptions, device: torch.device) -> Iterator[str | None]
     else:
         num_bytes = parse_memory(batch.memory)
     with memory_limit(num_bytes, device) as line:
-        yield line
+        yield line if device.type != "cpu" else f"{line}. {_if_a_library_breaks()}"
+
+
+def _if_a_library_breaks() -> str:
+    """Make a crash write where it happened; the sentence that says beforehand how to go on."""
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError):  # standard error is no file
+            faulthandler.enable()
+    return (
+        "A library that does not survive a refused allocation ends the process with a "
+        "segmentation fault: go on with --resume auto and a smaller --micro-batch-size."
+    )

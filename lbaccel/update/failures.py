@@ -95,8 +95,15 @@ def nothing_fits(plan: BatchPlan, device: torch.device, *, update: int) -> RunFa
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         used = f" ({peak:.2f} GiB at the peak, the device has {total:.2f})"
+    fresh = ""
+    if device.type == "cpu":
+        fresh = (
+            " A library that was refused memory may fail for as long as its process lives: a fresh "
+            f"start with --micro-batch-size {plan.group_size} (micro_batch_size={plan.group_size}) "
+            "may fit."
+        )
     return RunFailed(
-        f"memory ran out in update {update}{used}, and {what_to_try(plan)} "
+        f"memory ran out in update {update}{used}, and {what_to_try(plan)}{fresh} "
         "Weights and statistics are as before the update."
     )
 

@@ -25,6 +25,7 @@ from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
 from lbaccel.update.mask_layouts import MaskLayouts
+from lbaccel.update.memory.host_limit import Watch
 from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
@@ -61,6 +62,7 @@ class Transaction:
             norm=norm,
             always=not sharding.droppable,
         )
+        self._watch = Watch()
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
@@ -123,9 +125,10 @@ class Transaction:
     ) -> tuple[Sums | None, BaseException | None]:
         device = self.accelerator.device
         on_device = (
-            (m, send_to_device(data, device, non_blocking=True))
+            (m, self._watch.look_at(send_to_device(data, device, non_blocking=True)))
             for m, data in self.sharding.micro_steps(micro_batches)
         )
+        self._watch.begin()
         try:
             # Weights that each forward gathers anew must not live on in their casts.
             keeps = self.sharding.droppable
@@ -137,7 +140,7 @@ class Transaction:
                     self._learning(on_device, loss_fn),
                     loss_fn,
                     num_samples=num_samples,
-                    scopes=(self.norm, self.randomness),
+                    scopes=(self.norm, self.randomness, *([self._watch] if keeps else [])),
                     backward=self.sharding.backward,
                     after=None if self.units is None else self.units.add,
                 )

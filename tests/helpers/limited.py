@@ -6,8 +6,10 @@ import logging
 import os
 import resource
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
+import timm
 import torch
 import yaml
 from accelerate import Accelerator
@@ -78,4 +80,28 @@ def recipes(runs):
         folders = list(Path("runs").iterdir()) if Path("runs").exists() else []
         config = yaml.safe_load((folders[0] / "config.yaml").read_text()) if folders else {}
         found.append((code, config, rows(folders[0]) if folders else []))
+    return found
+
+
+def compiled_kernels(cases):
+    """Losses, sizes and weights of timm's smallest ByobNet: oneDNN compiles 60 kernels a shape."""
+    found = []
+    for micro, budget_mib in cases:
+        torch.manual_seed(0)
+        net = timm.create_model("test_byobnet", num_classes=4, in_chans=1)
+        data = TensorDataset(torch.randn(128, 1, 64, 64), torch.randint(4, (128,)))
+        size = micro or found[-1][1][0]
+        plan = BatchPlan(global_batch_size=128, micro_batch_size=size, norm_batch_size=8)
+        large_batch = LargeBatch(Accelerator(cpu=True), plan)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net, optimizer, loader = large_batch.prepare(net, optimizer, UpdateLoader(data, plan))
+
+        def loss_fn(model, micro_batch):
+            return F.cross_entropy(model(micro_batch[0]), micro_batch[1])
+
+        device = torch.device("cpu")
+        with memory_limit(budget_mib * 2**20, device) if budget_mib else nullcontext():
+            results = [large_batch.update(update, loss_fn) for update in loader]
+        sizes = [result.micro_batch_size for result in results]
+        found.append(([result.loss for result in results], sizes, dict(net.state_dict())))
     return found

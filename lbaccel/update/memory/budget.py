@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from lbaccel.errors import InputError
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 MARGIN_SHARE = 0.03  # of the device: the driver, a display, fragments
 MARGIN_BYTES = 256 * 2**20
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def parse_memory(text: str) -> int:
@@ -88,7 +86,9 @@ def memory_limit(num_bytes: int, device: torch.device) -> Iterator[str]:
 
     On CUDA the caching allocator of this process is capped (the context, some 0.5 GiB, comes on
     top); Windows and WSL, whose driver would spill into host memory, fail cleanly so. On a CPU
-    under Linux the private memory may grow by `num_bytes` over what it is now.
+    under Linux the private memory in use may grow by `num_bytes` over what it is now: an update
+    stops after the first operator that exceeds it, and the system refuses what exceeds it by more
+    than 256 MiB.
 
     Raises:
         InputError: more than the device has, or a system without such a limit.
@@ -109,33 +109,7 @@ def memory_limit(num_bytes: int, device: torch.device) -> Iterator[str]:
         return
     if sys.platform != "linux":
         raise InputError("a memory budget of a CPU is enforced on Linux only. Leave it out.")
-    import resource
+    from lbaccel.update.memory.host_limit import host_limit
 
-    _give_back_large_blocks()
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = _data_bytes() + num_bytes
-    if hard != resource.RLIM_INFINITY:
-        allowed = min(allowed, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
-    try:
+    with host_limit(num_bytes):
         yield f"memory: at most {gib:.2f} GiB more than the process has now"
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _give_back_large_blocks() -> None:
-    """Make glibc return every block of 1 MiB and more to the system when it is freed.
-
-    By itself it keeps blocks of up to 32 MiB, cut to the sizes of an attempt that failed, and the
-    next attempt finds less room than the first. Page faults make this slower; it stays so after
-    the limit. Another C library is left as it is.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-def _data_bytes() -> int:
-    """Private writable memory of this process, what RLIMIT_DATA counts (Linux 4.7 and newer)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from lbaccel.update.memory.host_limit import give_back, room_above_budget
+
 # Messages that only a lack of memory causes. Each is the text of one library, in its own case.
 _CERTAIN = re.compile(
     "|".join(
@@ -72,23 +74,36 @@ def _memory_is_short() -> bool:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.mem_get_info()[0] < PROBE_BYTES
     try:
-        torch.empty(PROBE_BYTES, dtype=torch.uint8)
+        torch.empty(PROBE_BYTES + room_above_budget(), dtype=torch.uint8)
     except (RuntimeError, MemoryError):
         return True
     return False
 
 
 def let_go(error: BaseException | None, device: torch.device) -> None:
-    """Free what a failed attempt holds: the frames of its traceback, and the device's cache."""
+    """Free what a failed attempt holds: frames, autograd's queue, and what allocators keep."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
+    _forget_backward()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "cpu":
+        give_back()
+
+
+def _forget_backward() -> None:
+    """Make autograd drop what a backward pass that failed had still to do.
+
+    This thread's queue keeps the nodes that were ready, and with them all activations below, until
+    its next backward pass takes them out (torch/csrc/autograd/engine.cpp, `thread_main`).
+    """
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).clone().backward()
 
 
 def allocator_retries(device: torch.device) -> int:
