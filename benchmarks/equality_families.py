@@ -277,7 +277,7 @@ HEAD = """# The equality matrix over timm's families
 
 One network of each of {families} modules of timm ({count} networks), randomly initialised, with its
 dropout as shipped and drop-path 0.2 where the network takes it ({drops} do; {masked} draw masks).
-One update of 6 samples, BatchNorm over ghost batches of 2. Relative error of the whole gradient vector
+One update of 6 samples, BatchNorm over ghost batches of 2. Relative error of the whole gradient
 against the whole batch in plain torch, for micro-batches of one ghost batch or sample, of a ragged
 cut, and of one ghost batch or sample recomputed. The last column is the control: the whole batch
 again, its images multiplied by 1 + 2^-52.
