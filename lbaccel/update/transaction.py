@@ -22,9 +22,11 @@ from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.averages import RunningAverages
 from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
+from lbaccel.update.writes import WriteWatch
 
 
 class Transaction:
@@ -37,6 +39,8 @@ class Transaction:
         norm: BatchNorm's statistics of the running update.
         randomness: the draws of the running update.
         units: the norms of its micro-batches' gradients, where the noise scale is measured.
+        averages: that forwards move, declared by the user.
+        watch: looks once for other tensors that forwards move.
     """
 
     def __init__(
@@ -48,14 +52,18 @@ class Transaction:
         norm: GhostNorm,
         randomness: KeyedRandomness,
         units: UnitNorms | None = None,
+        averages: RunningAverages | None = None,
+        watch: WriteWatch | None = None,
     ) -> None:
         self.accelerator, self.model, self.sharding = accelerator, model, sharding
         self.norm, self.randomness, self.units = norm, randomness, units
+        self.averages, self.watch = averages or RunningAverages(), watch
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
         self.sharding.drop()
         self.norm.begin()
+        self.averages.forget()
 
     def attempt(
         self,
@@ -109,7 +117,10 @@ class Transaction:
             (m, send_to_device(data, device, non_blocking=True))
             for m, data in self.sharding.micro_steps(micro_batches)
         )
+        if self.watch is not None and not self.watch.done:
+            on_device = self.watch.micro_batches(on_device, self.sharding.module, loss_fn)
         try:
+            self.averages.begin(self.sharding.module, loss_fn)
             # Weights that each forward gathers anew must not live on in their casts.
             keeps = self.sharding.droppable
             cache = _autocast_cache(device.type) if keeps else nullcontext()
@@ -120,7 +131,7 @@ class Transaction:
                     on_device,
                     loss_fn,
                     num_samples=num_samples,
-                    scopes=(self.norm, self.randomness),
+                    scopes=(self.norm, self.randomness, self.averages),
                     backward=self.sharding.backward,
                     after=None if self.units is None else self.units.add,
                 )
@@ -168,6 +179,7 @@ class Transaction:
         if step.outcome in ("written", "dropped"):
             several = self.accelerator.num_processes > 1
             self.norm.commit(accumulation.gather_rows if several else None)
+            self.averages.commit(update.num_samples, world_size=self.accelerator.num_processes)
         self.sharding.drop()
         if step.outcome == "written" and noise_scale is not None and self.units is not None:
             noise_scale.add(
