@@ -177,7 +177,9 @@ class _Walk:
     def _function(self, path: str, function: FunctionType, depth: int) -> None:
         if (function.__module__ or "").partition(".")[0] in _CLOSED:
             return
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
             try:
                 entry = (None, cell.cell_contents, _join(path, name))
             except ValueError:  # not filled yet
@@ -264,11 +266,10 @@ def _restore(holder: Any, entries: Any) -> None:
         for key, value in entries.items():
             if key not in holder or holder[key] is not value:
                 holder[key] = value
-    elif not isinstance(holder, tuple) and (
-        len(holder) != len(entries) or any(a is not b for a, b in zip(holder, entries))
-    ):
-        holder.clear()
-        holder.extend(entries)
+    elif not isinstance(holder, tuple) and [*map(id, holder)] != [*map(id, entries)]:
+        if any(isinstance(item, Tensor) for item in (*holder, *entries)):  # else it is a log
+            holder.clear()
+            holder.extend(entries)
 
 
 def _names(code: CodeType) -> Iterator[str]:

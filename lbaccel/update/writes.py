@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError
 from lbaccel.update.averages import RunningAverages
-from lbaccel.update.reachable import Kept, Place, Reachable, is_below, reachable
+from lbaccel.update.reachable import LOSS, Kept, Place, Reachable, is_below, reachable
 
 SHRINK = 63 / 64  # exact in every dtype, and a value stays in its range
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -104,7 +104,7 @@ def carried(
     return [
         path
         for path in rewritten
-        if (found.places[path].kind != "plain" or read)
+        if (read or found.places[path].kind != "plain" or not is_below(path, LOSS))
         and (
             _apart(changed[path], first[path]) > 10 * _apart(second[path], first[path])
             if first[path].is_floating_point()
@@ -223,7 +223,7 @@ def carries(paths: Sequence[str], found: Reachable) -> InputError:
     kind = {"parameter": "parameter", "buffer": "buffer", "plain": "tensor"}[place.kind]
     more = f" (and {len(paths) - 1} more: {', '.join(paths[1:4])})" if len(paths) > 1 else ""
     return InputError(
-        f"a forward moves the {kind} {paths[0]!r}{shape}{more} from its last value, and so it would "
+        f"a forward moves the {kind} {paths[0]!r}{shape}{more} from its last value, so it would "
         "move once a micro-batch and on each rank by its own samples: another plan would give "
         "another result. Nothing of this update was written to the weights. Where it is a running "
         f"average of samples, declare it: LargeBatch(..., averages={[paths[0]]!r}) moves it once an "
