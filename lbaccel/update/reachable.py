@@ -222,7 +222,7 @@ class _Some:
 
 
 class Kept:
-    """What lies in containers and tensors now, to be put back.
+    """The contents of containers and tensors as they are now, to be put back.
 
     Args:
         found: the containers; their entries are kept by reference.
@@ -266,10 +266,9 @@ def _restore(holder: Any, entries: Any) -> None:
         for key, value in entries.items():
             if key not in holder or holder[key] is not value:
                 holder[key] = value
-    elif not isinstance(holder, tuple) and [*map(id, holder)] != [*map(id, entries)]:
-        if any(isinstance(item, Tensor) for item in (*holder, *entries)):  # else it is a log
-            holder.clear()
-            holder.extend(entries)
+    elif not isinstance(holder, tuple) and any(isinstance(i, Tensor) for i in (*holder, *entries)):
+        holder.clear()  # a list without tensors is a log, which stays
+        holder.extend(entries)
 
 
 def _names(code: CodeType) -> Iterator[str]:

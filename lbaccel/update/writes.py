@@ -226,7 +226,7 @@ def carries(paths: Sequence[str], found: Reachable) -> InputError:
         f"a forward moves the {kind} {paths[0]!r}{shape}{more} from its last value, so it would "
         "move once a micro-batch and on each rank by its own samples: another plan would give "
         "another result. Nothing of this update was written to the weights. Where it is a running "
-        f"average of samples, declare it: LargeBatch(..., averages={[paths[0]]!r}) moves it once an "
-        "update, as by the whole batch. Else move it after large_batch.update(...); or let it "
+        f"average of samples, declare it: LargeBatch(..., averages={[paths[0]]!r}) moves it once "
+        "an update, as by the whole batch. Else move it after large_batch.update(...); or let it "
         f"follow the micro-batches: LargeBatch(..., allow_writes={[paths[0]]!r})."
     )

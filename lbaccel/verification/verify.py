@@ -66,8 +66,8 @@ def verify(
 
     and the same holds of the loss, of the buffers of each module, and of all other tensors that a
     forward moves: frozen parameters, plain attributes, the loss function's own. Then all follow
-    g for a step, and a second update is compared, from what the first one left. The random states of
-    torch, numpy and Python are as before. `verify` traces each difference to a layer and a
+    g for a step, and a second update is compared, from what the first one left. The random states
+    of torch, numpy and Python are as before. `verify` traces each difference to a layer and a
     cause. Model, gradients, buffers and random states of the caller stay as they are.
 
     Args:

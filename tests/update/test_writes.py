@@ -133,14 +133,40 @@ def test_the_walk_finds_what_objects_lists_closures_and_globals_hold():
 
 OF_MODULE = torch.zeros(6)
 
-FAMILIES = (
-    "beit_base_patch16_224 convnext_atto densenet121 dla34 edgenext_xx_small efficientnet_b0 "
-    "eva02_tiny_patch14_224 fastvit_t8 ghostnet_050 hrnet_w18_small levit_128s coat_tiny "
-    "maxvit_rmlp_pico_rw_256 mobilenetv3_small_050 mobilevit_xxs naflexvit_base_patch16_gap "
-    "nf_regnet_b0 poolformer_s12 pvt_v2_b0 regnetx_002 repvgg_a0 resnet10t twins_svt_small "
-    "swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 tiny_vit_5m_224 vgg11_bn volo_d1_224 "
-    "vit_relpos_small_patch16_224 vit_tiny_patch16_224 xcit_nano_12_p16_224 mixer_s32_224"
-).split()
+FAMILIES = [
+    "beit_base_patch16_224",
+    "convnext_atto",
+    "densenet121",
+    "dla34",
+    "edgenext_xx_small",
+    "efficientnet_b0",
+    "eva02_tiny_patch14_224",
+    "fastvit_t8",
+    "ghostnet_050",
+    "hrnet_w18_small",
+    "levit_128s",
+    "coat_tiny",
+    "maxvit_rmlp_pico_rw_256",
+    "mobilenetv3_small_050",
+    "mobilevit_xxs",
+    "naflexvit_base_patch16_gap",
+    "nf_regnet_b0",
+    "poolformer_s12",
+    "pvt_v2_b0",
+    "regnetx_002",
+    "repvgg_a0",
+    "resnet10t",
+    "twins_svt_small",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_ns_224",
+    "tiny_vit_5m_224",
+    "vgg11_bn",
+    "volo_d1_224",
+    "vit_relpos_small_patch16_224",
+    "vit_tiny_patch16_224",
+    "xcit_nano_12_p16_224",
+    "mixer_s32_224",
+]
 FIXED_SIZE = ("mixer_s32_224", "coat_tiny", "volo_d1_224")
 
 
