@@ -286,6 +286,32 @@ MUTANTS = {
         "tests/optim/test_groups.py::"
         "test_legw_s_warmup_is_saved_as_asked_so_that_a_run_from_its_settings_is_the_same",
     ),
+    "a recompute sees the average that its forward moved": (
+        "update.averages",
+        "        self._take()\n        self._put_back()\n",
+        "        self._take()\n",
+        "tests/update/test_averages.py::"
+        "test_a_declared_average_of_the_model_moves_as_by_the_whole_batch[buffer-True]",
+    ),
+    "averages are not summed over the ranks": (
+        "update.averages",
+        "                dist.all_reduce(average.total)\n",
+        "                pass\n",
+        "tests/update/test_averages.py::"
+        "test_two_ranks_move_a_declared_average_as_one_process[buffer-4]",
+    ),
+    "a note of one forward is taken for a state": (
+        "update.writes",
+        "_apart(changed[path], first[path]) > 10 * _apart(second[path], first[path])",
+        "True",
+        "tests/update/test_writes.py::test_caches_notes_and_counters_are_no_error",
+    ),
+    "the loss function's tensors go on from the plan before": (
+        "verification.updates",
+        "        self.reset()\n",
+        "",
+        "tests/verification/test_states.py::test_a_momentum_encoder_shows_from_the_second_update",
+    ),
     "tail divided by the full batch": (
         "update.transaction",
         "self._try(micro_batches(), loss_fn, update.num_samples)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update import failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop
 from lbaccel.update.agreement import check_rank_of_loader, facts_of
+from lbaccel.update.averages import RunningAverages
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
 from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
@@ -35,6 +36,7 @@ from lbaccel.update.sharding.prepare import prepare
 from lbaccel.update.sharding.replicated import Replicated
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
 from lbaccel.update.transaction import Transaction
+from lbaccel.update.writes import WriteWatch
 
 
 class LargeBatch:
@@ -59,6 +61,11 @@ class LargeBatch:
             Statistics, counters and scheduler move; weights, optimizer state, EMA and the progress
             of AdaScale do not.
         noise_scale: measures the critical batch size as updates go by; not under ZeRO-3 and FSDP2.
+        averages: names of running averages of samples that the forward or the loss function moves,
+            or of modules that hold them ("head.centers", "teacher", "loss_fn.mean"). They move once
+            an update, as by the whole batch; see `lbaccel.update.averages`.
+        allow_writes: names of tensors that may follow the micro-batches. Any other that a forward
+            moves and a later one reads is an error in the first update.
 
     Raises:
         InputError: the accelerator contradicts the plan, or would not do what it says.
@@ -90,6 +97,8 @@ class LargeBatch:
         seed: int = 0,
         drops: Callable[[float, int], bool] | None = None,
         noise_scale: NoiseScale | None = None,
+        averages: Sequence[str] = (),
+        allow_writes: Sequence[str] = (),
     ) -> None:
         check_accelerator(accelerator, plan)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -103,6 +112,8 @@ class LargeBatch:
         self.samples_seen = 0
         self.randomness = KeyedRandomness(seed, accelerator.device)
         self.norm: GhostNorm | None = None
+        self._averages = RunningAverages(averages)
+        self._watch = WriteWatch(self._averages, allowed=allow_writes)
         self.noise_scale = noise_scale
         self._scheduler: Any = None
         self._ema: Any = None
@@ -162,6 +173,7 @@ class LargeBatch:
         )
         if self._drops is not None and not sharding.droppable:
             raise failures.not_dropped()
+        self._averages.check(sharding.module)
         self._transaction = Transaction(
             self.accelerator,
             model,
@@ -169,6 +181,8 @@ class LargeBatch:
             norm=self.norm,
             randomness=self.randomness,
             units=self._unit_norms(sharding, optimizer),
+            averages=self._averages,
+            watch=self._watch.of(self.norm, self.randomness) if sharding.droppable else None,
         )
         self._scheduler, self._ema = scheduler, ema
         self._guard = LoopGuard(self.accelerator, given, scheduler)

@@ -13,6 +13,7 @@ from lbaccel.randomness.generators import seed_generators
 from lbaccel.randomness.layouts import Layouts, NotLearned, learn_layouts
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update.accumulation import LossFn
+from lbaccel.update.averages import RunningAverages
 from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.update.normalization import GhostNorm
 
@@ -31,6 +32,7 @@ class MaskLayouts:
         module: the network inside, whose layers are named.
         randomness: takes the layouts.
         norm: BatchNorm's statistics, which take nothing from these samples.
+        averages: declared ones, which take nothing either.
         always: learn even where no rate shows: an attempt can't be done again.
     """
 
@@ -41,10 +43,11 @@ class MaskLayouts:
         *,
         randomness: KeyedRandomness,
         norm: GhostNorm,
+        averages: RunningAverages,
         always: bool = False,
     ) -> None:
         self.model, self.module, self.always = model, module, always
-        self.randomness, self.norm = randomness, norm
+        self.randomness, self.norm, self.averages = randomness, norm, averages
         self._rates = [(m, name) for m in module.modules() for name in _rates_of(m)]
         self._learned_at: Any = None
         self._calls_unseen = False  # by any rate: some came all the same
@@ -80,7 +83,7 @@ class MaskLayouts:
             randomness.layouts = learn_mask_layouts(
                 self.model, loss_fn, data,
                 num_samples=micro_batch.num_samples,
-                module=self.module, randomness=randomness, norm=self.norm,
+                module=self.module, randomness=randomness, norm=self.norm, averages=self.averages,
             )  # fmt: skip
         except Exception as error:
             if is_out_of_memory(error) and micro_batch.num_samples > 3:
@@ -116,14 +119,17 @@ def learn_mask_layouts(
     module: nn.Module,
     randomness: KeyedRandomness,
     norm: GhostNorm,
+    averages: RunningAverages,
 ) -> Layouts:
     """The `Layouts` of a network on samples of a micro-batch; statistics and generators stay."""
 
     def run(few: Any, count: int) -> None:
         seed_generators(0, randomness.device)
-        with torch.no_grad(), norm.forward(MicroBatch(0, (count,))):
+        micro_batch = MicroBatch(0, (count,))
+        with torch.no_grad(), norm.forward(micro_batch), averages.forward(micro_batch):
             loss_fn(model, few)
 
+    averages.begin(module, loss_fn)
     try:
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again in the update
@@ -132,6 +138,7 @@ def learn_mask_layouts(
             )
     finally:
         norm.begin()
+        averages.begin(module, loss_fn)  # what these samples added up is let go
         torch.clear_autocast_cache()  # casts made without gradients
 
 

@@ -24,11 +24,13 @@ from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.averages import RunningAverages
 from lbaccel.update.mask_layouts import MaskLayouts
 from lbaccel.update.memory.host_limit import Watch
 from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
+from lbaccel.update.writes import WriteWatch
 
 
 class Transaction:
@@ -41,6 +43,8 @@ class Transaction:
         norm: BatchNorm's statistics of the running update.
         randomness: the draws of the running update.
         units: the norms of its micro-batches' gradients, where the noise scale is measured.
+        averages: that forwards move, declared by the user.
+        watch: looks once for other tensors that forwards move.
     """
 
     def __init__(
@@ -52,22 +56,27 @@ class Transaction:
         norm: GhostNorm,
         randomness: KeyedRandomness,
         units: UnitNorms | None = None,
+        averages: RunningAverages | None = None,
+        watch: WriteWatch | None = None,
     ) -> None:
         self.accelerator, self.model, self.sharding = accelerator, model, sharding
         self.norm, self.randomness, self.units = norm, randomness, units
+        self.averages, self.watch = averages or RunningAverages(), watch
         self.masks = MaskLayouts(
             model,
             sharding.module,
             randomness=randomness,
             norm=norm,
+            averages=self.averages,
             always=not sharding.droppable,
         )
-        self._watch = Watch()
+        self._host_limit = Watch()
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
         self.sharding.drop()
         self.norm.begin()
+        self.averages.forget()
 
     def attempt(
         self,
@@ -125,11 +134,15 @@ class Transaction:
     ) -> tuple[Sums | None, BaseException | None]:
         device = self.accelerator.device
         on_device = (
-            (m, self._watch.look_at(send_to_device(data, device, non_blocking=True)))
+            (m, self._host_limit.look_at(send_to_device(data, device, non_blocking=True)))
             for m, data in self.sharding.micro_steps(micro_batches)
         )
-        self._watch.begin()
+        pairs = self._learning(on_device, loss_fn)
+        if self.watch is not None and not self.watch.done:
+            pairs = self.watch.micro_batches(pairs, self.sharding.module, loss_fn)
+        self._host_limit.begin()
         try:
+            self.averages.begin(self.sharding.module, loss_fn)
             # Weights that each forward gathers anew must not live on in their casts.
             keeps = self.sharding.droppable
             cache = _autocast_cache(device.type) if keeps else nullcontext()
@@ -137,10 +150,13 @@ class Transaction:
             with self.sharding.around(), cache, listening:
                 sums = accumulation.accumulate(
                     self.model,
-                    self._learning(on_device, loss_fn),
+                    pairs,
                     loss_fn,
                     num_samples=num_samples,
-                    scopes=(self.norm, self.randomness, *([self._watch] if keeps else [])),
+                    scopes=(
+                        *(self.norm, self.randomness, self.averages),
+                        *([self._host_limit] if keeps else []),
+                    ),
                     backward=self.sharding.backward,
                     after=None if self.units is None else self.units.add,
                 )
@@ -202,6 +218,7 @@ class Transaction:
         if step.outcome in ("written", "dropped"):
             several = self.accelerator.num_processes > 1
             self.norm.commit(accumulation.gather_rows if several else None)
+            self.averages.commit(update.num_samples, world_size=self.accelerator.num_processes)
         self.sharding.drop()
         if step.outcome == "written" and noise_scale is not None and self.units is not None:
             noise_scale.add(

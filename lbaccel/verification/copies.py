@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lbaccel.errors import InputError
 from lbaccel.randomness.generators import generator_states, restore_generators
+from lbaccel.update.reachable import Kept, reachable
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,12 @@ def float64_copy(model: nn.Module) -> nn.Module:
             for p in model.parameters()
         }
         memo |= {id(b): _double(b) for b in model.buffers()}
+        plain = [place.tensor for place in reachable(model).places.values()]
+        memo |= {
+            id(t): _double(t)
+            for t in plain
+            if type(t) is Tensor and t.is_leaf and not t.requires_grad and id(t) not in memo
+        }
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(
@@ -143,6 +150,35 @@ def aside(model: nn.Module) -> Iterator[None]:
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+@contextmanager
+def loss_in_float64(loss_fn: Any) -> Iterator[Callable[[], None]]:
+    """Inside, the loss function's own tensors are in float64 on the CPU; after it, as before.
+
+    Yields:
+        Puts them back to where they began, for the next update from the start.
+    """
+    found = reachable(None, loss_fn)
+    own = {path: t for path, place in found.places.items() if (t := place.tensor) is not None}
+    theirs = [
+        (t, t.data, t.grad)
+        for t in own.values()
+        if type(t) in (Tensor, nn.Parameter) and t.is_leaf and not t.is_inference()
+        if t.is_floating_point() and (t.dtype, t.device) != (torch.float64, CPU)
+    ]
+    for tensor, _, _ in theirs:
+        tensor.grad = None
+        tensor.data = _double(tensor)
+    kept = Kept(found, [path for path, t in own.items() if not t.is_inference()])
+    try:
+        yield kept.put_back
+    finally:
+        kept.put_back()
+        for tensor, data, gradient in theirs:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = gradient
 
 
 def _first_line(error: BaseException) -> str:

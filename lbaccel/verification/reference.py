@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.verification.copies import described, float64_copy, rows_of
-from lbaccel.verification.updates import Result, Subject, masks_of, result_of, stirred_states
+from lbaccel.verification.copies import described, rows_of
+from lbaccel.verification.updates import (
+    Result,
+    Subject,
+    masks_of,
+    move_along,
+    result_of,
+    stirred_states,
+)
 
 
 def reference(subject: Subject) -> Result:
-    """The update of the whole batch in plain torch: one forward, one backward.
+    """Two updates of the whole batch in plain torch: one forward, one backward each.
 
     Of lbaccel it uses the keyed masks alone, without which dropout could not be compared. With
     `norm_batch_size`, each BatchNorm layer runs its ghost batches one after the other, and moves
@@ -28,12 +36,19 @@ def reference(subject: Subject) -> Result:
         InputError: the loss function fails, or returns no loss.
         RunFailed: the loss or a gradient is not finite.
     """
-    model, n = float64_copy(subject.model), subject.num_samples
+    model = subject.fresh()
     _without_checkpointing(model)
+    first = _update(subject, model, 0)
+    move_along(model, first.gradients)
+    return replace(first, after=_update(subject, model, 1))
+
+
+def _update(subject: Subject, model: nn.Module, index: int) -> Result:
+    n = subject.num_samples
     move_statistics = _run_ghost_batches_in_turn(model, subject.norm_batch_size, n)
     randomness = masks_of(subject)
     before = stirred_states()
-    with randomness.update(0), randomness.forward(MicroBatch(0, (n,))):
+    with randomness.update(index), randomness.forward(MicroBatch(0, (n,))):
         try:
             out = subject.loss_fn(model, rows_of(subject.batch, 0, n))
             loss = out[0] if isinstance(out, tuple) else out
@@ -54,7 +69,7 @@ def reference(subject: Subject) -> Result:
                 f"CPU: {described(error)}. It is called as loss_fn(model, batch) and must take "
                 "device and dtype from the batch that it gets."
             ) from error
-    result = result_of(model, float(loss.detach()), before)
+    result = result_of(subject, model, float(loss.detach()), before)
     if not math.isfinite(result.loss) or not all(
         g is None or bool(torch.isfinite(g).all()) for g in result.gradients.values()
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,12 @@ from lbaccel.randomness.layouts import Layouts
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn, Scope
+from lbaccel.update.averages import RunningAverages
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.mask_layouts import learn_mask_layouts
 from lbaccel.update.normalization import GhostNorm, convert_batch_norm
+from lbaccel.update.reachable import reachable
+from lbaccel.update.writes import carried, marks
 from lbaccel.verification.copies import CPU, float64_copy, rows_of
 
 
@@ -37,6 +40,14 @@ class Subject:
     seed: int
     blocks: tuple[str, ...] | None = None  # to recompute, in place of lbaccel's choice
     layouts: Layouts | None = None  # of its masks, see `learned`
+    averages: tuple[str, ...] = ()  # as for `LargeBatch`
+    watched: tuple[str, ...] = ()  # what a forward moves beside the buffers
+    reset: Callable[[], None] = lambda: None  # the loss function's own tensors
+
+    def fresh(self) -> nn.Module:
+        """A copy of the model, and the loss function as it was at the start."""
+        self.reset()
+        return float64_copy(self.model)
 
     @property
     def unit(self) -> int:
@@ -60,7 +71,7 @@ class Subject:
 
 def learned(subject: Subject) -> Subject:
     """The subject with the layouts of its masks, as `LargeBatch` learns them."""
-    model = float64_copy(subject.model)
+    model = subject.fresh()
     norm, randomness = converted(model, subject.norm_batch_size), masks_of(subject)
     with randomness.update(0):
         try:
@@ -72,6 +83,7 @@ def learned(subject: Subject) -> Subject:
                 module=model,
                 randomness=randomness,
                 norm=norm,
+                averages=RunningAverages(subject.averages),
             )
         except Exception:  # the update goes by rows then, and shows what differs
             return subject
@@ -89,8 +101,9 @@ class Result:
 
     loss: float
     gradients: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor]  # and all else that a forward moves
     random_state_kept: bool
+    after: Result | None = None  # the update that follows
 
 
 def planned(
@@ -100,50 +113,111 @@ def planned(
     rank: int = 0,
     checkpointing: bool = False,
     only: Sequence[MicroBatch] | None = None,
+    follow: Mapping[str, Tensor | None] | None = None,
 ) -> Result:
     """The update of one rank under a plan, out of the pieces that `LargeBatch.update` is made of.
 
     With several ranks the default process group must run. With `only` the update is made of these
-    micro-batches, in one process.
+    micro-batches, in one process. With `follow`, a gradient, the weights are moved along it and a
+    second update is made, from the state that the first one left.
     """
     partition = plan.partition(rank) if only is None else only
     num_samples = subject.num_samples if only is None else sum(m.num_samples for m in only)
-    model = float64_copy(subject.model)
+    model = subject.fresh()
     if checkpointing:
         apply_activation_checkpointing(model, subject.blocks)
     norm = converted(model, subject.norm_batch_size)
     randomness = masks_of(subject)
-    before = stirred_states()
+    averages = RunningAverages(subject.averages)
+
+    def update(index: int) -> Result:
+        before = stirred_states()
+        norm.begin()
+        averages.begin(model, subject.loss_fn)
+        error = sums = None
+        with randomness.update(index):
+            try:
+                sums = accumulation.accumulate(
+                    model,
+                    micro_batches(subject, partition),
+                    subject.loss_fn,
+                    num_samples=num_samples,
+                    scopes=(*scopes_of(subject, norm, randomness), averages),
+                )
+            except Exception as raised:
+                error = raised
+            agreement = _reduce(model, sums, error, plan.world_size, num_samples)
+        norm.commit(accumulation.gather_rows if plan.world_size > 1 else None)
+        averages.commit(num_samples, world_size=plan.world_size)
+        return result_of(subject, model, agreement.loss, before)
+
+    first = update(0)
+    if follow is None:
+        return first
+    move_along(model, follow)
+    return replace(first, after=update(1))
+
+
+def _reduce(
+    model: nn.Module,
+    sums: accumulation.Sums | None,
+    error: Exception | None,
+    world_size: int,
+    num_samples: int,
+) -> accumulation.Agreement:
+    """The agreement of the ranks, and the gradient of all of them in `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    norm.begin()
-    error = None
-    with randomness.update(0):
-        sums = None
-        try:
-            sums = accumulation.accumulate(
-                model,
-                micro_batches(subject, partition),
-                subject.loss_fn,
-                num_samples=num_samples,
-                scopes=scopes_of(subject, norm, randomness),
-            )
-        except Exception as raised:
-            error = raised
-        present = [p.grad is not None for p in parameters]
-        agreement = accumulation.agree(
-            sums, present, world_size=plan.world_size, device=CPU, error=error
-        )
+    present = [p.grad is not None for p in parameters]
+    agreement = accumulation.agree(sums, present, world_size=world_size, device=CPU, error=error)
     if agreement.out_of_memory:
         raise error or RunFailed("memory ran out on the other rank.")
     assert sums is not None
     accumulation.reduce_gradients(
         parameters,
         agreement.present,
-        world_size=plan.world_size,
+        world_size=world_size,
         divisor=agreement.weight / num_samples if sums.own_weights else 1.0,
     )
-    norm.commit(accumulation.gather_rows if plan.world_size > 1 else None)
-    return result_of(model, agreement.loss, before)
+    return agreement
+
+
+@torch.no_grad()
+def move_along(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> None:
+    """A step down a given gradient, of a thousandth of the weights' length; `.grad` is cleared.
+
+    All plans follow the same gradient, so that they enter their second update with equal weights.
+    """
+    parameters = dict(model.named_parameters())
+    pairs = [(parameters[name], g) for name, g in gradients.items() if g is not None]
+    length = sum(float(p.square().sum()) for p, _ in pairs) ** 0.5
+    norm = sum(float(g.square().sum()) for _, g in pairs) ** 0.5
+    for p, g in pairs:
+        p.sub_(g, alpha=1e-3 * (length or 1.0) / (norm or 1.0))
+    for p in parameters.values():
+        p.grad = None
+
+
+def watched(subject: Subject) -> tuple[str, ...]:
+    """Parameters and plain tensors that a forward moves from their last value."""
+    model = subject.fresh()
+    norm = converted(model, subject.norm_batch_size)
+    norm.begin()
+    randomness = masks_of(subject)
+    (whole,) = subject.plan(subject.whole).partition()
+    found = reachable(model, subject.loss_fn)
+
+    def forward() -> Any:
+        with norm.forward(whole), norm.backward(), randomness.forward(whole):
+            return subject.loss_fn(model, rows_of(subject.batch, 0, subject.num_samples))
+
+    with randomness.update(0):
+        before = marks(found.places)
+        try:
+            forward()
+            paths = carried(found, before, forward)
+        except Exception:  # the reference says why, in words
+            return ()
+    return tuple(path for path in paths if found.places[path].kind != "buffer")
 
 
 def converted(model: nn.Module, norm_batch_size: NormBatchSize) -> GhostNorm:
@@ -182,12 +256,17 @@ def check_ranks(plan: BatchPlan, rank: int) -> None:
     assert seen == list(range(plan.global_batch_size)), "each sample on one rank"
 
 
-def result_of(model: nn.Module, loss: float, before: Any) -> Result:
+def result_of(subject: Subject, model: nn.Module, loss: float, before: Any) -> Result:
     """The result of an update in a copy; `before` holds the generators' states before it."""
+    states = {name: b.clone() for name, b in model.named_buffers()}
+    if subject.watched:
+        places = reachable(model, subject.loss_fn).places
+        found = {path: places[path].tensor for path in subject.watched if path in places}
+        states |= {path: t.detach().clone() for path, t in found.items() if t is not None}
     return Result(
         loss,
         {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
-        {name: b.clone() for name, b in model.named_buffers()},
+        states,
         _same_states(before, generator_states(CPU)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -28,6 +29,7 @@ from lbaccel.verification.copies import (
     described,
     float64_batch,
     float64_copy,
+    loss_in_float64,
     unwrapped,
 )
 from lbaccel.verification.diagnosis.diagnosis import diagnose
@@ -35,7 +37,15 @@ from lbaccel.verification.diagnosis.evidence import Trial
 from lbaccel.verification.differences import difference
 from lbaccel.verification.ranks import run_ranks, why_no_ranks
 from lbaccel.verification.reference import reference
-from lbaccel.verification.updates import Result, Subject, check_ranks, converted, learned, planned
+from lbaccel.verification.updates import (
+    Result,
+    Subject,
+    check_ranks,
+    converted,
+    learned,
+    planned,
+    watched,
+)
 
 RANKS = 2
 
@@ -49,11 +59,12 @@ def verify(
     blocks: Sequence[str] | None = None,
     seed: int = 0,
     tolerance: float = 1e-12,
+    averages: Sequence[str] = (),
     name: str | None = None,
     data: str | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Certificate:
-    """Run one update of a copy of `model` whole and cut in several ways, and compare them.
+    """Run two updates of a copy of `model` whole and cut in several ways, and compare them.
 
     The copy runs in float64 on the CPU: whole, in equal, ragged and single micro-batches, and on
     two ranks (forked processes), each with and without activation checkpointing. With g the
@@ -61,8 +72,10 @@ def verify(
 
         |h - g| / |g| <= tolerance
 
-    and the same holds of the loss and of the buffers of each module, and the random states of
-    torch, numpy and Python are as before. `verify` traces each difference to a layer and a
+    and the same holds of the loss, of the buffers of each module, and of all other tensors that a
+    forward moves: frozen parameters, plain attributes, the loss function's own. Then all follow
+    g for a step, and a second update is compared, from what the first one left. The random states
+    of torch, numpy and Python are as before. `verify` traces each difference to a layer and a
     cause. Model, gradients, buffers and random states of the caller stay as they are.
 
     Args:
@@ -75,6 +88,7 @@ def verify(
         blocks: names of modules to recompute, as for `apply_activation_checkpointing`.
         seed: of dropout's masks.
         tolerance: largest relative error.
+        averages: running averages that a forward moves, as for `LargeBatch`.
         name: of the model, in the certificate.
         data: what the samples are, in the certificate.
         say: called with a line before each update, such as `print`.
@@ -104,17 +118,22 @@ def verify(
     check_number("tolerance", tolerance, at_most=1.0)
     seed = check_seed("seed", seed)
     model = unwrapped(model)
-    with aside(model):
+    with aside(model), loss_in_float64(loss_fn) as reset:
         in_float64, num_samples = float64_batch(batch)
         twin = float64_copy(model)
         names = None if blocks is None else tuple(blocks)
-        subject = Subject(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names)
+        subject = Subject(
+            *(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names),
+            averages=tuple(averages),
+            reset=reset,
+        )
         subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         converted(float64_copy(twin), norm_batch_size)
         subject = learned(subject)
         say = say or (lambda _: None)
         say(f"the whole batch of {num_samples} samples in plain torch")
         start = time.monotonic()
+        subject = replace(subject, watched=watched(subject))
         truth = reference(subject)
         patience = 120 + 60 * (time.monotonic() - start)
         how, cannot_recompute = _recompute(subject)
@@ -191,13 +210,15 @@ def _try(
     if plan.world_size > 1:
         return _try_ranks(subject, plan, checkpointing, truth, tolerance, patience)
     try:
-        result = planned(subject, plan, checkpointing=checkpointing)
+        result = planned(subject, plan, checkpointing=checkpointing, follow=truth.gradients)
     except InputError as error:
         return Trial(plan, checkpointing, not_run=str(error))
     except Exception as error:
         return Trial(plan, checkpointing, failed=described(error))
     found = difference(result, truth, tolerance)
-    return Trial(plan, checkpointing, found, result.buffers)
+    shown = result.after if found.update == 2 else result
+    assert shown is not None
+    return Trial(plan, checkpointing, found, shown.buffers)
 
 
 def _try_ranks(
@@ -214,7 +235,9 @@ def _try_ranks(
 
     def update(rank: int) -> Any:
         check_ranks(plan, rank)
-        result = planned(subject, plan, rank=rank, checkpointing=checkpointing)
+        result = planned(
+            subject, plan, rank=rank, checkpointing=checkpointing, follow=truth.gradients
+        )
         return difference(result, truth, tolerance)
 
     reports = run_ranks(update, world_size=RANKS, timeout_seconds=patience)

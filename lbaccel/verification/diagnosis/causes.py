@@ -11,6 +11,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lbaccel.update.reachable import LOSS
 from lbaccel.verification.certificate import Diagnosis
 from lbaccel.verification.diagnosis.evidence import Evidence
 from lbaccel.verification.diagnosis.probe import OUTSIDE, ROOT, trace
@@ -21,6 +22,8 @@ BATCH_NORM = "BatchNorm over the micro-batch"
 DOUBLE_UPDATE = "double update under recompute"
 RECOMPUTE = "a recompute that differs from its forward"
 BUFFER = "a buffer that moves once per micro-batch"
+STATE = "a tensor that moves once per micro-batch"
+HIDDEN = "a state that the next update reads"
 UNKEYED = "unkeyed masks"
 COUPLED_LOSS = "a loss that couples samples"
 SUM = "sum reduction in place of mean"
@@ -247,6 +250,8 @@ def _recomputed(e: Evidence) -> Iterator[Diagnosis]:
         if not trial.checkpointing or trial.buffers is None or twin is None:
             continue
         assert twin.buffers is not None and twin.difference and trial.difference
+        if trial.difference.update != twin.difference.update:
+            continue
         _, names = buffer_errors(trial.buffers, twin.buffers, e.tolerance)
         other_gradient = trial.difference.gradients > e.tolerance >= twin.difference.gradients
         if names:
@@ -275,16 +280,27 @@ def _moving_buffers(e: Evidence) -> Iterator[Diagnosis]:
     for trial in e.trials:
         if trial.checkpointing or trial.difference is None:
             continue
+        second = trial.difference.update == 2
         names = [b for b in trial.difference.buffer_names if _owner(b) not in batch_norms]
         if names:
             how = f"{names[0]} is another one"
             if trial.buffers is not None:
-                how = _values(names, trial.buffers, e.truth.buffers)
+                truth = e.truth.after if second else e.truth
+                assert truth is not None
+                how = _values(names, trial.buffers, truth.buffers)
             cut = f"cut into {trial.num_micro_batches} micro-batches"
             if trial.plan.world_size > 1:
                 cut += f" on {trial.plan.world_size} ranks"
+            if second:
+                cut += ", from the second update on"
+            buffers = dict(e.subject.model.named_buffers())
+            cause = BUFFER if names[0] in buffers else STATE
+            if cause == STATE:
+                inside = names[0].partition(".")[0] == LOSS
+                writer = "the loss function" if inside else f"the forward of {_owner(names[0])}"
+                how += f"; {writer} writes it"
             yield Diagnosis(
-                _owner(names[0]), BUFFER, f"{cut}, {how}", _advice_for_buffers(e.subject, names)
+                _owner(names[0]), cause, f"{cut}, {how}", _advice_for_buffers(e.subject, names)
             )
             return
 
@@ -297,7 +313,8 @@ def _advice_for_buffers(subject: Subject, names: Sequence[str]) -> str:
         )
     return (
         "Don't write it in forward, which runs once per micro-batch and again in a recompute: "
-        "move it after large_batch.update(...), once an update."
+        "move it after large_batch.update(...), once an update. A running average of samples: "
+        f"declare it, averages={[names[0]]!r} of LargeBatch and verify."
     )
 
 
@@ -316,6 +333,23 @@ def _values(names: Sequence[str], found: dict[str, Tensor], truth: dict[str, Ten
     return f"{name} is {a:.6g} where it would be {b:.6g}{more}"
 
 
+def _second_update(e: Evidence) -> Iterator[Diagnosis]:
+    found = list(_moving_buffers(e))
+    yield from found
+    seconds = [t.difference for t in e.trials if t.difference and t.difference.update == 2]
+    shown = seconds[0] if seconds else None
+    if not found and shown is not None:
+        where = shown.parameters[0].name if shown.parameters else OUTSIDE
+        yield Diagnosis(
+            where,
+            HIDDEN,
+            "the first update agrees and the second does not, from equal weights: a forward of the "
+            "first left something behind (a number, a list, a cache) that depends on the cut",
+            "Let a forward read nothing that an earlier forward wrote, or keep it in a tensor of "
+            "the model and declare it as a running average (averages=).",
+        )
+
+
 CAUSES: tuple[Callable[[Evidence], Iterator[Diagnosis]], ...] = (
     _draws,
     _batch_norm,
@@ -327,3 +361,5 @@ CAUSES: tuple[Callable[[Evidence], Iterator[Diagnosis]], ...] = (
     _recomputed,
     _moving_buffers,
 )
+
+OF_THE_SECOND = (_second_update,)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lbaccel.verification.certificate import Diagnosis
-from lbaccel.verification.diagnosis.causes import CAUSES, FAILS, FLOAT32, TAKE_ANY_NUMBER, UNKNOWN
+from lbaccel.verification.diagnosis.causes import (
+    CAUSES,
+    FAILS,
+    FLOAT32,
+    OF_THE_SECOND,
+    TAKE_ANY_NUMBER,
+    UNKNOWN,
+)
 from lbaccel.verification.diagnosis.evidence import Evidence, Trial
 from lbaccel.verification.diagnosis.probe import OUTSIDE, ROOT, trace
 from lbaccel.verification.updates import Result, Subject
@@ -37,7 +44,8 @@ def diagnose(
             return (_unknown(differing, f"and the probe failed: {type(error).__name__}: {error}"),)
         rounded = whole.rounded or parts.rounded
         evidence = Evidence(subject, truth, trials, tolerance, plain, whole, parts, rounded)
-        for cause in CAUSES:
+        second = all(t.difference is None or t.difference.update == 2 for t in differing)
+        for cause in OF_THE_SECOND if second else CAUSES:
             findings += cause(evidence)
         if not findings:
             findings.append(_rounded(rounded) if rounded else _unknown(differing))

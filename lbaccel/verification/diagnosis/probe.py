@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.update.accumulation import accumulate
-from lbaccel.verification.copies import float64_copy, tensors_in
+from lbaccel.update.averages import RunningAverages
+from lbaccel.verification.copies import tensors_in
 from lbaccel.verification.updates import Subject, converted, masks_of, micro_batches, scopes_of
 
 OUTSIDE = "the loss function"
@@ -86,11 +87,13 @@ def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace
         plan: how to cut it.
         batch: samples in place of the subject's.
     """
-    model = float64_copy(subject.model)
+    model = subject.fresh()
     if batch is not None:
         subject = replace(subject, batch=batch)
     norm = converted(model, subject.norm_batch_size)
     norm.begin()
+    averages = RunningAverages(subject.averages)
+    averages.begin(model, subject.loss_fn)
     randomness = masks_of(subject)
     seen = ProbeTrace()
     watcher = _Watcher(seen, model, subject, randomness)
@@ -101,7 +104,7 @@ def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace
             micro_batches(subject, [m for m in pairs if not m.is_filler]),
             watcher.loss_fn,
             num_samples=subject.num_samples,
-            scopes=scopes_of(subject, norm, randomness),
+            scopes=(*scopes_of(subject, norm, randomness), averages),
         )
     return seen
 
