@@ -155,6 +155,9 @@ def fit(t: Training, progress: Progress) -> str | None:
             result = t.large_batch.update(update, t.task.loss_fn)
             if result.applied or result.dropped:
                 log_update(t, result, lr=lr, seconds=time.perf_counter() - before)
+                note = t.log.notices.after_update(result.loss, result.num_samples)
+                if note is not None:
+                    progress.note(f"update {result.num_updates}: {note}")
             else:
                 progress.note(f"update {update.index + 1}: fp16 overflow, skipped")
                 if result.stop is None:

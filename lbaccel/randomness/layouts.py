@@ -39,7 +39,7 @@ class NoRows(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class SamplePlace:
     """Where a call's tensor holds the samples.
 
     `dim` has k n rows for n samples; None where no dimension holds them. `runs` is how many runs of
@@ -52,7 +52,7 @@ class Place:
     known: bool = True
 
     @classmethod
-    def by_rows(cls, x: Tensor, num_samples: int) -> Place:
+    def by_rows(cls, x: Tensor, num_samples: int) -> SamplePlace:
         """The guess of a tensor alone: rows that are a multiple of the samples are theirs."""
         rows = x.shape[0] if x.ndim else 0
         if rows == 1 and num_samples > 1:
@@ -77,10 +77,10 @@ class Place:
 class Layouts:
     """The places of all calls of a forward pass, and in words what could not be learned."""
 
-    places: tuple[Place, ...]
+    places: tuple[SamplePlace, ...]
     not_known: tuple[str, ...] = ()
 
-    def place(self, call: int, x: Tensor) -> Place:
+    def place(self, call: int, x: Tensor) -> SamplePlace:
         """The place of a call's tensor.
 
         Raises:
@@ -146,7 +146,7 @@ def learn_layouts(
     few, more = calls(FEW), calls(MORE)
     if len(few) != len(more):
         return Layouts(
-            (Place(known=False),) * len(more),
+            (SamplePlace(known=False),) * len(more),
             (f"the number of masks follows the number of samples ({len(few)}, {len(more)})",),
         )
     several = any(_rows_of_a_sample(a, b) > 1 for a, b in zip(few, more, strict=True))
@@ -184,22 +184,24 @@ def _rows_of_a_sample(few: WatchedCall, more: WatchedCall) -> int:
     return b // len(MORE) if a * len(MORE) == b * len(FEW) else 0
 
 
-def _place(few: WatchedCall, more: WatchedCall, turned: WatchedCall) -> tuple[Place, str]:
+def _place(few: WatchedCall, more: WatchedCall, turned: WatchedCall) -> tuple[SamplePlace, str]:
     """The place of a call, and why it is not known."""
     moved, ndim = _moved(few, more), len(more.shape)
     if moved == []:
-        return Place(None, ndim=ndim), ""
+        return SamplePlace(None, ndim=ndim), ""
     k = _rows_of_a_sample(few, more)
     shapes = f"{list(few.shape)} for {len(FEW)} samples, {list(more.shape)} for {len(MORE)}"
     if not moved or not k:
-        return Place(known=False), f"{more.layer}: {shapes}: no dimension holds the samples"
+        return SamplePlace(known=False), f"{more.layer}: {shapes}: no dimension holds the samples"
     (dim,) = moved
     if k == 1 or dim >= len(more.sums):
-        return Place(dim, 1, ndim), ""
+        return SamplePlace(dim, 1, ndim), ""
     runs = _runs(more.sums[dim], turned.sums[dim] if dim < len(turned.sums) else None, k)
     if runs is None:
-        return Place(known=False), f"{more.layer}: {shapes}: its rows follow no order of samples"
-    return Place(dim, None if runs == k else runs, ndim), ""
+        return SamplePlace(
+            known=False
+        ), f"{more.layer}: {shapes}: its rows follow no order of samples"
+    return SamplePlace(dim, None if runs == k else runs, ndim), ""
 
 
 def _runs(straight: Tensor, turned: Tensor | None, k: int) -> int | None:

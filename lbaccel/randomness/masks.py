@@ -36,7 +36,7 @@ from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
-from lbaccel.randomness.layouts import Layouts, NotLearned, Place
+from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
 
 # One number for each kind of key, so that no two share a hash.
 OUTSIDE, MICRO_BATCH, MASKS = range(1, 4)
@@ -163,7 +163,7 @@ class KeyedRandomness:
         elif self.must_learn:
             raise NotLearned("none was learned")
         else:
-            place = Place.by_rows(x, samples)
+            place = SamplePlace.by_rows(x, samples)
             call = self.call_number() if place.known else 0
         if not place.known:
             return None

@@ -37,6 +37,7 @@ from lbaccel.runs.alike import check_alike, digest_of
 from lbaccel.runs.folder import DECISIONS, MANIFEST, atomic_write_text
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
+from lbaccel.runs.notices import Circumstances, LossNotices
 from lbaccel.runs.ranks import on_each_rank
 from lbaccel.runs.session import Session, load_weights
 from lbaccel.update.engine import LargeBatch
@@ -167,7 +168,11 @@ def build_training(
         base_batch_size=s.rate.base_batch_size,
     )
     log = RunLog(
-        loader.stream, log_every=s.run.log_every, eval_every=s.run.eval_every, length=length
+        loader.stream,
+        log_every=s.run.log_every,
+        eval_every=s.run.eval_every,
+        length=length,
+        notices=LossNotices(circumstances(s, task, rate)),
     )
     parts = {
         "optimizer": large_batch.optimizer_state(),
@@ -220,6 +225,21 @@ def _identity(s: Checked, task: Task) -> Mapping[str, Any]:
     if s.identity is not None and ("bytes" in s.identity or not of_bytes):
         return s.identity
     return identity_of(task.source, of_bytes=of_bytes)
+
+
+def circumstances(s: Checked, task: Task, rate: PeakRate) -> Circumstances:
+    """The facts of the run that a loss out of the ordinary may come from."""
+    starts_from_weights = s.model.pretrained or s.model.checkpoint is not None
+    own = getattr(task.model, "pretrained_cfg", None) or {}
+    size = own.get("input_size") if starts_from_weights else None
+    return Circumstances(
+        num_classes=task.num_classes,
+        img_size=task.preprocessing["img_size"],
+        own_img_size=None if size is None else int(size[-1]),
+        frozen=task.plan.norm_batch_size == "frozen",
+        given_normalisation=s.data.mean is not None or s.data.std is not None,
+        base_lr=s.rate.base_lr if s.rate.base_lr is not None else rate.lr,
+    )
 
 
 def _average(model: nn.Module, decay: float | None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.runs.length import Length
+from lbaccel.runs.notices import LossNotices
 from lbaccel.runs.progress import peak_gib
 
 
@@ -23,13 +24,21 @@ class RunLog:
         log_every: updates a line; the loss is the mean over its samples.
         eval_every: epochs between evaluations, exact to the sample.
         length: its `stop_at` is the last update, which is always logged and evaluated.
+        notices: what there is to say about the loss.
     """
 
     def __init__(
-        self, stream: UpdateStream, *, log_every: int, eval_every: float, length: Length
+        self,
+        stream: UpdateStream,
+        *,
+        log_every: int,
+        eval_every: float,
+        length: Length,
+        notices: LossNotices,
     ) -> None:
         self.stream, self.log_every, self.length = stream, log_every, length
         self.eval_samples = Fraction(str(eval_every)) * stream.samples_per_epoch
+        self.notices = notices
         self.window: list[tuple[float, int]] = []
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -120,6 +129,7 @@ class RunLog:
             "training_seconds": self.training_seconds,
             "window_seconds": self.window_seconds,
             "seconds": self.seconds,
+            "notices": self.notices.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,4 +139,6 @@ class RunLog:
         self.training_seconds = float(state["training_seconds"])
         self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2
         self._seconds_before = float(state["seconds"])
+        if "notices" in state:  # none before 0.2
+            self.notices.load_state_dict(state["notices"])
         self._started = time.perf_counter()

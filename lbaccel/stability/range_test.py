@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from lbaccel.data.loader import Update, UpdateLoader
@@ -27,6 +28,8 @@ NUM_UPDATES = 30
 DIVERGED = 4.0  # times the best smoothed loss
 SMOOTHING = 0.5  # weight of the past: a large batch's loss has little noise, and few updates
 SAFE = 4.0
+NOISE = 3.0  # standard deviations of one loss; the lowest of 30 without a course lies 1.2 below
+MOST_SHORT = 4  # losses from which a noise can be told
 MOST_SKIPPED = 30  # fp16's scaler halves its scale at each overflow
 AfterUpdate = Callable[[int, float, float], object]
 
@@ -67,20 +70,48 @@ class LrRange:
         return self.lrs[falls.index(max(falls))]
 
     @property
+    def fall(self) -> float:
+        """By how much the smoothed loss came down: start minus the lowest, at least 0."""
+        return max(0.0, self.start_loss - min(self.smoothed, default=self.start_loss))
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of a single loss about its course.
+
+        sigma = median |l_(u-1) - 2 l_u + l_(u+1)| / (0.6745 sqrt(6)), over the start and the
+        updates up to the lowest smoothed loss, at least half of them. A straight course has second
+        differences of 0.
+        """
+        if not self.smoothed:
+            return 0.0
+        end = max(self.smoothed.index(min(self.smoothed)) + 1, len(self.losses) // 2)
+        losses = (self.start_loss, *self.losses[:end])
+        if len(losses) < MOST_SHORT:
+            return 0.0
+        three = zip(losses, losses[1:], losses[2:], strict=False)
+        bends = [abs(a - 2 * b + c) for a, b, c in three]
+        return median(bends) / (0.6745 * 6**0.5)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether noise alone may have made the loss fall so far: no rate can be read off it."""
+        return 0.0 < self.fall <= NOISE * self.noise
+
+    @property
     def safe_lr(self) -> float | None:
         """`largest_lr` / 4: in so few updates an instability has hardly begun to grow."""
         return None if self.largest_lr is None else self.largest_lr / SAFE
 
     @property
     def suggested_lr(self) -> float | None:
-        """The lower of `steepest_lr` and `safe_lr`."""
-        if self.steepest_lr is None or self.safe_lr is None:
+        """The lower of `steepest_lr` and `safe_lr`; None where the fall is within the noise."""
+        if self.steepest_lr is None or self.safe_lr is None or self.is_noise:
             return None
         return min(self.steepest_lr, self.safe_lr)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the suggestions."""
-        names = ("steepest_lr", "largest_lr", "safe_lr", "suggested_lr")
+        names = ("steepest_lr", "largest_lr", "safe_lr", "suggested_lr", "fall", "noise")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 

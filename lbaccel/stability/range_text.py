@@ -51,6 +51,13 @@ def in_words(found: LrRange, *, own_lr: float, base_lr: float) -> list[str]:
         "not finite": f"diverged at {found.diverged_at or 0:.3g}: the loss is not finite",
     }
     lines = [ends[found.ended]]
+    if found.is_noise:
+        return [
+            *lines,
+            f"the loss fell by {found.fall:.3g}, and its noise from update to update is "
+            f"{found.noise:.3g}: no rate can be read off this curve. Try more --num-updates, a "
+            "larger --global-batch-size, or a higher --max-lr",
+        ]
     if found.steepest_lr is None or found.largest_lr is None or found.suggested_lr is None:
         return [*lines, "the loss never fell: try a lower --min-lr, or more --num-updates"]
     lines.append(f"steepest  {found.steepest_lr:<8.3g} the loss fell most in one update")

@@ -17,12 +17,14 @@ from lbaccel.batch.stream import UpdateStream
 from lbaccel.runs.folder import strict_json
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
+from lbaccel.runs.notices import Circumstances, LossNotices
 from lbaccel.runs.progress import Progress, closing_table, peak_gib
 
 assert math.isnan(peak_gib())
 stream = UpdateStream(4, 8, "keep")
 length = Length(SimpleNamespace(stream=stream), epochs=1)
-log = RunLog(stream, log_every=1, eval_every=1, length=length)
+notices = LossNotices(Circumstances(10, 8, None, False, False, 0.1))
+log = RunLog(stream, log_every=1, eval_every=1, length=length, notices=notices)
 result = SimpleNamespace(
     loss=1.0, num_samples=4, num_updates=2, samples_seen=8, grad_norm=1.0, micro_batch_size=4,
     dropped=False,

@@ -15,6 +15,7 @@ from lbaccel.launch import unsupported_platform
 from lbaccel.runs import session
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
+from lbaccel.runs.notices import Circumstances, LossNotices
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,13 @@ def result(update, *, num_samples=10, stream):
 
 def log_of(stream, *, log_every):
     length = Length(SimpleNamespace(stream=stream), epochs=2)
-    return RunLog(stream, log_every=log_every, eval_every=1.0, length=length)
+    return RunLog(
+        stream,
+        log_every=log_every,
+        eval_every=1.0,
+        length=length,
+        notices=LossNotices(Circumstances(10, 8, None, False, False, 0.1)),
+    )
 
 
 def test_the_rate_of_a_line_is_that_of_its_updates_and_the_mean_that_of_the_run():

@@ -144,6 +144,28 @@ def test_a_loss_that_falls_back_after_it_rose_is_not_steep():
     assert (found.steepest_lr, found.largest_lr, found.suggested_lr) == (0.2, 0.4, 0.1)
 
 
+def test_a_fall_within_the_noise_suggests_nothing_and_says_both_numbers():
+    noise = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
+    lrs = tuple(0.001 * 1.2**i for i in range(30))
+    for fall, is_noise in ((0.0, True), (0.05, True), (1.0, False)):
+        losses = [2.3 + 0.1 * n - fall * i / 29 for i, n in enumerate(noise)]
+        smoothed, last = [], 2.3
+        for loss in losses:
+            last = 0.5 * last + 0.5 * loss
+            smoothed.append(last)
+        found = LrRange(lrs, tuple(losses), tuple(smoothed), 2.3, "max_lr", None, 8)
+        assert found.noise == pytest.approx(0.1, rel=0.5)
+        assert (found.suggested_lr is None) == is_noise
+        text = "\n".join(in_words(found, own_lr=0.1, base_lr=0.1))
+        assert ("no rate can be read off this curve" in text) == is_noise
+        assert (f"{found.noise:.3g}" in text) == is_noise
+
+
+def test_a_smooth_course_has_no_noise():
+    found = on_a_parabola(max_lr=0.01)
+    assert found.noise < 0.05 * found.fall and found.suggested_lr is not None
+
+
 def test_without_divergence_it_ends_at_the_last_rate_and_says_that_the_loss_still_fell():
     found = on_a_parabola(max_lr=0.01)
     assert (found.ended, found.diverged_at, len(found.lrs)) == ("max_lr", None, 24)
@@ -416,10 +438,10 @@ def test_the_command_starts_from_what_train_trains(in_a_folder_of_its_own, capsy
 
 
 def test_the_command_prints_rates_in_words_and_draws_them(in_a_folder_of_its_own, capsys):
-    assert command("--plot", "range.png", "--max-lr", 50) == 0
+    assert command("--plot", "range.png", "--max-lr", 50, "--num-updates", 40) == 0
     said = capsys.readouterr().out
     for words in (
-        "range test: 8 updates x 256 samples = 2048 samples",
+        "range test: 40 updates x 256 samples = 10240 samples",
         "steepest",
         "largest",
         "--base-lr",
@@ -459,7 +481,7 @@ def test_stability_in_json_is_the_limit_over_lambda_max(in_a_folder_of_its_own, 
 
 
 def test_an_adaptive_optimizer_has_a_range_and_no_stable_rate(in_a_folder_of_its_own, capsys):
-    assert command("--optimizer", "adamw") == 0
+    assert command("--optimizer", "adamw", "--num-updates", 40) == 0
     said = capsys.readouterr().out
     assert "stable rate: known for SGD, not for adamw" in said and "suggested" in said
 

@@ -1,0 +1,109 @@
+"""Sentences about a loss that goes wrong, each said once a run (no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ABOVE_CHANCE = 1.5  # nats above ln(classes): a fresh head's first loss is near ln(classes)
+TIMES_BEST = 2.0
+WINDOW = 256.0  # samples; an update of more has little noise
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """The facts of a run from which its first loss follows."""
+
+    num_classes: int
+    img_size: int
+    own_img_size: int | None  # the size of the pretrained weights; None without such
+    frozen: bool  # BatchNorm keeps its running statistics
+    given_normalisation: bool  # --mean or --std was given
+    base_lr: float
+
+
+class LossNotices:
+    """Tells of a first loss far above chance, and of a loss that diverges.
+
+    With the loss l_u of update u of n samples and w = max(1/2, 1 - n / 256),
+
+        s_u = w s_(u-1) + (1 - w) l_u,  divided by 1 - w^u
+
+    diverges where s_u > max(2 min_v s_v, ln(classes) + 1.5). The first loss is far above chance
+    where l_1 > ln(classes) + 1.5.
+
+    >>> facts = Circumstances(10, 32, None, False, False, 0.1)
+    >>> notices = LossNotices(facts)
+    >>> [notices.after_update(loss, 512) is None for loss in (2.3, 1.9, 18.0, 197.0)]
+    [True, True, False, True]
+    """
+
+    def __init__(self, facts: Circumstances) -> None:
+        self.facts = facts
+        self.sum, self.weight, self.best = 0.0, 0.0, math.inf
+        self.said: list[str] = []
+
+    @property
+    def chance(self) -> float:
+        """The loss of a network that knows nothing."""
+        return math.log(max(2, self.facts.num_classes))
+
+    def after_update(self, loss: float, num_samples: int) -> str | None:
+        """Take the loss of an update in; a sentence where there is something to say."""
+        first = self.weight == 0.0
+        past = max(0.5, 1.0 - num_samples / WINDOW)
+        self.sum = past * self.sum + (1 - past) * loss
+        self.weight = past * self.weight + (1 - past)
+        smoothed = self.sum / self.weight
+        self.best = min(self.best, smoothed)
+        if first and loss > self.chance + ABOVE_CHANCE:
+            return self._once("first", self._of_the_first(loss))
+        if not first and smoothed > max(TIMES_BEST * self.best, self.chance + ABOVE_CHANCE):
+            return self._once("diverges", self._of_divergence(smoothed))
+        return None
+
+    def _once(self, what: str, text: str) -> str | None:
+        if what in self.said:
+            return None
+        self.said.append(what)
+        return text
+
+    def _of_the_first(self, loss: float) -> str:
+        f, causes = self.facts, []
+        if f.frozen:
+            causes.append(
+                "BatchNorm is frozen, and its running statistics may not fit these images (try "
+                "--norm-batch-size 32)"
+            )
+        if f.own_img_size is not None and f.img_size != f.own_img_size:
+            causes.append(
+                f"images of {f.img_size} px, and the weights are of {f.own_img_size} px (try "
+                f"--img-size {f.own_img_size})"
+            )
+        if f.given_normalisation:
+            causes.append("--mean and --std were given, and the weights may have others")
+        causes.append("timm starts the new classifier of some families with large weights")
+        return (
+            f"the first loss is {loss:.3g}, and guessing among {f.num_classes} classes has "
+            f"{self.chance:.3g}. Likely: {'; '.join(causes)}. A warmup helps: the loss should fall "
+            "within it."
+        )
+
+    def _of_divergence(self, smoothed: float) -> str:
+        return (
+            f"the loss diverges: it was {self.best:.3g} at its best and is {smoothed:.3g}. Stop "
+            f"the run and give a lower rate, such as --base-lr {self.facts.base_lr / 4:.3g}, or "
+            "--clip-grad-norm 1; lbaccel lr-find with the same settings measures the largest "
+            "stable rate. It is said once."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sum": self.sum, "weight": self.weight, "best": self.best, "said": list(self.said)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.sum, self.weight = float(state["sum"]), float(state["weight"])
+        self.best, self.said = float(state["best"]), [str(word) for word in state["said"]]

@@ -1,0 +1,72 @@
+"""A loss that goes wrong is said once, with its cause and what to type."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from runs_of_recipe import run
+
+from lbaccel.runs.notices import Circumstances, LossNotices
+
+PLAIN = Circumstances(10, 224, None, False, False, 0.1)
+
+
+def said(losses, facts=PLAIN, num_samples=512):
+    notices = LossNotices(facts)
+    return [notices.after_update(loss, num_samples) for loss in losses]
+
+
+def test_a_loss_that_grows_tenfold_is_said_once_with_a_rate_to_type():
+    found = said([2.3, 2.1, 1.9, 18.0, 60.0, 197.0])
+    texts = [text for text in found if text is not None]
+    assert len(texts) == 1 and found.index(texts[0]) == 3
+    assert "it was 2" in texts[0] and "--base-lr 0.025" in texts[0] and "lr-find" in texts[0]
+
+
+@pytest.mark.parametrize("losses", [
+    [2.3, 2.6, 3.2, 3.0, 2.0, 1.0],  # a warmup's bump
+    [2.3, 0.01, 0.05, 0.2, 0.9, 0.8],  # small losses vary by factors
+    [3.5, 3.0, 3.3, 3.1],
+])  # fmt: skip
+def test_a_loss_that_only_varies_is_not_said(losses):
+    assert said(losses) == [None] * len(losses)
+
+
+def test_noise_of_small_updates_is_smoothed_away():
+    varied = [2.3] * 20 + [2.3, 2.3, 9.0, 2.3] * 3
+    assert said(varied, num_samples=8) == [None] * len(varied)
+    assert any(said([2.3] * 20 + [9.0] * 200, num_samples=8))
+
+
+def test_the_first_loss_far_above_chance_names_the_likely_causes():
+    facts = Circumstances(5, 96, 224, True, True, 0.01)
+    first, *rest = said([13.4, 9.0, 5.0, 2.0], facts)
+    assert rest == [None] * 3
+    for word in ("13.4", "5 classes has 1.61", "frozen", "96 px", "224 px", "--img-size 224"):
+        assert word in first, word
+    (plain,) = said([13.4])
+    assert "frozen" not in plain and "px" not in plain
+    assert said([math.log(10) + 1.4]) == [None]
+
+
+def test_a_resumed_run_says_nothing_twice():
+    notices = LossNotices(PLAIN)
+    assert notices.after_update(2.0, 512) is None and notices.after_update(50.0, 512)
+    resumed = LossNotices(PLAIN)
+    resumed.load_state_dict(notices.state_dict())
+    assert resumed.after_update(80.0, 512) is None
+
+
+def test_a_run_that_diverges_prints_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--base-lr", "60", "--warmup", "none", "--momentum", "0.9", "--epochs", "1")
+    text = capsys.readouterr().err
+    assert text.count("the loss diverges") == 1 and "--base-lr 15" in text
+
+
+def test_a_run_in_peace_prints_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--epochs", "1")
+    text = capsys.readouterr().err
+    assert "diverges" not in text and "first loss" not in text
