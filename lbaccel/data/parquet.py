@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
+from lbaccel.documents import OutOfBounds, json_of
 from lbaccel.errors import InputError
 
 VAL_NAMES = ("validation", "val", "test")
@@ -144,8 +144,12 @@ def find_columns(schema: pa.Schema, path: Path) -> Columns:
 
 def _features(schema: pa.Schema) -> Mapping[str, Any]:
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = json_of(
+            (schema.metadata or {}).get(b"huggingface", b"{}"), "the 'huggingface' entry"
+        )
         return {k: v for k, v in info["info"]["features"].items() if isinstance(v, dict)}
+    except OutOfBounds:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}  # absent, or not as the hub writes it: the types of the columns decide
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
-from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.documents import Malformed, json_in, json_of, yaml_in
+from lbaccel.errors import InputError, RunFailed, reading
 from lbaccel.runs.folder import CONFIG, METRICS, SUMMARY
 
 NOT_METRICS = frozenset({"update", "samples_seen", "epoch", "perf/seconds"})
@@ -118,8 +117,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line and number == len(lines):
             continue  # what follows the last newline
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json_of(line, f"{path}:{number}")
+        except Malformed as error:
             if number == len(lines):
                 continue
             raise InputError(
@@ -171,12 +170,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        with reading(path):
-            text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except CannotRead:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
+        content = (yaml_in if path.suffix == ".yaml" else json_in)(path)
+    except Malformed as error:
         raise InputError(f"{path}: broken file ({error}). Mend or remove it.") from error
     if not isinstance(content, dict):
         raise InputError(
