@@ -7,9 +7,17 @@ import pytest
 from lbaccel.cli import main
 from lbaccel.configs.launcher import read_yaml
 from lbaccel.configs.resolve import read_json
-from lbaccel.documents import MOST_DEPTH, MOST_VALUES, MOST_YAML_BYTES, Malformed, OutOfBounds
+from lbaccel.documents import (
+    MOST_DEPTH,
+    MOST_VALUES,
+    MOST_YAML_BYTES,
+    Malformed,
+    OutOfBounds,
+    json_of,
+    yaml_in,
+    yaml_of,
+)
 from lbaccel.documents import json_in as json_of_file
-from lbaccel.documents import json_of, yaml_in, yaml_of
 from lbaccel.errors import InputError, brief
 from lbaccel.noise.auto_batch import read_decisions
 from lbaccel.planning.cost.devices import read_calibration
@@ -54,7 +62,9 @@ def test_a_yaml_without_bounds_is_refused_with_the_figures(text, words, tmp_path
         assert len(said) < 400
 
 
-@pytest.mark.parametrize("text", ["1" * 5000, "2026-13-45", "!!bool maybe", "!!timestamp x", "a: ["])
+@pytest.mark.parametrize(
+    "text", ["1" * 5000, "2026-13-45", "!!bool maybe", "!!timestamp x", "a: ["]
+)
 def test_a_yaml_that_the_constructor_trips_over_is_malformed(text):
     with pytest.raises((Malformed, OutOfBounds)):
         yaml_of(text, "c.yaml")
@@ -75,9 +85,9 @@ def test_a_deep_json_is_refused_by_every_reader(depth, tmp_path):
     path = tmp_path / "c.json"
     path.write_text("[" * depth + "]" * depth)
     for read in (json_of_file, read_json, read_mapping, read_calibration, read_metrics):
-        with pytest.raises(InputError, match="too deep|can't be read: .*too deep"):
+        with pytest.raises(InputError, match=r"too deep|can't be read: .*too deep"):
             read(path)
-    with pytest.raises(InputError, match="--batch-decisions .*too deep"):
+    with pytest.raises(InputError, match=r"--batch-decisions .*too deep"):
         read_decisions(path, first=8)
 
 
