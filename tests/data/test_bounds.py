@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lbaccel.data import parquet_bounds
+from lbaccel.data.images import ImageFiles
 from lbaccel.data.sources import MOST_VISITS, open_source
 from lbaccel.errors import InputError
 
@@ -67,13 +68,19 @@ def parquet(path, images, *, paths=None, labels=None, **options):
     pq.write_table(table, path, compression="zstd", **options)
 
 
+def read_first(folder):
+    files = open_source(f"parquet:{folder}", val_fraction=0.25).train
+    assert isinstance(files, ImageFiles)
+    files.load(0)
+
+
 def test_a_dictionary_that_gives_each_row_a_long_image_is_refused(tmp_path):
     long = png() + bytes(2**20)  # trailing zeros: an image still
     parquet(tmp_path / "train-0.parquet", [long] * 200)
     stored = (tmp_path / "train-0.parquet").stat().st_size
     assert stored < 20_000
     with pytest.raises(InputError, match=r"row group 0, column image.bytes decodes to at least"):
-        open_source(f"parquet:{tmp_path}", val_fraction=0.25).train.load(0)
+        read_first(tmp_path)
 
 
 def test_long_names_are_refused(tmp_path):
@@ -86,7 +93,7 @@ def test_a_page_that_unpacks_to_much_is_refused_by_its_own_figures(tmp_path):
     images = [png() + bytes(2**21) + bytes([n]) for n in range(80)]
     parquet(tmp_path / "train-0.parquet", images, use_dictionary=False)
     with pytest.raises(InputError, match=r"column image.bytes decodes to 1[\d,]+ bytes"):
-        open_source(f"parquet:{tmp_path}", val_fraction=0.25).train.load(0)
+        read_first(tmp_path)
 
 
 def test_more_rows_than_images_can_be_are_refused(tmp_path, monkeypatch):
