@@ -6,6 +6,7 @@ import difflib
 import errno
 import math
 import operator
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,34 @@ class RankFailed(RunFailed):
     """A `RunFailed` that only this rank knows of: it says so itself, whichever rank it is."""
 
 
+class _Short(reprlib.Repr):
+    """Python's `repr`, cut while it is made: a value may be larger than memory once written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother = 3, 80
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 4
+        self.maxstring, self.maxlong = 80, 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number; only its bits where its digits would be many."""
+        return (
+            super().repr_int(x, level)
+            if x.bit_length() <= 4000
+            else "<a number of " + (f"{x.bit_length():,} bits>")
+        )
+
+
+def brief(value: object) -> str:
+    """`repr(value)` for an error text, at most about 200 characters, whatever the value holds.
+
+    >>> brief("linaer"), brief(list(range(100)))
+    ("'linaer'", '[0, 1, 2, 3, ...]')
+    """
+    text = _Short().repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def check_whole(name: str, value: object) -> None:
     """Stop at anything but a whole number of at least 1.
 
@@ -43,7 +72,9 @@ def check_whole(name: str, value: object) -> None:
         InputError: the value is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}={value!r} is not a whole number of at least 1. Use {name} >= 1.")
+        raise InputError(
+            f"{name}={brief(value)} is not a whole number of at least 1. Use {name} >= 1."
+        )
 
 
 def check_seed(name: str, value: Any) -> int:
@@ -82,7 +113,7 @@ def check_choice(name: str, value: str, *, choices: Sequence[str]) -> None:
     near = difflib.get_close_matches(str(value).lower(), choices, n=1)
     known = ", ".join(repr(c) for c in choices)
     hint = f" Use {name}={near[0]!r}." if near else " Use one of these."
-    raise InputError(f"{name}={value!r} is not one of {known}.{hint}")
+    raise InputError(f"{name}={brief(value)} is not one of {known}.{hint}")
 
 
 def check_number(name: str, value: float, *, zero: bool = False, at_most: float = math.inf) -> None:
@@ -104,7 +135,7 @@ def check_number(name: str, value: float, *, zero: bool = False, at_most: float 
         if at_most < math.inf:
             rule += f" and at most {at_most:.6g}"
             hint += f", {name} <= {at_most:.6g}"
-        raise InputError(f"{name}={value!r} is not a finite number {rule}. Use {hint}.")
+        raise InputError(f"{name}={brief(value)} is not a finite number {rule}. Use {hint}.")
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.errors import CannotRead, InputError, RunFailed, brief, reading
+from lbaccel.torch_files import check_torch_file
 
 SMALL_IMAGE = 64
+MOST_EXPANDED = 64 * 2**20  # bytes of a view over fewer, such as an expanded buffer
 # A tensor of this name beside exported weights stops every loader whose network has another stem.
 STEM_MARK = "needs_lbaccel_models_adapt_stem"
 
@@ -114,17 +116,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"checkpoint={path} is no file.")
+    called = False  # torch's loader: its own text tells to read the file unsafely
     try:
         with reading(path):
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
+            check_torch_file(path)
+            called = True
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CannotRead:
         raise
     except Exception as error:
-        # torch's own text is long, and tells to read the file unsafely
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        if path.suffix != ".safetensors":
+        if called:
             reason = ["torch.load(..., weights_only=True) refuses it"]
         raise InputError(
             f"checkpoint={path} can't be read as weights: {reason[0][:200]}. Give a .safetensors "
@@ -136,7 +140,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"checkpoint={path} holds no state_dict of tensors.")
+    for key, value in content.items():
+        _check_backed(path, key, value)
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_backed(path: Path, key: str, value: Tensor) -> None:
+    """A view may claim any shape over a few bytes (stride 0): its first copy takes all memory."""
+    if value.layout is not torch.strided or value.is_meta:
+        raise InputError(f"checkpoint={path}: {brief(key)} holds no values of its own.")
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > max(held, MOST_EXPANDED):
+        raise InputError(
+            f"checkpoint={path}: {brief(key)} of shape {tuple(value.shape)} claims {claimed:,} "
+            f"bytes, and the file holds {held:,} of them. Write it anew with .clone()."
+        )
 
 
 def load_exactly(

@@ -131,6 +131,36 @@ MUTANTS = {
         "        if self.global_batch_size < self.world_size * unit:\n",
         "tests/batch/test_batch.py::"
         "test_ranks_share_as_many_groups_as_there_are_and_the_last_may_be_short",
+    "an alias counts as one value": (
+        "documents",
+        "count, levels = count + values, max(levels, deeper + 1)",
+        "count, levels = count + 1, max(levels, deeper + 1)",
+        "tests/test_documents.py::test_a_yaml_without_bounds_is_refused_with_the_figures[aliases]",
+    ),
+    "a torch file is read before it is walked": (
+        "models",
+        "            check_torch_file(path)\n",
+        "            pass\n",
+        "tests/test_torch_files.py::"
+        "test_a_pickle_that_allocates_by_itself_is_refused_before_torch_reads_it",
+    ),
+    "a view may claim more than its file holds": (
+        "models",
+        "if claimed > max(held, MOST_EXPANDED):",
+        "if False:",
+        "tests/test_torch_files.py::test_a_view_that_claims_more_than_the_file_holds_is_refused",
+    ),
+    "a link that leads back is followed": (
+        "data.sources",
+        "if (this := _identity(path)) in above:",
+        "if (this := _identity(path)) in ():",
+        "tests/data/test_bounds.py::test_a_link_that_leads_back_is_refused_and_named",
+    ),
+    "only a parquet file's own figures are believed": (
+        "data.parquet_bounds",
+        "            if decoded > most:\n",
+        "            if False:\n",
+        "tests/data/test_bounds.py::test_a_dictionary_that_gives_each_row_a_long_image_is_refused",
     ),
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",

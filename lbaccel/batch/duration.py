@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
 from lbaccel.errors import InputError, check_number
+
+MOST_EPOCHS = 1e6  # of a run: what goes through its epochs one by one then ends within a second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class Duration:
     """A length of training: exactly one of `updates`, `samples` and `epochs`, at least 0.
 
     Raises:
-        InputError: none or several of the three, or one that is negative or not finite.
+        InputError: none or several of the three, or one that is negative or not finite,
+            or more than 1,000,000 epochs.
 
     >>> Duration(epochs=5).to_samples(global_batch_size=256, num_samples=50_000)
     250000.0
@@ -32,7 +36,8 @@ class Duration:
                 f"a duration needs exactly one of updates, samples and epochs, and has "
                 f"{' and '.join(given) or 'none'}. Use one, such as Duration(epochs=5)."
             )
-        check_number(given[0], getattr(self, given[0]), zero=True)
+        most = MOST_EPOCHS if given[0] == "epochs" else math.inf
+        check_number(given[0], getattr(self, given[0]), zero=True, at_most=most)
 
     def to_samples(self, *, global_batch_size: int, num_samples: int) -> float:
         """In samples: `updates * global_batch_size`, `samples`, or `epochs * num_samples`.

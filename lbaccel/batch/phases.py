@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import ceil, inf
 from typing import cast
 
+from lbaccel.batch.duration import MOST_EPOCHS
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.errors import InputError, check_choice, check_number, check_whole
 
@@ -129,7 +130,7 @@ def check_phases(phases: Sequence[Phase], *, epochs: float, num_samples: int) ->
             a batch larger than the training set.
     """
     check_whole("num_samples", num_samples)
-    check_number("epochs", epochs)
+    check_number("epochs", epochs, at_most=MOST_EPOCHS)
     if not phases or phases[0].epoch != 1 or phases[0].lr_factor != 1:
         raise InputError(
             f"phases={list(phases)!r} do not begin at epoch 1 with lr_factor 1.0. "

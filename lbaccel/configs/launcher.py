@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import clear_environment, patch_environment
 
-from lbaccel.errors import InputError, reading
+from lbaccel.documents import Malformed, yaml_in
+from lbaccel.errors import InputError
 
 Who = Literal["JSON", "YAML", "command line", "environment", "code", "accelerate", "plan"]
 
@@ -52,10 +52,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is no file. `lbaccel configs ls` lists those that are shipped.")
     try:
-        with reading(path):
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+        raw = yaml_in(path)  # accelerate reads it a second time, without these bounds
+    except Malformed as error:
+        raise InputError(f"{path} is no YAML: {error}.") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no keys. Start from `lbaccel configs cp single_gpu`.")
     if raw.get("distributed_type") is False:

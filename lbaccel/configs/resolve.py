@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from accelerate.utils import DeepSpeedPlugin, clear_environment, patch_environme
 from lbaccel.configs.claims import ScriptArguments, row
 from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.refusals import BATCH_KEYS, HIDDEN_SIZE_KEYS, flat, refused, unfit
-from lbaccel.errors import InputError, check_whole, reading
+from lbaccel.documents import Malformed, json_in
+from lbaccel.errors import InputError, check_whole
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is no file; the path in a YAML starts in the folder that you launch from. "
             "`lbaccel configs cp zero2` copies a pair."
         )
-    with reading(path):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is no JSON: {error}.") from error
+    try:
+        found = json_in(path)
+    except Malformed as error:
+        raise InputError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no object. `lbaccel configs cp zero2` copies one.")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
+from lbaccel.documents import OutOfBounds, json_of
 from lbaccel.errors import InputError
 
 VAL_NAMES = ("validation", "val", "test")
@@ -144,8 +145,12 @@ def find_columns(schema: pa.Schema, path: Path) -> Columns:
 
 def _features(schema: pa.Schema) -> Mapping[str, Any]:
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = json_of(
+            (schema.metadata or {}).get(b"huggingface", b"{}"), "the 'huggingface' entry"
+        )
         return {k: v for k, v in info["info"]["features"].items() if isinstance(v, dict)}
+    except OutOfBounds:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}  # absent, or not as the hub writes it: the types of the columns decide
 
@@ -187,6 +192,7 @@ def _read_table(files: list[Path], columns: Columns) -> Table:
             here = find_columns(schema, path)
             if here != columns:
                 raise InputError(_other_columns(path, here, columns))
+            check_rows(file, str(path), file_bytes=path.stat().st_size)
             in_file = 0
             for group in range(file.num_row_groups):
                 groups.append((sum(map(len, labels)) + in_file, number, group, in_file))
@@ -197,8 +203,9 @@ def _read_table(files: list[Path], columns: Columns) -> Table:
                 raise InputError(f"{path}, row {row} {ROW_RULE} has no label: give it one.")
             labels.append(column.to_numpy().astype(np.int64))
             if schema.field(columns.image).type.get_field_index("path") >= 0:
-                column = file.read([f"{columns.image}.path"], use_threads=False).column(0)
-                paths += [entry and entry["path"] for entry in column.to_pylist()]
+                every, name = range(file.num_row_groups), f"{columns.image}.path"
+                for batch in batches(file, str(path), column=name, groups=every):
+                    paths += [entry and entry["path"] for entry in batch.column(0).to_pylist()]
             else:
                 paths += [None] * in_file
     if not paths:

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from lbaccel.data.images import decode_image
+from lbaccel.data.parquet_bounds import batches
 from lbaccel.errors import InputError
 
 MAX_SIDE = 64  # pixels: larger images stay in the files
 MAX_ARRAY_BYTES = 4 * 2**30  # a larger set stays in the files
 CACHE_BYTES = 256 * 2**20  # of encoded images, for each process
-DECODE_ROWS = 1024  # read at once
 ROW_RULE = "(rows are counted from 0)"
 
 
@@ -92,9 +92,8 @@ class RowImages:
         row = 0
         for path in self.files:
             with opened(path) as file:
-                for batch in file.iter_batches(
-                    DECODE_ROWS, columns=[f"{self.column}.bytes"], use_threads=False
-                ):
+                every = range(file.num_row_groups)
+                for batch in batches(file, path, column=f"{self.column}.bytes", groups=every):
                     for data in _encoded(batch.column(0)).to_pylist():
                         yield row, data
                         row += 1
@@ -108,10 +107,9 @@ class RowImages:
             return self._cache[group]
         _, number, in_file, _ = self.groups[group]
         with opened(self.files[number]) as file:
-            table = file.read_row_group(
-                in_file, columns=[f"{self.column}.bytes"], use_threads=False
-            )
-        self._cache[group] = _encoded(table.column(0))
+            name = self.files[number]
+            found = list(batches(file, name, column=f"{self.column}.bytes", groups=[in_file]))
+        self._cache[group] = _encoded(pa.Table.from_batches(found).column(0))
         while len(self._cache) > 1 and sum(a.nbytes for a in self._cache.values()) > CACHE_BYTES:
             self._cache.popitem(last=False)
         return self._cache[group]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -28,6 +29,7 @@ __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
 FORMS = ("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH")
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 VAL_FOLDERS = ("val", "validation", "test")
+MOST_VISITS = 100  # of one folder below a class, by links
 CACHE = Path("~/.cache/lbaccel")
 
 
@@ -242,17 +244,49 @@ def _images(folder: Path) -> Iterator[str]:
 
     Raises:
         CannotRead: a folder that can't be read: torchvision, as `os.walk`, would pass it over.
+        InputError: a link that leads back to a folder around it: its images would come many times.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
     with reading(folder):
-        walked = sorted(os.walk(folder, onerror=refuse, followlinks=True))
+        walked = sorted(_without_loops(folder, refuse))
     for where, _, files in walked:
         for name in sorted(files):
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield os.path.join(where, name)  # noqa: PTH118
+
+
+def _without_loops(
+    folder: Path, refuse: Callable[[OSError], None]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` through links, which stops at a folder that is one of those around it."""
+    visits: Counter[tuple[int, int]] = Counter()
+    around = {str(folder): {_identity(folder): str(folder)}}
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        above = around.pop(where)
+        this = _identity(where)
+        visits[this] += 1
+        if visits[this] > MOST_VISITS:
+            raise InputError(
+                f"{where} is reached through more than {MOST_VISITS} links below {folder}: each "
+                "image would count that often. Remove these links."
+            )
+        for name in folders:
+            path = os.path.join(where, name)  # noqa: PTH118
+            if (this := _identity(path)) in above:
+                raise InputError(
+                    f"{path} leads back to {above[this]}, the folder around it: each image would "
+                    "count again and again. Remove this link."
+                )
+            around[path] = {**above, this: path}
+        yield where, folders, files
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)  # noqa: PTH116
+    return found.st_dev, found.st_ino
 
 
 def _sub_folders(root: Path) -> list[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.configs.claims import ScriptArguments
@@ -18,6 +17,7 @@ from lbaccel.configs.launcher import Launch, launch, read_yaml
 from lbaccel.configs.refusals import BATCH_KEYS, flat
 from lbaccel.configs.resolve import Resolved, read_json, resolve
 from lbaccel.doctor.script import Script
+from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, reading
 from lbaccel.launch import variables
 
@@ -216,9 +216,8 @@ def _raw(path: Path) -> dict[str, Any]:
     """The YAML as written, before accelerate looks at it."""
     if path.is_file():
         try:
-            with reading(path):
-                found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+            found = yaml_in(path)
+        except Malformed:
             found = None
         if isinstance(found, dict):
             return found

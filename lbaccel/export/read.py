@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError, reading
 from lbaccel.export.model_card import Exported
 from lbaccel.models import model_options
@@ -161,11 +161,10 @@ def _check(path: Path, stem: str) -> int:
 
 
 def _json(path: Path, kind: type) -> Any:
-    with reading(path):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is no JSON ({error}). Take another --checkpoint.") from error
+    try:
+        content = json_in(path)
+    except Malformed as error:
+        raise InputError(f"{path} is no JSON ({error}). Take another --checkpoint.") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no {kind.__name__}. Take another --checkpoint.")
     return content

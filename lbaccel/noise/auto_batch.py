@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lbaccel.batch.stream import UpdateStream
+from lbaccel.documents import json_of, text_of
 from lbaccel.errors import InputError
 
 
@@ -152,10 +153,10 @@ def read_decisions(file: Path, *, first: int) -> list[Decision]:
             that do not follow one on the other.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        found = [Decision(**json.loads(line)) for line in lines]
-    except OSError as error:
-        raise InputError(f"--batch-decisions {file} can't be read: {error.strerror}.") from error
+        lines = text_of(file).splitlines()
+        found = [Decision(**json_of(line, file)) for line in lines]
+    except InputError as error:
+        raise InputError(f"--batch-decisions {error}") from error
     except (ValueError, TypeError) as error:
         raise InputError(f"--batch-decisions {file} holds no decisions: {error}.") from error
     size, epoch = first, 1

@@ -7,6 +7,7 @@ from typing import NewType
 
 import torch
 
+from lbaccel.batch.duration import MOST_EPOCHS
 from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
@@ -120,6 +121,13 @@ def _check_ranges(s: Settings) -> None:
         value = s.value(name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(f"{flag_of(name)} {value} must be above 0.")
+    for name in ("epochs", "warmup_epochs"):
+        value = s.value(name)
+        if value is not None and value > MOST_EPOCHS:
+            raise InputError(
+                f"{flag_of(name)} {value:g} must be at most {MOST_EPOCHS:,.0f}. To end a run at a "
+                "time, use --max-hours."
+            )
     for name in _BELOW_ONE:
         value = s.value(name)
         if value is not None and not 0 <= value < 1:

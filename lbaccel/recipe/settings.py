@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lbaccel.errors import InputError, reading
+from lbaccel.documents import Malformed, yaml_in
+from lbaccel.errors import InputError, brief
 from lbaccel.optim.scaling import find_rule
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
 from lbaccel.recipe.values import (
@@ -193,14 +192,12 @@ def read_file(path: Path) -> dict[Any, Any]:
 
     Raises:
         CannotRead: the system refuses.
-        InputError: no YAML, or no mapping.
+        InputError: no YAML, no mapping, or more than `yaml_in` reads.
     """
     try:
-        with reading(path):
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"--config {path} is no YAML: {problem}.") from error
+        content = yaml_in(path)
+    except Malformed as error:
+        raise InputError(f"--config {path} is no YAML: {error}.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -217,7 +214,7 @@ def options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
             continue
         if name not in OPTIONS:
             raise InputError(
-                f"--config {path}: unknown key {key!r}.{nearest_word(name, OPTIONS)} "
+                f"--config {path}: unknown key {brief(key)}.{nearest_word(name, OPTIONS)} "
                 "lbaccel train --help lists them all."
             )
         layer[name] = value
@@ -252,8 +249,8 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
             start_rate: "'reference', 'zero' or a learning rate",
             words: "words",
         }.get(option.parse, "one word or path")
-        raise InputError(f"{where}={raw!r} is not {kind}.") from None
+        raise InputError(f"{where}={brief(raw)} is not {kind}.") from None
     if option.choices and value not in option.choices:
         near = nearest_word(str(value), option.choices)
-        raise InputError(f"{where}={value!r} is not one of {', '.join(option.choices)}.{near}")
+        raise InputError(f"{where}={brief(value)} is not one of {', '.join(option.choices)}.{near}")
     return value

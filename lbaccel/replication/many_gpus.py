@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lbaccel.batch.duration import MOST_EPOCHS
 from lbaccel.batch.stream import LastUpdate
 from lbaccel.errors import InputError, check_whole
 
@@ -106,6 +107,20 @@ class Curve:
     gamma: float = 0.1
     final_lr: float = 0.0
     per_epoch: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("epochs", self.epochs), ("warmup_epochs", self.warmup_epochs)):
+            check_most_epochs(name, value)
+
+
+def check_most_epochs(name: str, value: float) -> None:
+    """Stop at a length that no run has: what follows goes through the epochs one by one.
+
+    Raises:
+        InputError: more than 1,000,000 epochs, or no number.
+    """
+    if not value <= MOST_EPOCHS:
+        raise InputError(f"{name} {value:g} must be at most {MOST_EPOCHS:,.0f}. Correct it.")
 
 
 @dataclass(frozen=True, kw_only=True)

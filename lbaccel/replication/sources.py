@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lbaccel.errors import InputError
+from lbaccel.documents import Malformed, json_of, text_of, yaml_of
+from lbaccel.errors import CannotRead, InputError
 from lbaccel.models import create_backbone
 from lbaccel.replication.contract import Norms
 from lbaccel.replication.many_gpus import Recipe
@@ -99,10 +98,10 @@ def _read_file(path: Path, said: Said, *, gpus: int | None, num_samples: int | N
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}. Give {SOURCES}.") from error
-    except UnicodeDecodeError as error:
+        return text_of(path)
+    except CannotRead as error:
+        raise InputError(f"{error} Give {SOURCES}.") from error
+    except Malformed as error:
         raise InputError(f"{path} is no text. Give {SOURCES}.") from error
 
 
@@ -111,10 +110,9 @@ def _mapping(text: str, path: Path) -> Mapping[str, Any] | None:
     if path.suffix not in (".yaml", ".yml", ".json"):
         return None
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is no {path.suffix[1:].upper()}: {problem}.") from error
+        content = (json_of if path.suffix == ".json" else yaml_of)(text, path)
+    except Malformed as error:
+        raise InputError(f"{path} is no {path.suffix[1:].upper()}: {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no mapping. Give {SOURCES}.")
     return content

@@ -29,6 +29,7 @@ from lbaccel.runs.folder import (
     weights_file,
     written_beside,
 )
+from lbaccel.torch_files import check_torch_file
 
 
 def save_checkpoint(
@@ -162,6 +163,7 @@ def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
 def read_state(path: Path) -> dict[str, Any]:
     """The training state of a checked checkpoint, read with `weights_only=True`."""
     with reading(path / STATE):
+        check_torch_file(path / STATE)
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 

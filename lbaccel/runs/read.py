@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
-from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.documents import Malformed, json_in, yaml_in
+from lbaccel.errors import InputError, RunFailed
 from lbaccel.runs.folder import CONFIG, METRICS, SUMMARY
 from lbaccel.runs.metric_lines import Line, content, faults, read_lines
 
@@ -178,12 +177,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        with reading(path):
-            text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except CannotRead:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
+        content = (yaml_in if path.suffix == ".yaml" else json_in)(path)
+    except Malformed as error:
         raise InputError(f"{path}: broken file ({error}). Mend or remove it.") from error
     if not isinstance(content, dict):
         raise InputError(

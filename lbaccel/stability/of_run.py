@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lbaccel.documents import json_in
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.optim.scaling import is_sgd
 from lbaccel.recipe.built import built
@@ -133,7 +133,7 @@ def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
 def _stem(path: Path, asked: str) -> str:
     """The stem that the weights were trained with: "auto" meant "native" where pretrained."""
     try:
-        stem = json.loads(path.read_text(encoding="utf-8"))["stem"]
+        stem = json_in(path)["stem"]
     except (OSError, ValueError, TypeError, KeyError):
         return asked
     return stem if stem in ("small", "native") else asked

@@ -770,10 +770,13 @@ def test_row_groups_are_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
     files = open_source(f"parquet:{tmp_path}").train
     assert isinstance(files, ImageFiles) and isinstance(files.read, row_images.RowImages)
     reads = []
-    read = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or read(self, i, **k)
-    )
+    read = pq.ParquetFile.iter_batches
+
+    def spy(self, *sizes, row_groups, **named):
+        reads.extend(row_groups)
+        return read(self, *sizes, row_groups=row_groups, **named)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     order = [0, 3, 6, 9, 1, 4, 7, 10]  # the four row groups, twice
     for index in order:
         files.load(index)

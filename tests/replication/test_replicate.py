@@ -63,6 +63,29 @@ TIMM = {  # as timm's train.py writes it, its neutral keys left out
     "workers": 8,
 }
 
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"epochs": 1e10}, "must be at most 1,000,000"),
+        ({"epochs": math.inf}, "must be at most 1,000,000"),
+        ({"epochs": math.nan}, "must be at most 1,000,000"),
+        ({"warmup_epochs": 1e10}, "must be at most 1,000,000"),
+        ({"decay_epochs": 1e-9}, "at most 10,000 times"),
+        ({"decay_epochs": 0.0}, "more than 0 epochs"),
+    ],
+)
+def test_lengths_that_no_run_has_are_refused_before_a_list_is_made_of_them(keys, words):
+    steps = {**TIMM, "sched": "step", "decay_epochs": 30, "warmup_prefix": False, **keys}
+    with pytest.raises(InputError, match=words):
+        read_timm_args(steps, gpus=1, origin="args.yaml")
+
+
+def test_a_cosine_of_a_length_that_no_run_has_is_refused():
+    with pytest.raises(InputError, match="must be at most 1,000,000"):
+        read_timm_args({**TIMM, "epochs": 1e10}, gpus=1, origin="args.yaml")
+
+
 RESNET50_V2 = """
 # torchvision's recipe for ResNet-50's second weights
 torchrun --nproc_per_node=8 train.py --model resnet50 --batch-size 128 --lr 0.5 \\

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lbaccel.documents import json_in
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
 
@@ -201,11 +202,11 @@ def read_calibration(path: Path) -> dict[str, Device]:
     Raises:
         InputError: a file that is something else.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {_key(name): Device(**fields) for name, fields in content.items()}
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    try:
+        content: dict[str, Any] = json_in(path)
+        return {_key(name): Device(**fields) for name, fields in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"calibration={path} can't be read: {error}. Remove it and run lbaccel calibrate."

@@ -19,10 +19,12 @@ from lbaccel.replication.many_gpus import (
     Rate,
     Recipe,
     Translation,
+    check_most_epochs,
     one_number_of_gpus,
 )
 from lbaccel.replication.readers.timm_keys import AT_DEFAULT, NEUTRAL, OWN_REASONS, READ, REQUIRED
 
+MOST_DROPS = 10_000  # of a rate in steps, each a milestone
 WHY_LAST = {
     "drop": "timm's training loader has drop_last: an epoch's remainder is left out",
     "keep": "timm ends an epoch with the micro-batches that are left (last_accum_steps), one "
@@ -141,6 +143,12 @@ def _curve(a: Mapping[str, Any], gaps: list[Gap]) -> Curve:
         decay, points = "milestones", tuple(m - 1 + offset for m in milestones)
     elif sched == "step" and not (prefix or warmup == 0):
         # timm has gamma^(t // period) at epoch t of the run: a milestone wherever t // period grows
+        check_most_epochs("epochs", epochs)
+        if not (period > 0 and epochs / period <= MOST_DROPS):
+            raise InputError(
+                f"decay_epochs {period:g} over {epochs:g} epochs: the rate must fall after more "
+                f"than 0 epochs, and at most {MOST_DROPS:,} times. Correct decay_epochs."
+            )
         counts = [int(t // period) for t in range(math.ceil(epochs))]
         steps = [(t, counts[t] - counts[t - 1]) for t in range(1, len(counts))]
         decay, points = "milestones", tuple(float(t) for t, n in steps for _ in range(n))
