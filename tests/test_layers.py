@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 # The rooms, from the ground up: each imports only from those before it (shared/layout.md).
 ROOMS = (
-    *("errors", "launch", "models"),
+    *("errors", "launch", "text", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
     *("recipe", "stability", "replication", "export", "train", "commands", "cli", "__main__"),
@@ -24,6 +24,7 @@ NO_TORCH = (  # those without numpy first
     "optim.scaling",
     "optim.schedules",
     "errors",
+    "text",
     "batch.stream",
     "batch.duration",
     "batch.plan",

@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from lbaccel.errors import InputError, reading
 from lbaccel.export.model_card import Exported
-from lbaccel.models import model_options
+from lbaccel.models import model_options, read_tensors
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import parse
 from lbaccel.runs.checkpoints import check_files
@@ -60,8 +59,7 @@ def read_exported(
             f"{path / PREPROCESSING} has no {', '.join(missing)}: it was written by another "
             "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
         )
-    with reading(path / weights_file(stem)):
-        weights = safetensors.torch.load_file(path / weights_file(stem))
+    weights = read_tensors(path / weights_file(stem))
     dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
     resumes = run / RESUMES
     exported = Exported(

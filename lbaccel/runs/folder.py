@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -106,11 +107,26 @@ def written_beside(target: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=WRITING, dir=target.parent))
     try:
         yield beside
-        beside.chmod(0o755)  # a temporary folder is its owner's alone
+        _open_to_others(beside)
         _flush(beside)
         _take_the_place(target, beside)
     finally:  # after an interrupt too
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give a folder and its files the mode that the umask gives to new ones.
+
+    A temporary folder is its owner's alone, and so are the files that safetensors writes. A folder
+    that is made here tells the mode: `os.umask` would change the process to be asked.
+    """
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in folder.iterdir():
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+    folder.chmod(mode)
 
 
 def remove_unfinished(folder: Path) -> None:
