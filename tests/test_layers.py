@@ -53,6 +53,7 @@ NO_TORCH = (  # those without numpy first
     "recipe.schedule_table",
     "stability.limit",
     "runs.folder",
+    "runs.outputs",
     "runs.length",
     "runs.read",
     "recipe.ending",

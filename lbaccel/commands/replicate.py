@@ -13,14 +13,15 @@ from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.text import lines as plan_lines
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import Settings
-from lbaccel.recipe.settings import layered
+from lbaccel.recipe.settings import layered, read_yaml
 from lbaccel.recipe.values import switch
 from lbaccel.replication.contract import Contract, contract_of
 from lbaccel.replication.many_gpus import Translation
 from lbaccel.replication.readers.plain import Said
 from lbaccel.replication.render import table, to_yaml
 from lbaccel.replication.sources import SOURCES, norms_of, read_source
-from lbaccel.runs.figures import writable
+from lbaccel.runs.folder import atomic_write_text
+from lbaccel.runs.outputs import Own, writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if a.out is None:
         print(f"\n{text}", end="")
     else:
-        a.out.write_text(text, encoding="utf-8")
+        atomic_write_text(a.out, text)
         print(f"\nwritten: {a.out}; run it: lbaccel train --config {a.out}")
     if a.no_plan:
         return 0
@@ -107,7 +108,15 @@ def check_contract(contract: Contract) -> None:
 def _check_out(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise InputError(f"--out {path} exists. Give another name, or --force to write over it.")
-    writable(path, "--out")
+    writable(path, "--out", own=RECIPE)
+
+
+def _is_recipe(path: Path) -> bool:
+    read_yaml(path)  # an InputError, where a name is no setting
+    return True
+
+
+RECIPE = Own("recipe of lbaccel train", _is_recipe)
 
 
 def _plan(contract: Contract, a: argparse.Namespace) -> int:

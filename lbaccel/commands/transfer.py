@@ -21,7 +21,7 @@ from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.rate import check_scaling, rate_of
 from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
-from lbaccel.runs.figures import writable
+from lbaccel.runs.outputs import writable
 
 WIDTH = 100
 OF_A_RUN = ("resume", "extend", "dry_run", "output", "max_hours", "max_updates")

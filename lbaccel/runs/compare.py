@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lbaccel.errors import InputError
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import drawable, new_figure, save
+from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.runs.read import Point, Run, Series
 
 Axis = Literal["samples", "updates", "hours"]
@@ -229,6 +230,14 @@ def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _is_table(path: Path) -> bool:
+    first = ends_of(path)[0].partition(b"\n")[0]
+    return first.startswith(b"name,") and b",best,best_at_" in first
+
+
+TABLE_FILE = Own("table of lbaccel compare", _is_table)
 
 
 def settings_line(equal: Mapping[str, Any], num_runs: int) -> str:

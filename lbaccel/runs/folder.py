@@ -69,11 +69,20 @@ def _timestamp() -> str:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it in the same folder, fsync, then rename."""
+    """Write a file whole or not at all, in UTF-8: see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it in the same folder, fsync, then rename.
+
+    A link at `path` is replaced; nothing is written where it leads.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
