@@ -60,6 +60,15 @@ def in_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>#!~])", r"\\\1", printable(" ".join(text.split())))
 
 
+def in_figure(text: str) -> str:
+    r"""The text as a label of matplotlib, for which a `$` begins a formula.
+
+    >>> in_figure("a $b")
+    'a \\$b'
+    """
+    return printable(text).replace("$", r"\$")
+
+
 def in_code_span(text: str) -> str:
     """The text between backticks, on one line; what would end the span is a quotation mark.
 

@@ -22,6 +22,7 @@ from lbaccel.replication.render import table, to_yaml
 from lbaccel.replication.sources import SOURCES, norms_of, read_source
 from lbaccel.runs.folder import atomic_write_text
 from lbaccel.runs.outputs import Own, writable
+from lbaccel.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         row = Translation(f"--data {a.data}", "data", a.data, "as typed")
         contract = replace(contract, rows=(*rows, row))
     check_contract(contract)
-    print("\n".join(table(contract)))
+    print(printable("\n".join(table(contract))))
     text = to_yaml(contract)
     if a.out is None:
-        print(f"\n{text}", end="")
+        print(printable(f"\n{text}"), end="")
     else:
         atomic_write_text(a.out, text)
         print(f"\nwritten: {a.out}; run it: lbaccel train --config {a.out}")
@@ -148,5 +149,5 @@ def _plan(contract: Contract, a: argparse.Namespace) -> int:
             rule=s.rate.lr_scaling,
         )
         found = replace(found, lr=lr)
-    print("\n".join(plan_lines(found)))
+    print(printable("\n".join(plan_lines(found))))
     return 0 if found.fits else 1

@@ -10,6 +10,7 @@ from lbaccel.errors import InputError
 from lbaccel.runs.folder import PLOTS, atomic_write_bytes
 from lbaccel.runs.outputs import Own, ends_of, writable
 from lbaccel.runs.read import load_run_folder
+from lbaccel.text import in_figure
 
 if TYPE_CHECKING:  # matplotlib is imported where something is drawn
     from matplotlib.figure import Figure
@@ -119,7 +120,7 @@ def plot_run(folder: Path) -> list[Path]:
             )
         axes.set_xlabel("samples seen")
         axes.set_ylabel(label)
-        axes.set_title(run.name, fontsize=9)
+        axes.set_title(in_figure(run.name), fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend()
         path = folder / PLOTS / file

@@ -32,7 +32,7 @@ def ends_of(path: Path, size: int = 16384) -> tuple[bytes, bytes]:
 
 
 def what_is_there(path: Path) -> str | None:
-    """What stands where a file is to be written, where that is no plain file; None else.
+    """The obstacle where a file is to be written, in words; None for a plain file or none.
 
     >>> what_is_there(Path("absent.csv"))
     """
