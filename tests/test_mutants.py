@@ -22,6 +22,34 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a terminal takes orders from an error": (
+        "recipe.ending",
+        "text = printable(without_tokens(str(error)))",
+        "text = str(error)",
+        "tests/test_text.py::"
+        "test_the_last_line_of_a_command_gives_a_terminal_no_orders[InputError]",
+    ),
+    "a config is written through a link": (
+        "runs.outputs",
+        "    if path.is_symlink():",
+        "    if False:",
+        "tests/runs/test_outputs.py::"
+        "test_a_config_is_written_through_no_link[True-link_to_nowhere]",
+    ),
+    "weights are their owner's alone": (
+        "runs.folder",
+        "        _open_to_others(beside)\n",
+        "        pass\n",
+        "tests/runs/test_forged.py::"
+        "test_weights_and_folders_have_the_mode_of_the_umask[18-493-420]",
+    ),
+    "an export is known by its names alone": (
+        "export.write",
+        "    if there and not _is_export(target):",
+        "    if False:",
+        "tests/export/test_hostile.py::"
+        "test_force_replaces_no_folder_that_only_looks_like_an_export[mine]",
+    ),
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",
         '        torch.ones((), device="cpu", requires_grad=True).backward()\n',

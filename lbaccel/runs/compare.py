@@ -173,7 +173,7 @@ def _totals(one: Run) -> dict[str, Cell]:
     for key, values in logged.items():
         if total[key] is None:
             total[key] = max((value for value in values if value is not None), default=None)
-    return {key.removeprefix("num_").removesuffix("_seen"): total[key] for key in total}
+    return {key.removeprefix("num_").removesuffix("_seen"): _cell(total[key]) for key in total}
 
 
 def _seconds(point: Point) -> float | None:
@@ -202,7 +202,10 @@ def formatted(column: str, value: Cell) -> str:
     if column.startswith("best_at_"):
         return f"{value:,.3f}" if isinstance(value, float) else f"{value:,d}"
     spec = FORMATS.get(column, ".5g" if column in ("best", "last") else "")
-    return format(round(value) if spec == ",d" else value, spec)
+    try:
+        return format(round(value) if spec == ",d" else value, spec)
+    except (OverflowError, ValueError):  # of an edited summary: infinite, or above all floats
+        return str(value)
 
 
 def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
