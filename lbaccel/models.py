@@ -10,12 +10,14 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import get_token
 from timm.data.config import resolve_model_data_config
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from lbaccel.errors import CannotRead, InputError, RunFailed, brief, reading
+from lbaccel.text import printable, without_tokens
 from lbaccel.torch_files import check_torch_file
 
 SMALL_IMAGE = 64
@@ -60,14 +62,16 @@ def create_backbone(
     try:
         model: Any = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, ConnectionError) as error:
+        reason = without_tokens(str(error), get_token())
         raise RunFailed(
-            f"pretrained weights of {name} can't be had: {error}. Without a network, give a file: "
+            f"pretrained weights of {name} can't be had: {reason}. Without a network, give a file: "
             "--pretrained --checkpoint PATH."
         ) from error
     except RuntimeError as error:
         if weights is None:
             if pretrained and "pretrained" in str(error).lower():
-                raise InputError(f"{name} has no pretrained weights: {error}") from error
+                reason = without_tokens(str(error), get_token())
+                raise InputError(f"{name} has no pretrained weights: {reason}") from error
             raise
         raise InputError(_misfit(name, error=error, path=checkpoint)) from error
     except TypeError as error:
@@ -107,6 +111,52 @@ def model_options(
     return options
 
 
+def read_torch(path: Path) -> Any:
+    """The content of a torch file, read with `weights_only=True`: it executes nothing.
+
+    Raises:
+        CannotRead: the system refuses.
+        InputError: the file is damaged, or holds more than tensors and plain values.
+    """
+    reason = ""
+    try:
+        with reading(path):
+            try:
+                check_torch_file(path)
+            except ValueError as error:
+                reason = brief(str(error))
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CannotRead:
+        raise
+    except Exception as error:  # torch's own text is long, and tells to read the file unsafely
+        raise InputError(
+            f"{path} can't be read as weights or state: "
+            f"{reason or 'torch.load(..., weights_only=True) refuses it'}. It is damaged, or holds "
+            "more than tensors and plain values."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file.
+
+    Raises:
+        CannotRead: the system refuses.
+        InputError: the file is cut off, or is none of this format.
+    """
+    try:
+        with reading(path):
+            return safetensors.torch.load_file(path)
+    except CannotRead:
+        raise
+    except Exception as error:  # of the format's own library: many kinds, none of them promised
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{path} can't be read as weights: {printable(reason[0][:200])}. It is damaged, or was "
+            "written by another program."
+        ) from error
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`.
 
@@ -116,23 +166,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"checkpoint={path} is no file.")
-    called = False  # torch's loader: its own text tells to read the file unsafely
+    read = read_tensors if path.suffix == ".safetensors" else read_torch
     try:
-        with reading(path):
-            if path.suffix == ".safetensors":
-                return safetensors.torch.load_file(path)
-            check_torch_file(path)
-            called = True
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = read(path)
     except CannotRead:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if called:
-            reason = ["torch.load(..., weights_only=True) refuses it"]
+    except InputError as error:
         raise InputError(
-            f"checkpoint={path} can't be read as weights: {reason[0][:200]}. Give a .safetensors "
-            "file, or a torch file of tensors alone."
+            f"checkpoint={error} Give a .safetensors file, or a torch file of tensors alone."
         ) from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -141,8 +182,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"checkpoint={path} holds no state_dict of tensors.")
     for key, value in content.items():
-        _check_backed(path, key, value)
-    return {key.removeprefix("module."): value for key, value in content.items()}
+        _check_backed(path, str(key), value)
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
 def _check_backed(path: Path, key: str, value: Tensor) -> None:
@@ -181,7 +222,10 @@ def load_exactly(
             f"checkpoint={path} does not fit {name}: {shown}. To start from it with a new "
             "classifier, add --pretrained; else give the model and --stem it was trained with."
         )
-    model.load_state_dict(dict(weights))
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:  # of a kind that can't be copied: quantized, without memory
+        raise InputError(_misfit(name, error=error, path=path)) from error
 
 
 def _check_taken(
@@ -203,7 +247,7 @@ def _check_taken(
 
 
 def _misfit(name: str, *, error: Exception, path: Path | None) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = printable(" ".join(str(error).split())[:300])
     return f"checkpoint={path} does not fit {name}: {reason}"
 
 

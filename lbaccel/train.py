@@ -22,6 +22,7 @@ from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
 from lbaccel.recipe.settings import read_settings, show_settings
+from lbaccel.text import printable
 
 if TYPE_CHECKING:  # torch is imported after the settings were read
     from lbaccel.recipe.training import Training
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "lbaccel train") -> i
                 tell(error)
             raise
         if show:
-            print(show_settings(settings))
+            print(printable(show_settings(settings)))
         else:
             run(settings)
 
@@ -134,7 +135,7 @@ def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
         mode=s.run.wandb_mode,
     )
     if line:
-        t.accelerator.print(line)
+        t.accelerator.print(printable(line))
 
 
 def fit(t: Training, progress: Progress) -> str | None:

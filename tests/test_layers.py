@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 # The rooms, from the ground up: each imports only from those before it (shared/layout.md).
 ROOMS = (
-    *("errors", "documents", "torch_files", "launch", "models"),
+    *("errors", "documents", "torch_files", "text", "launch", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
     *("recipe", "stability", "replication", "export", "train", "commands", "cli", "__main__"),
@@ -26,6 +26,7 @@ NO_TORCH = (  # those without numpy first
     "errors",
     "documents",
     "torch_files",
+    "text",
     "batch.stream",
     "batch.duration",
     "batch.plan",
@@ -55,6 +56,7 @@ NO_TORCH = (  # those without numpy first
     "recipe.schedule_table",
     "stability.limit",
     "runs.folder",
+    "runs.outputs",
     "runs.length",
     "runs.lock",
     "runs.own_name",

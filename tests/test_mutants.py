@@ -131,6 +131,7 @@ MUTANTS = {
         "        if self.global_batch_size < self.world_size * unit:\n",
         "tests/batch/test_batch.py::"
         "test_ranks_share_as_many_groups_as_there_are_and_the_last_may_be_short",
+    ),
     "an alias counts as one value": (
         "documents",
         "count, levels = count + values, max(levels, deeper + 1)",
@@ -161,6 +162,34 @@ MUTANTS = {
         "            if decoded > most:\n",
         "            if False:\n",
         "tests/data/test_bounds.py::test_a_dictionary_that_gives_each_row_a_long_image_is_refused",
+    ),
+    "a terminal takes orders from an error": (
+        "recipe.ending",
+        "text = printable(without_tokens(str(error)))",
+        "text = str(error)",
+        "tests/test_text.py::"
+        "test_the_last_line_of_a_command_gives_a_terminal_no_orders[InputError]",
+    ),
+    "a config is written through a link": (
+        "runs.outputs",
+        "    if path.is_symlink():",
+        "    if False:",
+        "tests/runs/test_outputs.py::"
+        "test_a_config_is_written_through_no_link[True-link_to_nowhere]",
+    ),
+    "weights are their owner's alone": (
+        "runs.folder",
+        "        _open_to_others(beside)\n",
+        "        pass\n",
+        "tests/runs/test_forged.py::"
+        "test_weights_and_folders_have_the_mode_of_the_umask[18-493-420]",
+    ),
+    "an export is known by its names alone": (
+        "export.write",
+        "    if there and not _is_export(target):",
+        "    if False:",
+        "tests/export/test_hostile.py::"
+        "test_force_replaces_no_folder_that_only_looks_like_an_export[mine]",
     ),
     "a trace takes the stand-in GPU for a device of autograd's": (
         "planning.cost.trace",

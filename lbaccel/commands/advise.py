@@ -17,6 +17,7 @@ from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import check_plot
 from lbaccel.runs.noise_readings import batch_of, plot, readings
 from lbaccel.runs.read import Run, load_run
+from lbaccel.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        print("\n".join([*report(one, found, batches), *lines]))
+        print(printable("\n".join([*report(one, found, batches), *lines])))
     if args.plot is not None:
         plot(one, found, args.plot)
     return 0

@@ -14,7 +14,7 @@ from lbaccel.launch import calibration_file
 from lbaccel.planning.cost.calibrate import calibrate
 from lbaccel.planning.cost.devices import Device, read_calibration, write_calibration
 from lbaccel.runs.columns import columns
-from lbaccel.runs.figures import writable
+from lbaccel.runs.outputs import writable
 
 SECONDS = 10.0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lbaccel.runs.compare import (
     AXIS_LABELS,
+    TABLE_FILE,
     aligned,
     as_csv,
     compared_settings,
@@ -17,7 +18,9 @@ from lbaccel.runs.compare import (
     split_settings,
     table,
 )
-from lbaccel.runs.figures import check_plot, writable
+from lbaccel.runs.figures import check_plot
+from lbaccel.runs.folder import atomic_write_text
+from lbaccel.runs.outputs import writable
 from lbaccel.runs.read import load_run
 
 
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison that the arguments ask for; 0, or an InputError."""
     check_plot(args.plot)
     if args.csv is not None:
-        writable(args.csv, "--csv")
+        writable(args.csv, "--csv", own=TABLE_FILE)
     runs = distinct_names([load_run(path) for path in args.runs])
     for one in runs:
         one.warn()
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     print(settings_line(equal, len(runs)))
     print(markdown(rows, args.metric) if args.md else aligned(rows, args.metric))
     if args.csv is not None:
-        args.csv.write_text(as_csv(rows), encoding="utf-8")
+        atomic_write_text(args.csv, as_csv(rows))
     if args.plot is not None:
         plot(runs, args.plot, metric=args.metric, x=args.x, target=args.target)
     return 0

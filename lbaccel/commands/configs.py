@@ -16,6 +16,7 @@ from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
 from lbaccel.runs.columns import columns
+from lbaccel.text import printable
 
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
 
@@ -82,8 +83,8 @@ def _list(_: argparse.Namespace) -> int:
 def _copy(a: argparse.Namespace) -> int:
     configs = [find(name) for name in dict.fromkeys(a.names)]
     for path in copy(configs, a.to, force=a.force):
-        print(path)
-    print("\n".join(launch_lines(configs, a.to)))
+        print(printable(str(path)))
+    print(printable("\n".join(launch_lines(configs, a.to))))
     return 0
 
 
@@ -140,12 +141,12 @@ def _validate(a: argparse.Namespace) -> int:
             notes = [*batch_notes(plan, resolved.batch), *precision_notes(resolved)]
     elif started is not None:
         problems += fsdp_problems(started)
-    print("\n".join(_table(rows)))
-    print(f"\n{plan}")
+    print(printable("\n".join(_table(rows))))
+    print(printable(f"\n{plan}"))
     for note in notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(printable(f"error: {problem}"), file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -191,7 +192,7 @@ def _make(a: argparse.Namespace) -> int:
     found = find_plan(a)
     shown = list(lines(replace(found, levers=(), alternatives=())))
     zero = list(explain_zero(found))
-    print("\n".join([*shown, *zero]))
+    print(printable("\n".join([*shown, *zero])))
     if not found.fits:
         needed = found.predicted_peak_gib
         print(
@@ -207,9 +208,9 @@ def _make(a: argparse.Namespace) -> int:
     written = write(files, force=a.force)
     print("")
     for path in written:
-        print(path)
+        print(printable(str(path)))
     prefix = "" if a.to.resolve() == Path.cwd() else f"cd {shlex.quote(str(a.to))} && "
-    print(f"{prefix}{command}")
+    print(printable(f"{prefix}{command}"))
     return 0
 
 

@@ -20,6 +20,7 @@ from lbaccel.models import create_backbone
 from lbaccel.planning.planner import plan
 from lbaccel.planning.zero import explain_zero
 from lbaccel.recipe.values import flag_of
+from lbaccel.text import printable
 from lbaccel.update.normalization import has_batch_norm
 
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if a.json:
         print(json.dumps(_as_json(facts, findings, says)))
     else:
-        print("\n".join(_lines(facts, findings, says)))
+        print(printable("\n".join(_lines(facts, findings, says))))
     return 1 if findings else 0
 
 

@@ -14,6 +14,7 @@ from lbaccel.export.read import read_exported
 from lbaccel.export.tables import total
 from lbaccel.export.write import FILES, build, check_target, write_folder
 from lbaccel.runs.lock import writing
+from lbaccel.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,19 +53,19 @@ def run(args: argparse.Namespace) -> int:
     of = f" of {done:,}" if done is not None else ""
     print(f"{exported.model}{', EMA' * exported.ema}: weights after update {exported.update:,}{of}")
     if exported.unfinished is not None:
-        print(f"note: the run is not finished ({exported.unfinished}); the card says so")
+        why = printable(exported.unfinished)
+        print(f"note: the run is not finished ({why}); the card says so")
     if exported.small_stem:
         print("note: the stem is that for small images: plain timm refuses this folder. Type:")
     else:
         print("to load it:")
-    print(
-        "\n".join(f"  {line}" for line in usage(exported, folder=str(target)).splitlines() if line)
-    )
+    code = usage(exported, folder=str(target)).splitlines()
+    print(printable("\n".join(f"  {line}" for line in code if line)))
     print(f"files: {', '.join(FILES)}")
     if repo_id is not None:
         address = push(target, repo_id, private=args.private, title=exported.model)
-        print(f"uploaded: {address}")
-    print(target)
+        print(printable(f"uploaded: {address}"))
+    print(printable(str(target)))
     return 0
 
 

@@ -18,6 +18,7 @@ from lbaccel.recipe.values import flag_of
 from lbaccel.runs.figures import check_plot
 from lbaccel.stability.limit import limits, rate_advice, rate_sentence
 from lbaccel.stability.range_text import duration, in_words, plot, table
+from lbaccel.text import printable
 
 if TYPE_CHECKING:  # torch is imported after the flags were read
     from lbaccel.stability.curvature import Curvature
@@ -66,7 +67,7 @@ def run(own: argparse.Namespace) -> int:
     """
     settings, show = read_settings(own.recipe_flags, prog=PROG)
     if show:
-        print(show_settings(settings))
+        print(printable(show_settings(settings)))
         return 0
     _check(own)
     try:
@@ -109,7 +110,7 @@ def _measure(own: argparse.Namespace, settings: Settings) -> RateMeasurements:
 
     def say(text: str) -> None:
         if rank() == 0:
-            print(text, file=stream, flush=True)
+            print(printable(text), file=stream, flush=True)
 
     with built(settings, say=say) as b:
         own_lr = b.largest_lr  # the test's rates are those of the group with the highest

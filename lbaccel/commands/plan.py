@@ -15,6 +15,7 @@ from lbaccel.planning.sweep import plot
 from lbaccel.planning.text import lines
 from lbaccel.recipe.values import group_samples, samples_or_auto
 from lbaccel.runs.figures import check_plot
+from lbaccel.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     if a.json:
         print(json.dumps(found.to_dict()))
     else:
-        print("\n".join(lines(found)))
+        print(printable("\n".join(lines(found))))
     if a.report is not None:
         from lbaccel.planning.report import write_report
 

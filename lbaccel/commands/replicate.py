@@ -13,14 +13,16 @@ from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.text import lines as plan_lines
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import Settings
-from lbaccel.recipe.settings import layered
+from lbaccel.recipe.settings import layered, read_yaml
 from lbaccel.recipe.values import switch
 from lbaccel.replication.contract import Contract, contract_of
 from lbaccel.replication.many_gpus import Translation
 from lbaccel.replication.readers.plain import Said
 from lbaccel.replication.render import table, to_yaml
 from lbaccel.replication.sources import SOURCES, norms_of, read_source
-from lbaccel.runs.figures import writable
+from lbaccel.runs.folder import atomic_write_text
+from lbaccel.runs.outputs import Own, writable
+from lbaccel.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
         row = Translation(f"--data {a.data}", "data", a.data, "as typed")
         contract = replace(contract, rows=(*rows, row))
     check_contract(contract)
-    print("\n".join(table(contract)))
+    print(printable("\n".join(table(contract))))
     text = to_yaml(contract)
     if a.out is None:
-        print(f"\n{text}", end="")
+        print(printable(f"\n{text}"), end="")
     else:
-        a.out.write_text(text, encoding="utf-8")
+        atomic_write_text(a.out, text)
         print(f"\nwritten: {a.out}; run it: lbaccel train --config {a.out}")
     if a.no_plan:
         return 0
@@ -107,7 +109,15 @@ def check_contract(contract: Contract) -> None:
 def _check_out(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise InputError(f"--out {path} exists. Give another name, or --force to write over it.")
-    writable(path, "--out")
+    writable(path, "--out", own=RECIPE)
+
+
+def _is_recipe(path: Path) -> bool:
+    read_yaml(path)  # an InputError, where a name is no setting
+    return True
+
+
+RECIPE = Own("recipe of lbaccel train", _is_recipe)
 
 
 def _plan(contract: Contract, a: argparse.Namespace) -> int:
@@ -139,5 +149,5 @@ def _plan(contract: Contract, a: argparse.Namespace) -> int:
             rule=s.rate.lr_scaling,
         )
         found = replace(found, lr=lr)
-    print("\n".join(plan_lines(found)))
+    print(printable("\n".join(plan_lines(found))))
     return 0 if found.fits else 1

@@ -21,7 +21,8 @@ from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.rate import check_scaling, rate_of
 from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
-from lbaccel.runs.figures import writable
+from lbaccel.runs.outputs import writable
+from lbaccel.text import printable
 
 WIDTH = 100
 OF_A_RUN = ("resume", "extend", "dry_run", "output", "max_hours", "max_updates")
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if as_json:
         print(json.dumps(sheet.to_dict(), allow_nan=False))
     else:
-        print("\n".join(lines(sheet)))
+        print(printable("\n".join(lines(sheet))))
         if out is not None:
             print(f"\n{out}: lbaccel train --config {out}")
     return 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lbaccel.errors import InputError, RunFailed, check_number, check_seed, check_whole
 from lbaccel.models import SMALL_IMAGE, create_backbone
 from lbaccel.recipe.values import flag_of, group_samples
+from lbaccel.text import printable
 from lbaccel.verification.ddp.against import verify_against_ddp
 from lbaccel.verification.verify import verify
 
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         say=_progress,
     )
     _progress("")
-    print(certificate.to_json() if a.json else certificate)
+    print(certificate.to_json() if a.json else printable(str(certificate)))
     return 0 if certificate.equivalent else 1
 
 
@@ -152,7 +153,7 @@ def _against_ddp(a: argparse.Namespace, model: nn.Module, size: int, num_classes
         say=_progress,
     )
     _progress("")
-    print(certificate.to_json() if a.json else certificate)
+    print(certificate.to_json() if a.json else printable(str(certificate)))
     return 0 if certificate.equivalent else 1
 
 

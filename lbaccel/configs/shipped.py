@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 
 from lbaccel.errors import InputError
+from lbaccel.runs.folder import atomic_write_bytes
+from lbaccel.runs.outputs import what_is_there
 
 YAML_FOLDER, JSON_FOLDER = "accelerate_configs", "ds_configs"
 PACKAGE = Path(__file__).parent.parent
@@ -98,8 +100,12 @@ def write(files: dict[Path, bytes], *, force: bool) -> list[Path]:
     """Write all files, or none where one is there already.
 
     Raises:
-        InputError: a file that is there already, unless `force`; a place that can't be written.
+        InputError: a file that is there already, unless `force`; a link or a folder in its place,
+            in every case; a place that can't be written.
     """
+    for path in files:
+        if (found := what_is_there(path)) is not None:
+            raise InputError(f"{path} can't be written: {found}. Use another --to DIR.")
     there = [str(path) for path in files if path.exists()]
     if there and not force:
         raise InputError(
@@ -108,7 +114,7 @@ def write(files: dict[Path, bytes], *, force: bool) -> list[Path]:
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            atomic_write_bytes(path, content)
     except OSError as error:
         raise InputError(f"can't write: {error}. Use another --to DIR.") from error
     return list(files)

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.text import printable, without_tokens
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -52,8 +53,9 @@ def push(folder: Path, repo_id: str, *, private: bool = False, title: str) -> st
             )
             return str(getattr(done, "commit_url", repo_id))
     except Exception as error:  # of several libraries: the network's, the hub's, the upload's
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RunFailed(f"--push-to-hub {repo_id}: {reason}. {by_hand}") from error
+        said = without_tokens(" ".join(str(error).split()), huggingface_hub.get_token())
+        reason = printable(said[:300]) or type(error).__name__  # an answer may repeat the token
+        raise RunFailed(f"--push-to-hub {repo_id}: {reason}. {by_hand}") from None
     raise RunFailed(
         f"--push-to-hub {repo_id} --private: there is such a repository, and it is public. "
         f"Nothing was uploaded. Make it private, or use another name. {by_hand}"

@@ -11,6 +11,7 @@ from timm import get_pretrained_cfg
 
 from lbaccel.export import shareable, tables
 from lbaccel.runs.read import Run
+from lbaccel.text import in_code_block, in_code_span, in_markdown
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def model_card(
         "Hardware and versions": tables.hardware(exported.env),
         "Reproduce": _reproduce(exported),
     }
-    title = f"# {exported.model}" + (f" at a global batch of {batch:,}" if batch else "")
+    title = f"# {in_markdown(exported.model)}" + (
+        f" at a global batch of {batch:,}" if batch else ""
+    )
     body = [f"## {name}\n\n{text}" for name, text in sections.items() if text]
     text = "\n\n".join([title, _what_it_is(exported), *body])
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}\n")
@@ -144,18 +147,20 @@ def _what_it_is(exported: Exported) -> str:
     weights = "the exponential average of the weights" if exported.ema else "the weights"
     named = f", of which {num_classes} are named" if num_classes != num_outputs else ""
     text = (
-        f"A [timm](https://github.com/huggingface/pytorch-image-models) `{exported.model}` of "
-        f"{num_outputs} outputs{named}, trained by lbaccel: {weights} after update "
-        f"{exported.update:,}."
+        f"A [timm](https://github.com/huggingface/pytorch-image-models) "
+        f"{in_code_span(exported.model)} of {num_outputs} outputs{named}, trained by "
+        f"lbaccel: {weights} after update {exported.update:,}."
     )
     if config.get("checkpoint") is not None:
         text += " Training began with weights of a file."
     elif "pretrained" in config:
         kind = "timm's pretrained" if config["pretrained"] else "fresh"
         base = base_model(config)
-        text += f" Training began with {kind} weights" + (f" (`{base}`)." if base else ".")
+        text += f" Training began with {kind} weights" + (
+            f" ({in_code_span(base)})." if base else "."
+        )
     if exported.unfinished is not None:
-        text += f"\n\n**The run is not finished** ({exported.unfinished})."
+        text += f"\n\n**The run is not finished** ({in_markdown(exported.unfinished)})."
     if exported.dtype == "float64":
         text += "\n\nThe weights are stored in float64; timm rounds them to float32 on loading."
     return text
@@ -186,9 +191,9 @@ def _use(exported: Exported, repo_id: str | None) -> str:
         "    probabilities = model(transform(image)[None]).softmax(1)",
         "print(probabilities.topk(1))  # config.json has the classes: label_names",
     ]
-    parts.append(_block("python", "\n".join(code)))
+    parts.append(in_code_block("python", "\n".join(code)))
     if repo_id:
-        parts += ["Off the hub:", _block("python", usage(exported, repo_id=repo_id))]
+        parts += ["Off the hub:", in_code_block("python", usage(exported, repo_id=repo_id))]
     return "\n\n".join(parts)
 
 
@@ -201,17 +206,13 @@ def _reproduce(exported: Exported) -> str:
         notes.append("Set `checkpoint` to the file of weights that training begins with.")
     for before, how in config.get("extensions") or []:
         notes.append(
-            f"This run was extended at {before:g} epochs (`--extend {how}`), which one command "
-            f"does not repeat: run it with `--epochs {before:g}`, then resume it."
+            f"This run was extended at {before:g} epochs ({in_code_span(f'--extend {how}')}), "
+            f"which one command does not repeat: run it with `--epochs {before:g}`, then resume it."
         )
-    parts = [_block("bash", "lbaccel train --config config.yaml"), " ".join(notes)]
+    parts = [in_code_block("bash", "lbaccel train --config config.yaml"), " ".join(notes)]
     line = shareable.command(str(env.get("command") or ""))
     if line:
-        parts += ["It was started by", _block("bash", line)]
+        parts += ["It was started by", in_code_block("bash", line)]
         if env.get("git_commit"):
-            parts.append(f"at git commit `{env['git_commit']}`.")
+            parts.append(f"at git commit {in_code_span(env['git_commit'])}.")
     return "\n\n".join(parts)
-
-
-def _block(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"

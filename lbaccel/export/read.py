@@ -6,13 +6,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from lbaccel.documents import Malformed, json_in
-from lbaccel.errors import InputError, reading
+from lbaccel.errors import InputError
+from lbaccel.export.kinds import (
+    MACHINE,
+    NAMES,
+    RESUMED,
+    SETTINGS,
+    SUMMED,
+    WHOLE,
+    check_kinds,
+    check_preprocessing,
+)
 from lbaccel.export.model_card import Exported
-from lbaccel.models import model_options
+from lbaccel.models import model_options, read_tensors
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import parse
 from lbaccel.runs.checkpoints import check_files
@@ -34,11 +43,6 @@ from lbaccel.runs.folder import (
 )
 from lbaccel.runs.read import Run, flatten, history_of, read_mapping, read_metrics
 
-_PREPROCESSING = (
-    *("model", "num_classes", "num_channels", "img_size", "stem"),
-    *("mean", "std", "interpolation", "crop_pct"),
-)
-
 
 def read_exported(
     run: Path, *, checkpoint: str | None = None, ema: bool = False
@@ -54,22 +58,23 @@ def read_exported(
     stem = MODEL_EMA if ema else MODEL
     update = _check(path, stem)
     pre = _json(path / PREPROCESSING, dict)
-    missing = [key for key in _PREPROCESSING if key not in pre]
-    if missing:
-        raise InputError(
-            f"{path / PREPROCESSING} has no {', '.join(missing)}: it was written by another "
-            "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
-        )
-    with reading(path / weights_file(stem)):
-        weights = safetensors.torch.load_file(path / weights_file(stem))
+    weights = read_tensors(path / weights_file(stem))
+    check_preprocessing(path / PREPROCESSING, pre, weights)
     dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
     resumes = run / RESUMES
+    lines = read_metrics(resumes) if resumes.is_file() else []
+    for line in lines:
+        check_kinds(resumes, line, RESUMED)
+    env = read_mapping(run / ENVIRONMENT)
+    check_kinds(run / ENVIRONMENT, env, MACHINE)
+    classes = _json(path / CLASSES, list)
+    check_kinds(path / CLASSES, {"names": classes}, {"names": NAMES})
     exported = Exported(
         run=_run(run),
-        env=read_mapping(run / ENVIRONMENT),
-        resumes=read_metrics(resumes) if resumes.is_file() else [],
+        env=env,
+        resumes=lines,
         preprocessing=pre,
-        classes=_json(path / CLASSES, list),
+        classes=classes,
         update=update,
         ema=ema,
         dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
@@ -89,11 +94,14 @@ def _run(folder: Path) -> Run:
     where = str(folder / CONFIG)
     settings = {key: parse(OPTIONS[key], raw[key], where) for key in raw if key in OPTIONS}
     added = {key: raw[key] for key in ("plan", "extensions") if key in raw}
+    config, summary = flatten({**settings, **added}), read_mapping(folder / SUMMARY)
+    check_kinds(folder / CONFIG, config, SETTINGS)
+    check_kinds(folder / SUMMARY, summary, SUMMED)
     metrics = folder / METRICS
     return Run(
         name=folder.resolve().name,
-        config=flatten({**settings, **added}),
-        summary=read_mapping(folder / SUMMARY),
+        config=config,
+        summary=summary,
         history=history_of(read_metrics(metrics)) if metrics.is_file() else {},
         source="folder",
     )
@@ -157,7 +165,10 @@ def _check(path: Path, stem: str) -> int:
         )
     if files[0] not in listed:
         raise InputError(f"{path} holds no {files[0]}. {others}")
-    return int(_json(path / MANIFEST, dict)["update"])
+    update = _json(path / MANIFEST, dict).get("update")
+    if not WHOLE[1](update):
+        raise InputError(f"{path / MANIFEST} is damaged: its update is no whole number. {others}")
+    return update
 
 
 def _json(path: Path, kind: type) -> Any:

@@ -15,6 +15,7 @@ from lbaccel.export.shareable import without_folders
 from lbaccel.optim.scaling import find_rule, scale_lr
 from lbaccel.runs.compare import best_point
 from lbaccel.runs.read import Point, Run
+from lbaccel.text import in_code_span, in_markdown
 
 Rows = list[tuple[str, str]]
 
@@ -35,13 +36,13 @@ def data(config: Mapping[str, Any], pre: Mapping[str, Any], *, num_classes: int)
     if config.get("data"):
         name = without_folders(str(config["data"]))
         form = name.partition(":")[0]
-        rows.append(("data", f"`{name}`" + (f": {_DATA[form]}" if form in _DATA else "")))
+        rows.append(("data", in_code_span(name) + (f": {_DATA[form]}" if form in _DATA else "")))
     rows.append(("classes", f"{num_classes:,}"))
     rows += _given(config, "val_fraction", "share held out, where there is no validation set")
     channels = pre["num_channels"]
     rows.append(("images", f"{pre['img_size']} px, {channels} channel{'s' * (channels > 1)}"))
     rows += [(key, ", ".join(f"{x:.4g}" for x in pre[key])) for key in ("mean", "std")]
-    rows += [("interpolation", pre["interpolation"])]
+    rows += [("interpolation", in_markdown(pre["interpolation"]))]
     return table([*rows, ("share of the image kept in evaluation", f"{pre['crop_pct']:g}")])
 
 
@@ -69,7 +70,7 @@ def contract(run: Run) -> str:
     rows += _given(config, "layer_decay", "layer decay")
     rows += _given(config, "clip_grad_norm", "largest norm of the gradient")
     dropout = config.get("loss_dropout")
-    if dropout:
+    if dropout and len(dropout) == 2:
         rows.append(("loss dropout", f"epochs {dropout[0]:g} to {dropout[1]:g}"))
     rows += _given(config, "precision", "precision of the forward pass")
     if "ema_decay" in config:
@@ -134,10 +135,10 @@ def metrics(run: Run, *, update: int, ema: bool) -> str:
 
 def hardware(env: Mapping[str, Any]) -> str:
     """Of `env.json`, without the kernel's name: it may tell the machine."""
-    devices = Counter(str(device) for device in env.get("devices") or [])
+    devices = Counter(in_markdown(str(device)) for device in env.get("devices") or [])
     rows = _known("devices", ", ".join(f"{n} x {name}" for name, n in devices.items()))
     rows += _given(env, "cpu_count", "CPU cores")
-    rows += _known("system", str(env.get("platform") or "").partition("-")[0])
+    rows += _known("system", in_markdown(str(env.get("platform") or "").partition("-")[0]))
     rows += _given(env, "python", "python")
     if set(devices) - {"cpu"}:
         rows += _given(env, "cuda", "CUDA")
@@ -161,7 +162,7 @@ def total(run: Run, key: str) -> int | None:
         return run.summary[key]
     points = [point for series in run.history.values() for point in series]
     values = [p.update if key == "num_updates" else p.samples_seen for p in points]
-    return max((value for value in values if value is not None), default=None)
+    return max((value for value in values if isinstance(value, int)), default=None)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -205,7 +206,7 @@ def _batch_schedule(config: Mapping[str, Any]) -> str | None:
     rule = config.get("batch_schedule")
     if rule in (None, "steady"):
         return rule
-    parts = [rule]
+    parts = [in_markdown(str(rule))]
     for name in ("milestones", "factor", "growth", "lr_growth", "first_epoch", "max_batch_size"):
         value = config.get(name)
         if value not in (None, (), []):
@@ -222,7 +223,8 @@ def _warmup(config: Mapping[str, Any]) -> str | None:
         start = "the base learning rate"
     rule = find_rule(str(config.get("lr_scaling")))
     where = " at the base batch, times k" if rule is not None and rule.warmup_times_k else ""
-    return f"{shape}, {epochs:g} epochs{where}" + (f", from {start}" if start is not None else "")
+    begins = "" if start is None else f", from {in_markdown(str(start))}"
+    return f"{in_markdown(str(shape))}, {epochs:g} epochs{where}{begins}"
 
 
 def _schedule(config: Mapping[str, Any]) -> str | None:
@@ -232,7 +234,7 @@ def _schedule(config: Mapping[str, Any]) -> str | None:
     if name in ("step", "multistep") and milestones and "gamma" in config:
         when = "every" if name == "step" else "at"
         return f"x {config['gamma']:g} {when} {', '.join(f'{x:g}' for x in milestones)} epochs"
-    return name
+    return name and in_markdown(str(name))
 
 
 def _optimizer(config: Mapping[str, Any]) -> str | None:
@@ -244,7 +246,7 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
     except ValueError:  # a name of another version of timm
         has_momentum = False
     shown = has_momentum and config.get("momentum") is not None
-    return f"timm's {name}" + (f", momentum {config['momentum']:g}" if shown else "")
+    return f"timm's {in_markdown(name)}" + (f", momentum {config['momentum']:g}" if shown else "")
 
 
 def _augmentation(config: Mapping[str, Any]) -> str | None:
@@ -252,7 +254,7 @@ def _augmentation(config: Mapping[str, Any]) -> str | None:
     names = ("mixup", "cutmix", "label_smoothing", "drop_rate", "drop_path", "auto_augment")
     if not any(name in config for name in names):
         return None
-    used = [f"{name} {config[name]}" for name in names if config.get(name)]
+    used = [f"{name} {in_markdown(str(config[name]))}" for name in names if config.get(name)]
     return ", ".join(["that of `lbaccel train` for these data", *used])
 
 
@@ -271,4 +273,4 @@ def _given(mapping: Mapping[str, Any], key: str, title: str) -> Rows:
     value = mapping.get(key)
     if value is None:
         return []
-    return [(title, f"{value:g}" if isinstance(value, float) else str(value))]
+    return [(title, f"{value:g}" if isinstance(value, float) else in_markdown(str(value)))]

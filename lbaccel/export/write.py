@@ -15,7 +15,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models import load_checkpoint, save_for_hf
 from torch import Tensor, nn
 
-from lbaccel.errors import InputError, RunFailed, way_out
+from lbaccel.errors import InputError, RunFailed, reading, way_out
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
 from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
@@ -36,7 +36,8 @@ def check_target(target: Path, run: Path, *, force: bool) -> None:
     """Stop where writing would cost anything but an earlier export.
 
     Raises:
-        InputError: the folder is not empty and `force` was not given, or it holds other files.
+        InputError: the folder is not empty and `force` was not given, or it holds other files, or
+            files of these names that no export wrote.
     """
     checkpoints = (run / CHECKPOINTS).resolve()
     if checkpoints in (target, *target.parents):
@@ -50,8 +51,27 @@ def check_target(target: Path, run: Path, *, force: bool) -> None:
             f"{target} holds {foreign[0]}, which no export wrote: it is not replaced. "
             "Give another folder with --to."
         )
+    if there and not _is_export(target):
+        raise InputError(
+            f"{target} holds {there[0]}, and no {CARD} with the tag lbaccel: no export wrote it, "
+            "and it is not replaced. Give another folder with --to."
+        )
     if there and not force:
         raise InputError(f"{target} holds an export already. Add --force to replace it, or --to.")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether plain files are in the folder, and a card whose YAML has the tag lbaccel."""
+    plain = all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
+    if not plain or not (folder / CARD).is_file():
+        return False
+    with reading(folder):
+        lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        front = lines[: lines.index("---", 1)]
+    except ValueError:  # no YAML in front
+        return False
+    return lines[0] == "---" and "- lbaccel" in front
 
 
 def build(exported: Exported, weights: Mapping[str, Tensor]) -> nn.Module:

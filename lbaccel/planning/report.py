@@ -22,8 +22,8 @@ from lbaccel.planning.measure import (
 from lbaccel.planning.network import image_shape, random_images
 from lbaccel.planning.plan import Plan
 from lbaccel.runs.environment import versions
-from lbaccel.runs.figures import writable
 from lbaccel.runs.folder import atomic_write_text, strict_json
+from lbaccel.runs.outputs import writable
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lbaccel.errors import InputError, RankFailed, RunFailed, is_of_the_disk, way_out
 from lbaccel.launch import rank
+from lbaccel.text import printable, without_tokens
 
 
 def ending(
@@ -47,7 +48,8 @@ def fail(error: object, code: int) -> int:
     sys.stdout.flush()
     if rank() == 0 or isinstance(error, RankFailed):
         name = {2: "error", 1: "run failed"}.get(code)
-        print(f"{name}: {error}" if name else str(error), file=sys.stderr, flush=True)
+        text = printable(without_tokens(str(error)))
+        print(f"{name}: {text}" if name else text, file=sys.stderr, flush=True)
     return code
 
 

@@ -240,7 +240,7 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
         if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
             raise ValueError("no truth value")
         value = option.parse(raw)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         kind = {whole: "a whole number", float: "a number", numbers: "numbers"}.get(option.parse)
         kind = kind or {
             switch: "true or false",

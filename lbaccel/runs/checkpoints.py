@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lbaccel.errors import CannotRead, InputError, RunFailed, reading, way_out
+from lbaccel.models import read_torch
 from lbaccel.runs.folder import (
     BEST,
     CLASSES,
@@ -29,7 +30,6 @@ from lbaccel.runs.folder import (
     weights_file,
     written_beside,
 )
-from lbaccel.torch_files import check_torch_file
 
 
 def save_checkpoint(
@@ -161,10 +161,15 @@ def latest_good(folder: Path, say: Callable[[str], object]) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The training state of a checked checkpoint, read with `weights_only=True`."""
-    with reading(path / STATE):
-        check_torch_file(path / STATE)
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    """The training state of a checked checkpoint, read with `weights_only=True`.
+
+    Raises:
+        InputError: a file that torch can't read so, or that holds no parts by name.
+    """
+    state = read_torch(path / STATE)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path / STATE} holds no training state: it was not written by lbaccel.")
+    return state
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

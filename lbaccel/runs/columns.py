@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lbaccel.text import printable
+
 
 def columns(
     rows: Iterable[Sequence[str]], align: str = "l", *, at_least: Sequence[int] = ()
@@ -20,7 +22,7 @@ def columns(
     model     updates
     resnet50       90
     """
-    grid = [list(row) for row in rows]
+    grid = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     for i, least in enumerate(at_least[: len(widths)]):
         widths[i] = max(widths[i], least)

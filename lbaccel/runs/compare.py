@@ -15,7 +15,9 @@ from typing import Any, Literal
 from lbaccel.errors import InputError
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import drawable, new_figure, save
+from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.runs.read import Point, Run, Series
+from lbaccel.text import in_figure, in_markdown, printable
 
 Axis = Literal["samples", "updates", "hours"]
 Cell = str | int | float | bool | None
@@ -171,7 +173,7 @@ def _totals(one: Run) -> dict[str, Cell]:
     for key, values in logged.items():
         if total[key] is None:
             total[key] = max((value for value in values if value is not None), default=None)
-    return {key.removeprefix("num_").removesuffix("_seen"): total[key] for key in total}
+    return {key.removeprefix("num_").removesuffix("_seen"): _cell(total[key]) for key in total}
 
 
 def _seconds(point: Point) -> float | None:
@@ -200,7 +202,10 @@ def formatted(column: str, value: Cell) -> str:
     if column.startswith("best_at_"):
         return f"{value:,.3f}" if isinstance(value, float) else f"{value:,d}"
     spec = FORMATS.get(column, ".5g" if column in ("best", "last") else "")
-    return format(round(value) if spec == ",d" else value, spec)
+    try:
+        return format(round(value) if spec == ",d" else value, spec)
+    except (OverflowError, ValueError):  # of an edited summary: infinite, or above all floats
+        return str(value)
 
 
 def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
@@ -217,7 +222,8 @@ def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table in Markdown."""
-    grid = [[cell.replace("|", "\\|") for cell in line] for line in _grid(rows, metric)]
+    cells = _grid(rows, metric)
+    grid = [[in_markdown(cell).replace("|", "\\|") for cell in line] for line in cells]
     rule = ["---", *["---:"] * (len(grid[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])
 
@@ -231,11 +237,19 @@ def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:
     return text.getvalue()
 
 
+def _is_table(path: Path) -> bool:
+    first = ends_of(path)[0].partition(b"\n")[0]
+    return first.startswith(b"name,") and b",best,best_at_" in first
+
+
+TABLE_FILE = Own("table of lbaccel compare", _is_table)
+
+
 def settings_line(equal: Mapping[str, Any], num_runs: int) -> str:
     """The settings that all runs share, once, wrapped at 100 columns."""
     listed = ", ".join(f"{key}={value}" for key, value in equal.items()) or "no setting"
     title = "settings" if num_runs == 1 else f"same in all {num_runs} runs"
-    return textwrap.fill(f"{title}: {listed}", 100, subsequent_indent="  ") + "\n"
+    return textwrap.fill(printable(f"{title}: {listed}"), 100, subsequent_indent="  ") + "\n"
 
 
 def plot(
@@ -262,13 +276,15 @@ def plot(
         drawn += len(known)
         marker = "o" if len(known) <= 30 else ""
         label = one.name if known else f"{one.name} (no data)"
-        axes.plot([at for at, _ in known], [v for _, v in known], marker, ls="-", ms=4, label=label)
+        values = [v for _, v in known]
+        label = in_figure(label)
+        axes.plot([at for at, _ in known], values, marker, ls="-", ms=4, label=label)
     if not drawn:
         raise InputError(f"--x {x}: no run has logged {metric} on this axis. Use --x updates")
     if target is not None:
         axes.axhline(target, color="0.4", linestyle="--", linewidth=1, label=f"target {target:g}")
     axes.set_xlabel(AXIS_LABELS[x])
-    axes.set_ylabel(metric + unit_of(metric))
+    axes.set_ylabel(in_figure(metric) + unit_of(metric))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     if x == "samples":

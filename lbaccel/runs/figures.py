@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbaccel.errors import InputError
-from lbaccel.runs.folder import PLOTS
+from lbaccel.runs.folder import PLOTS, atomic_write_bytes
+from lbaccel.runs.outputs import Own, ends_of, writable
 from lbaccel.runs.read import load_run_folder
+from lbaccel.text import in_figure
 
 if TYPE_CHECKING:  # matplotlib is imported where something is drawn
     from matplotlib.figure import Figure
@@ -18,6 +20,16 @@ PANELS = (
     ("top1.png", "validation top-1 (%)", ("val/top1", "val/top1_ema")),
     ("lr.png", "learning rate", ("optim/lr",)),
 )
+
+
+# of the formats that can say who made them: how a file begins, and how lbaccel's mark stands in it
+_MARKS = {
+    "png": (b"\x89PNG", b"Software\0lbaccel"),
+    "svg": (b"<?xml", b">lbaccel<"),
+    "pdf": (b"%PDF", b"/Creator (lbaccel)"),
+    "ps": (b"%!PS", b"%%Creator: lbaccel"),
+    "eps": (b"%!PS", b"%%Creator: lbaccel"),
+}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -33,10 +45,24 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure, at 120 pixels an inch, in the format that the name ends in.
 
+    The file appears whole, and names lbaccel as its maker, by which `check_plot` knows it again.
+
     Raises:
         OSError: see `writable`, which says so before the work.
     """
-    figure.savefig(path, dpi=120)
+    form, content = path.suffix.removeprefix("."), io.BytesIO()
+    metadata = {"Software" if form == "png" else "Creator": "lbaccel"} if form in _MARKS else None
+    figure.savefig(content, format=form, dpi=120, metadata=metadata)
+    atomic_write_bytes(path, content.getvalue())
+
+
+def _is_figure(path: Path) -> bool:
+    magic, mark = _MARKS.get(path.suffix.removeprefix("."), (b"", None))
+    head, tail = ends_of(path)
+    return mark is not None and head.startswith(magic) and (mark in head or mark in tail)
+
+
+FIGURE = Own("figure of lbaccel", _is_figure)
 
 
 def drawable(path: Path, flag: str = "--plot") -> Path:
@@ -62,40 +88,7 @@ def check_plot(path: Path | None, *, parents: bool = False) -> None:
         InputError: see `drawable` and `writable`.
     """
     if path is not None:
-        writable(drawable(path), "--plot", parents=parents)
-
-
-def writable(path: Path, flag: str, *, parents: bool = False) -> Path:
-    """The path, where a file of that name can be written; tried before the work, without a trace.
-
-    Args:
-        path: of a file, there or not; one that is there is not changed.
-        flag: that it was given with, for the error.
-        parents: make the missing folders.
-
-    Raises:
-        InputError: it can't be written, and why.
-    """
-    folder = path.parent
-    try:
-        if parents:
-            folder.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        if path.is_file():
-            with path.open("ab"):
-                pass
-        elif not path.exists():
-            with tempfile.TemporaryFile(dir=folder):  # nobody else can meet its name
-                pass
-    except OSError as error:
-        reason, hint = error.strerror or str(error), "Use another file."
-        if not parents and isinstance(error, FileNotFoundError):
-            reason, hint = f"there is no folder {folder}", f"Use: mkdir -p {folder}"
-        elif isinstance(error, (FileExistsError, NotADirectoryError)):  # mkdir says the first
-            reason = f"{folder} is no folder"
-        raise InputError(f"{flag} {path} can't be written: {reason}. {hint}") from error
-    return path
+        writable(drawable(path), "--plot", parents=parents, own=FIGURE)
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -127,7 +120,7 @@ def plot_run(folder: Path) -> list[Path]:
             )
         axes.set_xlabel("samples seen")
         axes.set_ylabel(label)
-        axes.set_title(run.name, fontsize=9)
+        axes.set_title(in_figure(run.name), fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend()
         path = folder / PLOTS / file

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -72,11 +73,20 @@ def _timestamp() -> str:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it in the same folder, fsync, then rename."""
+    """Write a file whole or not at all, in UTF-8: see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it in the same folder, fsync, then rename.
+
+    A link at `path` is replaced; nothing is written where it leads.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -110,7 +120,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=WRITING, dir=target.parent))
     try:
         yield beside
-        beside.chmod(0o755)  # a temporary folder is its owner's alone
+        _open_to_others(beside)
         _flush(beside)
         _take_the_place(target, beside)
     finally:  # after an interrupt too
@@ -123,6 +133,21 @@ def point_link(link: Path, target: str) -> None:
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     beside.replace(link)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give a folder and its files the mode that the umask gives to new ones.
+
+    A temporary folder is its owner's alone, and so are the files that safetensors writes. A folder
+    that is made here tells the mode: `os.umask` would change the process to be asked.
+    """
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in folder.iterdir():
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+    folder.chmod(mode)
 
 
 def _flush(folder: Path) -> None:

@@ -10,6 +10,7 @@ from lbaccel.errors import InputError
 from lbaccel.noise.advice import NoiseReading, reading_of
 from lbaccel.runs.figures import new_figure, save
 from lbaccel.runs.read import Point, Run
+from lbaccel.text import in_figure
 
 
 def readings(run: Run, prefix: str = "critical_batch_size") -> list[NoiseReading]:
@@ -80,7 +81,7 @@ def plot(one: Run, found: Sequence[NoiseReading], path: Path) -> None:
     axes.set_ylim(bottom, top)
     axes.set_xlabel("samples seen")
     axes.set_ylabel("samples a batch")
-    axes.set_title(f"{one.name}\ntraining loss at tuned learning rates", fontsize=9)
+    axes.set_title(f"{in_figure(one.name)}\ntraining loss at tuned learning rates", fontsize=9)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)

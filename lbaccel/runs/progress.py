@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lbaccel.runs.length import Length
+from lbaccel.text import printable
 
 PLAIN_LINES = 20  # progress lines of a run where there is no terminal
 
@@ -51,7 +52,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that is not part of the progress."""
         if self.is_main_process:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar."""

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 
-from lbaccel.errors import CannotRead, InputError, reading
-from lbaccel.models import load_exactly
+from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.models import load_exactly, read_tensors
 from lbaccel.optim.scheduler import refresh
 from lbaccel.runs.abandoned import put_aside
 from lbaccel.runs.checkpoints import (
@@ -31,6 +31,7 @@ from lbaccel.runs.folder import (
     MODEL,
     MODEL_EMA,
     RESUMES,
+    STATE,
     SUMMARY,
     atomic_write_text,
     new_run_folder,
@@ -43,6 +44,7 @@ from lbaccel.runs.lock import writing
 from lbaccel.runs.metric_lines import read_lines
 from lbaccel.runs.ranks import decided
 from lbaccel.runs.tracking import keep_updates_until
+from lbaccel.text import printable
 
 Say = Callable[[str], object]
 SINCE: dict[str, str] = {}
@@ -109,7 +111,8 @@ class Session:
         line names it.
 
         Raises:
-            InputError: it was saved at another precision.
+            InputError: it was saved at another precision, or a part of it does not fit; the text
+                names the part and the file.
         """
         state = read_state(path)
         absent = self.parts.keys() - state.keys()
@@ -122,7 +125,7 @@ class Session:
         for name in sorted(absent):
             say(f"resume: {path} is older than lbaccel {SINCE[name]}: {name} starts afresh")
         for name in state:
-            self.parts[name].load_state_dict(state[name])
+            _restore(name, self.parts[name], state[name], path / STATE)
         refresh(self.parts["scheduler"])  # an extension may have changed its schedule
         update = self.parts["counters"].num_updates
         self.folder = run_of(path)
@@ -224,6 +227,19 @@ class Session:
         return f"{newest.name} is kept. To go on: {resume}"
 
 
+def _restore(name: str, part: Any, state: Any, file: Path) -> None:
+    try:
+        part.load_state_dict(state)
+    except (InputError, RunFailed, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+        reason = printable(" ".join(str(e).split())[:200]) or type(e).__name__
+        raise InputError(
+            f"{file} holds a state of {name!r} that does not fit this run ({type(e).__name__}: "
+            f"{reason}): it was changed, or is of another run. Resume from another checkpoint."
+        ) from e
+
+
 def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
     """Take the weights of a checkpoint that `find_checkpoint` gave, before the model is sharded.
 
@@ -233,9 +249,7 @@ def load_weights(path: Path, model: Any, *, ema: Any = None) -> None:
     for stem, owner in ((MODEL, model), (MODEL_EMA, ema and ema.module)):
         if owner is not None:
             file = path / weights_file(stem)
-            with reading(file):
-                weights = safetensors.torch.load_file(file)
-            load_exactly(owner, weights, "the model", file)
+            load_exactly(owner, read_tensors(file), "the model", file)
 
 
 def _add_line(path: Path, line: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from lbaccel.errors import InputError
 from lbaccel.runs.columns import columns
-from lbaccel.runs.figures import new_figure, save, writable
+from lbaccel.runs.figures import new_figure, save
+from lbaccel.runs.outputs import writable
 
 
 def test_a_place_is_tried_without_a_trace(tmp_path):

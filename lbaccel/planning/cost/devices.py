@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from lbaccel.documents import json_in
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
+from lbaccel.runs.folder import atomic_write_text
 
 GIB = 2**30
 # Bytes outside torch's allocator: 0.3 to 0.5 GiB, as kernels are loaded lazily (pytorch #86509).
@@ -218,9 +218,7 @@ def write_calibration(path: Path, device: Device) -> None:
     kept = {d.name: d for d in read_calibration(path).values()} | {device.name: device}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: _fields(d) for name, d in kept.items()}, indent=1)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)
+    atomic_write_text(path, text + "\n")
 
 
 def _fields(device: Device) -> dict[str, Any]:
