@@ -26,7 +26,8 @@ _TAKES_OVER = "torch.multiprocessing.reductions"
 # gloo, then NCCL, then the store of torch.distributed
 _PEER = re.compile(
     r"gloo/transport|Connection closed by peer|Connection reset by peer|"
-    r"remote process exited or there was a network error|ncclRemoteError|NCCL communicator was aborted|"
+    r"remote process exited or there was a network error|ncclRemoteError|"
+    r"NCCL communicator was aborted|"
     r"NCCL (Error|error)[^\n]*(remote|unhandled system)|Socket Timeout|"
     r"(Timed out|timed out after \d+ ?(ms|seconds)) waiting for"
 )
