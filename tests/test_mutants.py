@@ -33,8 +33,7 @@ MUTANTS = {
         "recipe.evaluation",
         "        done[0] += len(labels)\n",
         "        pass\n",
-        "tests/recipe/test_evaluation.py::"
-        "test_memory_that_runs_out_halves_the_batch_and_no_sample_counts_twice_or_not_at_all",
+        "tests/recipe/test_evaluation.py::test_it_goes_on_at_the_first_sample_that_is_not_counted",
     ),
     "the next evaluation tries again what did not fit": (
         "recipe.evaluation",

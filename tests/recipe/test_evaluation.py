@@ -254,6 +254,7 @@ def test_a_killed_worker_of_the_training_is_one_sentence(world_size):
 
 def interrupts_all(rank, where):
     if where.endswith("/val/cat/0.png"):
+        Path("ignores").write_text(str(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
         os.killpg(0, signal.SIGINT)
 
 
@@ -268,6 +269,8 @@ def test_ctrl_c_in_the_evaluation_leaves_its_workers_alive():
     assert outcome.exit_code == 0, outcome.error
     code, said = outcome.value
     assert code == 130 and "was finished" in said, said
+    # a worker that only inherits the run's handler outlives one Ctrl-C, and not the second
+    assert Path("ignores").read_text() == "True"
 
 
 def dies_in_the_evaluation(rank, flags):
