@@ -138,6 +138,21 @@ def check_number(name: str, value: float, *, zero: bool = False, at_most: float 
         raise InputError(f"{name}={brief(value)} is not a finite number {rule}. Use {hint}.")
 
 
+def told(error: Exception) -> Exception:
+    """Mark an error that every rank has heard of, so that the first rank alone prints it.
+
+    >>> is_told(told(KeyError("k"))), is_told(KeyError("k"))
+    (True, False)
+    """
+    vars(error)["told"] = True
+    return error
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether every rank has heard of this error."""
+    return bool(vars(error).get("told"))
+
+
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
     """A block that reads `path`: where the system refuses, the path and its reason are the error.

@@ -124,7 +124,7 @@ def read_torch(path: Path) -> Any:
             try:
                 check_torch_file(path)
             except ValueError as error:
-                reason = brief(str(error))
+                reason = str(error)
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except CannotRead:

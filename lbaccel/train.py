@@ -22,6 +22,7 @@ from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import resolve
 from lbaccel.recipe.settings import read_settings, show_settings
+from lbaccel.recipe.unforeseen import in_a_sentence, workers_may_end
 from lbaccel.text import printable
 
 if TYPE_CHECKING:  # torch is imported after the settings were read
@@ -142,6 +143,8 @@ def fit(t: Training, progress: Progress) -> str | None:
     """Do the updates that are left; returns why it stopped before the last one, or None."""
     from lbaccel.optim.groups import reference_lr
 
+    if t.log.evaluation_due:  # of the update before a resume
+        save(t, best=evaluated(t))
     deadline = time.perf_counter() + 3600 * (t.settings.run.max_hours or math.inf)
     while t.large_batch.num_updates < t.length.stop_at:
         for hook in t.hooks:
@@ -184,21 +187,39 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
     run = t.settings.run
     counted = result.applied or result.dropped
     evaluates = counted and t.log.evaluates(result) and not run.dry_run
-    improved = False
-    if evaluates:
-        metrics = validate(t)
-        t.accelerator.log({**t.log.where(result), **metrics}, step=result.num_updates)
-        improved = t.log.after_evaluation(result, metrics)
+    improved = evaluates and evaluated(t)
     every, last = run.checkpoint_every, result.num_updates == t.length.stop_at
     saves = result.num_updates % every == 0 if every else evaluates
     if saves or improved or last or result.stop is not None:
-        t.session.save(
-            update=result.num_updates,
-            best=improved,
-            keep=run.keep,
-            classes=t.task.source.train.classes,
-            preprocessing=t.task.preprocessing,
-        )
+        save(t, best=improved)
+
+
+def save(t: Training, *, best: bool) -> None:
+    """Write a checkpoint of the run as it stands."""
+    t.session.save(
+        update=t.large_batch.num_updates,
+        best=best,
+        keep=t.settings.run.keep,
+        classes=t.task.source.train.classes,
+        preprocessing=t.task.preprocessing,
+    )
+
+
+def evaluated(t: Training) -> bool:
+    """Evaluate and log it, where it fails save first; whether the top-1 is the best so far."""
+    from lbaccel.recipe.evaluation import NotEvaluated
+
+    now = t.large_batch
+    try:
+        metrics = validate(t)
+    except NotEvaluated as failed:  # on every rank
+        t.log.evaluation_due = True
+        # the first failure is the one to be told
+        with contextlib.suppress(RunFailed), workers_may_end():
+            save(t, best=False)
+        raise failed.error from None
+    t.accelerator.log({**t.log.where(now), **metrics}, step=now.num_updates)
+    return t.log.after_evaluation(now, metrics)
 
 
 def validate(t: Training) -> dict[str, float]:
@@ -208,19 +229,26 @@ def validate(t: Training) -> dict[str, float]:
     from lbaccel.recipe.evaluation import evaluate
 
     metrics, images = {}, t.task.source.val
+    size = t.settings.batch.val_batch_size or t.large_batch.plan.micro_batch_size
+
+    def batches(start: int, size: int) -> Any:
+        return evaluation_batches(
+            images,
+            preprocessing=t.task.preprocessing,
+            batch_size=size,
+            rank=t.accelerator.process_index,
+            world_size=t.accelerator.num_processes,
+            num_workers=0 if isinstance(images, ImageArray) else t.settings.data.workers,
+            start=start,
+        )
+
     with t.large_batch.whole_model() as whole:
         for suffix, network in (("", whole), ("_ema", t.ema.module if t.ema else None)):
             if network is None:
                 continue
-            batches = evaluation_batches(
-                images,
-                preprocessing=t.task.preprocessing,
-                batch_size=t.large_batch.plan.micro_batch_size,
-                rank=t.accelerator.process_index,
-                world_size=t.accelerator.num_processes,
-                num_workers=0 if isinstance(images, ImageArray) else t.settings.data.workers,
+            found = evaluate(
+                network, batches, t.accelerator, dtype=t.task.dtype, batch_size=size, room=t.room
             )
-            found = evaluate(network, batches, t.accelerator, dtype=t.task.dtype)
             metrics |= {f"val/{key}{suffix}": value for key, value in found.items()}
     return metrics
 
@@ -249,15 +277,19 @@ class Outcome:
 @contextlib.contextmanager
 def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Outcome]:
     """However the run ends: its summary is written, and the error says how to go on with it."""
-    outcome, session = Outcome(), t.session
+    outcome, session, undisturbed = Outcome(), t.session, contextlib.ExitStack()
     try:
-        yield outcome
-    except BaseException as error:
+        try:
+            yield outcome
+        finally:  # an error of a dead worker that comes even here is caught below, and is the last
+            undisturbed.enter_context(workers_may_end())
+    except BaseException as raised:
+        error = in_a_sentence(raised)
         outcome.fail(error)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(session.how_to_go_on()) from error
         if isinstance(error, (RunFailed, InputError)):
-            raise type(error)(f"{error} {session.how_to_go_on()}") from error
+            raise type(error)(f"{error} {session.how_to_go_on()}") from raised
         if isinstance(error, OSError) and is_of_the_disk(error):
             out = way_out(error, ELSEWHERE)
             raise RunFailed(f"{error}. {out} {session.how_to_go_on()}") from error
@@ -273,7 +305,7 @@ def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Ou
             "model": t.settings.model.model,
             **t.log.summary(t.large_batch),
         }
-        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+        with undisturbed, contextlib.suppress(OSError) if failed else contextlib.nullcontext():
             session.close(outcome.summary, failed=outcome.status != "done")
 
 

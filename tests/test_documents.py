@@ -83,7 +83,7 @@ def test_within_the_bounds_aliases_merges_and_depth_are_read():
 @pytest.mark.parametrize("depth", [150, 100_000])
 def test_a_deep_json_is_refused_by_every_reader(depth, tmp_path):
     path = tmp_path / "c.json"
-    path.write_text("[" * depth + "]" * depth)
+    path.write_text("[" * depth + "]" * depth + "\n")
     for read in (json_of_file, read_json, read_mapping, read_calibration, read_metrics):
         with pytest.raises(InputError, match=r"too deep|can't be read: .*too deep"):
             read(path)

@@ -198,6 +198,50 @@ MUTANTS = {
         "tests/planning/cost/test_trace.py::"
         "test_a_process_can_fork_after_a_trace_and_a_backward_pass",
     ),
+    "an evaluation that ran out of memory begins anew": (
+        "recipe.evaluation",
+        "        done[0] += len(labels)\n",
+        "        pass\n",
+        "tests/recipe/test_evaluation.py::test_it_goes_on_at_the_first_sample_that_is_not_counted",
+    ),
+    "the next evaluation tries again what did not fit": (
+        "recipe.evaluation",
+        "        room.most = size // 2\n",
+        "        batch_size = size // 2\n",
+        "tests/recipe/test_evaluation.py::"
+        "test_memory_that_runs_out_halves_the_batch_and_no_sample_counts_twice_or_not_at_all",
+    ),
+    "a resume leaves out the evaluation that failed": (
+        "train",
+        "        t.log.evaluation_due = True\n",
+        "        pass\n",
+        "tests/recipe/test_evaluation.py::test_a_corrupt_validation_image_costs_no_update",
+    ),
+    "Ctrl-C ends the workers of the evaluation": (
+        "data.pipelines",
+        "        **worker_options(),\n",
+        "",
+        "tests/recipe/test_evaluation.py::test_ctrl_c_in_the_evaluation_leaves_its_workers_alive",
+    ),
+    "the other ranks do not hear that the first could not save": (
+        "runs.session",
+        "            decided(self.accelerator, lambda: self._writes(write))\n",
+        "            self._writes(write) if self.accelerator.is_main_process else None\n",
+        "tests/recipe/test_saving.py::"
+        "test_a_full_disk_of_the_first_rank_ends_all_ranks_with_one_message",
+    ),
+    "a lack of memory is the end of a checkpoint": (
+        "recipe.saving",
+        "        for last in (False, True):\n",
+        "        for last in (True,):\n",
+        "tests/recipe/test_saving.py::test_memory_that_runs_out_once_costs_no_checkpoint",
+    ),
+    "a connection that breaks anywhere is a rank's": (
+        "recipe.unforeseen",
+        "isinstance(error, RuntimeError) and _PEER",
+        "isinstance(error, Exception) and _PEER",
+        "tests/recipe/test_unforeseen.py::test_a_defect_and_our_own_errors_stay_as_they_are",
+    ),
     "a workspace is measured below the samples where its algorithm changes": (
         "planning.cost.kernel_memory",
         "        first = MANY\n",
@@ -413,7 +457,7 @@ MUTANTS = {
     ),
     "the last micro-batch's loss is logged": (
         "update.accumulation",
-        "loss_sum = loss_sum + loss.detach().double() * weight",
+        "loss_sum = loss_sum + weightless.share(loss, weight)",
         "loss_sum = loss.detach().double() * num_samples",
         "tests/update/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
@@ -464,7 +508,7 @@ MUTANTS = {
     ),
     "not finite is not noticed": (
         "update.sharding.replicated",
-        "if not finite and scaler is None:",
+        "if not finite and (scaler is None or self._all_finite()):",
         "if False:",
         "tests/update/test_engine.py::"
         "test_a_loss_that_is_not_finite_stops_with_update_and_samples_and_writes_nothing[inf]",
@@ -737,8 +781,8 @@ MUTANTS = {
     ),
     "lines of lost updates stay": (
         "runs.tracking",
-        'if row["update"] <= update:',
-        "if True:",
+        """if line.row is not None and line.row["update"] <= update]""",
+        "if line.row is not None]",
         "tests/runs/test_resume.py::"
         "test_a_run_may_be_resumed_many_times_and_from_an_older_checkpoint",
     ),

@@ -281,11 +281,18 @@ class UpdateLoader:
             batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate_fn),
-            worker_init_fn=_let_the_parent_decide,
-            generator=torch.Generator(),  # else its base seed comes from the user's
-            pin_memory=torch.cuda.is_available(),
+            **worker_options(),
         )
         return iter(loader)
+
+
+def worker_options() -> dict[str, Any]:
+    """Arguments of each DataLoader: workers outlive Ctrl-C, and no draw is the user's."""
+    return {
+        "worker_init_fn": _let_the_parent_decide,
+        "generator": torch.Generator(),  # else its base seed comes from the user's
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 def _let_the_parent_decide(worker: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from lbaccel.data.augment import KeyedImages
+from lbaccel.data.loader import worker_options
 from lbaccel.data.sources import ImageArray, ImageFiles
 from lbaccel.errors import InputError
 
@@ -118,16 +119,20 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [n, C, H, W] and labels [n] of every `world_size`-th sample from `rank`."""
+    """Normalised images [n, C, H, W] and labels [n] of every `world_size`-th sample from `rank`.
+
+    The first `start` of them are left out.
+    """
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
-    indices = range(rank, len(source), world_size)
+    indices = range(rank, len(source), world_size)[start:]
     if isinstance(source, ImageArray):
         images = KeyedImages(
             source, mean, std, img_size=size, interpolation=preprocessing["interpolation"]
         )
-        for start in range(0, len(indices), batch_size):
-            rows = torch.tensor(indices[start : start + batch_size])
+        for first in range(0, len(indices), batch_size):
+            rows = torch.tensor(indices[first : first + batch_size])
             yield images.normalise(source.images[rows]), source.labels[rows]
         return
     transform = timm.data.create_transform(
@@ -139,7 +144,11 @@ def evaluation_batches(
     )
     subset = Subset(_Evaluated(TransformedImages(source, transform)), indices)  # type: ignore[arg-type]
     for batch in DataLoader(
-        subset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+        subset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        **worker_options(),
     ):
         if isinstance(batch, str):
             raise InputError(batch)

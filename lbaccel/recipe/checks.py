@@ -25,6 +25,7 @@ Checked = NewType("Checked", Settings)
 _ABOVE_ZERO = (
     *("epochs", "eval_every", "log_every", "keep", "max_updates", "checkpoint_every", "max_hours"),
     *("base_lr", "base_batch_size", "img_size", "head_lr_scale", "eps"),
+    "val_batch_size",
 )
 _BELOW_ONE = ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay")
 _FROM_ZERO = ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs", "final_lr")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lbaccel.errors import InputError, RankFailed, RunFailed, is_of_the_disk, way_out
 from lbaccel.launch import rank
+from lbaccel.recipe.unforeseen import in_a_sentence
 from lbaccel.text import printable, without_tokens
 
 
@@ -20,7 +21,8 @@ def ending(
 
     A return gives the body's own code, or 0. InputError gives 2, RunFailed 1, an OSError of the
     disk (full, no permission, defective) 1, and Ctrl-C 130. Any other error is a defect of
-    lbaccel: it passes through with its traceback. The process group is left in every case.
+    lbaccel: it passes through with its traceback, unless `in_a_sentence` knows it (1 too). The
+    process group is left in every case.
 
     Args:
         body: the command.
@@ -33,10 +35,13 @@ def ending(
         return fail(error, 2)
     except RunFailed as error:
         return fail(error, 1)
-    except OSError as error:
-        if not is_of_the_disk(error):
+    except Exception as error:
+        if isinstance(error, OSError) and is_of_the_disk(error):
+            return fail(f"{error}. {way_out(error, elsewhere)}", 1)
+        known = in_a_sentence(error)
+        if known is error:
             raise
-        return fail(f"{error}. {way_out(error, elsewhere)}", 1)
+        return fail(known, 1)
     except KeyboardInterrupt as error:
         return fail(f"interrupted. {str(error) or interrupted}".rstrip(), 130)
     finally:

@@ -136,6 +136,14 @@ class BatchOptions:
         contract=False,
         plan=True,
     )
+    val_batch_size: int | None = option(
+        None,
+        whole,
+        "samples a forward of one rank in the evaluation; no effect on the result",
+        shown="the micro-batch",
+        contract=False,
+        plan=True,
+    )
     memory: str | None = option(
         None,
         str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from lbaccel.optim.schedules import Schedule, product
 from lbaccel.recipe import growth
 from lbaccel.recipe.accelerator import zero_stage
 from lbaccel.recipe.checks import Checked
+from lbaccel.recipe.evaluation import Room
 from lbaccel.recipe.measured import (
     build_auto_batch,
     build_noise_scale,
@@ -31,6 +32,7 @@ from lbaccel.recipe.measured import (
 )
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
 from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
+from lbaccel.recipe.saving import twice_at_most
 from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, PLAN
 from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
 from lbaccel.runs.alike import check_alike, digest_of
@@ -72,6 +74,7 @@ class Training:
     log: RunLog
     session: Session
     hooks: tuple[Hook, ...]
+    room: Room = field(default_factory=Room)  # that evaluations had
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the parts that not every run has."""
@@ -184,7 +187,14 @@ def build_training(
         "auto_batch": auto_batch,
         "scaler": accelerator.scaler,
     }
-    session = Session(accelerator, task.model, large_batch.whole_model, _present(parts), ema=ema)
+    session = Session(
+        accelerator,
+        task.model,
+        large_batch.whole_model,
+        _present(parts),
+        ema=ema,
+        writes=twice_at_most(accelerator.device),
+    )
     hooks = [] if auto_batch is None else [GrowsWithNoise(auto_batch, scheduler, session)]
     training = Training(
         s, accelerator, task, rate, large_batch, loader, scheduler, ema, noise_scale, drops, length,

@@ -42,6 +42,7 @@ class RunLog:
         self.window: list[tuple[float, int]] = []
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.evaluation_due = False  # that of the newest update failed: a resume does it first
         self.training_seconds = 0.0
         self.window_seconds = 0.0
         self._seconds_before = 0.0
@@ -101,6 +102,7 @@ class RunLog:
     def after_evaluation(self, result: Any, metrics: dict[str, float]) -> bool:
         """Take the metrics of an evaluation in; whether its top-1 is the best so far."""
         self.latest |= metrics
+        self.evaluation_due = False
         improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
         if improved:
             self.best = {"update": result.num_updates, **metrics}
@@ -126,6 +128,7 @@ class RunLog:
             "window": [list(pair) for pair in self.window],
             "best": dict(self.best),
             "latest": dict(self.latest),
+            "evaluation_due": self.evaluation_due,
             "training_seconds": self.training_seconds,
             "window_seconds": self.window_seconds,
             "seconds": self.seconds,
@@ -136,6 +139,7 @@ class RunLog:
         """Go on from a saved state."""
         self.window = [(float(loss), int(n)) for loss, n in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
+        self.evaluation_due = bool(state.get("evaluation_due", False))  # none before 0.2
         self.training_seconds = float(state["training_seconds"])
         self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2
         self._seconds_before = float(state["seconds"])

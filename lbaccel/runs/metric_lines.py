@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbaccel.documents import OutOfBounds, json_of
 from lbaccel.errors import reading
 from lbaccel.runs.folder import strict_json
 
@@ -66,10 +66,9 @@ def read_lines(path: Path) -> list[Line]:
 
 def _line(place: int, raw: bytes, *, ended: bool) -> Line:
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        return Line(place, raw, None, None, f"not valid JSON ({reason})", torn=not ended)
+        row = json_of(raw.decode("utf-8"), f"line {place}")
+    except (ValueError, OutOfBounds) as error:
+        return Line(place, raw, None, None, f"not valid JSON ({error})", torn=not ended)
     fault = _fault(row)
     if fault:
         return Line(place, raw, None, None, fault)

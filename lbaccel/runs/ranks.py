@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
-from lbaccel.errors import CannotRead, InputError, RunFailed
+from lbaccel.errors import CannotRead, InputError, RunFailed, told
 
 T = TypeVar("T")
 _KINDS: dict[str, type[Exception]] = {  # the narrower first: a caller may tell them apart
@@ -32,12 +32,12 @@ def decided(accelerator: Any, decide: Callable[[], T]) -> T:
     if accelerator.num_processes == 1:
         return decide()
     said: list[Any] = [None, None, None]
-    raised: BaseException | None = None
+    raised: Exception | None = None
     if accelerator.is_main_process:
         try:
             said[0] = decide()
         except Exception as error:
-            raised, said[1:] = error, _text(error)
+            raised, said[1:] = told(error), _text(error)
     broadcast_object_list(said)
     if raised is not None:
         raise raised
@@ -63,7 +63,7 @@ def on_each_rank(accelerator: Any, do: Callable[[], T]) -> T:
     try:
         value = do()
     except Exception as error:
-        raised = error
+        raised = told(error)
     said: list[Any] = [None] * accelerator.num_processes
     dist.all_gather_object(said, None if raised is None else _text(raised))
     first = next(((rank, text) for rank, text in enumerate(said) if text is not None), None)

@@ -61,6 +61,7 @@ class Session:
         parts: name to object with `state_dict` and `load_state_dict`: optimizer, scheduler,
             counters, loader, log, and the scaler where there is one.
         ema: an average of the weights with a `module`, or None.
+        writes: calls what writes a checkpoint; where memory runs out in it, it may call it again.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Session:
         parts: Mapping[str, Any],
         *,
         ema: Any = None,
+        writes: Callable[[Callable[[], object]], object] = lambda write: write(),
     ) -> None:
+        self._writes = writes
         self.accelerator, self.model, self.parts, self.ema = accelerator, model, dict(parts), ema
         self.whole = whole
         self.folder: Path | None = None
@@ -85,15 +88,21 @@ class Session:
         return weights
 
     def save(self, *, update: int, best: bool, keep: int, **described: Any) -> None:
-        """Write a checkpoint from the main process; the others wait."""
+        """Write a checkpoint from the main process; the others wait, and hear where it fails.
+
+        Raises:
+            RunFailed: it could not be written; on every rank.
+        """
         if self.folder is None:
             return
         # on every rank: a sharded optimizer gathers its state
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        folder = self.folder / CHECKPOINTS
         with self.whole() as whole:
-            if self.accelerator.is_main_process:
+
+            def write() -> None:
                 save_checkpoint(
-                    self.folder / CHECKPOINTS,
+                    folder,
                     update=update,
                     weights=self.weights(whole),
                     state=state,
@@ -102,7 +111,8 @@ class Session:
                     keep=keep,
                     **described,
                 )
-        self.accelerator.wait_for_everyone()
+
+            decided(self.accelerator, lambda: self._writes(write))
 
     def restore(self, path: Path, *, say: Say) -> int:
         """Take the state of a checkpoint, of which `load_weights` took the weights; its update.
@@ -192,7 +202,10 @@ class Session:
         return [f"lines of update {last + 1} to {logged} are missing at its end"]
 
     def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
-        """Write the summary, end the trackers and, after a good end, draw the plots."""
+        """Write the summary, end the trackers and, after a good end, draw the plots.
+
+        A plot that can't be drawn is a note: the run has all else that it was started for.
+        """
         if self.folder is None:
             return
         try:
@@ -201,7 +214,14 @@ class Session:
         finally:
             self.accelerator.end_training()
         if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
-            plot_run(self.folder)
+            try:
+                plot_run(self.folder)
+            except Exception as error:  # of matplotlib, of the disk, or of memory
+                reason = f"{type(error).__name__}: {error}"
+                self.accelerator.print(
+                    f"note: the plots were not drawn ({reason}). The run is whole without them; "
+                    f"lbaccel compare {os.fspath(self.folder)} --plot FILE draws its curves."
+                )
 
     def was_closed(self) -> bool:
         """Whether the run came to its end before, summary and plots included."""

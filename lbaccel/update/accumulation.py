@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.batch.plan import MicroBatch
-from lbaccel.errors import InputError, RunFailed
+from lbaccel.errors import InputError, RunFailed, told
 from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.update.weightless import Weightless
 
@@ -204,7 +204,7 @@ def agree(
                 f"no rank committed it. {reasons}"
             )
     if error is not None and num_failed:
-        raise error
+        raise told(error) if isinstance(error, Exception) else error
     agreed: Stop | None = None
     if stop_sum:
         agreed = "interrupt" if stop_sum > world_size else "time limit"
