@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+PARENT = os.getppid()  # of this process as it started: a launcher, where there is one
+
 
 def unsupported_platform(name: str = sys.platform) -> str | None:
     """A sentence where nobody has run lbaccel on this platform; None on Linux and macOS.
@@ -32,6 +34,11 @@ def rank() -> int:
 def local_world_size() -> int:
     """Processes on this machine; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def under_elastic_launcher() -> bool:
+    """Whether torchrun, or accelerate through it, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def asks_for_fsdp() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.data.order import samples_at
+from lbaccel.data.workers import let_the_parent_decide
 from lbaccel.errors import InputError
 from lbaccel.randomness.keys import keyed_hash
 
@@ -271,16 +271,11 @@ class UpdateLoader:
             batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=_Collate(self.collate_fn),
-            worker_init_fn=_let_the_parent_decide,
+            worker_init_fn=let_the_parent_decide,
             generator=torch.Generator(),  # else its base seed comes from the user's
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)
-
-
-def _let_the_parent_decide(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the update may need the workers to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _KeyLists:

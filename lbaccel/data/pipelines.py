@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 from lbaccel.data.augment import KeyedImages
 from lbaccel.data.sources import ImageArray, ImageFiles
+from lbaccel.data.workers import let_the_parent_decide
 from lbaccel.errors import InputError
 
 
@@ -139,7 +140,11 @@ def evaluation_batches(
     )
     subset = Subset(_Evaluated(TransformedImages(source, transform)), indices)  # type: ignore[arg-type]
     for batch in DataLoader(
-        subset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
+        subset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=let_the_parent_decide,
     ):
         if isinstance(batch, str):
             raise InputError(batch)
