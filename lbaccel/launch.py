@@ -57,6 +57,12 @@ def deepspeed_config_file() -> str | None:
     return None if named == "none" else named
 
 
+def extensions_folder() -> Path | None:
+    """Where torch builds its extensions, if a variable says so; None is a folder of caches."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else None
+
+
 def calibration_file() -> Path:
     """This user's calibrated devices: $LBACCEL_CALIBRATION, or a file in the folder of caches."""
     named = os.environ.get("LBACCEL_CALIBRATION")

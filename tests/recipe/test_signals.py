@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from command_lines import STARTER, finished, started, until
 
 from lbaccel.recipe import launcher_watch
 from lbaccel.recipe.signals import graceful_signals
@@ -21,52 +18,6 @@ TRAIN = [
     *("--norm-batch-size", "16", "--log-with", "run_folder", "--checkpoint-every", "1000"),
     *("--eval-every", "100", "--output", "runs"),
 ]
-# registers the tiny network, and runs the command line
-STARTER = "import sys, tiny; from lbaccel.cli import main; sys.exit(main())"
-HELPERS = str(Path(__file__).parent.parent / "helpers")
-ROOT = str(Path(__file__).parents[2])
-FAR = 120.0  # seconds: a process that does not end by then hangs
-
-
-def environment(**more):
-    path = os.pathsep.join([ROOT, HELPERS])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **more}
-
-
-@contextmanager
-def started(*command, cwd, env=None, **options):
-    """A process in a session of its own, which is over at the end, with all its children."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment(**(env or {})),
-        start_new_session=True,
-        text=True,
-        **options,
-    )
-    try:
-        yield process
-    finally:
-        with_group_killed(process)
-
-
-def with_group_killed(process):
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
-def until(condition, what):
-    end = time.monotonic() + FAR
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{what}: not within {FAR:g} s")
 
 
 def updates_done(folder):
@@ -82,18 +33,13 @@ def until_it_trains(folder, process):
     until(trains, "two updates")
 
 
-def finished(process):
-    out, _ = process.communicate(timeout=FAR)
-    return process.returncode, out
-
-
 def check_saved(folder, out):
     """The last update that was counted has a checkpoint, and the run says how to go on."""
     (run,) = (folder / "runs").iterdir()
     done = json.loads((run / "summary.json").read_text())["num_updates"]
     assert (run / "checkpoints" / f"update_{done:06d}").is_dir()
     assert f"update_{done:06d} is kept. To go on: lbaccel train --resume" in out
-    assert "Traceback" not in out
+    assert "lbaccel/" not in out.partition("Traceback")[2]  # a launcher has tracebacks of its own
 
 
 # -- inside one process ---------------------------------------------------------------------------
@@ -173,13 +119,57 @@ def images(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_to_the_group_finishes_the_update_with_workers(name, tmp_path, images):
-    flags = ["--workers", 2, "--data", images, "--img-size", 16]
+    flags = ["--workers", 2, "--data", f"folder:{images}", "--img-size", 16]
     with started("-c", STARTER, "train", *TRAIN, *flags, cwd=tmp_path) as process:
         until_it_trains(tmp_path, process)
         os.killpg(process.pid, getattr(signal, name))
-        time.sleep(0.2)
-        if name != "SIGINT":
-            os.killpg(process.pid, getattr(signal, name))  # batch systems send it twice
+        if name != "SIGINT":  # batch systems send more than one, and to every process
+            os.killpg(process.pid, signal.SIGHUP if name == "SIGTERM" else signal.SIGTERM)
         code, out = finished(process)
     assert code == 130, out
     check_saved(tmp_path, out)
+
+
+def command(launcher, folder):
+    """The arguments of a launcher that starts the recipe."""
+    script = folder / "go.py"
+    script.write_text(STARTER)
+    if launcher == "accelerate":
+        return ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, script, "train"]
+    ranks = ["--standalone", "--nproc-per-node", 2]
+    return ["-m", "torch.distributed.run", *ranks, script, "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_a_launcher_finishes_the_update(launcher, name, tmp_path):
+    where = command(launcher, tmp_path)
+    with started(*where, *TRAIN, cwd=tmp_path) as process:
+        until_it_trains(tmp_path, process)
+        os.killpg(process.pid, getattr(signal, name))
+        _, out = finished(process)  # the launcher's own traceback, if any, is in it
+    check_saved(tmp_path, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_ranks_whose_launcher_was_killed_save_and_end(launcher, tmp_path):
+    where = command(launcher, tmp_path)
+    with started(*where, *TRAIN, cwd=tmp_path) as process:
+        until_it_trains(tmp_path, process)
+        process.kill()
+        _, out = finished(process)  # the pipe is closed when the last rank has ended
+    assert out.count("the launcher died") == 1
+    check_saved(tmp_path, out)
+
+
+@pytest.mark.slow
+def test_a_run_in_the_background_outlives_its_shell(tmp_path):
+    line = ["nohup", sys.executable, "-c", STARTER, "train", *TRAIN[:4], "--epochs", "20"]
+    rest = [*TRAIN[6:]]
+    script = f"import os, subprocess; subprocess.Popen({[*line, *rest]!r}); os._exit(0)"
+    with started("-c", script, cwd=tmp_path) as shell:
+        _, out = finished(shell)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["status"] == "done", out
