@@ -73,6 +73,7 @@ def test_a_start_that_needs_it_stops_and_another_one_warns(lock):
     )
 
 
+@pytest.mark.slow
 def test_a_deepspeed_start_says_it_before_it_waits(lock, tmp_path):
     blocking = lock.parent.parent / "deepspeed_shm_comm" / "lock"
     blocking.parent.mkdir()
