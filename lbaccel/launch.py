@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+PARENT = os.getppid()  # of this process as it started: a launcher, where there is one
+
 
 def unsupported_platform(name: str = sys.platform) -> str | None:
     """A sentence where nobody has run lbaccel on this platform; None on Linux and macOS.
@@ -39,6 +41,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def under_elastic_launcher() -> bool:
+    """Whether torchrun, or accelerate through it, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def asks_for_fsdp() -> bool:
     """Whether FSDP was asked for, by a launcher or by a plugin given to `Accelerator`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -53,6 +60,12 @@ def deepspeed_config_file() -> str | None:
     """The DeepSpeed JSON that a launcher names: a path, or the text itself in base64."""
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     return None if named == "none" else named
+
+
+def extensions_folder() -> Path | None:
+    """Where torch builds its extensions, if a variable says so; None is a folder of caches."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else None
 
 
 def calibration_file() -> Path:

@@ -799,6 +799,44 @@ MUTANTS = {
         "tests/runs/test_abandoned.py::"
         "test_a_resume_from_the_newest_makes_no_folder_and_keeps_the_lines_of_lost_updates",
     ),
+    "a loader worker dies of a SIGTERM to the process group": (
+        "data.workers",
+        "        if sender == parent.pid or not parent.is_alive():\n",
+        "        if True:\n",
+        "tests/data/test_workers.py::test_a_worker_outlives_the_signals_of_others",
+    ),
+    "a loader worker that is stuck can't be ended": (
+        "data.workers",
+        "        if sender == parent.pid or not parent.is_alive():\n",
+        "        if not parent.is_alive():\n",
+        "tests/data/test_workers.py::test_the_parent_ends_a_stuck_worker_with_one_sigterm",
+    ),
+    "a second SIGTERM ends a run at once": (
+        "recipe.signals",
+        "        if number == signal.SIGINT:\n",
+        "        if True:\n",
+        "tests/recipe/test_signals.py::test_sigterm_and_sighup_never_end_at_once",
+    ),
+    "nohup is undone": (
+        "recipe.signals",
+        "not in (signal.SIG_IGN, None)",
+        "is not None",
+        "tests/recipe/test_signals.py::"
+        "test_a_signal_that_the_process_was_started_to_ignore_stays_ignored",
+    ),
+    "a broken standard output is tried again and again": (
+        "recipe.output",
+        "        os.dup2(devnull, self.fileno())\n",
+        "        pass\n",
+        "tests/recipe/test_output.py::test_a_broken_stream_is_said_once_and_written_on",
+    ),
+    "the lock of a live build is stale": (
+        "doctor.build_locks",
+        "str(path.resolve()) not in held and path.exists()",
+        "path.exists()",
+        "tests/doctor/test_build_locks.py::"
+        "test_the_lock_of_a_killed_build_is_stale_and_that_of_a_live_one_is_not",
+    ),
     "an edited config.yaml is trusted": (
         "recipe.resume",
         "    if contract is not None:\n        content = against(",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.data.as_data_loader import check_options, check_parts, is_unpacking, taken_apart
 from lbaccel.data.order import samples_at
+from lbaccel.data.workers import let_the_parent_decide
 from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.keys import keyed_hash
 
@@ -289,15 +289,10 @@ class UpdateLoader:
 def worker_options() -> dict[str, Any]:
     """Arguments of each DataLoader: workers outlive Ctrl-C, and no draw is the user's."""
     return {
-        "worker_init_fn": _let_the_parent_decide,
+        "worker_init_fn": let_the_parent_decide,
         "generator": torch.Generator(),  # else its base seed comes from the user's
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-def _let_the_parent_decide(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the update may need the workers to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _KeyLists:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from lbaccel.doctor.facts import Facts, Finding
 
+WHERE = "{where}"  # in a fix: the place of the finding
 Look = Callable[[Facts], Iterable[tuple[str, str]]]
 """Facts -> (where, what was found) of each case."""
 
@@ -28,5 +30,5 @@ class Check:
                 where=where,
                 found=found,
                 consequence=self.consequence,
-                fix=self.fix,
+                fix=self.fix.replace(WHERE, shlex.quote(where)),
             )

@@ -57,6 +57,11 @@ def _nvcc(facts: Facts) -> Cases:
         yield "environment", f"deepspeed {here.packages['deepspeed']} on a GPU machine without nvcc"
 
 
+def _stale_lock(facts: Facts) -> Cases:
+    for path in facts.environment.stale_locks:
+        yield path, "the lock of a build that no process of this machine does any more"
+
+
 def _accelerate(facts: Facts) -> Cases:
     if () < facts.environment.version("accelerate") < (1, 15):
         yield "environment", f"accelerate {facts.environment.packages['accelerate']}"
@@ -101,6 +106,13 @@ CHECKS = (
         "0.19.8 crash without nvcc (read, not run)",
         'pip install "deepspeed>=0.19.8"',
         _nvcc,
+    ),
+    Check(
+        "stale-build-lock",
+        "every start that loads this operator waits without end, and without a word; a build on "
+        "another host or in another container that shares the folder can't be seen from here",
+        "rm {where}",
+        _stale_lock,
     ),
     Check(
         "accelerate-old",

@@ -16,6 +16,7 @@ from lbaccel.configs.claims import ScriptArguments
 from lbaccel.configs.launcher import Launch, launch, read_yaml
 from lbaccel.configs.refusals import BATCH_KEYS, flat
 from lbaccel.configs.resolve import Resolved, read_json, resolve
+from lbaccel.doctor.build_locks import stale_locks
 from lbaccel.doctor.script import Script
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, reading
@@ -45,6 +46,7 @@ class Environment:
     num_gpus: int = 0
     compiler: str | None = None
     nvcc: str | None = None
+    stale_locks: tuple[str, ...] = ()  # of torch extensions whose build was killed
 
     def version(self, package: str) -> tuple[int, ...]:
         """Its first three numbers, () where it is not installed.
@@ -138,6 +140,7 @@ def this_environment() -> Environment:
         num_gpus=torch.cuda.device_count(),
         compiler=next(filter(None, map(shutil.which, compilers)), None),
         nvcc=nvcc,
+        stale_locks=tuple(map(str, stale_locks())),
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from lbaccel.doctor.build_locks import SHARED_MEMORY, check_build_locks
 from lbaccel.errors import InputError
-from lbaccel.launch import asks_for_deepspeed
+from lbaccel.launch import asks_for_deepspeed, rank
 from lbaccel.update.sharding.precision import check_precision
 
 NAMES = {"fp32": "no", "fp64": "no"}  # Accelerate's, where they differ
@@ -25,13 +27,17 @@ def make_accelerator(precision: str | None) -> tuple[Accelerator, str]:
 
     Raises:
         InputError: the launcher or the DeepSpeed JSON says another precision, or one that can't
-            be had.
+            be had; or a killed build of an operator of DeepSpeed's blocks this start.
     """
     on_cpu = not _has_accelerator()
     asked = None if precision is None else NAMES.get(precision, precision)
     if not asks_for_deepspeed():
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=asked)
     else:
+        # before anything of DeepSpeed waits for it
+        warning = check_build_locks([SHARED_MEMORY] if on_cpu else [])
+        if warning is not None and rank() == 0:
+            print(warning, file=sys.stderr)
         handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         accelerator = Accelerator(mixed_precision=asked, kwargs_handlers=handlers)
         plugin: Any = accelerator.deepspeed_plugin

@@ -79,6 +79,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         },
         {"ds": json_of(2, "optimizer"), "env": with_packages(ninja=None)},
     ),
+    "stale-build-lock": (
+        {"env": {**GPUS, "stale_locks": ("caches/cpu_adam/lock",)}},
+        {"env": GPUS},
+    ),
     "deepspeed-without-nvcc": (
         {"env": {**with_packages(deepspeed="0.19.7"), "nvcc": None}},
         {"env": {**with_packages(), "nvcc": None}},
