@@ -36,7 +36,7 @@ SAMPLES, GHOST, CLASSES, SEED = 6, 2, 7, 0
 # family: network, image size (0: its own)
 NETWORKS: dict[str, tuple[str, int]] = {
     "beit": ("beit_base_patch16_224", 0),
-    "byoanet": ("halonet_h1", 96),
+    "byoanet": ("halonet_h1", 0),
     "byobnet": ("test_byobnet", 96),
     "cait": ("cait_xxs24_224", 0),
     "coat": ("coat_tiny", 0),
