@@ -110,11 +110,10 @@ def reachable(model: nn.Module | None, loss_fn: Any = None) -> Reachable:
         loss_fn: any callable; its paths begin with "loss_fn".
 
     >>> import torch
-    >>> centers = torch.zeros(3)
-    >>> def loss_fn(model, micro_batch):
-    ...     return (model(micro_batch) - centers).square().mean()
-    >>> list(reachable(torch.nn.Linear(2, 3), loss_fn).places)
-    ['weight', 'bias', 'loss_fn.centers']
+    >>> model = torch.nn.Linear(2, 3)
+    >>> model.centers = torch.zeros(3)
+    >>> list(reachable(model, torch.nn.functional.mse_loss).places)
+    ['weight', 'bias', 'centers']
     """
     walk = _Walk()
     if model is not None:

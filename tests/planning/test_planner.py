@@ -245,7 +245,7 @@ class Reads(nn.Module):
         ({"global_batch_size": 0}, "global_batch_size"),
         ({"norm_batch_size": 512}, "larger than global_batch_size=256"),
         ({"micro_batch_size": 33}, "no multiple of norm_batch_size=32"),
-        ({"world_size": 300}, "smaller than world_size=300"),
+        ({"world_size": 300}, "8 groups of at most 32 samples, fewer than world_size=300"),
         ({"optimizer": "sgdd"}, "none of timm.optim"),
         ({"img_size": 0}, "img_size"),
     ],

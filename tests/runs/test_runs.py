@@ -189,7 +189,7 @@ def test_a_file_that_can_not_be_read_is_named_with_the_reason(file, tmp_path, mo
     (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n')
     for name in ("config.yaml", "summary.json"):
         (tmp_path / name).write_text("{}")
-    for reader in ("read_text", "read_bytes"):
+    for reader in ("read_text", "read_bytes", "open"):
         plain = getattr(Path, reader)
 
         def denied(self, *rest, plain=plain, **options):

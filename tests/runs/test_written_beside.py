@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lbaccel.runs.folder import remove_unfinished, written_beside
+from lbaccel.runs.folder import written_beside
 
 FAULTS = (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("x"))
 
@@ -106,11 +106,3 @@ def test_the_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     monkeypatch.setattr(Path, "rename", lambda p, q: (order.append("rename"), rename(p, q))[1])
     write(tmp_path / "target", "new")
     assert order == ["flush", "flush", "flush", "rename"]  # two files and their folder
-
-
-def test_what_a_killed_process_left_is_taken_away(tmp_path):
-    write(tmp_path / "target", "new")
-    for name in (".writing-1", ".replaced-2"):
-        write(tmp_path / name, "left")
-    remove_unfinished(tmp_path)
-    assert names(tmp_path) == {"target"}
