@@ -9,8 +9,9 @@ in saving, a line of its metrics is damaged, a validation image can't be read. E
 command line of the recipe (`lbaccel.train.main`) in processes of its own, forked from one that has
 torch.
 
-A start passes where it ends with exit code 0 and the result of the run in peace; or with another code and a sentence, no traceback, and a run that then goes on to that same result once
-the fault is undone. Exit code 0 with another result is silent, the worst of all.
+A start passes where it ends with exit code 0 and the result of the run in peace (to 1e-9: two ranks
+round otherwise); or with another code and a sentence, no traceback, and a run that then goes on to
+that same result once the fault is undone. Exit code 0 with another result is silent, the worst.
 """
 
 from __future__ import annotations
