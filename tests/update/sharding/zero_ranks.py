@@ -310,7 +310,8 @@ def bf16_cell(case):
 
         def loss_fn(model, micro_batch, seen=seen, stage=case.stage):
             grads = () if stage == 3 else [p.grad for p in model.parameters()]
-            seen.append([None if g is None else g.clone() for g in grads])
+            if torch.is_grad_enabled():  # not the samples on which masks are learned
+                seen.append([None if g is None else g.clone() for g in grads])
             images, labels = micro_batch
             logits = model(images)
             assert logits.dtype == torch.float32
@@ -465,7 +466,7 @@ def recovery(case, phase, make_error=lambda: None):
         calls = [0]
 
         def loss_fn(model, micro_batch, faulty=faulty, calls=calls):
-            calls[0] += 1
+            calls[0] += torch.is_grad_enabled()  # not the samples on which masks are learned
             loss = mean_loss(model, micro_batch)
             if not (faulty and rank == world - 1 and calls[0] == 2):
                 return loss
