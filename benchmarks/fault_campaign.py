@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 import faults
 from forks import run_forked
 from runs_of_recipe import BASE, differences, newest, rows, tensors
+from runs_out import OUT, RunsOut
 
 from lbaccel import train
 
-OUT = "CUDA out of memory. Tried to allocate 2.00 GiB"
 TOLERANCE = 1e-9
 MOST_STARTS = 12
 
@@ -54,15 +54,6 @@ def flags_of(rng: random.Random) -> list[str]:
 def run_out_of_memory(nth: int, phase: str) -> None:
     """Make this process run out of memory in its `nth` forward or backward."""
 
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise torch.OutOfMemoryError(OUT)
-
     plain, count = F.cross_entropy, [0]
 
     def hooked(*args, **kwargs):
@@ -74,7 +65,7 @@ def run_out_of_memory(nth: int, phase: str) -> None:
             return loss
         if phase == "forward":
             raise torch.OutOfMemoryError(OUT)
-        return Fails.apply(loss)
+        return RunsOut.apply(loss)
 
     F.cross_entropy = hooked
 
@@ -171,15 +162,22 @@ def one_run(seed: int, folder: Path) -> tuple[collections.Counter, list[str]]:
 
 def close(found: Path, truth: Path) -> list[str]:
     """What differs by more than rounding."""
-    wrong = []
-    ours, theirs = tensors(found), tensors(truth)
+    wrong = far_tensors(found, truth)
+    a, b = rows(found), rows(truth)
+    if [r["update"] for r in a] != [r["update"] for r in b]:
+        wrong.append("updates logged")
+    return wrong
+
+
+def far_tensors(found: Path, truth: Path) -> list[str]:
+    """Weights, averages and optimizer state that differ by more than rounding."""
+    wrong, ours, theirs = [], tensors(found), tensors(truth)
+    if ours.keys() != theirs.keys():
+        return ["names of tensors"]
     for key, value in theirs.items():
         error = (ours[key].double() - value.double()).norm() / value.double().norm().clamp(min=1e-9)
         if error > TOLERANCE:
             wrong.append(f"{key}: {error:.1e}")
-    a, b = rows(found), rows(truth)
-    if [r["update"] for r in a] != [r["update"] for r in b]:
-        wrong.append("updates logged")
     return wrong
 
 

@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
 import faults
 import tiny  # noqa: F401  registers lbaccel_tiny
+from fault_campaign import far_tensors
 from forks import Outcome, run_forked
-from runs_of_recipe import tensors
+from runs_out import OUT
 
 from lbaccel import train
 from lbaccel.recipe.options import OPTIONS
@@ -55,9 +56,7 @@ FLAGS = [
     *("--log-with", "run_folder", "--checkpoint-every", "2", "--momentum", "0.9"),
 ]
 HALF = 5  # updates after which the run is stopped
-OUT = "CUDA out of memory. Tried to allocate 2.00 GiB"
 TIMEOUT = 120.0
-TOLERANCE = 1e-9  # one rank and two round otherwise, in float64
 
 
 @dataclass
@@ -322,18 +321,6 @@ KINDS: dict[str, Fault] = {
 }
 
 
-def different(run: Path, truth: Path) -> list[str]:
-    """Weights, averages and optimizer state that differ by more than the rounding of ranks."""
-    ours, theirs = tensors(run), tensors(truth)
-    if ours.keys() != theirs.keys():
-        return ["names of tensors"]
-    return [
-        name
-        for name, value in theirs.items()
-        if (ours[name].double() - value.double()).norm() > TOLERANCE * (1 + value.double().norm())
-    ]
-
-
 def judged(place: Place, truth: Path, kind: str, rng: random.Random) -> tuple[str, str]:
     """A verdict on one fault, and its evidence where it is bad."""
     place.said()
@@ -354,7 +341,7 @@ def judged(place: Place, truth: Path, kind: str, rng: random.Random) -> tuple[st
     elif all(c == 0 for c in codes):
         if kind == "metrics damaged":
             return ("said" if "metrics.jsonl" in text else "without effect"), ""
-        wrong = different(place.run, truth)
+        wrong = far_tensors(place.run, truth)
         return ("silent", f"{wrong[:3]} {text[-600:]}") if wrong else ("survived", "")
     else:
         undo()
@@ -364,7 +351,7 @@ def judged(place: Place, truth: Path, kind: str, rng: random.Random) -> tuple[st
     text = place.said()
     if again.value != 0:
         return "not to be resumed", f"{again} {text[-600:]}"
-    wrong = different(place.run, truth)
+    wrong = far_tensors(place.run, truth)
     return ("another result", f"{wrong[:3]}") if wrong else ("refused, then the same result", "")
 
 

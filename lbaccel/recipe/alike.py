@@ -22,6 +22,8 @@ def check_started_alike(accelerator: Any, settings: Settings) -> None:
     Raises:
         InputError: what differs, and on which ranks; or another rank's own error.
     """
+    if accelerator.num_processes == 1:
+        return
     on_each_rank(accelerator, lambda: None)  # a rank that has no settings comes to `tell` instead
     compared = (row for row in OPTIONS.values() if row.name not in _OWN)
     facts = {row.flag: settings.value(row.name) for row in compared}

@@ -13,7 +13,7 @@ from lbaccel.optim.scaling import is_measured
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, options_in, parse
 from lbaccel.recipe.values import flag_of, nearest_word, shown
-from lbaccel.runs.folder import CHECKPOINTS, CONTRACT, MANIFEST, plain, update_of
+from lbaccel.runs.folder import CHECKPOINTS, CONTRACT, MANIFEST, checkpoints_in, plain
 
 VALUES = "settings"
 # The other settings of a contract have a part in a checkpoint's own state (weights, optimizer and
@@ -73,10 +73,7 @@ def read_contract(checkpoint: Path) -> dict[str, Any] | None:
 
 def contract_for(target: Path, run: Path) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that a resume will take, as far as its contract says, and that contract."""
-    folder = run / CHECKPOINTS
-    found = {p: u for p in folder.glob("update_*") if (u := update_of(p)) is not None}
-    newest = sorted(found, key=lambda path: -found[path])
-    for path in [target] if target != run else newest:
+    for path in [target] if target != run else checkpoints_in(run / CHECKPOINTS):
         try:
             return path, read_contract(path)
         except InputError:  # refused by its name when checkpoints are compared with their sums

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lbaccel.errors import reading
 from lbaccel.runs.folder import (
     ABANDONED,
     ABANDONED_METRICS,
@@ -23,6 +22,7 @@ from lbaccel.runs.folder import (
     point_link,
     update_of,
 )
+from lbaccel.runs.metric_lines import read_lines
 
 
 def put_aside(
@@ -108,21 +108,13 @@ def _copy_lines(run: Path, update: int, *, say: Callable[[str], object]) -> None
     path, to = run / METRICS, run / ABANDONED_METRICS
     if not path.exists():
         return
-    with reading(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    later = [line for line in lines if _is_after(line, update)]
+    later = [
+        line
+        for line in read_lines(path)
+        if line.raw and (line.row is None or line.row["update"] > update)
+    ]
     if not later:
         return
-    with to.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in later))
+    with to.open("ab") as file:
+        file.write(b"".join(line.raw + b"\n" for line in later))
     say(f"resume: {len(later)} lines of {METRICS} after update {update} moved to {to}")
-
-
-def _is_after(line: str, update: int) -> bool:
-    """Whether a line stands behind the update; one that can't be read is kept too."""
-    if not line:
-        return False
-    try:
-        return not json.loads(line)["update"] <= update
-    except (ValueError, KeyError, TypeError):
-        return True

@@ -25,8 +25,8 @@ from lbaccel.runs.folder import (
     PREPROCESSING,
     STATE,
     checkpoint_name,
+    checkpoints_in,
     point_link,
-    update_of,
     weights_file,
     written_beside,
 )
@@ -84,14 +84,6 @@ def save_checkpoint(
         ) from error
     _prune(folder, keep)
     return target
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first; what was not written to its end is none."""
-    if not folder.is_dir():
-        return []
-    found = {path: update for path in folder.iterdir() if (update := update_of(path)) is not None}
-    return sorted(found, key=lambda path: -found[path])
 
 
 def check_checkpoint(path: Path) -> None:

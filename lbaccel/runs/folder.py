@@ -237,6 +237,14 @@ def update_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first; what was not written to its end is none."""
+    if not folder.is_dir():
+        return []
+    found = {path: update for path in folder.iterdir() if (update := update_of(path)) is not None}
+    return sorted(found, key=lambda path: -found[path])
+
+
 def weights_file(stem: str) -> str:
     """The file of a checkpoint's weights: of `MODEL`, or of `MODEL_EMA`."""
     return f"{stem}.safetensors"

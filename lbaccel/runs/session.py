@@ -18,7 +18,6 @@ from lbaccel.optim.scheduler import refresh
 from lbaccel.runs.abandoned import put_aside
 from lbaccel.runs.checkpoints import (
     check_checkpoint,
-    checkpoints_in,
     latest_good,
     read_state,
     save_checkpoint,
@@ -34,6 +33,7 @@ from lbaccel.runs.folder import (
     STATE,
     SUMMARY,
     atomic_write_text,
+    checkpoints_in,
     new_run_folder,
     run_of,
     weights_file,

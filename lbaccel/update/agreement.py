@@ -11,7 +11,30 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.errors import InputError
-from lbaccel.runs.alike import digest_of
+from lbaccel.runs.alike import check_alike, digest_of, software
+from lbaccel.runs.ranks import on_each_rank
+
+
+def check_ranks_alike(
+    accelerator: Any,
+    plan: BatchPlan,
+    model: nn.Module,
+    optimizer: Any,
+    loader: Any,
+    scheduler: Any,
+    **given: Any,
+) -> None:
+    """Stop on every rank where what the ranks prepare differs; a collective.
+
+    The arguments behind `accelerator` are those of `facts_of`.
+
+    Raises:
+        InputError: what differs, and on which ranks; a loader of another rank.
+    """
+    rank = accelerator.process_index
+    on_each_rank(accelerator, lambda: check_rank_of_loader(loader, rank))
+    facts = facts_of(plan, model, optimizer, loader, scheduler, **given)
+    check_alike(accelerator, {**facts, **software()})
 
 
 def facts_of(

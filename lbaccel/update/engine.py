@@ -19,11 +19,9 @@ from lbaccel.errors import InputError
 from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.runs.alike import check_alike, software
-from lbaccel.runs.ranks import on_each_rank
 from lbaccel.update import failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop
-from lbaccel.update.agreement import check_rank_of_loader, facts_of
+from lbaccel.update.agreement import check_ranks_alike
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
@@ -156,10 +154,8 @@ class LargeBatch:
         check_prepared(loader, scheduler)
         given = optimizer
         if self.accelerator.num_processes > 1:
-            rank = self.accelerator.process_index
-            on_each_rank(self.accelerator, lambda: check_rank_of_loader(loader, rank))
-            facts = facts_of(self.plan, model, optimizer, loader, scheduler, **self._given())
-            check_alike(self.accelerator, {**facts, **software()})
+            objects = (model, optimizer, loader, scheduler)
+            check_ranks_alike(self.accelerator, self.plan, *objects, **self._given())
         self.norm = convert_batch_norm(
             model, self.plan.norm_batch_size, statistics=self.bn_statistics
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lbaccel import LargeBatch, train
@@ -75,6 +76,16 @@ def whole(*flags):
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         _whole[key] = run(*flags, output=place)
     return _whole[key]
+
+
+def make_images(root="images"):
+    """A folder of two classes: 8 training and 3 validation pictures of each."""
+    for split, count in (("train", 8), ("val", 3)):
+        for label in ("cat", "dog"):
+            folder = Path(root) / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (20 * i, 99, 7)).save(folder / f"{i}.png")
 
 
 def check_refused(flags, says, capsys, folder):

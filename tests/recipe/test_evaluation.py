@@ -14,7 +14,7 @@ import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
 from accelerate import Accelerator
 from forks import run_forked, run_fresh, values
-from PIL import Image
+from runs_of_recipe import make_images
 from torch import nn
 
 from lbaccel import RunFailed, train
@@ -139,15 +139,6 @@ def test_the_size_of_validation_batches_is_the_users(monkeypatch):
 def test_a_size_of_nothing_is_refused(capsys):
     assert train.main(["--model", "lbaccel_tiny", "--val-batch-size", "0"]) == 2
     assert "--val-batch-size 0 must be above 0" in capsys.readouterr().err
-
-
-def make_images(root="images"):
-    for split, count in (("train", 8), ("val", 3)):
-        for label in ("cat", "dog"):
-            folder = Path(root) / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (8, 8), (20 * i, 99, 7)).save(folder / f"{i}.png")
 
 
 FLAGS = [

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stderr
-from pathlib import Path
 
 import tiny  # noqa: F401  registers lbaccel_tiny
 from accelerate import Accelerator
 from forks import run_forked, values
-from PIL import Image
+from runs_of_recipe import make_images
 
 from lbaccel import InputError, RunFailed, train
 from lbaccel.runs.ranks import decided, on_each_rank
@@ -69,15 +68,6 @@ def test_what_one_rank_can_not_do_stops_all_with_its_reason():
         assert failed == ("RunFailed", "rank 2: full")
         expected = ("KeyError", "'k'") if rank == 1 else ("RunFailed", "rank 1: KeyError: 'k'")
         assert other == expected
-
-
-def make_images(root):
-    for split, count in (("train", 8), ("val", 3)):
-        for label in ("cat", "dog"):
-            folder = Path(root) / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (8, 8), (20 * i, 99, 7)).save(folder / f"{i}.png")
 
 
 FLAGS = [

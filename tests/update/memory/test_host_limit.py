@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from forks import run_forked, run_fresh
+from runs_out import RunsOut
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.update.memory import host_limit
@@ -118,18 +119,6 @@ def test_without_a_limit_nothing_is_watched():
         assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-class Fails(torch.autograd.Function):
-    """The identity, whose backward runs out of memory."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB")
-
-
 class Activation:
     """Stands for a tensor that a node keeps for its backward."""
 
@@ -151,7 +140,7 @@ def test_a_backward_pass_that_failed_keeps_no_activation_of_what_it_had_still_to
     weight, activation = torch.ones(8, requires_grad=True), Activation()
     alive = weakref.ref(activation)
     other = Keeps.apply(weight, activation)
-    failed = Fails.apply(weight)  # made last, so its backward comes first
+    failed = RunsOut.apply(weight)  # made last, so its backward comes first
     loss = other.sum() + failed.sum()
     error = None
     try:
