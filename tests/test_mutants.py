@@ -888,6 +888,13 @@ MUTANTS = {
         "tests/runs/test_unreadable.py::"
         "test_a_run_whose_settings_can_not_be_read_is_not_passed_over",
     ),
+    "a file that torch leaves behind counts as a lock": (
+        "doctor.build_locks",
+        "if not found or not _is_waited_for():",
+        "if not found:",
+        "tests/doctor/test_build_locks.py::"
+        "test_a_file_that_later_versions_of_torch_leave_blocks_nothing",
+    ),
     "an old folder does not come back": (
         "runs.folder",
         "            aside.rename(target)\n",

@@ -19,7 +19,9 @@ LOCK = "lock"
 def stale_locks() -> list[Path]:
     """Locks in torch's folder of built extensions that no process of this machine holds.
 
-    torch waits without end, and without a word, while such a file exists; its holder keeps it open.
+    torch (2.6) waits without end, and without a word, while such a file exists; its holder keeps it
+    open. Later versions (2.15) leave the file behind and wait for no dead holder: there is none
+    that is stale.
     A process on another host or in another container that shares the folder can't be seen from
     here.
     """
@@ -31,7 +33,9 @@ def stale_locks() -> list[Path]:
 
         python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
         found = list(Path(get_default_build_root()).glob(f"{python}_*/*/{LOCK}"))
-    if not found or not Path("/proc/self/fd").is_dir():  # no way to see who holds them
+    if not found or not _is_waited_for():
+        return []
+    if not Path("/proc/self/fd").is_dir():  # no way to see who holds them
         return []
     held = _open_files()
     # a build that ended since the first look has taken its lock away
@@ -67,6 +71,13 @@ def check_build_locks(needed: Iterable[str]) -> str | None:
 def removal(locks: Iterable[Path]) -> str:
     """The line to type that removes locks."""
     return shlex.join(["rm", *map(str, locks)])
+
+
+def _is_waited_for() -> bool:
+    """Whether this torch waits while the file exists, not for a lock that the system ends."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
 
 
 def _open_files() -> set[str]:

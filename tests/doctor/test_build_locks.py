@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import STARTER, environment
+from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from lbaccel.doctor.build_locks import check_build_locks, stale_locks
@@ -20,10 +21,16 @@ print("building", flush=True)
 time.sleep(10_000)
 """
 
+AS_IN_2_6 = """
+from torch.utils import cpp_extension, file_baton
+cpp_extension.FileBaton = file_baton.FileBaton
+"""
+
 
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
     """The path of an operator's lock in a folder of extensions; it does not exist."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", FileBaton, raising=False)  # as in torch 2.6
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built ones"))
     path = tmp_path / "built ones" / "cpu_adam" / "lock"
     path.parent.mkdir(parents=True)
@@ -73,6 +80,13 @@ def test_a_start_that_needs_it_stops_and_another_one_warns(lock):
     )
 
 
+def test_a_file_that_later_versions_of_torch_leave_blocks_nothing(lock, monkeypatch):
+    lock.touch()
+    assert stale_locks() == [lock]
+    monkeypatch.delattr(cpp_extension, "FileBaton")  # a lock of the system is in its place
+    assert stale_locks() == [] and check_build_locks(["cpu_adam"]) is None
+
+
 @pytest.mark.slow
 def test_a_deepspeed_start_says_it_before_it_waits(lock, tmp_path):
     blocking = lock.parent.parent / "deepspeed_shm_comm" / "lock"
@@ -80,7 +94,7 @@ def test_a_deepspeed_start_says_it_before_it_waits(lock, tmp_path):
     blocking.touch()
     flags = ["--model", "lbaccel_tiny", "--global-batch-size", "64", "--output", "runs"]
     found = subprocess.run(
-        [sys.executable, "-c", STARTER, "train", *flags],
+        [sys.executable, "-c", AS_IN_2_6 + STARTER, "train", *flags],
         cwd=tmp_path,
         env=environment(ACCELERATE_USE_DEEPSPEED="true"),
         capture_output=True,
