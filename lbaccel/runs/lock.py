@@ -21,6 +21,8 @@ Say = Callable[[str], object]
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 _LAST_WORKERS_SECONDS = 20.0  # a killed process's loader workers look for it every few seconds
+_DYING_SECONDS = 5.0  # a process that was just killed is there until its memory is given back
+_LOOK_EVERY_SECONDS = 0.5
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -136,9 +138,8 @@ def writing(folder: Path, *, say: Say, instead: str = "") -> Iterator[None]:
 def _locked(folder: Path, before: Holder | None, *, say: Say, instead: str) -> FileLock | None:
     """The lock of the operating system; None where the file system has none."""
     lock = FileLock(folder / LOCK, thread_local=False)
-    gone = before is not None and before.is_gone()
     try:
-        lock.acquire(timeout=_LAST_WORKERS_SECONDS if gone else 0)
+        _wait_for(lock, before)
     except Timeout:
         who = holder_of(folder) or "another process"
         raise RunFailed(
@@ -156,6 +157,26 @@ def _locked(folder: Path, before: Holder | None, *, say: Say, instead: str) -> F
         lock.release()
         raise
     return lock
+
+
+def _wait_for(lock: FileLock, before: Holder | None) -> None:
+    """Acquire it, and give its holder, or what is left of it, the time to come to an end.
+
+    Raises:
+        Timeout: it is held still.
+    """
+    if before is None or not before.was_here():
+        lock.acquire(timeout=0)
+        return
+    start = time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=_LOOK_EVERY_SECONDS)
+            return
+        except Timeout:
+            waited = time.monotonic() - start
+            if waited > (_LAST_WORKERS_SECONDS if before.is_gone() else _DYING_SECONDS):
+                raise
 
 
 def _take_over(folder: Path, before: Holder | None, *, say: Say, instead: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from lbaccel.runs.tracking import RunFolderTracker
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lock, "_DYING_SECONDS", 0.0)  # each refusal would come so much later
 
 
 def refused(rank, folder):
@@ -104,6 +107,30 @@ def test_the_last_workers_of_a_killed_process_are_waited_for(tmp_path):
     lock.take(tmp_path, say=said.append)
     assert "it is taken over" in said[0]
     lock.give_back(tmp_path)
+
+
+def test_a_killed_process_that_still_gives_its_memory_back_is_waited_for(tmp_path, monkeypatch):
+    """Until then the system lists it and keeps its lock, and `kill; lbaccel train --resume` is soon
+    there: here a process holds it that ends a second later."""
+    monkeypatch.setattr(lock, "_DYING_SECONDS", 60.0)
+    holding = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(holding, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        said: list[str] = []
+        lock.take(tmp_path, say=said.append)
+        assert f"left by process {holder.pid}" in said[0]
+        lock.give_back(tmp_path)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from lbaccel.runs import lock
+lock.take(Path(sys.argv[1]), say=print)
+print("held", flush=True)
+time.sleep(1)
+os._exit(0)
+"""
 
 
 def test_a_folder_that_can_not_be_written_needs_no_lock(tmp_path, monkeypatch):

@@ -96,9 +96,11 @@ def launch_and_kill(config: Path, num_processes: int, *flags: str, folder: Path,
             time.sleep(0.02)
     finally:
         launcher = psutil.Process(started.pid)  # the ranks have sessions of their own
-        for process in [launcher, *launcher.children(recursive=True)]:
+        killed = [launcher, *launcher.children(recursive=True)]
+        for process in killed:
             process.kill()
         started.wait()
+        psutil.wait_procs(killed, timeout=20)
     return found[0].parent.parent
 
 
