@@ -9,13 +9,13 @@ import pytest
 import recipes
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
 from lbaccel.models import adapt_stem, create_backbone, preprocessing, read_weights
-from lbaccel.recipe.model import build_model
+from lbaccel.recipe.model import _logit_layers, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,59 @@ def test_a_checkpoint_with_a_small_stem_fits_the_run_that_it_came_from():
     assert all(torch.equal(truth[k], found[k]) for k in truth)
     with pytest.raises(InputError, match=r"conv1\.weight is \(64, 1, 3, 3\), the model's"):
         build_model(*settings_of(*flags, "--stem", "native"), source, num_classes=10, say=print)
+
+
+def pretrained_as(name, head_init, *, num_classes=10, load_weights=True):
+    """What `build_model` makes of a file of ImageNet's 1,000 classes, and what it says."""
+    file, said = Path(f"{name}.safetensors"), []
+    if not file.exists():
+        save_file(timm.create_model(name).state_dict(), file)
+    flags = ["--model", name, "--pretrained", "--checkpoint", str(file), "--img-size", "64"]
+    found = recipes.settings_of(*flags, "--head-init", head_init)
+    torch.manual_seed(3)
+    model, _ = build_model(
+        found.model,
+        found.data,
+        open_source("digits"),
+        num_classes=num_classes,
+        say=said.append,
+        load_weights=load_weights,
+    )
+    return model.eval(), [line for line in said if line.startswith("classifier")]
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_a_new_classifier_starts_at_chance_and_learns(name):
+    """Every logit is 0, the loss ln(classes); all else is as timm makes it."""
+    model, said = pretrained_as(name, "zero")
+    drawn, unsaid = pretrained_as(name, "model")
+    images, labels = torch.rand(4, 1, 64, 64), torch.arange(4)
+    logits = model(images)
+    assert not logits.any() and drawn(images).any()
+    assert said == ["classifier: new, for 10 classes, all zero (--head-init model: as drawn)"]
+    assert unsaid == []
+    changed = {
+        k for k, v in drawn.state_dict().items() if not torch.equal(v, model.state_dict()[k])
+    }
+    assert changed and all(name.startswith(("classifier", "head")) for name in changed)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert changed <= moved
+
+
+def test_the_last_layer_of_each_of_a_networks_classifiers_is_zeroed():
+    with torch.device("meta"):  # two linear layers, each behind a BatchNorm that is part of it
+        model = timm.create_model("levit_128s", num_classes=7)
+    names = dict(model.named_modules())
+    assert [names[k] for k in ("head.linear", "head_dist.linear")] == _logit_layers(model, 7)
+
+
+def test_the_pretrained_classifier_and_a_resumed_one_are_kept():
+    kept, said = pretrained_as("test_resnet", "zero", num_classes=1000)
+    weights = load_file("test_resnet.safetensors")
+    assert torch.equal(kept.get_classifier().weight, weights["fc.weight"]) and said == []
+    resumed, said = pretrained_as("test_resnet", "zero", load_weights=False)
+    assert resumed.get_classifier().weight.any() and said == []
 
 
 @pytest.mark.parametrize("name", ["test_vit", "vgg11"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.images import ImageArray, ImageFiles, folder_of
 from lbaccel.data.row_images import RowImages
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, reading
@@ -116,9 +115,9 @@ def _digest_of_bytes(source: Source) -> str:
             continue
         read: Any = images.read
         files = read.files if isinstance(read, RowImages) else images.samples
-        root = read.keywords.get("root", "") if isinstance(read, partial) else ""
+        root = folder_of(images) or Path()
         for name in files:
-            path = Path(root, name)
+            path = root / name
             with reading(path), path.open("rb") as file:
                 while chunk := file.read(2**20):
                     digest.update(chunk)
@@ -141,8 +140,8 @@ def _sizes(images: ImageFiles) -> Iterator[int]:
     read: Any = images.read
     if isinstance(read, RowImages):
         yield from (Path(file).stat().st_size for file in read.files)
-    elif isinstance(read, partial) and "root" in read.keywords:
+    elif (root := folder_of(images)) is not None:
         every = max(1, len(images) // MOST_SIZES)
         for name in images.samples[::every]:
-            path = Path(read.keywords["root"], name)
+            path = root / name
             yield path.stat().st_size if path.exists() else -1  # a reader says so, when it comes

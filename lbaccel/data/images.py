@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -91,3 +92,11 @@ class ImageFiles:
             InputError: it is absent or corrupt; the text names the file.
         """
         return self.read(self.samples[index])
+
+
+def folder_of(images: ImageArray | ImageFiles) -> Path | None:
+    """The folder in which each of `images.samples` names a file; None where they are no files."""
+    read: Any = images.read if isinstance(images, ImageFiles) else None
+    if isinstance(read, partial) and "root" in read.keywords:
+        return Path(read.keywords["root"])
+    return None

@@ -148,10 +148,24 @@ def _check_ranges(s: Settings) -> None:
             raise InputError(f"--betas {beta} must be in 0..1, below 1.")
     for name in ("mean", "std"):
         value = s.value(name)
-        if value is not None and not all(math.isfinite(x) for x in value):
-            raise InputError(f"{flag_of(name)} {value} must be finite numbers.")
+        if value is not None:
+            _check_normalisation(name, value)
     if s.data.crop_pct is not None and not 0 < s.data.crop_pct <= 1:
         raise InputError(f"--crop-pct {s.data.crop_pct} must be in 0..1.")
+
+
+def _check_normalisation(name: str, value: tuple[float, ...]) -> None:
+    """Pixels are 0..1 when the mean is taken off and the deviation divides them, as in timm."""
+    least = "from 0" if name == "mean" else "above 0"
+    if all(0 <= x <= 1 and (x > 0 or name == "mean") for x in value):
+        return
+    typed = " ".join(f"{x:g}" for x in value)
+    hint = ""
+    if all(0 <= x <= 255 for x in value) and max(value) > 1:
+        hint = f" Of 0..255 they are {flag_of(name)} {' '.join(f'{x / 255:.3g}' for x in value)}."
+    raise InputError(
+        f"{flag_of(name)} {typed} must be numbers {least} to 1, for pixels of 0..1.{hint}"
+    )
 
 
 def _check_schedule(rate: RateOptions) -> None:

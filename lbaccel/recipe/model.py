@@ -57,6 +57,8 @@ def build_model(
         drop_rate=options.drop_rate,
         drop_path=options.drop_path,
     )
+    if options.pretrained and load_weights and options.head_init == "zero":
+        _start_new_classifier(model, num_classes, say=say)
     if bn_momentum is not None:
         _set_bn_momentum(model, bn_momentum, options.model)
     if size is None:
@@ -91,6 +93,40 @@ def build_model(
     say(f"images: {size} px ({origin}), {shown}")
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": options.model, "num_classes": num_classes}
+
+
+def _start_new_classifier(model: nn.Module, num_classes: int, *, say: Say) -> None:
+    """Zero the layer that gives the logits, where it is not the pretrained one.
+
+    All logits are then 0, and the first loss is ln(classes) (Kolesnikov et al. 2020, "Big
+    Transfer"; Dosovitskiy et al. 2021, section 3.2), whatever a network draws its classifier from.
+    """
+    config: Any = getattr(model, "pretrained_cfg", {})
+    if config.get("num_classes") == num_classes:  # where timm keeps the pretrained one
+        return
+    last = _logit_layers(model, num_classes)
+    for layer in last:
+        for parameter in layer.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+    if last:
+        say(f"classifier: new, for {num_classes} classes, all zero (--head-init model: as drawn)")
+    else:
+        say(f"classifier: new, for {num_classes} classes, as the model draws it")
+
+
+def _logit_layers(model: nn.Module, num_classes: int) -> list[nn.Module]:
+    """The last linear layer, or 1 x 1 convolution, of each classifier that timm names."""
+    getter: Any = getattr(model, "get_classifier", lambda: None)
+    found = getter()
+    last = []
+    for classifier in found if isinstance(found, (tuple, list)) else [found]:
+        layers = [
+            layer
+            for layer in (classifier.modules() if isinstance(classifier, nn.Module) else ())
+            if num_classes in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))
+        ]
+        last += layers[-1:]
+    return last
 
 
 def _set_bn_momentum(model: nn.Module, momentum: float, name: str) -> None:

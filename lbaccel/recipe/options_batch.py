@@ -35,6 +35,13 @@ class ModelOptions:
     model: str = option("resnet10t", str, "any timm model")
     pretrained: bool = option(False, switch, "start from timm's weights, or from --checkpoint")
     checkpoint: str | None = option(None, str, "weights file (.safetensors, .pth) to start from")
+    head_init: str = option(
+        "zero",
+        str,
+        "where a pretrained model gets a new classifier: zero, or model (as timm draws it)",
+        choices=("zero", "model"),
+        reads_with=(ReadWith("pretrained", one_of(True), "Use --pretrained"),),
+    )
     num_classes: int | None = option(None, whole, "outputs", shown="the data's classes")
     drop_rate: float = option(0.0, float, "dropout before the classifier, probability")
     drop_path: float = option(0.0, float, "stochastic depth, probability")

@@ -17,6 +17,7 @@ from lbaccel.data.augment import GroupMix
 from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
+from lbaccel.data.shared_files import shared_files
 from lbaccel.data.sources import Source, open_source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
@@ -27,6 +28,7 @@ from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import on_each_rank
+from lbaccel.text import printable
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
@@ -75,6 +77,8 @@ def build_task(
         check_alike(accelerator, {f"{key} of --data": value for key, value in same.items()})
     say(f"data: {source.description}")
     check_read_from_data(s, source)
+    if accelerator.is_main_process and load_weights:  # a resume has said it
+        _warn_of_shared_files(source, say=say)
     num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)
     model, preprocessing = build_model(
         s.model,
@@ -132,8 +136,25 @@ def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> 
     return source
 
 
+def _warn_of_shared_files(source: Source, *, say: Say) -> None:
+    if same := shared_files(source):
+        (val, train), count = same[0], len(same)
+        are = "is a training image" if count == 1 else "are training images"
+        say(
+            f"warning: {count} of {len(source.val)} validation images {are} too, byte for byte "
+            f"(as {printable(val)} and {printable(train)}), so validation looks better than new "
+            "images will. Take them out of one of the two."
+        )
+
+
 def _num_classes(asked: int | None, source: Source, *, data: str) -> int:
     there = len(source.train.classes)
+    if there < 2:
+        (only,) = source.train.classes
+        raise InputError(
+            f"--data {data} has one class, {only!r}: there is nothing to tell apart. Give the "
+            "folder that holds a sub-folder for each class."
+        )
     if asked is not None and asked < there:
         raise InputError(
             f"--num-classes {asked} is below the {there} classes of {data}. Leave it out, or give "
