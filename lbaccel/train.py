@@ -159,7 +159,7 @@ def fit(t: Training, progress: Progress) -> str | None:
             result = t.large_batch.update(update, t.task.loss_fn)
             if result.applied or result.dropped:
                 log_update(t, result, lr=lr, seconds=time.perf_counter() - before)
-                note = t.log.notices.after_update(result.loss, result.num_samples)
+                note = t.log.notices.after_update(result.loss, result.num_samples, lr=lr)
                 if note is not None:
                     progress.note(f"update {result.num_updates}: {note}")
             else:

@@ -10,6 +10,7 @@ from typing import Any
 ABOVE_CHANCE = 1.5  # nats above ln(classes): a fresh head's first loss is near ln(classes)
 TIMES_BEST = 2.0
 WINDOW = 256.0  # samples; an update of more has little noise
+_NUMBERS = ("sum", "weight", "best", "highest", "stable")  # of the state
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,20 @@ class LossNotices:
         s_u = w s_(u-1) + (1 - w) l_u,  divided by 1 - w^u
 
     diverges where s_u > max(2 min_v s_v, ln(classes) + 1.5). The first loss is far above chance
-    where l_1 > ln(classes) + 1.5.
+    where l_1 > ln(classes) + 1.5. The stable rate of the run itself is the largest of the updates
+    that led to the best s_u.
 
-    >>> facts = Circumstances(10, 32, None, False, False, 0.1)
-    >>> notices = LossNotices(facts)
-    >>> [notices.after_update(loss, 512) is None for loss in (2.3, 1.9, 18.0, 197.0)]
-    [True, True, False, True]
+    >>> notices = LossNotices(Circumstances(10, 32, None, False, False, 0.1))
+    >>> warmup = [(2.3, 0.02), (1.9, 0.04), (1.8, 0.08), (18.0, 0.1), (197.0, 0.1)]
+    >>> (text,) = filter(None, (notices.after_update(l, 512, lr=r) for l, r in warmup))
+    >>> text[:80]
+    'the loss diverges: rates up to 0.04 brought it down to 1.9, and it is 10.5 after'
     """
 
     def __init__(self, facts: Circumstances) -> None:
         self.facts = facts
         self.sum, self.weight, self.best = 0.0, 0.0, math.inf
+        self.highest = self.stable = 0.0  # rates of all updates, and of those that led to the best
         self.said: list[str] = []
 
     @property
@@ -50,18 +54,23 @@ class LossNotices:
         """The loss of a network that knows nothing."""
         return math.log(max(2, self.facts.num_classes))
 
-    def after_update(self, loss: float, num_samples: int) -> str | None:
-        """Take the loss of an update in; a sentence where there is something to say."""
+    def after_update(self, loss: float, num_samples: int, *, lr: float) -> str | None:
+        """Take the loss of an update in, which its step of rate `lr` followed.
+
+        Returns a sentence where there is something to say.
+        """
         first = self.weight == 0.0
         past = max(0.5, 1.0 - num_samples / WINDOW)
         self.sum = past * self.sum + (1 - past) * loss
         self.weight = past * self.weight + (1 - past)
         smoothed = self.sum / self.weight
-        self.best = min(self.best, smoothed)
+        if smoothed < self.best:
+            self.best, self.stable = smoothed, self.highest
+        before, self.highest = self.highest, max(self.highest, lr)
         if first and loss > self.chance + ABOVE_CHANCE:
             return self._once("first", self._of_the_first(loss))
         if not first and smoothed > max(TIMES_BEST * self.best, self.chance + ABOVE_CHANCE):
-            return self._once("diverges", self._of_divergence(smoothed))
+            return self._once("diverges", self._of_divergence(smoothed, before))
         return None
 
     def _once(self, what: str, text: str) -> str | None:
@@ -91,19 +100,26 @@ class LossNotices:
             "within it."
         )
 
-    def _of_divergence(self, smoothed: float) -> str:
+    def _of_divergence(self, smoothed: float, highest: float) -> str:
+        share = self.stable / highest if highest else 1.0
+        if 0 < share < 0.9:
+            found = f"rates up to {self.stable:.3g} brought it down to {self.best:.3g}"
+        else:
+            found, share = f"it was {self.best:.3g} at its best", 0.25
         return (
-            f"the loss diverges: it was {self.best:.3g} at its best and is {smoothed:.3g}. Stop "
-            f"the run and give a lower rate, such as --base-lr {self.facts.base_lr / 4:.3g}, or "
+            f"the loss diverges: {found}, and it is {smoothed:.3g} after rates up to "
+            f"{highest:.3g}. Stop the run and give --base-lr {self.facts.base_lr * share:.2g}, or "
             "--clip-grad-norm 1; lbaccel lr-find with the same settings measures the largest "
             "stable rate. It is said once."
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"sum": self.sum, "weight": self.weight, "best": self.best, "said": list(self.said)}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return {**numbers, "said": list(self.said)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self.sum, self.weight = float(state["sum"]), float(state["weight"])
-        self.best, self.said = float(state["best"]), [str(word) for word in state["said"]]
+        for name in _NUMBERS:
+            setattr(self, name, float(state.get(name, 0.0)))  # no rates before 0.2
+        self.said = [str(word) for word in state["said"]]

@@ -12,9 +12,13 @@ from lbaccel.runs.notices import Circumstances, LossNotices
 PLAIN = Circumstances(10, 224, None, False, False, 0.1)
 
 
-def said(losses, facts=PLAIN, num_samples=512):
+def said(losses, facts=PLAIN, num_samples=512, rates=None):
     notices = LossNotices(facts)
-    return [notices.after_update(loss, num_samples) for loss in losses]
+    rates = rates or [0.1] * len(losses)
+    return [
+        notices.after_update(loss, num_samples, lr=lr)
+        for loss, lr in zip(losses, rates, strict=True)
+    ]
 
 
 def test_a_loss_that_grows_tenfold_is_said_once_with_a_rate_to_type():
@@ -22,6 +26,29 @@ def test_a_loss_that_grows_tenfold_is_said_once_with_a_rate_to_type():
     texts = [text for text in found if text is not None]
     assert len(texts) == 1 and found.index(texts[0]) == 3
     assert "it was 2" in texts[0] and "--base-lr 0.025" in texts[0] and "lr-find" in texts[0]
+
+
+def test_the_rate_to_type_is_the_largest_that_the_run_bore():
+    """The step of 0.05 came before the best loss, and that of 0.1 after it: half the base rate."""
+    losses, rates = [2.3, 2.1, 1.9, 1.7, 18.0], [0.01, 0.03, 0.05, 0.1, 0.1]
+    (text,) = filter(None, said(losses, rates=rates))
+    assert "rates up to 0.05 brought it down to 1." in text and "after rates up to 0.1." in text
+    assert "give --base-lr 0.05, or" in text
+
+
+def test_a_rate_that_was_borne_and_then_was_not_is_quartered():
+    (text,) = filter(None, said([2.3, 1.5, 1.0, 0.8, 30.0]))
+    assert "it was 1.05 at its best" in text and "give --base-lr 0.025, or" in text
+
+
+def test_the_stable_rate_is_kept_over_a_resume():
+    first = LossNotices(PLAIN)
+    for loss, lr in ((2.3, 0.01), (2.1, 0.05), (1.9, 0.1)):
+        assert first.after_update(loss, 512, lr=lr) is None
+    resumed = LossNotices(PLAIN)
+    resumed.load_state_dict(first.state_dict())
+    texts = [notices.after_update(30.0, 512, lr=0.1) for notices in (first, resumed)]
+    assert texts[0] == texts[1] and "--base-lr 0.05, or" in texts[0]
 
 
 @pytest.mark.parametrize("losses", [
@@ -52,10 +79,11 @@ def test_the_first_loss_far_above_chance_names_the_likely_causes():
 
 def test_a_resumed_run_says_nothing_twice():
     notices = LossNotices(PLAIN)
-    assert notices.after_update(2.0, 512) is None and notices.after_update(50.0, 512)
+    assert notices.after_update(2.0, 512, lr=0.1) is None
+    assert notices.after_update(50.0, 512, lr=0.1)
     resumed = LossNotices(PLAIN)
     resumed.load_state_dict(notices.state_dict())
-    assert resumed.after_update(80.0, 512) is None
+    assert resumed.after_update(80.0, 512, lr=0.1) is None
 
 
 def test_a_run_that_diverges_prints_it(tmp_path, capsys, monkeypatch):
