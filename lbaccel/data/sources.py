@@ -43,6 +43,7 @@ class Source:
     num_channels: int
     description: str
     held_out: bool = True  # the validation set is a share of the data, not one of their own
+    test: ImageArray | ImageFiles | None = None  # never touched by training
 
 
 class _Halves(NamedTuple):
