@@ -4,8 +4,8 @@ python benchmarks/refusal_campaign.py [--faults 500] [--seed 0] [--json FILE]
 
 A run of a small network on a folder of digits is stopped half way. Then come faults, one at a time,
 on copies of it: its data or its `config.yaml` is changed, a second process starts it, a rank
-differs in a setting or in its data, a loader's worker is killed, memory runs out in validation or
-in saving, a line of its metrics is damaged, a validation image can't be read. Each start is the
+differs in a setting or in its data, a loader's worker or the launcher is killed, memory runs out in
+validation or in saving, a line of its metrics is damaged, a validation image can't be read. Each start is the
 command line of the recipe (`lbaccel.train.main`) in processes of its own, forked from one that has
 torch.
 
@@ -20,8 +20,10 @@ import argparse
 import collections
 import contextlib
 import json
+import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -46,6 +48,7 @@ from forks import Outcome, run_forked
 from runs_out import OUT
 
 from lbaccel import train
+from lbaccel.recipe import launcher_watch
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import ADDED
 from lbaccel.runs import session as run_session
@@ -309,12 +312,37 @@ def image_unreadable(
     return start(place, ranks=rng.choice((1, 2))), lambda: file.write_bytes(content)
 
 
+def launcher_killed(place: Place, rng: random.Random) -> tuple[list[Outcome], Callable[[], object]]:
+    """The parent of one or two ranks is killed; they must end by themselves."""
+    phase = rng.choice(("forward", "backward", "after the update", "evaluation"))
+    ranks, call = rng.choice((1, 2)), rng.randint(1, 3)
+
+    def before(rank: int) -> None:
+        os.environ["TORCHELASTIC_RUN_ID"] = "campaign"
+        launcher_watch.PARENT = os.getppid()
+        if rank == 0:
+            faults.install(phase, call, lambda: os.kill(os.getppid(), signal.SIGKILL))
+
+    reader, writer = os.pipe()  # the ranks have it open, and their workers
+    with os.fdopen(reader, "rb") as alive:
+        launcher = multiprocessing.get_context("fork").Process(
+            target=start, args=(place,), kwargs={"ranks": ranks, "before": before}
+        )
+        launcher.start()
+        os.close(writer)
+        launcher.join(TIMEOUT)
+        if not select.select([alive], [], [], TIMEOUT)[0]:
+            raise TimeoutError(f"{ranks} ranks go on without their launcher, killed in {phase}")
+    return [Outcome(launcher.exitcode or 0, 0, "")], nothing
+
+
 KINDS: dict[str, Fault] = {
     "data changed": data_changed,
     "config edited": config_edited,
     "two starters": two_starters,
     "rank differs": rank_differs,
     "worker killed": worker_killed,
+    "launcher killed": launcher_killed,
     "out of memory outside the update": out_of_memory,
     "metrics damaged": metrics_damaged,
     "validation image unreadable": image_unreadable,
