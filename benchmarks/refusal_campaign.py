@@ -5,9 +5,9 @@ python benchmarks/refusal_campaign.py [--faults 500] [--seed 0] [--json FILE]
 A run of a small network on a folder of digits is stopped half way. Then come faults, one at a time,
 on copies of it: its data or its `config.yaml` is changed, a second process starts it, a rank
 differs in a setting or in its data, a loader's worker or the launcher is killed, memory runs out in
-validation or in saving, a line of its metrics is damaged, a validation image can't be read. Each start is the
-command line of the recipe (`lbaccel.train.main`) in processes of its own, forked from one that has
-torch.
+validation or in saving, a line of its metrics is damaged, a validation image can't be read. Each
+start is the command line of the recipe (`lbaccel.train.main`) in processes of its own, forked from
+one that has torch.
 
 A start passes where it ends with exit code 0 and the result of the run in peace (to 1e-9: two ranks
 round otherwise); or with another code and a sentence, no traceback, and a run that then goes on to
