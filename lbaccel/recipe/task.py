@@ -17,7 +17,7 @@ from lbaccel.data.augment import GroupMix
 from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
-from lbaccel.data.shared_files import shared_files
+from lbaccel.data.same_files import shared_files
 from lbaccel.data.sources import Source, open_source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lbaccel.data import shared_files as module
-from lbaccel.data.shared_files import shared_files
+from lbaccel.data import same_files as module
+from lbaccel.data.same_files import groups_of_same_bytes, shared_files
 from lbaccel.data.sources import open_source
 
 
@@ -85,3 +85,15 @@ def test_large_folders_and_images_in_memory_are_not_looked_at(photos, monkeypatc
     assert len(found_in(photos)) == 1
     monkeypatch.setattr(module, "MOST_FILES", 13)
     assert found_in(photos) == []
+
+
+def test_equal_files_are_grouped_in_the_order_given(photos):
+    a, b = photos / "train/cat/0.bmp", photos / "train/cat/1.bmp"
+    copies = [photos / f"{name}.bmp" for name in ("a1", "a2", "b1")]
+    for copy, of in zip(copies, (a, a, b), strict=True):
+        shutil.copy(of, copy)
+    empty = [photos / "empty1", photos / "empty2"]
+    for path in empty:
+        path.touch()
+    given = [copies[0], a, *empty, b, copies[2], copies[1], photos / "absent"]
+    assert groups_of_same_bytes(given) == [[copies[0], a, copies[1]], [b, copies[2]], empty]

@@ -1,0 +1,78 @@
+"""Image files that are equal byte for byte."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lbaccel.data.images import folder_of
+from lbaccel.data.sources import Source
+
+MOST_FILES = 20_000  # of both sets together: above, the look itself takes long
+_FIRST_BYTES = 2**16
+
+
+def groups_of_same_bytes(paths: Iterable[Path]) -> list[list[Path]]:
+    """The files that are equal to another of them, group by group, each in the order given.
+
+    A file whose size no other has is never read, and of the others the first 64 KiB are; whole
+    files are compared where these agree. A file that can't be read is equal to none.
+    """
+    found = []
+    for of_size in _alike(paths, _size):
+        for of_start in _alike(of_size, _start):
+            found += [group for group in _equal(of_start) if len(group) > 1]
+    filecmp.clear_cache()
+    return found
+
+
+def shared_files(source: Source) -> list[tuple[str, str]]:
+    """Name of each validation image that is a training image too, with the name of that one.
+
+    Folders of more than `MOST_FILES` images, parquet files and images in memory are not looked at.
+    """
+    train, val = folder_of(source.train), folder_of(source.val)
+    if train is None or val is None or len(source.train) + len(source.val) > MOST_FILES:
+        return []
+    names = {train / name: name for name in source.train.names}
+    of_val = {val / name: name for name in source.val.names}
+    found = []
+    for group in groups_of_same_bytes([*names, *of_val]):
+        twin = next((names[path] for path in group if path in names), None)
+        if twin is not None:
+            found += [(of_val[path], twin) for path in group if path in of_val]
+    return found
+
+
+def _alike(paths: Iterable[Path], key: Callable[[Path], object]) -> list[list[Path]]:
+    groups: dict[object, list[Path]] = defaultdict(list)
+    for path in paths:
+        try:
+            groups[key(path)].append(path)
+        except OSError:  # who decodes it says so
+            continue
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _equal(paths: Iterable[Path]) -> list[list[Path]]:
+    groups: list[list[Path]] = []
+    for path in paths:
+        same = (g for g in groups if filecmp.cmp(g[0], path, shallow=False))
+        group = next(same, None)
+        if group is None:
+            groups.append([path])
+        else:
+            group.append(path)
+    return groups
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(_FIRST_BYTES)).digest()
