@@ -32,10 +32,9 @@ from lbaccel import train
 
 TRAIN, VAL = 51, 40  # images a class of each data set
 RATES = {
-    ("momentum", "32"): (0.01, 0.003, 0.001, 0.03),
-    ("momentum", "frozen"): (0.01, 0.003, 0.001),
-    ("adamw", "32"): (1e-4, 1e-3, 3e-4),
-    ("adamw", "frozen"): (1e-4, 1e-3, 3e-4),
+    ("momentum", "frozen"): (0.01, 0.003, 0.03),
+    ("momentum", "32"): (0.01, 0.003, 0.03),
+    ("adamw", "frozen"): (3e-4, 1e-4, 1e-3),
 }
 NETWORKS = {"mobilenetv2_100": 96, "tf_efficientnet_lite0": 96, "resnet10t": 64}  # px
 

@@ -14,6 +14,10 @@ from lbaccel.runs.columns import columns
 # `main(argv)`, since launchers start it by itself; all others have `add_arguments` and `run`.
 COMMANDS = {
     "train": ("train", "train or finetune a timm backbone at a global batch that does not fit"),
+    "start": (
+        "commands.start",
+        "from a folder of photographs to a recipe, with a first figure on the way",
+    ),
     "schedule": (
         "commands.schedule",
         "a batch-size schedule: batch, learning rate and updates from each epoch on",

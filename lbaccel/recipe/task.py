@@ -79,7 +79,7 @@ def build_task(
     check_read_from_data(s, source)
     if accelerator.is_main_process and load_weights:  # a resume has said it
         _warn_of_shared_files(source, say=say)
-    num_classes = _num_classes(s.model.num_classes, source, data=s.data.data)
+    num_classes = num_classes_of(s.model.num_classes, source, data=s.data.data)
     model, preprocessing = build_model(
         s.model,
         s.data,
@@ -147,7 +147,12 @@ def _warn_of_shared_files(source: Source, *, say: Say) -> None:
         )
 
 
-def _num_classes(asked: int | None, source: Source, *, data: str) -> int:
+def num_classes_of(asked: int | None, source: Source, *, data: str) -> int:
+    """Outputs of the network: those asked for, or one for each class of the data.
+
+    Raises:
+        InputError: one class alone, or more classes than outputs.
+    """
     there = len(source.train.classes)
     if there < 2:
         (only,) = source.train.classes

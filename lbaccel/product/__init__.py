@@ -1,0 +1,1 @@
+"""From images to a model that one can judge, use and hand on."""
