@@ -22,7 +22,7 @@ _SHOWN = 3  # names in a line
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds. Names are those of the files below their folder.
+    """The facts of a folder of images. Names are those of the files below their folder.
 
     Attributes:
         counts: training images of each class.
@@ -57,7 +57,7 @@ class Scan:
         return max(self.counts.values()) / max(1, min(self.counts.values()))
 
     def lines(self) -> list[str]:
-        """What a reader should know, and nothing where all is well."""
+        """Sentences for the user, warnings only where something is wrong."""
         return list(self._lines())
 
     def _lines(self) -> Iterator[str]:

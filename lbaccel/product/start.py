@@ -42,7 +42,7 @@ _WRITTEN = "# written by lbaccel start"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ReasonedValue:
     """The value of an option, and why."""
 
     name: str
@@ -64,7 +64,7 @@ class Start:
 
     settings: Settings
     scan: Scan
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[ReasonedValue] = field(default_factory=list)
     first: FirstFigure | None = None
     seconds: float | None = None
 
@@ -72,7 +72,7 @@ class Start:
         """Take a value, unless the user gave one."""
         if name in self.settings.given:
             return
-        self.choices.append(Choice(name, value, reason))
+        self.choices.append(ReasonedValue(name, value, reason))
         self.settings = layered(self.settings, {name: value}, origin="start")
 
     def command(self) -> str:
@@ -270,7 +270,7 @@ def _lower_the_rate(found: Start, tested: LrRange, *, say: Say) -> None:
         found.choices = [c for c in found.choices if c.name != "base_lr"]
         found.settings = layered(found.settings, {"base_lr": suggested}, origin="start")
         found.choices.append(
-            Choice("base_lr", suggested, f"the range test bore {largest:.2g}, not {rate:g}")
+            ReasonedValue("base_lr", suggested, f"the range test bore {largest:.2g}, not {rate:g}")
         )
     else:
         say(f"warning: --base-lr {rate:g} is above {largest:.2g}, which the range test bore")

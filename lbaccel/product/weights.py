@@ -92,7 +92,7 @@ def _cached(config: PretrainedCfg) -> str | None:
         if isinstance(found, str):
             return f"timm's weights in {found}"
     if config.url:
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(config.url).name)
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(str(config.url)).name)
         if file.is_file():
             return f"timm's weights in {file}"
     return None
