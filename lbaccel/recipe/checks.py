@@ -16,7 +16,7 @@ from lbaccel.recipe.options import OPTIONS, Settings, is_read
 from lbaccel.recipe.options_training import RateOptions
 from lbaccel.recipe.rate import check_reference, check_scaling
 from lbaccel.recipe.values import Option, flag_of, shown
-from lbaccel.runs.tracking import TRACKERS
+from lbaccel.runs.other_trackers import check_tracker
 from lbaccel.update.memory.budget import parse_memory
 
 Checked = NewType("Checked", Settings)
@@ -45,8 +45,7 @@ def checked(settings: Settings) -> Checked:
     if settings.batch.memory is not None:
         parse_memory(settings.batch.memory)
     for tracker in settings.run.log_with:
-        if tracker not in TRACKERS:
-            raise InputError(f"--log-with {tracker} is not one of {', '.join(TRACKERS)}.")
+        check_tracker(tracker, where="--log-with")
     if settings.batch.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
     if settings.run.resume is None:  # a run of before may hold what is refused now

@@ -262,7 +262,11 @@ class RunOptions:
         private=True,
     )
     log_with: tuple[str, ...] = option(
-        ("run_folder", "wandb"), words, "trackers: run_folder, wandb", contract=False, private=True
+        ("run_folder", "wandb"),
+        words,
+        "trackers: run_folder, wandb, and any of accelerate's, such as tensorboard",
+        contract=False,
+        private=True,
     )
     wandb_project: str = option(
         "lbaccel", str, "wandb project", contract=False, private=True, reads_with=(_WANDB,)

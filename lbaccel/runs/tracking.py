@@ -30,11 +30,11 @@ from lbaccel.runs.folder import (
 )
 from lbaccel.runs.lock import give_back, take
 from lbaccel.runs.metric_lines import content, faults, next_number, numbered, read_lines
+from lbaccel.runs.other_trackers import OURS, check_tracker, make_tracker, store_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TRACKERS = ("run_folder", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -227,14 +227,14 @@ def start_trackers(
     run: Path,
     *,
     config: Mapping[str, Any],
-    log_with: tuple[str, ...] = TRACKERS,
+    log_with: tuple[str, ...] = OURS,
     project: str = "lbaccel",
     group: str | None = None,
     name: str | None = None,
     tags: Iterable[str] = (),
     mode: str | None = None,
 ) -> str | None:
-    """Start the run folder and wandb side by side behind `accelerator.log(values, step=update)`.
+    """Start the trackers side by side behind `accelerator.log(values, step=update)`.
 
     Call it on every rank, once, with a bare `Accelerator()`; only the main process opens files.
     Where `<run>/wandb` holds an earlier run (resume), wandb goes on under its id. Trackers that
@@ -245,37 +245,34 @@ def start_trackers(
 
     Raises:
         InputError: an unknown tracker or wandb mode, or trackers that have been started before.
-        RunFailed: wandb could not start.
+        RunFailed: a tracker could not start.
     """
-    unknown = [tracker for tracker in log_with if tracker not in TRACKERS]
-    if unknown:
-        raise InputError(
-            f"log_with={unknown[0]!r} is not one of {', '.join(TRACKERS)}. Other trackers of "
-            f"Accelerate go into your own Accelerator(log_with=...)."
-        )
+    for tracker in log_with:
+        check_tracker(tracker, where="log_with")
     if accelerator.trackers:
         raise InputError("start_trackers() was called twice for one Accelerator. Call it once.")
     chosen, reason = wandb_mode(mode) if "wandb" in log_with else ("disabled", "not in log_with")
     if not accelerator.is_main_process:
         return None
-    ours: list[GeneralTracker] = []
+    others = [make_tracker(t, run=run, project=project) for t in log_with if t not in OURS]
+    ours: list[GeneralTracker] = [*others]
     if chosen != "disabled":
         names = {"group": group, "name": name or run.name, "tags": list(tags)}
         ours.append(_WandB(project, config=plain(config), **names, **_wandb(run, chosen)))
     if "run_folder" in log_with:  # last: it has no file open where wandb cannot start
         ours.append(RunFolderTracker(project, run=run))
-    others = [tracker for tracker in accelerator.log_with if str(tracker) not in TRACKERS]
-    accelerator.log_with = [*others, *ours]
+    given = [t for t in accelerator.log_with if str(t) not in (*OURS, *log_with)]
+    accelerator.log_with = [*given, *ours]
     try:
         accelerator.init_trackers(project)
+        for tracker in others:
+            store_settings(tracker, config)
     except Exception as error:
-        if not type(error).__module__.startswith("wandb"):
+        failed = _not_started(error, others, wandb=f"{chosen}: {reason}")
+        if failed is None:
             raise
         accelerator.trackers.clear()  # end_training() would finish what has not begun
-        raise RunFailed(
-            f"wandb ({chosen}: {reason}) did not start: {error}. "
-            f"Use wandb mode offline and upload later with wandb sync."
-        ) from error
+        raise failed from error
     if chosen == "disabled":
         return f"wandb: disabled ({reason})." if "wandb" in log_with else None
     wandb_run: Any = accelerator.get_tracker("wandb", unwrap=True)
@@ -287,6 +284,23 @@ def start_trackers(
     return (
         f"wandb: offline ({reason}). This run: {folder}; "
         f"upload later with: wandb sync {shlex.quote(str(folder))}"
+    )
+
+
+def _not_started(error: Exception, others: list[GeneralTracker], *, wandb: str) -> RunFailed | None:
+    """A sentence where the error is a tracker's own; None where it is ours."""
+    if type(error).__module__.startswith("wandb"):
+        return RunFailed(
+            f"wandb ({wandb}) did not start: {error}. "
+            f"Use wandb mode offline and upload later with wandb sync."
+        )
+    if not others or isinstance(error, (InputError, RunFailed)):
+        return None
+    names = " or ".join(str(getattr(tracker, "name", "tracker")) for tracker in others)
+    reason = " ".join(str(error).split())[:300]
+    return RunFailed(
+        f"{names} did not start ({type(error).__name__}: {reason}). Set it up, or leave it out of "
+        "--log-with."
     )
 
 

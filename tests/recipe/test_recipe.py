@@ -463,7 +463,7 @@ def test_a_batch_above_a_tiny_set_runs_without_another_flag_and_its_norm_is_chec
         ("--model test_vit --img-size 16 --norm-batch-size frozen", "test_vit has no BatchNorm"),
         ("--data folder:", "data='folder:' is none of"),
         ("--val-fraction 0", "val_fraction=0.0 is not between 0 and 1"),
-        ("--log-with tensorboard", "tensorboard is not one of run_folder, wandb"),
+        ("--log-with tensorbord", "tensorbord is not one of run_folder, wandb"),
         ("--wandb-mode on", "--wandb-mode='on' is not one of online"),
         ("--output taken", "output='taken' cannot hold run folders"),
         ("--output taken/deep", "output='taken/deep' cannot hold run folders"),

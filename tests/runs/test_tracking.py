@@ -247,7 +247,7 @@ def test_an_unknown_mode_names_where_it_came_from(monkeypatch):
 
 
 def test_an_unknown_tracker_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="log_with='tensorbord' is not one of run_folder, wandb"):
+    with pytest.raises(InputError, match="log_with tensorbord is not one of run_folder, wandb"):
         start_trackers(Accelerator(cpu=True), tmp_path, config={}, log_with=("tensorbord",))
 
 
