@@ -281,9 +281,10 @@ def start_trackers(
     if chosen == "online":
         return f"wandb: online ({reason}). This run: {wandb_run.url}"
     folder = Path(wandb_run.dir).parent
+    # the folder of all parts: alone, a later one would replace what an earlier one had uploaded
     return (
         f"wandb: offline ({reason}). This run: {folder}; "
-        f"upload later with: wandb sync {shlex.quote(str(folder))}"
+        f"upload later with: wandb sync {shlex.quote(str(folder.parent))}"
     )
 
 

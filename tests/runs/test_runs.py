@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def test_folder_and_wandb_offline_give_equal_histories(tmp_path, wandb_in_tmp, c
         (folder,) = (run / "wandb").glob("offline-run-*")
         assert line == (
             f"wandb: offline (requested). This run: {folder}; "
-            f"upload later with: wandb sync {folder}"
+            f"upload later with: wandb sync {run / 'wandb'}"
         )
     assert capfd.readouterr() == ("", ""), "wandb is not quiet"
 
@@ -83,11 +85,17 @@ def test_a_resumed_run_is_one_run_in_both_sources(tmp_path, wandb_in_tmp):
     config = {"global_batch_size": 8, "seed": 5}
     write_config(run, config)
     train(run, range(1, 5), config=config)
-    train(run, range(3, 7), config=config)  # back to the checkpoint of update 2
+    line = train(run, range(3, 7), config=config)  # back to the checkpoint of update 2
     assert len(list((run / "wandb").glob("offline-run-*"))) == 2
     by_folder, by_wandb = load_run(run), load_run(run / "wandb")
     assert by_folder.history == by_wandb.history
     assert [point.update for point in by_folder.history["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    # the printed line uploads both parts; wandb does those of one id in order of their start
+    typed = shlex.split(line.partition("upload later with: ")[2])
+    assert typed[:2] == ["wandb", "sync"]
+    entry = [sys.executable, "-m", "wandb", "sync", "--dry-run", *typed[2:]]
+    done = subprocess.run(entry, capture_output=True, text=True, timeout=120, check=True)
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
 
 
 def test_a_wandb_folder_with_two_runs_asks_for_one(tmp_path):
