@@ -141,3 +141,4 @@ many_below_one = BoundedList(below_one)
 # whole ones are told from others by the schedule that reads them: a saved 64.0 is 64
 many_sizes = BoundedList(Bounded("a whole number from 1 to 2^53", low=1, high=MOST))
 epochs_from_zero = Bounded(f"a number from 0 to {MOST_EPOCHS:,.0f}", low=0, high=MOST_EPOCHS)
+many_from_zero = BoundedList(epochs_from_zero)  # the setting itself says why none is 0

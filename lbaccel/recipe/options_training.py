@@ -186,7 +186,7 @@ class OptimizerOptions:
     )
     loss_dropout: tuple[float, ...] = option(
         (),
-        bounds.many_epochs,
+        bounds.many_from_zero,
         "first and last epoch in which an update of lower loss than the one before is dropped",
         shown="off",
         over_time=True,
