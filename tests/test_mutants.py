@@ -928,9 +928,9 @@ MUTANTS = {
         "tests/commands/test_flags.py::test_a_number_that_is_nothing_at_all_is_always_refused",
     ),
     "a flag reads a number without bounds": (
-        "commands.lr_find",
-        'type=bounds.positive, metavar="LR", help=f"first',
-        'type=float, metavar="LR", help=f"first',
+        "commands.compare",
+        "type=bounds.finite",
+        "type=float",
         "tests/commands/test_flags.py::test_no_flag_reads_a_number_without_bounds",
     ),
     "transfer moves the values of an optimizer that there is not": (
