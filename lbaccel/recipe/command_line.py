@@ -48,12 +48,12 @@ class CommandParser(argparse.ArgumentParser):
         self._lists = lists or f"{self.prog} --help lists all of its flags."
         self._typed: list[str] = []
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; the words are kept, so that an error can look at them."""
         self._typed = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The values of the arguments.
 
         Raises:
