@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
+from lbaccel.errors import brief
+from lbaccel.recipe.command_line import CommandParser
 from lbaccel.recipe.ending import ending
+from lbaccel.recipe.values import nearest_word
 from lbaccel.runs.columns import columns
 
 # subcommand: its module, imported when it is called, and its line in the help. `train` has a
@@ -95,8 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"lbaccel {__version__}")
         return 0
-    print(f"error: no command {command!r}.\n\n{usage()}", end="", file=sys.stderr)
+    near = nearest_word(command, COMMANDS)
+    print(f"error: no command {brief(command)}.{near} lbaccel --help lists them.", file=sys.stderr)
     return 2
+
+
+def parser_of(name: str) -> CommandParser:
+    """The parser of a command other than `train`, whose own is `recipe.settings.make_parser`."""
+    parser = CommandParser(prog=f"lbaccel {name}")
+    _module(name).add_arguments(parser)
+    return parser
+
+
+def _module(name: str) -> Any:
+    return import_module(f"lbaccel.{COMMANDS[name][0]}")
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -105,12 +120,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     A command whose `add_arguments` sets a default for `recipe_flags` is given all the flags there
     that it does not declare itself.
     """
-    command = import_module(f"lbaccel.{COMMANDS[name][0]}")
-    parser = argparse.ArgumentParser(prog=f"lbaccel {name}", allow_abbrev=False)
-    command.add_arguments(parser)
+    parser = parser_of(name)
     known, rest = parser.parse_known_args(arguments)
     if hasattr(known, "recipe_flags"):
         known.recipe_flags = rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return command.run(known)
+        parser.refuse(rest, known)
+    return _module(name).run(known)

@@ -55,6 +55,8 @@ NO_TORCH = (  # those without numpy first
     "update.loss_dropout",
     "recipe.growth",
     "recipe.values",
+    "recipe.bounds",
+    "recipe.command_line",
     "recipe.options",
     "recipe.options_batch",
     "recipe.options_training",

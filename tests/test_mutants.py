@@ -915,6 +915,36 @@ MUTANTS = {
         "tests/data/test_sources.py::"
         "test_a_folder_that_can_not_be_read_is_named_and_not_taken_for_an_empty_one",
     ),
+    "a usage dump is printed in place of a sentence": (
+        "recipe.command_line",
+        "        raise InputError(self._sentence(message))\n",
+        "        super().error(message)\n",
+        "tests/recipe/test_command_line.py::test_an_error_is_one_sentence",
+    ),
+    "a number of infinite size is within every bound": (
+        "recipe.bounds",
+        "math.isfinite(value) and self.holds(value)",
+        "self.holds(value)",
+        "tests/commands/test_flags.py::test_a_number_that_is_nothing_at_all_is_always_refused",
+    ),
+    "a flag reads a number without bounds": (
+        "commands.compare",
+        "type=bounds.finite",
+        "type=float",
+        "tests/commands/test_flags.py::test_no_flag_reads_a_number_without_bounds",
+    ),
+    "transfer moves the values of an optimizer that there is not": (
+        "commands.transfer",
+        '        check_known(given["optimizer"])\n',
+        "        pass\n",
+        "tests/commands/test_flags.py::test_a_command_says_in_one_line_why_it_does_not_start",
+    ),
+    "-inf is taken for a flag": (
+        "recipe.command_line",
+        "        self._negative_number_matcher = _NEGATIVE\n",
+        "",
+        "tests/recipe/test_command_line.py::test_an_error_is_one_sentence",
+    ),
     "a plot that can't be written is refused after the work": (
         "commands.lr_find",
         "    check_plot(own.plot)\n",

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import InputError, check_whole
+from lbaccel.errors import InputError
 from lbaccel.noise.advice import NoiseReading, advice, samples_factor, updates_factor
 from lbaccel.noise.arithmetic import rounded
+from lbaccel.recipe import bounds
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import check_plot
 from lbaccel.runs.noise_readings import batch_of, plot, readings
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="F", help="draw it (.png, .svg, .pdf)")
     parser.add_argument(
         "--global-batch-size",
-        type=int,
+        type=bounds.count,
         nargs="+",
         default=(),
         metavar="B",
@@ -46,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the arguments ask for; 0, or an InputError."""
-    for batch in args.global_batch_size:
-        check_whole("--global-batch-size", batch)
     check_plot(args.plot)
     one = load_run(args.run)
     one.warn()

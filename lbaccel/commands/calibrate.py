@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lbaccel.errors import RunFailed, check_choice, check_number
+from lbaccel.errors import RunFailed
 from lbaccel.launch import calibration_file
 from lbaccel.planning.cost.calibrate import calibrate
 from lbaccel.planning.cost.devices import Device, read_calibration, write_calibration
+from lbaccel.recipe import bounds
 from lbaccel.runs.columns import columns
 from lbaccel.runs.outputs import writable
 
@@ -26,10 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Other work on the device makes it look slower than it is."
     )
     parser.add_argument(
-        "--device", metavar="cpu|cuda", help="what to measure (default: cuda if there, else cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="what to measure (default: cuda if there, else cpu)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="about how long (default: %(default)g)"
+        "--seconds",
+        type=bounds.positive,
+        default=SECONDS,
+        help="about how long (default: %(default)g)",
     )
     parser.add_argument(
         "--output",
@@ -45,13 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, write and print; 0.
 
     Raises:
-        InputError: a device that is not there, seconds of 0, or a file that can't be written.
+        InputError: a device that is not there, or a file that can't be written.
         RunFailed: the device has no memory left.
     """
     a = arguments
     name = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_choice("device", name, choices=("cpu", "cuda"))
-    check_number("seconds", a.seconds)
     path: Path = writable(a.output or calibration_file(), "--output", parents=True)
     read_calibration(path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lbaccel.recipe import bounds
 from lbaccel.runs.compare import (
     AXIS_LABELS,
     TABLE_FILE,
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or wandb's")
     parser.add_argument("--x", choices=tuple(AXIS_LABELS), default="samples", help="axis")
     parser.add_argument("--metric", default="val/top1", help="such as val/top1 or train/loss")
-    parser.add_argument("--target", type=float, help="value whose first reaching is timed")
+    parser.add_argument("--target", type=bounds.finite, help="value whose first reaching is timed")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     parser.add_argument("--md", action="store_true", help="print a Markdown table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the metric (.png, .svg)")

@@ -15,6 +15,7 @@ from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
+from lbaccel.recipe import bounds
 from lbaccel.runs.columns import columns
 from lbaccel.text import printable
 
@@ -36,16 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checking.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="a YAML, a JSON, both"
     )
-    checking.add_argument("--global-batch-size", type=int, default=GLOBAL_BATCH_SIZE, metavar="B")
-    checking.add_argument("--micro-batch-size", type=int, default=MICRO_BATCH_SIZE, metavar="N")
-    checking.add_argument("--world-size", type=int, metavar="W", help="default: the YAML's, else 1")
+    checking.add_argument(
+        "--global-batch-size", type=bounds.count, default=GLOBAL_BATCH_SIZE, metavar="B"
+    )
+    checking.add_argument(
+        "--micro-batch-size", type=bounds.count, default=MICRO_BATCH_SIZE, metavar="N"
+    )
+    checking.add_argument(
+        "--world-size", type=bounds.ranks, metavar="W", help="default: the YAML's, else 1"
+    )
     checking.add_argument(
         "--launch", default="", metavar="FLAGS", help="more flags of accelerate launch, in quotes"
     )
     script = checking.add_argument_group("what your script says")
     script.add_argument(
         "--accelerator-steps",
-        type=int,
+        type=bounds.count,
         metavar="K",
         help="its gradient_accumulation_steps; default: the plan's",
     )

@@ -19,6 +19,7 @@ from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
 from lbaccel.planning.planner import plan
 from lbaccel.planning.zero import explain_zero
+from lbaccel.recipe import bounds
 from lbaccel.recipe.values import flag_of
 from lbaccel.text import printable
 from lbaccel.update.normalization import has_batch_norm
@@ -32,10 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looked.add_argument("--script", type=Path, metavar="PY", help="read, never run")
     network = parser.add_argument_group("what ZeRO can do for a network, before the run")
     network.add_argument("--model", help="any timm model; default: the script's, if written out")
-    network.add_argument("--img-size", type=int, metavar="S", help="default: the model's")
-    network.add_argument("--global-batch-size", type=int, metavar="B", help="with it, a plan")
-    network.add_argument("--micro-batch-size", type=int, metavar="N", help="default: planned")
-    network.add_argument("--world-size", type=int, metavar="W", help="default: the YAML's, else 1")
+    network.add_argument("--img-size", type=bounds.pixels, metavar="S", help="default: the model's")
+    network.add_argument(
+        "--global-batch-size", type=bounds.count, metavar="B", help="with it, a plan"
+    )
+    network.add_argument(
+        "--micro-batch-size", type=bounds.count, metavar="N", help="default: planned"
+    )
+    network.add_argument(
+        "--world-size", type=bounds.ranks, metavar="W", help="default: the YAML's, else 1"
+    )
     network.add_argument("--memory", metavar="SIZE", help="such as 8GiB; default: the device's")
     network.add_argument("--device", metavar="NAME", help="such as 'RTX 4090' or cpu")
     network.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -58,13 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     script = None if a.script is None else read_script(a.script)
     model = a.model or (script.model_name if script else None)
     yaml_path, json_path = _config(a.config)
+    norm = None if model is None else _has_batch_norm(model, a.img_size)
     facts = gather(
         this_environment(),
         yaml_path=yaml_path,
         json_path=a.ds_config or json_path,
         script=script,
         model=model,
-        has_batch_norm=None if model is None else _has_batch_norm(model, a.img_size),
+        has_batch_norm=norm,
         global_batch_size=a.global_batch_size,
         micro_batch_size=a.micro_batch_size,
         world_size=a.world_size,

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbaccel.errors import InputError, check_number
+from lbaccel.errors import InputError
 from lbaccel.launch import rank
+from lbaccel.recipe import bounds
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import read_settings, show_settings
 from lbaccel.recipe.values import flag_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # torch is imported after the flags were read
 PROG = "lbaccel lr-find"
 BELOW, ABOVE = 1000.0, 30.0  # the range's ends, from the recipe's own rate
 CURVATURE_SAMPLES = 256
+LEAST_UPDATES = 5  # that a range of rates needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(recipe_flags=())
     parser.add_argument(
-        "--num-updates", type=int, default=30, metavar="U", help="(default: %(default)s)"
+        "--num-updates",
+        type=bounds.whole_from(LEAST_UPDATES),
+        default=30,
+        metavar="U",
+        help="(default: %(default)s)",
     )
     parser.add_argument(
-        "--min-lr", type=float, metavar="LR", help=f"first (default: the recipe's / {BELOW:g})"
+        "--min-lr",
+        type=bounds.positive,
+        metavar="LR",
+        help=f"first (default: the recipe's / {BELOW:g})",
     )
     parser.add_argument(
-        "--max-lr", type=float, metavar="LR", help=f"last (default: the recipe's x {ABOVE:g})"
+        "--max-lr",
+        type=bounds.positive,
+        metavar="LR",
+        help=f"last (default: the recipe's x {ABOVE:g})",
     )
     parser.add_argument(
         "--curvature-samples",
-        type=int,
+        type=bounds.count_from_zero,
         default=CURVATURE_SAMPLES,
         metavar="N",
         help="that the stable rate is measured on; 0 leaves it out (default: %(default)s)",
@@ -65,11 +77,13 @@ def run(own: argparse.Namespace) -> int:
         InputError: see `read_settings`, `built` and `range_test`.
         RunFailed: the loss is not finite before the first step, or another rank failed.
     """
-    settings, show = read_settings(own.recipe_flags, prog=PROG)
+    settings, show = read_settings(
+        own.recipe_flags, prog=PROG, beside=[flag_of(name) for name in vars(own)]
+    )
     if show:
         print(printable(show_settings(settings)))
         return 0
-    _check(own)
+    check_plot(own.plot)
     try:
         found = _measure(own, settings)
         if rank() == 0:
@@ -77,17 +91,6 @@ def run(own: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Nothing was written.") from None
     return 0
-
-
-def _check(own: argparse.Namespace) -> None:
-    for name in ("min_lr", "max_lr"):
-        if getattr(own, name) is not None:
-            check_number(flag_of(name), getattr(own, name))
-    if own.curvature_samples < 0:
-        raise InputError(f"--curvature-samples {own.curvature_samples} must be 0 or more.")
-    if own.num_updates < 5:
-        raise InputError(f"--num-updates {own.num_updates}: a range of rates needs at least 5.")
-    check_plot(own.plot)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from lbaccel.planning.plan import Plan
 from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.sweep import plot
 from lbaccel.planning.text import lines
-from lbaccel.recipe.values import group_samples, samples_or_auto
+from lbaccel.recipe import bounds
 from lbaccel.runs.figures import check_plot
 from lbaccel.text import printable
 
@@ -34,46 +34,41 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a plan: contract, machine and options."""
     contract = parser.add_argument_group("the contract")
     contract.add_argument("--model", required=True, help="any timm model")
-    contract.add_argument("--img-size", type=int, metavar="S", help="default: the model's")
-    contract.add_argument("--global-batch-size", type=int, required=True, metavar="B")
-    contract.add_argument("--norm-batch-size", type=_group, metavar="N", help="or 'frozen'")
+    contract.add_argument(
+        "--img-size", type=bounds.pixels, metavar="S", help="default: the model's"
+    )
+    contract.add_argument("--global-batch-size", type=bounds.count, required=True, metavar="B")
+    contract.add_argument(
+        "--norm-batch-size", type=bounds.norm_samples, metavar="N", help="or 'frozen'"
+    )
     contract.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     contract.add_argument("--optimizer", default="sgd", help="any name of timm.optim")
-    contract.add_argument("--num-classes", type=int, default=1000, metavar="C")
-    contract.add_argument("--num-samples", type=int, default=IMAGENET, help="for hours")
-    contract.add_argument("--epochs", type=float, default=90.0, help="for hours")
+    contract.add_argument("--num-classes", type=bounds.classes, default=1000, metavar="C")
+    contract.add_argument("--num-samples", type=bounds.count, default=IMAGENET, help="for hours")
+    contract.add_argument("--epochs", type=bounds.epochs, default=90.0, help="for hours")
     device = parser.add_argument_group("the device")
     device.add_argument("--memory", metavar="SIZE", help="such as 8GiB; default: the device's")
     device.add_argument("--device", metavar="NAME", help="such as 'RTX 4090' or cpu")
-    device.add_argument("--world-size", type=int, default=1, metavar="W")
+    device.add_argument("--world-size", type=bounds.ranks, default=1, metavar="W")
     device.add_argument(
-        "--zero", type=int, choices=(0, 1, 2, 3), help="plan for DeepSpeed's stage; default: none"
+        "--zero",
+        type=bounds.zero_stage,
+        metavar="0|1|2|3",
+        help="plan for DeepSpeed's stage; default: none",
     )
     device.add_argument(
         "--offload", choices=("none", "optimizer", "optimizer+parameters"), default="none"
     )
     pins = parser.add_argument_group("pins: what is not to be chosen")
-    pins.add_argument("--micro-batch-size", type=_size, default="auto", metavar="N")
+    pins.add_argument(
+        "--micro-batch-size", type=bounds.samples_or_auto, default="auto", metavar="N"
+    )
     pins.add_argument(
         "--activation-checkpointing", choices=("auto", "none", "full"), default="auto"
     )
     pins.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto"
     )
-
-
-def _group(text: str) -> Any:
-    try:
-        return group_samples(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {error} or 'frozen'") from None
-
-
-def _size(text: str) -> Any:
-    try:
-        return samples_or_auto(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number or 'auto'") from error
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from lbaccel.errors import InputError
+from lbaccel.launch import calibration_file
+from lbaccel.optim.optimizers import check_known
 from lbaccel.optim.scaling import scale_lr
+from lbaccel.planning.cost.devices import find_device
 from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.text import lines as plan_lines
+from lbaccel.recipe import bounds
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered, read_yaml
@@ -23,6 +27,7 @@ from lbaccel.replication.sources import SOURCES, norms_of, read_source
 from lbaccel.runs.folder import atomic_write_text
 from lbaccel.runs.outputs import Own, writable
 from lbaccel.text import printable
+from lbaccel.update.memory.budget import parse_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,22 +38,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "norm_batch_size, learning rate, schedule, average; and the plan for this machine."
     )
     parser.add_argument("source", nargs="*", metavar="SOURCE", help=SOURCES)
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the recipe, all nodes")
+    parser.add_argument(
+        "--gpus", type=bounds.ranks, metavar="N", help="GPUs of the recipe, all nodes"
+    )
     said = parser.add_argument_group("what the source does not say")
-    said.add_argument("--per-gpu-batch", type=int, metavar="B", help="samples a forward of one GPU")
-    said.add_argument("--accumulation", type=int, metavar="K", help="micro-batches an update")
-    said.add_argument("--global-batch-size", type=int, metavar="G", help="in place of K")
+    said.add_argument(
+        "--per-gpu-batch", type=bounds.count, metavar="B", help="samples a forward of one GPU"
+    )
+    said.add_argument(
+        "--accumulation", type=bounds.count, metavar="K", help="micro-batches an update"
+    )
+    said.add_argument("--global-batch-size", type=bounds.count, metavar="G", help="in place of K")
     said.add_argument("--sync-bn", type=_switch, metavar="yes|no", help="SyncBatchNorm")
     said.add_argument("--model", metavar="NAME", help="timm's name of the network")
     said.add_argument("--optimizer", metavar="NAME", help="timm's name")
-    said.add_argument("--lr", type=float, metavar="X", help="absolute, of the global batch")
-    said.add_argument("--momentum", type=float, metavar="X", help="of SGD and its kin")
-    said.add_argument("--weight-decay", type=float, metavar="X", help="on weights")
-    said.add_argument("--epochs", type=float, metavar="E", help="warmup included")
-    said.add_argument("--warmup-epochs", type=float, metavar="E", help="of --epochs")
-    said.add_argument("--img-size", type=int, metavar="S", help="pixels a side")
+    said.add_argument(
+        "--lr", type=bounds.positive, metavar="X", help="absolute, of the global batch"
+    )
+    said.add_argument("--momentum", type=bounds.below_one, metavar="X", help="of SGD and its kin")
+    said.add_argument("--weight-decay", type=bounds.not_negative, metavar="X", help="on weights")
+    said.add_argument("--epochs", type=bounds.epochs, metavar="E", help="warmup included")
+    said.add_argument(
+        "--warmup-epochs", type=bounds.epochs_from_zero, metavar="E", help="of --epochs"
+    )
+    said.add_argument("--img-size", type=bounds.pixels, metavar="S", help="pixels a side")
     said.add_argument("--data", metavar="D", help="as for lbaccel train; wins over the source's")
-    said.add_argument("--num-samples", type=int, metavar="N", help="training set (ImageNet's)")
+    said.add_argument(
+        "--num-samples", type=bounds.count, metavar="N", help="training set (ImageNet's)"
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="FILE", help="write the YAML there, not here")
     out.add_argument("--force", action="store_true", help="write over an existing FILE")
@@ -71,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: a source of no use, or one that is contradicted.
     """
     a = arguments
+    if not a.no_plan:
+        _check_machine(a)
     said = Said(**{name: getattr(a, name) for name in Said.__dataclass_fields__})
     if a.out is not None:
         _check_out(a.out, force=a.force)
@@ -94,6 +113,14 @@ def run(arguments: argparse.Namespace) -> int:
     return _plan(contract, a)
 
 
+def _check_machine(a: argparse.Namespace) -> None:
+    """The same that the plan would refuse, before a file is written."""
+    if a.memory is not None:
+        parse_memory(a.memory)
+    if a.device is not None:
+        find_device(a.device, calibration_file())
+
+
 def check_contract(contract: Contract) -> None:
     """Stop at a value that `lbaccel train` would refuse.
 
@@ -101,6 +128,7 @@ def check_contract(contract: Contract) -> None:
         InputError: such a value, under its name in the contract.
     """
     settings = layered(Settings(), contract.settings, origin="the contract")
+    check_known(settings.optimizer.optimizer)
     # a GPU for fp16, and the images, are there where the contract is run, not where it is written
     there = {"precision": None} | ({} if "data" in contract.settings else {"data": "folder:PATH"})
     checked(settings.with_values(there))

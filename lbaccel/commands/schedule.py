@@ -12,7 +12,8 @@ from pathlib import Path
 from lbaccel.batch.growth import PAST_MAX
 from lbaccel.batch.rules import RULES
 from lbaccel.optim.schedules import WARMUPS
-from lbaccel.recipe.schedule_flags import LR_RULES, ScheduleFlags, compose
+from lbaccel.recipe import bounds
+from lbaccel.recipe.schedule_flags import DECAYS, LR_RULES, ScheduleFlags, compose
 from lbaccel.recipe.schedule_table import ScheduleTable, plot
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import check_plot
@@ -25,56 +26,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on. Epochs are numbered from 1, and a change happens at the start of its epoch."
     )
     batch = parser.add_argument_group("the batch")
-    batch.add_argument("--batch-schedule", required=True, metavar="RULE", help=", ".join(RULES))
     batch.add_argument(
-        "--global-batch-size", type=int, required=True, metavar="B", help="samples an update, first"
+        "--batch-schedule", choices=RULES, required=True, metavar="RULE", help=", ".join(RULES)
+    )
+    batch.add_argument(
+        "--global-batch-size",
+        type=bounds.count,
+        required=True,
+        metavar="B",
+        help="samples an update, first",
     )
     batch.add_argument(
         "--milestones",
-        type=float,
+        type=bounds.epochs,
         nargs="+",
         metavar="E",
         help="default: 60 120 160 of 200, in proportion",
     )
     batch.add_argument(
         "--factor",
-        type=float,
+        type=bounds.positive,
         nargs="+",
         metavar="F",
         help="one, or one a milestone; default: 5 (mixed: 4 4 50, fast: 2)",
     )
-    batch.add_argument("--max-batch-size", type=int, metavar="M", help="default: --num-samples")
+    batch.add_argument(
+        "--max-batch-size", type=bounds.count, metavar="M", help="default: --num-samples"
+    )
     batch.add_argument(
         "--past-max",
+        choices=PAST_MAX,
         default="drop",
         metavar="|".join(PAST_MAX),
         help="what to do with the part of a growth factor that exceeds --max-batch-size: drop it "
         "(default), or divide the learning rate by it",
     )
     for flag, what in (("--growth", "batch; default: 2"), ("--lr-growth", "rate; default: 1.3")):
-        batch.add_argument(flag, type=float, metavar="F", help=f"fast, instant: of the {what}")
+        batch.add_argument(
+            flag, type=bounds.positive, metavar="F", help=f"fast, instant: of the {what}"
+        )
     batch.add_argument(
-        "--batch-sizes", type=int, nargs="+", metavar="B", help="listed: from each milestone on"
+        "--batch-sizes",
+        type=bounds.count,
+        nargs="+",
+        metavar="B",
+        help="listed: from each milestone on",
     )
     batch.add_argument(
         "--lr-factors",
-        type=float,
+        type=bounds.positive,
         nargs="+",
         metavar="F",
         help="listed: multiples of the first learning rate from each milestone on",
     )
     batch.add_argument(
-        "--first-epoch", type=int, metavar="E", help="fast, instant: first larger batch; default: 6"
+        "--first-epoch",
+        type=bounds.count,
+        metavar="E",
+        help="fast, instant: first larger batch; default: 6",
     )
-    batch.add_argument("--world-size", type=int, default=1, metavar="W", help="default: 1")
+    batch.add_argument("--world-size", type=bounds.ranks, default=1, metavar="W", help="default: 1")
     length = parser.add_argument_group("the run: one of --epochs and --samples")
-    length.add_argument("--epochs", type=float, metavar="E")
-    length.add_argument("--samples", type=int, metavar="S", help="in all epochs together")
+    length.add_argument("--epochs", type=bounds.epochs, metavar="E")
+    length.add_argument("--samples", type=bounds.count, metavar="S", help="in all epochs together")
     length.add_argument(
-        "--num-samples", type=int, required=True, metavar="N", help="of the training set"
+        "--num-samples", type=bounds.count, required=True, metavar="N", help="of the training set"
     )
     length.add_argument(
         "--last-update",
+        choices=("keep", "wrap", "drop"),
         default="keep",
         metavar="keep|wrap|drop",
         help="an epoch's remainder: a short update (default), into the next epoch, or left out "
@@ -83,25 +103,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate = parser.add_argument_group("the learning rate")
     rate.add_argument(
         "--base-lr",
-        type=float,
+        type=bounds.positive,
         required=True,
         metavar="LR",
         help="at --global-batch-size; with --lr-scaling, at --base-batch-size",
     )
     rate.add_argument(
-        "--lr-scaling", default="none", metavar="RULE", help=f"{', '.join(LR_RULES)} (default)"
+        "--lr-scaling",
+        choices=LR_RULES,
+        default="none",
+        metavar="RULE",
+        help=f"{', '.join(LR_RULES)} (default)",
     )
-    rate.add_argument("--lr-exponent", type=float, metavar="P", help="of the rule power")
-    rate.add_argument("--base-batch-size", type=int, metavar="B0")
-    rate.add_argument("--warmup", default="none", metavar="SHAPE", help=", ".join(WARMUPS))
-    rate.add_argument("--warmup-epochs", type=float, metavar="E")
+    rate.add_argument(
+        "--lr-exponent", type=bounds.not_negative, metavar="P", help="of the rule power"
+    )
+    rate.add_argument("--base-batch-size", type=bounds.count, metavar="B0")
+    rate.add_argument(
+        "--warmup", choices=WARMUPS, default="none", metavar="SHAPE", help=", ".join(WARMUPS)
+    )
+    rate.add_argument("--warmup-epochs", type=bounds.epochs_from_zero, metavar="E")
     rate.add_argument(
         "--warmup-start",
+        type=bounds.start_rate,
         metavar="LR",
         help="of gradual and constant: reference (--base-lr, default), zero or a learning rate",
     )
     rate.add_argument(
-        "--schedule", default="constant", metavar="SHAPE", help="constant, cosine: times the rule's"
+        "--schedule",
+        choices=DECAYS,
+        default="constant",
+        metavar="SHAPE",
+        help="constant, cosine: times the rule's",
     )
     shown = parser.add_argument_group("output")
     shown.add_argument("--json", action="store_true", help="one JSON object")

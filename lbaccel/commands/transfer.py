@@ -16,7 +16,9 @@ from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import DECAYS
 from lbaccel.hyperparameters.rows import Row, Sheet, shown
 from lbaccel.hyperparameters.transfer import transfer
+from lbaccel.optim.optimizers import check_known
 from lbaccel.optim.scaling import PER_SAMPLES, RULES, is_measured, rule_named
+from lbaccel.recipe import bounds
 from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.rate import check_scaling, rate_of
@@ -32,29 +34,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The values at the base batch, and the output."""
     parser.description = "Move every hyper-parameter from one global batch to another."
     old = parser.add_argument_group("the batches")
-    old.add_argument("--base-batch-size", type=int, metavar="B0", help="of the values given here")
-    old.add_argument("--global-batch-size", type=int, required=True, metavar="B", help="the new")
+    old.add_argument(
+        "--base-batch-size", type=bounds.count, metavar="B0", help="of the values given here"
+    )
+    old.add_argument(
+        "--global-batch-size", type=bounds.count, required=True, metavar="B", help="the new"
+    )
     old.add_argument("--config", type=Path, metavar="YAML", help="values of a recipe; flags win")
     values = parser.add_argument_group("values at the base batch; what is not given is left out")
     values.add_argument("--optimizer", metavar="NAME", help="of timm.optim (default: sgd)")
-    values.add_argument("--base-lr", type=float, metavar="X", help="default: 0.1 (SGD) or 0.001")
+    values.add_argument(
+        "--base-lr", type=bounds.positive, metavar="X", help="default: 0.1 (SGD) or 0.001"
+    )
     values.add_argument(
         "--lr-scaling", choices=("auto", *RULES, *PER_SAMPLES), help="rule (default: auto)"
     )
-    values.add_argument("--lr-exponent", type=float, metavar="P", help="of the rule power")
-    values.add_argument("--momentum", type=float, metavar="X", help="default: 0.9 (SGD)")
-    values.add_argument("--weight-decay", type=float, metavar="X", help="default: 1e-4 or 0.05")
-    values.add_argument("--decay", choices=DECAYS, help="how weight decay enters (default: auto)")
-    for name in ("ema-decay", "clip-grad-norm", "beta1", "beta2", "eps"):
-        values.add_argument(f"--{name}", type=float, metavar="X")
     values.add_argument(
-        "--warmup-epochs", type=float, metavar="X", help="default: 5, or epochs / 4"
+        "--lr-exponent", type=bounds.not_negative, metavar="P", help="of the rule power"
     )
-    values.add_argument("--epochs", type=float, metavar="X")
-    values.add_argument("--num-samples", type=int, metavar="N", help="of one epoch")
-    values.add_argument("--eval-every", type=float, metavar="X", help="epochs")
-    values.add_argument("--log-every", type=int, metavar="N", help="updates")
-    values.add_argument("--checkpoint-every", type=int, metavar="N", help="updates")
+    values.add_argument("--momentum", type=bounds.below_one, metavar="X", help="default: 0.9 (SGD)")
+    values.add_argument(
+        "--weight-decay", type=bounds.not_negative, metavar="X", help="default: 1e-4 or 0.05"
+    )
+    values.add_argument("--decay", choices=DECAYS, help="how weight decay enters (default: auto)")
+    for name in ("ema-decay", "beta1", "beta2"):
+        values.add_argument(f"--{name}", type=bounds.below_one, metavar="X")
+    for name in ("clip-grad-norm", "eps"):
+        values.add_argument(f"--{name}", type=bounds.positive, metavar="X")
+    values.add_argument(
+        "--warmup-epochs",
+        type=bounds.epochs_from_zero,
+        metavar="X",
+        help="default: 5, or epochs / 4",
+    )
+    values.add_argument("--epochs", type=bounds.epochs, metavar="X")
+    values.add_argument("--num-samples", type=bounds.count, metavar="N", help="of one epoch")
+    values.add_argument("--eval-every", type=bounds.positive, metavar="X", help="epochs")
+    values.add_argument("--log-every", type=bounds.count, metavar="N", help="updates")
+    values.add_argument("--checkpoint-every", type=bounds.count, metavar="N", help="updates")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object")
     output.add_argument("--out", type=Path, metavar="F", help="write F.yaml for lbaccel train")
@@ -76,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         given = {**_values_of(layer, config, given), **given}
     elif "base_batch_size" not in given:
         raise InputError("--base-batch-size is missing: the batch that the values belong to.")
+    if "optimizer" in given:
+        check_known(given["optimizer"])
     sheet = transfer(**given)
     if layer.get("batch_schedule") is not None:
         note = (

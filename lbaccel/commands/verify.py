@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbaccel.errors import InputError, RunFailed, check_number, check_seed, check_whole
+from lbaccel.errors import InputError, RunFailed
 from lbaccel.models import SMALL_IMAGE, create_backbone
-from lbaccel.recipe.values import flag_of, group_samples
+from lbaccel.recipe import bounds
+from lbaccel.recipe.values import flag_of
 from lbaccel.text import printable
+from lbaccel.update.memory.budget import default_budget
+from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.verification.ddp.against import verify_against_ddp
 from lbaccel.verification.verify import verify
 
@@ -24,6 +28,11 @@ NUM_CLASSES = 10
 NOISE = 0.05
 GPUS = 4
 PER_GPU_BATCH = 4
+BYTES_PER_VALUE = 64  # of an image, at the least: in float32 and float64, and a few feature maps
+BYTES_PER_WEIGHT = 24  # in float32, in float64, and its gradient
+BYTES_PER_PROCESS = 2**28
+UNCHECKED_CLASSES = 10_000
+UNCHECKED_BYTES = 2 * 2**30
 OF_DDP = ("gpus", "per_gpu_batch", "accumulation", "sync_bn", "uneven")
 
 
@@ -39,52 +48,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="with a file's weights")
     parser.add_argument(
         "--img-size",
-        type=int,
+        type=bounds.pixels,
         metavar="PIXELS",
         help=f"a side (default: {SMALL_IMAGE}, where the model takes it, else the model's own)",
     )
     parser.add_argument(
         "--norm-batch-size",
-        type=_norm_batch_size,
+        type=bounds.norm_samples,
         metavar="N|frozen",
         help="samples of a BatchNorm statistic (default: BatchNorm as it is in the model)",
     )
-    parser.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="probability")
-    parser.add_argument("--drop-rate", type=float, default=0.0, metavar="P", help="probability")
+    parser.add_argument(
+        "--drop-path", type=bounds.below_one, default=0.0, metavar="P", help="probability"
+    )
+    parser.add_argument(
+        "--drop-rate", type=bounds.below_one, default=0.0, metavar="P", help="probability"
+    )
     parser.add_argument(
         "--num-classes",
-        type=int,
+        type=bounds.classes,
         metavar="C",
         help=f"outputs (default: {NUM_CLASSES}; with --pretrained or --checkpoint the model's own)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, images and masks")
+    parser.add_argument("--seed", type=bounds.seed, default=0, help="of weights, images and masks")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-12, help="relative (default: %(default)s)"
+        "--tolerance", type=bounds.positive, default=1e-12, help="relative (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON alone")
     ddp = parser.add_argument_group("against real DistributedDataParallel")
     ddp.add_argument("--against", choices=("ddp",), help="compare with ranks under DDP")
-    ddp.add_argument("--gpus", type=int, metavar="W", help=f"ranks (default: {GPUS})")
+    ddp.add_argument("--gpus", type=bounds.ranks, metavar="W", help=f"ranks (default: {GPUS})")
     ddp.add_argument(
         "--per-gpu-batch",
-        type=int,
+        type=bounds.count,
         metavar="B",
         help=f"samples of a rank's micro-batch (default: {PER_GPU_BATCH})",
     )
-    ddp.add_argument("--accumulation", type=int, metavar="K", help="micro-batches a rank (1)")
+    ddp.add_argument(
+        "--accumulation", type=bounds.count, metavar="K", help="micro-batches a rank (1)"
+    )
     ddp.add_argument("--sync-bn", action="store_true", help="BatchNorm over all ranks")
     ddp.add_argument("--uneven", action="store_true", help="the last rank's last one is halved")
-
-
-def _norm_batch_size(text: str) -> Any:
-    try:
-        value = group_samples(text)
-        check_whole("N", 1 if value == "frozen" else value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a whole number of at least 1 nor 'frozen'"
-        ) from None
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,27 +99,23 @@ def run(arguments: argparse.Namespace) -> int:
         RunFailed: pretrained weights that can't be had, or a loss that is not finite.
     """
     a = arguments
-    for name in ("drop_path", "drop_rate"):
-        check_number(name, getattr(a, name), zero=True, at_most=1.0)
-    for name in ("img_size", "num_classes"):
-        if getattr(a, name) is not None:
-            check_whole(name, getattr(a, name))
     typed = [flag_of(name) for name in OF_DDP if getattr(a, name)]
     if typed and a.against is None:
         raise InputError(f"{typed[0]} is of --against ddp. Add that, or leave it out.")
-    torch.manual_seed(check_seed("--seed", a.seed))
+    torch.manual_seed(a.seed)
+    num_samples = _num_samples(a)
+    _check_memory(a, num_samples, a.img_size or SMALL_IMAGE)
     model, size, num_classes = _build(a)
+    _check_memory(a, num_samples, size)
     if not a.pretrained and a.checkpoint is None:
         _add_noise(model, a.seed)
     if a.against == "ddp":
         return _against_ddp(a, model, size, num_classes)
-    n = a.norm_batch_size
-    num_samples = max(3 * n - 1, NUM_SAMPLES) if isinstance(n, int) else NUM_SAMPLES
     certificate = verify(
         model,
         _cross_entropy,
         _samples(num_samples, size, num_classes, a.seed),
-        norm_batch_size=n,
+        norm_batch_size=a.norm_batch_size,
         seed=a.seed,
         tolerance=a.tolerance,
         name=a.model,
@@ -128,15 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _against_ddp(a: argparse.Namespace, model: nn.Module, size: int, num_classes: int) -> int:
-    gpus, per_gpu = (
-        default if value is None else value
-        for value, default in ((a.gpus, GPUS), (a.per_gpu_batch, PER_GPU_BATCH))
-    )
-    accumulation = 1 if a.accumulation is None else a.accumulation
-    sizes = {"--gpus": gpus, "--per-gpu-batch": per_gpu, "--accumulation": accumulation}
-    for name, value in sizes.items():
-        check_whole(name, value)
-    num_samples = gpus * per_gpu * accumulation
+    gpus, _, accumulation = cut = _cut(a)
+    num_samples = math.prod(cut)
     certificate = verify_against_ddp(
         model,
         _cross_entropy,
@@ -155,6 +148,46 @@ def _against_ddp(a: argparse.Namespace, model: nn.Module, size: int, num_classes
     _progress("")
     print(certificate.to_json() if a.json else printable(str(certificate)))
     return 0 if certificate.equivalent else 1
+
+
+def _cut(a: argparse.Namespace) -> tuple[int, int, int]:
+    """Ranks, samples of a micro-batch and micro-batches of a rank; without DDP one of each."""
+    if a.against is None:
+        return 1, 1, 1
+    return a.gpus or GPUS, a.per_gpu_batch or PER_GPU_BATCH, a.accumulation or 1
+
+
+def _num_samples(a: argparse.Namespace) -> int:
+    """Samples of the update that is checked: every cut of them is ragged."""
+    if a.against is not None:
+        return math.prod(_cut(a))
+    n = a.norm_batch_size
+    return max(3 * n - 1, NUM_SAMPLES) if isinstance(n, int) else NUM_SAMPLES
+
+
+def _check_memory(a: argparse.Namespace, num_samples: int, size: int) -> None:
+    """Stop at images, outputs and processes that this machine can't hold, before the system does.
+
+    Raises:
+        InputError: what they need at the least, and what is free.
+    """
+    processes = _cut(a)[0]
+    needed = num_samples * 3 * size**2 * BYTES_PER_VALUE + processes * BYTES_PER_PROCESS
+    if (a.num_classes or 0) > UNCHECKED_CLASSES:
+        with torch.device("meta"):
+            model = create_backbone(a.model, num_classes=a.num_classes, img_size=a.img_size)
+        needed += sum(p.numel() for p in model.parameters()) * BYTES_PER_WEIGHT * processes
+    if needed <= UNCHECKED_BYTES:
+        return
+    free = default_budget(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            f"{num_samples:,} images of {size} px and {a.model} on {processes:,} "
+            f"rank{'s' * (processes > 1)} take at least {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free here. Use a smaller "
+            f"{'--gpus, --per-gpu-batch' if a.against else '--norm-batch-size'}, --num-classes or "
+            "--img-size."
+        )
 
 
 def _build(a: argparse.Namespace) -> tuple[nn.Module, int, int]:
@@ -181,6 +214,11 @@ def _build(a: argparse.Namespace) -> tuple[nn.Module, int, int]:
         except RunFailed:
             raise
         except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+            if is_out_of_memory(error):
+                raise RunFailed(
+                    f"no memory was left for {a.model} with {num_classes:,} classes at {size} px. "
+                    "Use a smaller --num-classes or --img-size."
+                ) from error
             if isinstance(error, InputError) and (size == sizes[-1] or not known):
                 raise
             if size == sizes[-1]:

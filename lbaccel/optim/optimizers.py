@@ -16,7 +16,7 @@ from timm.optim import (
 )
 from torch import nn
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, brief
 from lbaccel.optim.groups import lr_factors, split_groups
 
 FUSED_ON = {
@@ -41,7 +41,7 @@ def has_fused_step(name: str, *, device_type: str, precision: str) -> bool:
     >>> has_fused_step("lamb", device_type="cuda", precision="bf16")
     False
     """
-    _check_known(name)
+    check_known(name)
     kind: Any = get_optimizer_info(name.lower()).opt_class  # a path where it is another package's
     if isinstance(kind, str) or not kind.__module__.startswith("torch."):
         return False
@@ -49,11 +49,17 @@ def has_fused_step(name: str, *, device_type: str, precision: str) -> bool:
     return fused and precision != "fp16" and device_type in FUSED_ON.get(kind.__name__.lower(), ())
 
 
-def _check_known(name: str) -> None:
+def check_known(name: str) -> None:
+    """Stop at a name that timm.optim does not have.
+
+    Raises:
+        InputError: such a name, with the nearest ones.
+    """
     known = [str(known) for known in list_optimizers()]
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-        raise InputError(f"optimizer={name!r} is none of timm.optim. Nearest: {', '.join(near)}.")
+        hint = f"Nearest: {', '.join(near)}." if near else "Use sgd or adamw, say."
+        raise InputError(f"optimizer={brief(name)} is none of timm.optim. {hint}")
 
 
 def _is(name: str, kind: str) -> bool:
@@ -67,7 +73,7 @@ def notes(name: str, *, decay_all: bool, clip_grad_norm: float | None) -> list[s
     >>> notes("lars", decay_all=False, clip_grad_norm=None)
     []
     """
-    _check_known(name)
+    check_known(name)
     lines: list[str] = []
     if _is(name, "Lamb") and clip_grad_norm is None:
         lines.append(
@@ -108,7 +114,7 @@ def create_optimizer(
         InputError: an unknown name, one that can't be had here, a second-order one, a setting it
             does not have, or LARS and LAMB without weight decay.
     """
-    _check_known(name)
+    check_known(name)
     name = name.lower()
     _check_trust_ratio(name, weight_decay)
     options = _moments(name, betas, eps)

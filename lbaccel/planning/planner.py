@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
-from lbaccel.errors import InputError, check_whole
+from lbaccel.errors import InputError, brief, check_whole
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
 from lbaccel.planning.cost.devices import GIB, Device
@@ -35,6 +35,7 @@ from lbaccel.update.normalization import has_batch_norm
 WORLD_SIZES = (1, 2, 4, 8)
 NORM_BATCH_SIZE = 32
 IMAGENET = 1_281_167
+MOST_SAMPLES = 10**8  # of an update: a plan walks through its micro-batches one by one
 
 
 def plan(
@@ -109,6 +110,11 @@ def plan(
     (True, 0, 256)
     """
     check_whole("global_batch_size", global_batch_size)
+    if global_batch_size > MOST_SAMPLES:
+        raise InputError(
+            f"global_batch_size={brief(global_batch_size)} is above {MOST_SAMPLES:,}, the most "
+            "that a plan walks through in micro-batches. Use a smaller one."
+        )
     machine = machine_of(
         device,
         memory=memory,

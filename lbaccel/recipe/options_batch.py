@@ -7,17 +7,15 @@ from typing import Literal
 
 from lbaccel.batch.growth import PAST_MAX
 from lbaccel.batch.rules import RULES as BATCH_RULES
+from lbaccel.recipe import bounds
 from lbaccel.recipe.values import (
     SCHEDULED,
     ReadWith,
-    group_samples,
     none_of,
     numbers,
     one_of,
     option,
-    samples_or_auto,
     switch,
-    whole,
 )
 
 _AUTO = ReadWith("global_batch_size", one_of("auto"), "Use --global-batch-size auto")
@@ -42,9 +40,9 @@ class ModelOptions:
         choices=("zero", "model"),
         reads_with=(ReadWith("pretrained", one_of(True), "Use --pretrained"),),
     )
-    num_classes: int | None = option(None, whole, "outputs", shown="the data's classes")
-    drop_rate: float = option(0.0, float, "dropout before the classifier, probability")
-    drop_path: float = option(0.0, float, "stochastic depth, probability")
+    num_classes: int | None = option(None, bounds.classes, "outputs", shown="the data's classes")
+    drop_rate: float = option(0.0, bounds.below_one, "dropout before the classifier, probability")
+    drop_path: float = option(0.0, bounds.below_one, "stochastic depth, probability")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class DataOptions:
     )
     val_fraction: float = option(
         0.2,
-        float,
+        bounds.share_held_out,
         "share held out where the data has no validation set",
         reads_with=(
             ReadWith(
@@ -72,9 +70,11 @@ class DataOptions:
             ),
         ),
     )
-    workers: int = option(2, whole, "processes that load image files, per rank", contract=False)
+    workers: int = option(
+        2, bounds.workers, "processes that load image files, per rank", contract=False
+    )
     img_size: int | None = option(
-        None, whole, "pixels a side", shown="small images: their own; else the model's"
+        None, bounds.pixels, "pixels a side", shown="small images: their own; else the model's"
     )
     stem: str = option(
         "auto", str, "small: stride 1 for images below 64 px", choices=("auto", "small", "native")
@@ -90,7 +90,7 @@ class DataOptions:
     )
     crop_pct: float | None = option(
         None,
-        float,
+        bounds.share,
         "share of the image kept in evaluation",
         shown="the model's",
         reads_with=(
@@ -101,9 +101,9 @@ class DataOptions:
             ),
         ),
     )
-    label_smoothing: float = option(0.0, float, "0..1")
-    mixup: float = option(0.0, float, "alpha; 0 is off")
-    cutmix: float = option(0.0, float, "alpha; 0 is off")
+    label_smoothing: float = option(0.0, bounds.below_one, "0..1")
+    mixup: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
+    cutmix: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
     auto_augment: str | None = option(
         None, str, "timm's policy, such as rand-m9-mstd0.5", shown="none"
     )
@@ -115,13 +115,13 @@ class BatchOptions:
 
     global_batch_size: int | Literal["auto"] = option(
         512,
-        samples_or_auto,
+        bounds.samples_or_auto,
         "samples an update, over all ranks; experimental: auto grows it with the critical batch, "
         "from --min-batch-size to --max-batch-size",
     )
     min_batch_size: int | None = option(
         None,
-        whole,
+        bounds.count,
         "of auto: samples an update at the start",
         shown="-",
         over_time=True,
@@ -137,7 +137,7 @@ class BatchOptions:
     )
     micro_batch_size: int | Literal["auto"] | None = option(
         None,
-        samples_or_auto,
+        bounds.samples_or_auto,
         "samples a forward of one rank, or 'auto'; no effect on the result",
         shown="64, or what is near it and a multiple of --norm-batch-size",
         contract=False,
@@ -145,7 +145,7 @@ class BatchOptions:
     )
     val_batch_size: int | None = option(
         None,
-        whole,
+        bounds.count,
         "samples a forward of one rank in the evaluation; no effect on the result",
         shown="the micro-batch",
         contract=False,
@@ -161,7 +161,7 @@ class BatchOptions:
     )
     norm_batch_size: int | Literal["frozen"] | None = option(
         None,
-        group_samples,
+        bounds.norm_samples,
         "samples BatchNorm sees at once, or 'frozen'",
         shown="32, at most the global batch and the training set",
     )
@@ -174,7 +174,7 @@ class BatchOptions:
     )
     bn_momentum: float | None = option(
         None,
-        float,
+        bounds.share,
         "share of the newest statistic at each move of BatchNorm's running statistics",
         shown="the model's",
         reads_with=(_ROLLING,),
@@ -196,7 +196,7 @@ class BatchOptions:
     )
     factor: tuple[float, ...] = option(
         (),
-        numbers,
+        bounds.many_positive,
         "of --batch-schedule: one, or one a milestone",
         shown="5; mixed 4 4 50; fast 2",
         over_time=True,
@@ -204,7 +204,7 @@ class BatchOptions:
     )
     max_batch_size: int | None = option(
         None,
-        whole,
+        bounds.count,
         "largest batch of --batch-schedule and of auto",
         shown="the training set",
         over_time=True,
@@ -224,7 +224,7 @@ class BatchOptions:
     )
     growth: float | None = option(
         None,
-        float,
+        bounds.positive,
         "fast, instant: factor of the batch, an epoch",
         shown="2",
         over_time=True,
@@ -232,7 +232,7 @@ class BatchOptions:
     )
     lr_growth: float | None = option(
         None,
-        float,
+        bounds.positive,
         "fast, instant: factor of the rate, an epoch",
         shown="1.3",
         over_time=True,
@@ -240,7 +240,7 @@ class BatchOptions:
     )
     batch_sizes: tuple[float, ...] = option(
         (),
-        numbers,
+        bounds.many_sizes,
         "listed: samples an update from each milestone on",
         shown="they stay",
         over_time=True,
@@ -248,7 +248,7 @@ class BatchOptions:
     )
     lr_factors: tuple[float, ...] = option(
         (),
-        numbers,
+        bounds.many_positive,
         "listed: multiples of the first rate from each milestone on",
         shown="it stays",
         over_time=True,
@@ -256,7 +256,7 @@ class BatchOptions:
     )
     first_epoch: int | None = option(
         None,
-        whole,
+        bounds.count,
         "fast, instant: first larger batch",
         shown="6",
         over_time=True,

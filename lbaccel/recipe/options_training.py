@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lbaccel.optim.scaling import CHOICES, CHOSEN, HELP, find_rule, rule_named
+from lbaccel.recipe import bounds
 from lbaccel.recipe.values import (
     SCHEDULED,
     ReadWith,
     has_momentum,
     holds,
     none_of,
-    numbers,
     one_of,
     option,
-    start_rate,
     switch,
-    whole,
     words,
 )
 
@@ -41,23 +39,23 @@ _WANDB = ReadWith("log_with", holds("wandb"), "Use --log-with run_folder wandb")
 class RateOptions:
     """How fast, and for how long."""
 
-    epochs: float = option(20.0, float, "passes over the training set", contract=False)
+    epochs: float = option(20.0, bounds.epochs, "passes over the training set", contract=False)
     max_updates: int | None = option(
         None,
-        whole,
+        bounds.count,
         "stop after so many updates; the schedule stays that of --epochs",
         shown="no limit",
         contract=False,
     )
     base_lr: float | None = option(
         None,
-        float,
+        bounds.positive,
         "learning rate at --base-batch-size",
         shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001",
     )
     base_batch_size: int = option(
         256,
-        whole,
+        bounds.count,
         "samples that --base-lr was tuned at",
         shown="256; under a batch schedule the first batch, if --base-lr is given",
         reads_with=(ReadWith("lr_scaling", has_reference, "Use --lr-scaling linear"),),
@@ -70,7 +68,7 @@ class RateOptions:
     )
     lr_exponent: float | None = option(
         None,
-        float,
+        bounds.not_negative,
         "p of --lr-scaling power: base lr x k^p",
         shown="not read",
         over_time=True,
@@ -85,7 +83,7 @@ class RateOptions:
     )
     warmup_epochs: float | None = option(
         None,
-        float,
+        bounds.epochs_from_zero,
         "length of the warmup, epochs",
         shown="5, at most a quarter of --epochs",
         neutral=(0.0,),
@@ -94,7 +92,7 @@ class RateOptions:
     )
     warmup_start: float | str = option(
         "reference",
-        start_rate,
+        bounds.start_rate,
         "learning rate at the start: reference (base lr), zero or a number",
         reads_with=(_WARMED,),
     )
@@ -107,7 +105,7 @@ class RateOptions:
     )
     milestones: tuple[float, ...] = option(
         (),
-        numbers,
+        bounds.many_epochs,
         "epochs: the period of step, the steps of multistep and of --batch-schedule",
         shown="none; under a batch schedule 60 120 160 of 200, in proportion",
         over_time=True,
@@ -118,7 +116,7 @@ class RateOptions:
     )
     gamma: float = option(
         0.1,
-        float,
+        bounds.positive,
         "factor at each step",
         reads_with=(
             ReadWith("schedule", one_of("step", "multistep"), "Use --schedule step or multistep"),
@@ -126,7 +124,7 @@ class RateOptions:
     )
     final_lr: float = option(
         0.0,
-        float,
+        bounds.not_negative,
         "learning rate at the end of a cosine",
         over_time=True,
         reads_with=(ReadWith("schedule", one_of("cosine"), "Use --schedule cosine"),),
@@ -147,21 +145,24 @@ class OptimizerOptions:
     )
     momentum: float = option(
         0.9,
-        float,
+        bounds.below_one,
         "of SGD and its kin",
         reads_with=(
             ReadWith("optimizer", has_momentum, "Use an optimizer of the SGD family, such as sgd"),
         ),
     )
     weight_decay: float | None = option(
-        None, float, "on weights; biases and norms are left out", shown="1e-4 (SGD) or 0.05"
+        None,
+        bounds.not_negative,
+        "on weights; biases and norms are left out",
+        shown="1e-4 (SGD) or 0.05",
     )
     decay_all: bool = option(False, switch, "weight decay on biases and norms too")
     layer_decay: float | None = option(
-        None, float, "learning-rate factor from layer to layer downwards", shown="none"
+        None, bounds.share, "learning-rate factor from layer to layer downwards", shown="none"
     )
     head_lr_scale: float | None = option(
-        None, float, "learning-rate factor of the classifier", shown="1"
+        None, bounds.positive, "learning-rate factor of the classifier", shown="1"
     )
     lr_groups: str = option(
         "none",
@@ -170,26 +171,28 @@ class OptimizerOptions:
         choices=("none", "three"),
     )
     betas: tuple[float, ...] | None = option(
-        None, numbers, "of Adam and its kin", shown="the optimizer's"
+        None, bounds.many_below_one, "of Adam and its kin", shown="the optimizer's"
     )
-    eps: float | None = option(None, float, "of Adam and its kin", shown="the optimizer's")
+    eps: float | None = option(
+        None, bounds.positive, "of Adam and its kin", shown="the optimizer's"
+    )
     momentum_correction: bool = option(
         False,
         switch,
         "rescale a momentum that holds the learning rate (rmsproptf) when that changes",
     )
     clip_grad_norm: float | None = option(
-        None, float, "largest norm of the summed gradient", shown="no clipping"
+        None, bounds.positive, "largest norm of the summed gradient", shown="no clipping"
     )
     loss_dropout: tuple[float, ...] = option(
         (),
-        numbers,
+        bounds.many_from_zero,
         "first and last epoch in which an update of lower loss than the one before is dropped",
         shown="off",
         over_time=True,
     )
     ema_decay: float | None = option(
-        None, float, "of an average of the weights, per update", shown="no average"
+        None, bounds.below_one, "of an average of the weights, per update", shown="no average"
     )
 
 
@@ -236,23 +239,23 @@ class RunOptions:
     )
     max_hours: float | None = option(
         None,
-        float,
+        bounds.positive,
         "stop in good order after so long; --resume goes on",
         shown="no limit",
         contract=False,
         of_run=False,
         private=True,
     )
-    seed: int = option(0, whole, "of weights, order, augmentation and split")
+    seed: int = option(0, bounds.recipe_seed, "of weights, order, augmentation and split")
     output: str = option(
         "runs", str, "folder of run folders", contract=False, of_run=False, private=True
     )
-    log_every: int = option(1, whole, "updates a line of metrics.jsonl", contract=False)
-    eval_every: float = option(1.0, float, "epochs between evaluations", contract=False)
+    log_every: int = option(1, bounds.count, "updates a line of metrics.jsonl", contract=False)
+    eval_every: float = option(1.0, bounds.positive, "epochs between evaluations", contract=False)
     checkpoint_every: int | None = option(
-        None, whole, "updates between checkpoints", shown="at evaluations", contract=False
+        None, bounds.count, "updates between checkpoints", shown="at evaluations", contract=False
     )
-    keep: int = option(2, whole, "newest checkpoints kept, besides the best", contract=False)
+    keep: int = option(2, bounds.count, "newest checkpoints kept, besides the best", contract=False)
     dry_run: bool = option(
         False,
         switch,

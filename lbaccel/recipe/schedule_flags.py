@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lbaccel.batch.duration import Duration
+from lbaccel.batch.duration import MOST_EPOCHS, Duration
 from lbaccel.batch.phases import Phase, phase_stream
-from lbaccel.batch.rules import RULES, batch_schedule
-from lbaccel.errors import InputError, check_choice, check_number, check_whole
+from lbaccel.batch.rules import batch_schedule
+from lbaccel.errors import InputError, check_number, check_whole
 from lbaccel.optim.scaling import TABLE, explain_lr, rule_named, scale_lr
 from lbaccel.optim.schedules import Schedule, make_schedule, warmup_start
 from lbaccel.recipe.growth import milestones
 from lbaccel.recipe.schedule_table import ScheduleTable, schedule_table
-from lbaccel.recipe.values import start_rate
 
 DECAYS = ("constant", "cosine")
 LR_RULES = tuple(r.name for r in TABLE if not r.measured and not r.warmup_times_k)
-MOST_EPOCHS = 10**9  # beyond, a drawing's axis and float64's samples end
 KEEPS_FACTORS = ("bsi", "bsi-doubled-end", "mixed")  # they read past_max
 
 
@@ -48,7 +46,7 @@ class ScheduleFlags:
     base_batch_size: int | None = None
     warmup: str = "none"
     warmup_epochs: float | None = None
-    warmup_start: str | None = None
+    warmup_start: float | str | None = None
     schedule: str = "constant"
 
 
@@ -60,8 +58,6 @@ def compose(a: ScheduleFlags) -> tuple[ScheduleTable, list[str]]:
             length of the run or two, scaling without a reference batch, a batch below the world
             size, a warmup that does not rise.
     """
-    check_choice("batch_schedule", a.batch_schedule, choices=RULES)
-    check_choice("schedule", a.schedule, choices=DECAYS)
     epochs = _epochs(a)
     build = partial(
         batch_schedule,
@@ -114,7 +110,7 @@ def _epochs(a: ScheduleFlags) -> float:
         check_whole("samples", a.samples)
         if a.samples > MOST_EPOCHS * a.num_samples:
             raise InputError(
-                f"--samples {a.samples} are more than {MOST_EPOCHS} epochs. Use fewer."
+                f"--samples {a.samples} are more than {MOST_EPOCHS:,.0f} epochs. Use fewer."
             )
         return a.samples / a.num_samples
     if a.epochs is None:
@@ -136,7 +132,6 @@ def _check_ranks(phases: Sequence[Phase], world_size: int) -> None:
 
 def _first_lr(a: ScheduleFlags) -> tuple[float, list[str]]:
     """The learning rate of the first phase, and how it came about."""
-    check_choice("lr_scaling", a.lr_scaling, choices=LR_RULES)
     check_number("base_lr", a.base_lr)
     if "base_batch_size" not in rule_named(a.lr_scaling).reads:
         if a.lr_exponent is not None:
@@ -178,7 +173,7 @@ def _multiplier(
                 )
     elif a.warmup_epochs is None:
         raise InputError(f"--warmup {a.warmup} has no length. Add --warmup-epochs 5, say.")
-    start = _warmup_start(a.warmup_start)
+    start = "reference" if a.warmup_start is None else a.warmup_start
     if a.warmup in ("gradual", "constant") and warmup_start(a.base_lr, peak_lr, start=start) == 1:
         raise InputError(
             f"--warmup {a.warmup} starts at its own peak, {peak_lr:.6g}, so nothing rises. "
@@ -196,15 +191,6 @@ def _multiplier(
         warmup_duration=None if a.warmup_epochs is None else Duration(epochs=a.warmup_epochs),
         start=start,
     )
-
-
-def _warmup_start(text: str | None) -> float | str:
-    try:
-        return "reference" if text is None else start_rate(text)
-    except ValueError:
-        raise InputError(
-            f"--warmup-start {text} is not 'reference', 'zero' or a learning rate. Use one of them."
-        ) from None
 
 
 def _lost(phases: Sequence[Phase], kept: Sequence[Phase]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ from typing import Any
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
 from lbaccel.optim.scaling import find_rule
+from lbaccel.recipe.bounds import Bounded, BoundedList
+from lbaccel.recipe.command_line import CommandParser
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
 from lbaccel.recipe.values import (
     Option,
-    group_samples,
     nearest_word,
     numbers,
-    samples_or_auto,
     shown,
-    start_rate,
     switch,
-    whole,
     words,
 )
 
@@ -36,6 +34,8 @@ ADDED = (
     CHANGES,
 )  # to the settings, in config.yaml of a run folder
 
+# timm's --batch-size holds the samples of one GPU
+TIMMS = " Did you mean --global-batch-size, or --micro-batch-size?"
 EPILOG = """examples:
   lbaccel train
       a small ResNet on handwritten digits at global batch 512, in two minutes on a CPU
@@ -48,14 +48,16 @@ EPILOG = """examples:
 """
 
 
-def make_parser(prog: str = "lbaccel train") -> argparse.ArgumentParser:
+def make_parser(prog: str = "lbaccel train", *, beside: Iterable[str] = ()) -> CommandParser:
     """The command line of the recipe; a flag that was not typed is absent from its result."""
-    parser = _Parser(
+    parser = CommandParser(
         prog=prog,
         description="Train or finetune a timm backbone at a global batch that does not fit.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        beside=beside,
+        lists=f"{prog} --help and lbaccel train --help list all of its flags." if beside else "",
+        hints=dict.fromkeys(("--batch-size", "-b"), TIMMS),
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="YAML", help="a file of these settings; flags win")
@@ -82,32 +84,27 @@ def _add_option(group: Any, row: Option) -> None:
         group.add_argument(
             row.flag, nargs="+", action="extend", metavar="X", dest=row.name, help=text
         )
-    elif row.parse in (numbers, words):
+    elif row.parse in (numbers, words) or isinstance(row.parse, BoundedList):
         group.add_argument(row.flag, nargs="+", metavar="X", dest=row.name, help=text)
     else:
         choices = "{" + ",".join(row.choices) + "}" if row.choices else "X"
         group.add_argument(row.flag, metavar=choices, dest=row.name, help=text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        parts = message.rsplit(": ", 1)
-        if parts[0] == "unrecognized arguments":
-            flag = parts[1].split()[0].split("=")[0]
-            near = nearest_word(flag, [row.flag for row in OPTIONS.values()])
-            if flag in ("--batch-size", "-b"):  # timm's, samples of one GPU
-                near = " Did you mean --global-batch-size, or --micro-batch-size?"
-            message = f"unknown flag {flag}.{near} See --help."
-        raise InputError(message)
-
-
-def read_settings(argv: Sequence[str], *, prog: str = "lbaccel train") -> tuple[Settings, bool]:
+def read_settings(
+    argv: Sequence[str], *, prog: str = "lbaccel train", beside: Iterable[str] = ()
+) -> tuple[Settings, bool]:
     """The settings, and whether --print-config was given; flags win over YAML.
+
+    Args:
+        argv: the command line, without the name of the command.
+        prog: the command, for errors and --help.
+        beside: further flags of the command, which it reads itself.
 
     Raises:
         InputError: an unknown flag or key (with the nearest that exists), or a value of no use.
     """
-    typed = vars(make_parser(prog).parse_args(argv))
+    typed = vars(make_parser(prog, beside=beside).parse_args(argv))
     config, show = typed.pop("config", None), typed.pop("print_config", False)
     settings = Settings()
     if config is not None:
@@ -232,23 +229,23 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
         if option.may_be_none:
             return None
         raise InputError(f"{where} is empty; leave it out for its default, {option.default!r}.")
-    if isinstance(raw, list) and option.parse is numbers:
+    is_list = option.parse is numbers or isinstance(option.parse, BoundedList)
+    if isinstance(raw, list) and is_list:
         raw = [part for item in raw for part in str(item).replace(",", " ").split()]
+        if not raw and origin == "flag":
+            raise InputError(f"{where} is empty; give it a number, or leave it out.")
     try:
-        if isinstance(raw, (list, dict)) and option.parse not in (numbers, words):
+        if isinstance(raw, (list, dict)) and not is_list and option.parse is not words:
             raise ValueError("one value")
         if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
             raise ValueError("no truth value")
         value = option.parse(raw)
     except (ValueError, TypeError, OverflowError):
-        kind = {whole: "a whole number", float: "a number", numbers: "numbers"}.get(option.parse)
-        kind = kind or {
-            switch: "true or false",
-            group_samples: "a whole number or 'frozen'",
-            samples_or_auto: "a whole number or 'auto'",
-            start_rate: "'reference', 'zero' or a learning rate",
-            words: "words",
-        }.get(option.parse, "one word or path")
+        kind = "one word or path"
+        if isinstance(option.parse, (Bounded, BoundedList)):
+            kind = option.parse.rule
+        elif option.parse in (numbers, switch, words):
+            kind = {numbers: "numbers", switch: "true or false", words: "words"}[option.parse]
         raise InputError(f"{where}={brief(raw)} is not {kind}.") from None
     if option.choices and value not in option.choices:
         near = nearest_word(str(value), option.choices)

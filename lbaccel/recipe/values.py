@@ -38,21 +38,6 @@ def whole(text: Any) -> int:
     return int(text)
 
 
-def group_samples(text: Any) -> int | str:
-    """A whole number or 'frozen'."""
-    return "frozen" if text == "frozen" else whole(text)
-
-
-def samples_or_auto(text: Any) -> int | str:
-    """A whole number or 'auto'."""
-    return "auto" if text == "auto" else whole(text)
-
-
-def start_rate(text: Any) -> float | str:
-    """'reference', 'zero' or a learning rate."""
-    return text if text in ("reference", "zero") else float(text)
-
-
 def flag_of(name: str) -> str:
     """The flag of an option.
 

@@ -157,7 +157,7 @@ def test_validate_refuses_checkpointing_with_other_masks_under_fsdp2(tmp_path, i
         (["accelerate_configs/zero1.yaml", "ds_configs/zero2.json"], "names ds_configs/zero1.json"),
         (["accelerate_configs/cpu.yaml", "ds_configs/zero2.json"], "does not name"),
         (["ds_configs/zero1.json", "--launch", "--num_processes 2"], "flags for a YAML"),
-        (["ds_configs/zero1.json", "--micro-batch-size", "0"], "micro_batch_size=0"),
+        (["ds_configs/zero1.json", "--micro-batch-size", "0"], "--micro-batch-size='0'"),
     ],
 )
 def test_validate_answers_bad_input(files, said, in_root, capsys):

@@ -215,21 +215,21 @@ def test_a_part_of_an_epoch_ends_in_it(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch-schedule": "bsii"}, "batch_schedule='bsii' is not one of"),
+        ({"batch-schedule": "bsii"}, "--batch-schedule='bsii' is not one of"),
         ({"batch-schedule": "steady"}, "rule='steady' does not read factors="),
         ({"samples": 1000}, "--epochs 200 and --samples 1000: a run has one length"),
         ({"epochs": None}, "the run has no length. Use --epochs 200"),
-        ({"epochs": "nan"}, "epochs=nan is not a finite number"),
-        ({"epochs": None, "samples": 0}, "samples=0 is not a whole number"),
+        ({"epochs": "nan"}, "--epochs='nan' is not a number above 0"),
+        ({"epochs": None, "samples": 0}, "--samples='0' is not a whole number from 1"),
         ({"world-size": 129}, "global_batch_size=128 from epoch 1 on is smaller than world_size="),
-        ({"world-size": 0}, "world_size=0 is not a whole number"),
+        ({"world-size": 0}, "--world-size='0' is not a whole number from 1"),
         ({"last-update": "drop"}, "Use last_update='keep' or 'wrap'"),
-        ({"last-update": "cut"}, "last_update='cut' is not one of"),
-        ({"past-max": "rate"}, "past_max='rate' is not one of"),
+        ({"last-update": "cut"}, "--last-update='cut' is not one of"),
+        ({"past-max": "rate"}, "--past-max='rate' is not one of"),
         ({"lr-scaling": "linear"}, "--lr-scaling linear has no reference.* --base-batch-size 256"),
-        ({"lr-scaling": "cubic"}, "lr_scaling='cubic' is not one of"),
+        ({"lr-scaling": "cubic"}, "--lr-scaling='cubic' is not one of"),
         ({"base-batch-size": 256}, "--base-batch-size 256 is not read.* Add --lr-scaling linear"),
-        ({"base-lr": 0}, "base_lr=0.0 is not a finite number above 0"),
+        ({"base-lr": 0}, "--base-lr='0' is not a finite number above 0"),
         ({"warmup": "gradual"}, "--warmup gradual has no length. Add --warmup-epochs"),
         ({"warmup-epochs": 5}, "--warmup-epochs 5.0 is not read without a warmup"),
         ({"warmup-start": "zero"}, "--warmup-start zero is not read without a warmup"),
@@ -237,9 +237,9 @@ def test_a_part_of_an_epoch_ends_in_it(capsys):
         ({"warmup": "stairs", "warmup-epochs": 201}, "is longer than the run"),
         (
             {"warmup": "gradual", "warmup-epochs": 5, "warmup-start": "low"},
-            "--warmup-start low is not 'reference', 'zero' or a learning rate",
+            "--warmup-start='low' is not 'reference', 'zero' or a learning rate",
         ),
-        ({"schedule": "multistep"}, "schedule='multistep' is not one of 'constant', 'cosine'"),
+        ({"schedule": "multistep"}, "--schedule='multistep' is not one of constant, cosine"),
         ({"milestones": (60, 220)}, "epoch 220 is after the last one of a run of 200 epochs"),
         ({"plot": "schedule.bmp"}, "--plot schedule.bmp: draw to one of .png, .svg, .pdf"),
     ],
@@ -306,7 +306,7 @@ def test_a_rate_that_is_no_number_any_more_is_refused(capsys, rule, lr, factor):
     assert "would have a learning rate of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("length", [{"epochs": 1e300}, {"epochs": None, "samples": 10**400}])
+@pytest.mark.parametrize("length", [{"epochs": 1e300}, {"epochs": None, "samples": 10**15}])
 def test_a_run_longer_than_any_is_refused(capsys, length):
     assert call(BSI | length) == 2
-    assert "1000000000" in capsys.readouterr().err.replace("1e+09", "1000000000")
+    assert "1,000,000" in capsys.readouterr().err

@@ -407,7 +407,7 @@ def test_exit_codes_are_0_clean_1_with_findings_2_for_bad_input(
         (["--config", "broken.yaml"], "is no YAML"),
         (["--model", "resnet5000"], "is no timm model"),
         (["--global-batch-size", "64"], "Add --model"),
-        (["--model", "resnet10t", "--global-batch-size", "0"], "global_batch_size=0"),
+        (["--model", "resnet10t", "--global-batch-size", "0"], "--global-batch-size='0' is not"),
         (["--model", "resnet10t", "--memory", "8GiB"], "--memory is for a plan"),
     ],
 )

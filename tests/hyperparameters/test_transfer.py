@@ -368,7 +368,7 @@ def test_moving_there_and_back_comes_to_the_recipe_again(tmp_path, capsys):
     ("flags", "text"),
     [
         (("--global-batch-size", 512), "--base-batch-size is missing"),
-        ((*FLAGS, "--momentum", 1), "momentum=1.0 must be in 0..1"),
+        ((*FLAGS, "--momentum", 1), "--momentum='1' is not a number of at least 0 and below 1"),
         ((*FLAGS, "--config", "no.yaml"), "no.yaml can't be read"),
         (("--global-batch-size", 512, "--out", "here.yaml", "--base-batch-size", 256), "exists"),
     ],

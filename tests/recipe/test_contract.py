@@ -14,7 +14,7 @@ from lbaccel import InputError, train
 from lbaccel.recipe.contract import CHANGEABLE, VALUES, names_allowed, read_contract
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.resume import resolve
-from lbaccel.recipe.settings import read_settings
+from lbaccel.recipe.settings import parse, read_settings
 
 CONTRACT = [name for name, row in OPTIONS.items() if row.contract or name == "epochs"]
 # Another value that can be read, for each setting.
@@ -67,7 +67,16 @@ def other(name, value):
         return next(choice for choice in row.choices if choice != value)
     if isinstance(value, bool) or isinstance(row.default, bool):
         return not value
-    return 3 if value in (None, "auto") else value + 1
+    tried = (3, 0.5) if value in (None, "auto") else (value + 1, 0.5, 0.25)
+    return next(number for number in tried if number != value and is_taken(row, number))
+
+
+def is_taken(row, number):
+    try:
+        parse(row, number, "a test")
+    except InputError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -138,7 +138,7 @@ def test_the_size_of_validation_batches_is_the_users(monkeypatch):
 
 def test_a_size_of_nothing_is_refused(capsys):
     assert train.main(["--model", "lbaccel_tiny", "--val-batch-size", "0"]) == 2
-    assert "--val-batch-size 0 must be above 0" in capsys.readouterr().err
+    assert "--val-batch-size='0' is not a whole number from 1" in capsys.readouterr().err
 
 
 FLAGS = [

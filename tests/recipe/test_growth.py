@@ -227,8 +227,8 @@ BAD = {
     "--loss-dropout 5 3": "the last is before the first",
     "--loss-dropout 50 60": "begins after the last epoch",
     "--global-batch-size auto --min-batch-size 64 --max-batch-size 512 --factor 2": "not read --f",
-    "--loss-dropout 3 inf": "the first and the last epoch",
-    "--loss-dropout nan 3": "the first and the last epoch",
+    "--loss-dropout 3 inf": "each a number from 0 to 1,000,000",
+    "--loss-dropout nan 3": "each a number from 0",
     "--loss-dropout 0 3": "numbered from 1",
 }
 

@@ -471,7 +471,7 @@ def test_plain_numbers():
         ("--per-gpu-batch 1 --gpus 8 --model resnet18", "a per-GPU batch of 1 with BatchNorm"),
         ("--per-gpu-batch 64 --gpus 8 --global-batch-size 256", "is smaller than 8 GPUs x"),
         ("--per-gpu-batch 64 --gpus 2 --global-batch-size 192", "is not 2 GPUs x"),
-        ("--per-gpu-batch 64 --gpus 0", "--gpus=0 is not a whole number"),
+        ("--per-gpu-batch 64 --gpus 0", "--gpus='0' is not a whole number"),
         ("--per-gpu-batch 64 --gpus 2 --model resnet51", "is no timm model"),
         ("--gpus 4 -- torchrun --nproc_per_node=8 train.py", "contradicts --nproc_per_node=8"),
         ("--gpus 4 -- train.py --world-size 2", "contradicts --world-size 2"),

@@ -487,7 +487,7 @@ def test_an_adaptive_optimizer_has_a_range_and_no_stable_rate(in_a_folder_of_its
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--num-updates", "3"], "at least 5"),
+    (["--num-updates", "3"], "--num-updates='3' is not a whole number from 5"),
     (["--min-lr", "-1"], "--min-lr"),
     (["--min-lr", "9", "--max-lr", "1"], "not below"),
     (["--plot", "range.txt"], ".png"),
@@ -495,7 +495,7 @@ def test_an_adaptive_optimizer_has_a_range_and_no_stable_rate(in_a_folder_of_its
     (["--min-lr", "1e-300", "--max-lr", "1e300"], "too far apart"),
     (["--glboal-batch-size", "9"], "--global-batch-size"),
     (["--resume", "runs/x"], "--checkpoint"),
-    (["--curvature-samples", "-1"], "0 or more"),
+    (["--curvature-samples", "-1"], "--curvature-samples='-1' is not a whole number from 0"),
 ])  # fmt: skip
 def test_bad_input_gets_exit_code_2_and_what_to_type(flags, words, in_a_folder_of_its_own, capsys):
     assert command(*flags) == 2

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, brief
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+MOST_BYTES = 2**63  # what an address of 64 bits, and torch, can count
 MARGIN_SHARE = 0.03  # of the device: the driver, a display, fragments
 MARGIN_BYTES = 256 * 2**20
 
@@ -28,10 +29,11 @@ def parse_memory(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*", str(text))
     units = {unit.lower(): size for unit, size in UNITS.items()}
-    num_bytes = int(float(found[1]) * units.get(found[2].lower(), 0)) if found else 0
+    asked = float(found[1]) * units.get(found[2].lower(), 0) if found else 0.0
+    num_bytes = int(asked) if asked < MOST_BYTES else 0
     if num_bytes < 1:
         raise InputError(
-            f"memory={text!r} is no size. Use a number above 0 and a unit, such as 8GiB "
+            f"memory={brief(text)} is no size. Use a number above 0 and a unit, such as 8GiB "
             f"({', '.join(UNITS)})."
         )
     return num_bytes

@@ -174,8 +174,8 @@ def test_the_users_file_follows_the_environment(monkeypatch, tmp_path):
     ("arguments", "said"),
     [
         (["--device", "tpu"], "device='tpu'"),
-        (["--seconds", "0"], "seconds=0.0"),
-        (["--seconds", "nan"], "seconds=nan"),
+        (["--seconds", "0"], "--seconds='0' is not a finite number above 0"),
+        (["--seconds", "nan"], "--seconds='nan' is not"),
         (["--output", "{folder}"], "can't be written"),
         (["--output", "{folder}/file/calibration.json"], "can't be written"),
     ],
