@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lbaccel.data.images import folder_of
+from lbaccel.data.images import ImageArray, ImageFiles, folder_of
 from lbaccel.data.sources import Source
 
 MOST_FILES = 20_000  # of both sets together: above, the look itself takes long
@@ -29,16 +29,22 @@ def groups_of_same_bytes(paths: Iterable[Path]) -> list[list[Path]]:
     return found
 
 
+def names_of(images: ImageArray | ImageFiles) -> dict[Path, str]:
+    """The file of each image, to its name below the folder; empty where images are no files."""
+    root = folder_of(images)
+    if root is None or not isinstance(images, ImageFiles):
+        return {}
+    return {root / name: name for name in images.names}
+
+
 def shared_files(source: Source) -> list[tuple[str, str]]:
     """Name of each validation image that is a training image too, with the name of that one.
 
     Folders of more than `MOST_FILES` images, parquet files and images in memory are not looked at.
     """
-    train, val = folder_of(source.train), folder_of(source.val)
-    if train is None or val is None or len(source.train) + len(source.val) > MOST_FILES:
+    names, of_val = names_of(source.train), names_of(source.val)
+    if len(names) + len(of_val) > MOST_FILES:
         return []
-    names = {train / name: name for name in source.train.names}
-    of_val = {val / name: name for name in source.val.names}
     found = []
     for group in groups_of_same_bytes([*names, *of_val]):
         twin = next((names[path] for path in group if path in names), None)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from lbaccel.data.images import ImageArray, ImageFiles, folder_of
-from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, shared_files
+from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_files
 from lbaccel.data.sources import Source
 
 FEW = 20  # images of a class, below which its figures say little
@@ -114,23 +113,17 @@ def scan(source: Source) -> Scan:
     counted = Counter(int(label) for label in source.train.labels)
     counts = {name: counted[label] for label, name in enumerate(source.train.classes)}
     found = Scan(counts, len(source.val))
-    parts = [part for part in (source.train, source.val) if isinstance(part, ImageFiles)]
-    roots = [folder_of(part) for part in parts]
-    if not parts or None in roots or len(source.train) + len(source.val) > MOST_FILES:
+    of_train, of_val = names_of(source.train), names_of(source.val)
+    names = of_train | of_val
+    if not names or len(names) > MOST_FILES:
         return found
-    names = {
-        root / name: name
-        for root, part in zip(roots, parts, strict=True)
-        if root is not None
-        for name in part.names
-    }
     with ThreadPoolExecutor(4) as threads:
         headers = list(threads.map(_header, names))
     good = [h for h in headers if isinstance(h, tuple)]
     sides = sorted(min(width, height) for width, height, _ in good)
     broken = [(n, h) for n, h in zip(names.values(), headers, strict=True) if isinstance(h, str)]
-    copies = [tuple(names[p] for p in g) for g in groups_of_same_bytes(_paths_of(source.train))]
-    label_of = dict(zip(source.train.names, source.train.labels, strict=True))  # pyright: ignore
+    copies = [tuple(names[p] for p in g) for g in groups_of_same_bytes(of_train)]
+    label_of = dict(zip(of_train.values(), source.train.labels, strict=True))
     return Scan(
         counts=counts,
         num_val=len(source.val),
@@ -142,11 +135,6 @@ def scan(source: Source) -> Scan:
         short_sides=(sides[0], int(statistics.median(sides)), sides[-1]) if sides else None,
         looked_at=len(good),
     )
-
-
-def _paths_of(images: ImageArray | ImageFiles) -> list[Path]:
-    root = folder_of(images)
-    return [root / name for name in images.names] if root is not None else []  # pyright: ignore
 
 
 def _header(path: Path) -> tuple[int, int, bool] | str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NewType
 
 import torch
 
-from lbaccel.batch.duration import MOST_EPOCHS
 from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
+from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
 from lbaccel.recipe.options_training import RateOptions
@@ -21,15 +20,6 @@ from lbaccel.update.memory.budget import parse_memory
 
 Checked = NewType("Checked", Settings)
 """Settings that `checked` let pass."""
-
-_ABOVE_ZERO = (
-    *("epochs", "eval_every", "log_every", "keep", "max_updates", "checkpoint_every", "max_hours"),
-    *("base_lr", "base_batch_size", "img_size", "head_lr_scale", "eps"),
-    "val_batch_size",
-)
-_BELOW_ONE = ("drop_rate", "drop_path", "label_smoothing", "momentum", "ema_decay")
-_FROM_ZERO = ("weight_decay", "workers", "seed", "mixup", "cutmix", "warmup_epochs", "final_lr")
-_SHARES = ("bn_momentum", "layer_decay")
 
 
 def checked(settings: Settings) -> Checked:
@@ -117,40 +107,19 @@ def _advice(row: Option) -> list[str]:
 
 
 def _check_ranges(s: Settings) -> None:
-    for name in _ABOVE_ZERO:
-        value = s.value(name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{flag_of(name)} {value} must be above 0.")
-    for name in ("epochs", "warmup_epochs"):
-        value = s.value(name)
-        if value is not None and value > MOST_EPOCHS:
-            raise InputError(
-                f"{flag_of(name)} {value:g} must be at most {MOST_EPOCHS:,.0f}. To end a run at a "
-                "time, use --max-hours."
-            )
-    for name in _BELOW_ONE:
-        value = s.value(name)
-        if value is not None and not 0 <= value < 1:
-            raise InputError(f"{flag_of(name)} {value} must be in 0..1, below 1.")
-    for name in _FROM_ZERO:
-        value = s.value(name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"{flag_of(name)} {value} must be a number from 0 on.")
-    if s.run.seed >= 2**31:
-        raise InputError(f"--seed {s.run.seed} must be below 2^31.")
-    for name in _SHARES:
-        value = s.value(name)
-        if value is not None and not 0 < value <= 1:
-            raise InputError(f"{flag_of(name)} {value} must be above 0 and at most 1.")
-    for beta in s.optimizer.betas or ():
-        if not 0 <= beta < 1:
-            raise InputError(f"--betas {beta} must be in 0..1, below 1.")
+    """The rule of each row, for a value that came past its text too."""
+    for row in OPTIONS.values():
+        value = s.value(row.name)
+        if value is None or not isinstance(row.parse, (Bounded, BoundedList)):
+            continue
+        try:
+            row.parse(value)
+        except Unfit as error:
+            raise InputError(f"{row.flag}={error}.") from None
     for name in ("mean", "std"):
         value = s.value(name)
         if value is not None:
             _check_normalisation(name, value)
-    if s.data.crop_pct is not None and not 0 < s.data.crop_pct <= 1:
-        raise InputError(f"--crop-pct {s.data.crop_pct} must be in 0..1.")
 
 
 def _check_normalisation(name: str, value: tuple[float, ...]) -> None:
