@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbaccel.errors import InputError, check_number
+from lbaccel.errors import InputError
+from lbaccel.recipe import bounds
 from lbaccel.recipe.settings import read_settings, show_settings
 from lbaccel.runs.folder import CONFIG, atomic_write_text
 from lbaccel.runs.outputs import Own, writable
@@ -29,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(recipe_flags=())
     parser.add_argument("data", metavar="DATA", help="a folder with a sub-folder a class")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, metavar="M", help="in all (default: %(default)g)"
+        "--minutes",
+        type=bounds.minutes,
+        default=30.0,
+        metavar="M",
+        help="in all (default: %(default)g)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path(CONFIG), metavar="F", help="(default: %(default)s)"
@@ -48,7 +53,6 @@ def run(own: argparse.Namespace) -> int:
     if show:
         print(printable(show_settings(settings)))
         return 0
-    check_number("--minutes", own.minutes)
     if settings.run.resume is not None:
         raise InputError(f"--resume {settings.run.resume}: go on with lbaccel train --resume.")
     writable(own.out, "--out", own=Own("recipe of lbaccel start", _is_ours))

@@ -21,6 +21,7 @@ MOST_PIXELS = 65_535  # a side: the largest image that JPEG has
 MOST_RANKS = 2**20
 MOST_CLASSES = 10**7  # the largest sets of faces have half of it
 MOST_WORKERS = 1024  # processes of one rank
+MOST_MINUTES = 525_600  # a year
 
 
 class Unfit(ValueError, argparse.ArgumentTypeError):
@@ -121,6 +122,9 @@ workers = Bounded(f"a whole number from 0 to {MOST_WORKERS:,}", whole, 0, MOST_W
 ranks = Bounded(f"a whole number from 1 to {MOST_RANKS:,}", whole, 1, MOST_RANKS)
 seed = Bounded("a whole number from 0 to 2^64 - 1", whole, 0, 2**64 - 1)
 recipe_seed = Bounded("a whole number from 0 to 2^31 - 1", whole, 0, 2**31 - 1)
+minutes = Bounded(
+    f"a number above 0 and at most {MOST_MINUTES:,}", low=0, high=MOST_MINUTES, without_low=True
+)
 zero_stage = Bounded("0, 1, 2 or 3", whole, 0, 3)
 finite = Bounded("a finite number")
 positive = Bounded("a finite number above 0", low=0, without_low=True)
