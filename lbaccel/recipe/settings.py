@@ -22,6 +22,7 @@ from lbaccel.recipe.values import (
     start_rate,
     switch,
     whole,
+    word_or_numbers,
     words,
 )
 
@@ -235,7 +236,7 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
     if isinstance(raw, list) and option.parse is numbers:
         raw = [part for item in raw for part in str(item).replace(",", " ").split()]
     try:
-        if isinstance(raw, (list, dict)) and option.parse not in (numbers, words):
+        if isinstance(raw, (list, dict)) and option.parse not in (numbers, words, word_or_numbers):
             raise ValueError("one value")
         if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
             raise ValueError("no truth value")

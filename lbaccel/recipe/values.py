@@ -48,6 +48,11 @@ def samples_or_auto(text: Any) -> int | str:
     return "auto" if text == "auto" else whole(text)
 
 
+def word_or_numbers(text: Any) -> str | tuple[float, ...]:
+    """A word or path from text, floats from a list, as a run's config.yaml has them."""
+    return numbers(text) if isinstance(text, (list, tuple)) else str(text)
+
+
 def start_rate(text: Any) -> float | str:
     """'reference', 'zero' or a learning rate."""
     return text if text in ("reference", "zero") else float(text)
