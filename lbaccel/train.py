@@ -88,7 +88,8 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
     if t.large_batch.num_updates >= t.length.stop_at and t.session.was_closed():
         done, stop_at = t.large_batch.num_updates, t.length.stop_at
-        say(f"nothing left to do: {done} of {stop_at} updates are done in {t.session.folder}")
+        why = f" ({t.log.early}; a larger --patience goes on)" if t.log.early else ""
+        say(f"nothing left to do: {done} of {stop_at} updates are done in {t.session.folder}{why}")
         return t.session.folder
     with contextlib.ExitStack() as around:
         limited = around.enter_context(contextlib.ExitStack())
@@ -177,7 +178,11 @@ def fit(t: Training, progress: Progress) -> str | None:
 
 def log_update(t: Training, result: UpdateResult, *, lr: float, seconds: float) -> None:
     """Take an update into the means, and write their line where one is due."""
-    metrics = t.log.after_update(result, lr=lr, seconds=seconds, more=t.metrics)
+    write_line(t, result, t.log.after_update(result, lr=lr, seconds=seconds, more=t.metrics))
+
+
+def write_line(t: Training, result: UpdateResult, metrics: dict[str, float] | None) -> None:
+    """Hand the trackers the metrics of a line, where there are any."""
     if metrics is not None and t.session.folder is not None:
         t.accelerator.log({**t.log.where(result), **metrics}, step=result.num_updates)
 
@@ -188,6 +193,8 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
     counted = result.applied or result.dropped
     evaluates = counted and t.log.evaluates(result) and not run.dry_run
     improved = evaluates and evaluated(t)
+    if t.log.early:
+        write_line(t, result, t.log.rest())
     every, last = run.checkpoint_every, result.num_updates == t.length.stop_at
     saves = result.num_updates % every == 0 if every else evaluates
     if saves or improved or last or result.stop is not None:
@@ -223,7 +230,10 @@ def evaluated(t: Training) -> bool:
 
 
 def validate(t: Training) -> dict[str, float]:
-    """Loss and top-1 over the validation set: of the weights, and of their average."""
+    """Loss, top-1 and, of more than 10 classes, top-5 over the validation set.
+
+    Of the weights, and of their average.
+    """
     from lbaccel.data.pipelines import evaluation_batches
     from lbaccel.data.sources import ImageArray
     from lbaccel.recipe.evaluation import evaluate
@@ -247,7 +257,13 @@ def validate(t: Training) -> dict[str, float]:
             if network is None:
                 continue
             found = evaluate(
-                network, batches, t.accelerator, dtype=t.task.dtype, batch_size=size, room=t.room
+                network,
+                batches,
+                t.accelerator,
+                dtype=t.task.dtype,
+                batch_size=size,
+                room=t.room,
+                top5=t.task.num_classes > 10,
             )
             metrics |= {f"val/{key}{suffix}": value for key, value in found.items()}
     return metrics
@@ -266,7 +282,9 @@ class Outcome:
         finished = t.large_batch.num_updates >= t.length.stop_at
         self.status = "interrupted" if stop == "interrupt" else "stopped"
         self.status = "done" if finished else self.status
-        self.reason = "" if finished else f"{stop} after update {t.large_batch.num_updates}"
+        self.reason = (
+            t.log.early if finished else f"{stop} after update {t.large_batch.num_updates}"
+        )
 
     def fail(self, error: BaseException) -> None:
         """Take an error."""
@@ -330,6 +348,8 @@ def closing_words(t: Training, outcome: Outcome) -> Path | None:
     if t.noise_scale is not None:
         last = t.loader.stream.size_of(max(0, t.large_batch.num_updates - 1))
         say(closing_advice(t.noise_scale, last))
+    if t.log.early:
+        say(f"{t.log.early}; a larger --patience goes on with --resume {session.folder}")
     if outcome.status == "stopped":
         limit = t.settings.run.max_hours
         say(f"stopped: the time limit of {limit:g} h; {session.how_to_go_on()}")

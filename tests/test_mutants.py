@@ -953,10 +953,73 @@ MUTANTS = {
     ),
     "the mean to be logged is forgotten": (
         "runs.log",
-        'self.window = [(float(loss), int(n)) for loss, n in state["window"]]',
+        'self.window = [_counted(*entry) for entry in state["window"]]',
         "self.window = []",
         "tests/runs/test_resume.py::"
         "test_a_resumed_run_is_the_unbroken_one_to_the_bit[1-SGD, EMA, sparse lines]",
+    ),
+    "a filler counts in the sums over samples": (
+        "update.loss_parts",
+        "            if counts:\n",
+        "            if True:\n",
+        "tests/update/test_loss_parts.py::test_ranks_add_them_up_and_a_filler_counts_nothing",
+    ),
+    "a rank trusts that the others return sums of its names": (
+        "update.loss_parts",
+        "if world_size * squares != marks**2:",
+        "if world_size * self._mark() != marks:",
+        "tests/update/test_loss_parts.py::test_names_that_differ_are_noticed_on_each_rank",
+    ),
+    "a sum over samples keeps its graph": (
+        "update.loss_parts",
+        "value = value.detach().reshape(())",
+        "value = value.reshape(())",
+        "tests/update/test_loss_parts.py::test_a_graph_is_not_kept_alive_by_a_sum",
+    ),
+    "updates that were not counted have no sample right": (
+        "runs.log",
+        "if len(hits) == len(self.window)",
+        "if hits",
+        "tests/recipe/test_counted.py::test_a_window_that_an_earlier_version_began_has_no_top1",
+    ),
+    "the counted samples of a window are lost by a resume": (
+        "runs.log",
+        "None if right is None else float(right)",
+        "None",
+        "tests/recipe/test_counted.py::"
+        "test_it_depends_on_no_micro_batch_and_survives_a_resume_within_a_line",
+    ),
+    "a micro-batch with class weights counts by its samples": (
+        "recipe.loss",
+        "weight = None if class_weights is None else class_weights[targets].sum()",
+        "weight = None",
+        "tests/recipe/test_loss.py::"
+        "test_random_partitions_give_the_loss_and_the_gradient_of_the_whole_batch",
+    ),
+    "soft targets count by the weights of their largest class": (
+        "recipe.loss",
+        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0)",
+        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0), "
+        "class_weights[targets.argmax(1)].sum()",
+        "tests/recipe/test_loss.py::test_two_ranks_with_class_weights_give_the_whole_batch",
+    ),
+    "balanced weights are not divided by the number of classes": (
+        "recipe.class_weights",
+        "len(labels) / (len(classes) * count)",
+        "len(labels) / count",
+        "tests/recipe/test_loss.py::test_balanced_weights_are_scikit_learns",
+    ),
+    "the optimizer holds frozen parameters": (
+        "optim.optimizers",
+        "    if factors or frozen:",
+        "    if factors:",
+        "tests/recipe/test_trained.py::test_the_optimizer_holds_what_is_trained_alone",
+    ),
+    "the patience of a run starts anew with each resume": (
+        "runs.log",
+        'self.patience.load_state_dict(state["patience"])',
+        "pass",
+        "tests/runs/test_patience.py::test_it_ends_where_it_would_have_after_a_resume_and_is_done_then",
     ),
     "a cosine is stretched in silence": (
         "recipe.optimizer",

@@ -67,17 +67,37 @@ def training_set(
     seed: int,
     mirror: bool = True,
     auto_augment: str | None = None,
+    scale: tuple[float, ...] | None = None,
+    ratio: tuple[float, ...] | None = None,
+    hflip: float | None = None,
+    color_jitter: float | None = None,
+    random_erasing: float = 0.0,
 ) -> Any:
     """The training images with their augmentation.
 
     Images in memory: a random crop of the frame padded by an eighth, and a mirror image half of
     the time, a micro-batch at a time. Files, and images in memory with `auto_augment`: timm's
-    training transform (random resized crop, mirror, colour), an image at a time.
+    training transform (random resized crop, mirror, colour), an image at a time. Every draw depends
+    on (seed, epoch, sample index) alone: the loader seeds the generators before each image.
+
+    Args:
+        source: the images.
+        preprocessing: as `build_model` gives it.
+        seed: of the draws.
+        mirror: whether a mirror image shows the same class.
+        auto_augment: a policy of timm's.
+        scale, ratio: bounds of a crop's share of the area and of its width / height; timm's: 0.08
+            to 1 and 3/4 to 4/3.
+        hflip: probability of a mirror image; by default 0.5 where `mirror`, else 0.
+        color_jitter: strength of brightness, contrast and saturation; timm's: 0.4.
+        random_erasing: probability that a box of the normalised image becomes noise (Zhong et al.
+            2020, arXiv 1708.04896; timm's "pixel").
 
     Raises:
         InputError: an `auto_augment` that timm does not know.
     """
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
+    flip = (0.5 if mirror else 0.0) if hflip is None else hflip
     if isinstance(source, ImageArray) and auto_augment is None:
         return KeyedImages(
             source,
@@ -85,7 +105,7 @@ def training_set(
             std,
             seed=seed,
             pad=max(1, source.images.shape[-1] // 8),
-            flip=0.5 if mirror else 0.0,
+            flip=flip,
             img_size=size,
             interpolation=preprocessing["interpolation"],
         )
@@ -97,7 +117,12 @@ def training_set(
         transform = timm.data.create_transform(
             input_size=(len(mean), size, size),
             is_training=True,
-            hflip=0.5 if mirror else 0.0,
+            scale=scale,  # type: ignore[arg-type]
+            ratio=ratio,  # type: ignore[arg-type]
+            hflip=flip,
+            color_jitter=0.4 if color_jitter is None else color_jitter,
+            re_prob=random_erasing,
+            re_mode="pixel",
             auto_augment=auto_augment,
             interpolation=preprocessing["interpolation"],
             mean=mean,

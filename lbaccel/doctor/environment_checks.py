@@ -57,6 +57,13 @@ def _nvcc(facts: Facts) -> Cases:
         yield "environment", f"deepspeed {here.packages['deepspeed']} on a GPU machine without nvcc"
 
 
+def _frozen_recompute(facts: Facts) -> Cases:
+    config = facts.resolved.config if facts.resolved else {}
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage == 3 and () < facts.environment.version("deepspeed") < (0, 19, 3):
+        yield "environment", f"ZeRO-3 by deepspeed {facts.environment.packages['deepspeed']}"
+
+
 def _stale_lock(facts: Facts) -> Cases:
     for path in facts.environment.stale_locks:
         yield path, "the lock of a build that no process of this machine does any more"
@@ -106,6 +113,15 @@ CHECKS = (
         "0.19.8 crash without nvcc (read, not run)",
         'pip install "deepspeed>=0.19.8"',
         _nvcc,
+    ),
+    Check(
+        "zero3-frozen-recompute",
+        "before 0.19.3 a recompute frees frozen parameters that it still reads: --train head and "
+        "its kin with --activation-checkpointing stop at CheckpointError (read, DeepSpeed's pull "
+        "request 8148). From 0.19.3 on they stay gathered until the backward of their block ends, "
+        "and none is left after an update (measured with 0.19.8)",
+        'pip install "deepspeed>=0.19.8"   (or --activation-checkpointing none)',
+        _frozen_recompute,
     ),
     Check(
         "stale-build-lock",

@@ -252,6 +252,7 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
 def _augmentation(config: Mapping[str, Any]) -> str | None:
     """The settings that add to the recipe's crops and mirror images, which follow from the data."""
     names = ("mixup", "cutmix", "label_smoothing", "drop_rate", "drop_path", "auto_augment")
+    names += ("scale", "ratio", "hflip", "color_jitter", "random_erasing")
     if not any(name in config for name in names):
         return None
     used = [f"{name} {in_markdown(str(config[name]))}" for name in names if config.get(name)]

@@ -161,11 +161,16 @@ def split_groups(
     return cut
 
 
-def _head(model: nn.Module) -> set[int]:
+def head_of(model: nn.Module) -> set[int]:
+    """The parameters of the classifier that the model names, by `id(parameter)`; may be none."""
     classifier: Any = getattr(model, "get_classifier", lambda: None)
     found = classifier()
     modules = found if isinstance(found, (tuple, list)) else [found]
-    head = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
+    return {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
+
+
+def _head(model: nn.Module) -> set[int]:
+    head = head_of(model)
     if not head:
         raise InputError(
             f"{type(model).__name__} does not tell its classifier (get_classifier() has no "

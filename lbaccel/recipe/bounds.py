@@ -130,6 +130,7 @@ finite = Bounded("a finite number")
 positive = Bounded("a finite number above 0", low=0, without_low=True)
 not_negative = Bounded("a finite number of at least 0", low=0)
 below_one = Bounded("a number of at least 0 and below 1", low=0, high=1, without_high=True)
+probability = Bounded("a number from 0 to 1", low=0, high=1)
 share = Bounded("a number above 0 and at most 1", low=0, high=1, without_low=True)
 epochs = Bounded(
     f"a number above 0 and at most {MOST_EPOCHS:,.0f}", low=0, high=MOST_EPOCHS, without_low=True

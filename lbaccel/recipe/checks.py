@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NewType
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
+from lbaccel.optim.trained import FREEZES_NORM
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
+from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.options_training import RateOptions
 from lbaccel.recipe.rate import check_reference, check_scaling
 from lbaccel.recipe.values import Option, flag_of, shown
@@ -56,22 +59,31 @@ def check_read(settings: Settings) -> None:
             continue
         if not is_read(row, settings):
             raise InputError(_unread(row, settings))
+    data = settings.data
+    if "color_jitter" in settings.given and data.auto_augment and "3a" not in data.auto_augment:
+        raise InputError(
+            f"--auto-augment {data.auto_augment} takes the place of timm's colour jitter, so "
+            f"nothing reads --color-jitter {shown(data.color_jitter)}. Leave one of them out."
+        )
 
 
 def check_read_from_data(settings: Settings, source: Source) -> None:
     """Stop at an option that was given and that these images leave unread.
 
     Raises:
-        InputError: a share to hold out beside a validation set of their own; a crop in evaluation
-            for images in memory.
+        InputError: a share to hold out beside a validation set of their own; a crop in evaluation,
+            or what timm's training transform alone has, for images in memory.
     """
     reasons = {}
     if not source.held_out:
         reasons["val_fraction"] = "has a validation set of its own"
     if isinstance(source.train, ImageArray):
         reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
+        if settings.data.auto_augment is None:
+            shifted = "is held in memory, where a crop is a shift and nothing else is drawn"
+            reasons |= dict.fromkeys(("scale", "ratio", "color_jitter", "random_erasing"), shifted)
     for name, reason in reasons.items():
-        if name in settings.given:
+        if name in settings.given and settings.value(name) not in OPTIONS[name].neutral:
             flag, value = flag_of(name), shown(settings.value(name))
             raise InputError(
                 f"--data {settings.data.data} {reason}, so nothing reads {flag} {value}. "
@@ -80,16 +92,22 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
 
 
 def check_read_by_norm(settings: Settings, has_batch_norm: bool) -> None:
-    """Stop at `--bn-statistics` that was given for a network without BatchNorm.
+    """Stop at what is given on BatchNorm's statistics where none move.
 
     Raises:
-        InputError: it was.
+        InputError: it was, or BatchNorm is frozen.
     """
     if "bn_statistics" in settings.given and not has_batch_norm:
         raise InputError(
             f"--bn-statistics {settings.batch.bn_statistics}: {settings.model.model} has no "
             "BatchNorm. Leave it out."
         )
+    if settings.model.train in FREEZES_NORM:
+        for name in {"bn_statistics", "bn_momentum"} & settings.given:
+            raise InputError(
+                f"--train {settings.model.train} freezes BatchNorm's statistics, so nothing reads "
+                f"{flag_of(name)} {shown(settings.value(name))}. Leave it out."
+            )
 
 
 def _unread(row: Option, settings: Settings) -> str:
@@ -120,6 +138,22 @@ def _check_ranges(s: Settings) -> None:
         value = s.value(name)
         if value is not None:
             _check_normalisation(name, value)
+    _check_crops(s.data)
+    if s.run.monitor.endswith("_ema") and s.optimizer.ema_decay is None:
+        raise InputError(
+            f"--monitor {s.run.monitor} is of the average of the weights, and there is none. Add "
+            "--ema-decay, such as 0.999."
+        )
+
+
+def _check_crops(data: DataOptions) -> None:
+    for name, value, most in (("scale", data.scale, 1.0), ("ratio", data.ratio, math.inf)):
+        if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
+            of = "of the area, such as 0.35 1" if name == "scale" else "such as 0.75 1.3333"
+            raise InputError(
+                f"{flag_of(name)} {shown(value)} must be two numbers above 0, the smaller first"
+                f"{', at most 1' if name == 'scale' else ''}: {of}."
+            )
 
 
 def _check_normalisation(name: str, value: tuple[float, ...]) -> None:

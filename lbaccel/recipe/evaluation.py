@@ -51,8 +51,9 @@ def evaluate(
     dtype: torch.dtype,
     batch_size: int,
     room: Room | None = None,
+    top5: bool = False,
 ) -> dict[str, float]:
-    """Mean cross-entropy and top-1 (%) over all samples of all ranks; eval mode, then as before.
+    """Mean cross-entropy, top-1 and top-5 (%) over all samples of all ranks; eval mode inside.
 
     Where memory runs out, the rank goes on in batches of half the size from the first sample that
     is not counted yet. Losses are computed and added up in float64, so that the size of the
@@ -65,6 +66,7 @@ def evaluate(
         dtype: of the images.
         batch_size: samples a forward.
         room: what fitted in evaluations before; it is kept up to date.
+        top5: count the labels among the five largest logits too, of at least five classes.
 
     Raises:
         NotEvaluated: on every rank. Its `error` is an InputError where an image of some rank can't
@@ -74,23 +76,24 @@ def evaluate(
     model.eval()
     raised: BaseException | None = None
     device = accelerator.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     try:
-        _add_up(model, batches, accelerator, sums, dtype, batch_size, room or Room())
+        _add_up(model, batches, accelerator, sums, dtype, batch_size, room or Room(), top5)
     except Exception as error:  # the other ranks wait for this one's sums
         raised = in_a_sentence(told(error))
-        sums[3] += 1
+        sums[4] += 1
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(sums)
-    loss_sum, num_hits, num_images, num_failed = sums.tolist()
+    loss_sum, num_hits, num_among, num_images, num_failed = sums.tolist()
     if num_failed:
         try:
             on_each_rank(accelerator, lambda: _raise(raised))
         except Exception as error:
             raise NotEvaluated(error) from error
-    return {"loss": loss_sum / num_images, "top1": 100 * num_hits / num_images}
+    found = {"loss": loss_sum / num_images, "top1": 100 * num_hits / num_images}
+    return found | ({"top5": 100 * num_among / num_images} if top5 else {})
 
 
 def _add_up(
@@ -101,13 +104,14 @@ def _add_up(
     dtype: torch.dtype,
     batch_size: int,
     room: Room,
+    top5: bool,
 ) -> None:
     """Add this rank's loss, hits and number of samples to `sums`, in batches that fit."""
     done = [0]
     while True:
         size = room.fit(batch_size)
         try:
-            _count(model, batches(done[0], size), accelerator, sums, dtype, done)
+            _count(model, batches(done[0], size), accelerator, sums, dtype, done, top5)
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -131,6 +135,7 @@ def _count(
     sums: Tensor,
     dtype: torch.dtype,
     done: list[int],
+    top5: bool,
 ) -> None:
     """One pass over the batches; `sums` and the samples `done` change together, a batch a time."""
     device = accelerator.device
@@ -142,7 +147,10 @@ def _count(
         loss = F.cross_entropy(logits.double(), labels, reduction="sum")
         hits = (logits.argmax(1) == labels).sum().double()
         count = torch.full_like(loss, len(labels))
-        sums += torch.stack([loss, hits, count, torch.zeros_like(loss)])
+        among = torch.zeros_like(loss)
+        if top5:
+            among += (logits.topk(5, 1).indices == labels[:, None]).any(1).sum()
+        sums += torch.stack([loss, hits, among, count, torch.zeros_like(loss)])
         done[0] += len(labels)
 
 

@@ -21,6 +21,7 @@ from lbaccel.models import (
     preprocessing,
     read_weights,
 )
+from lbaccel.optim.trained import train_only
 from lbaccel.recipe.options_batch import DataOptions, ModelOptions
 
 Say = Callable[[str], object]
@@ -90,6 +91,9 @@ def build_model(
     )
     num_parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {options.model}, {num_parameters / 1e6:.2f} M parameters, {num_classes} classes")
+    trains = train_only(model, options.train)
+    if trains is not None:
+        say(trains)
     say(f"images: {size} px ({origin}), {shown}")
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": options.model, "num_classes": num_classes}

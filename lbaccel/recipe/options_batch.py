@@ -11,14 +11,22 @@ from lbaccel.recipe import bounds
 from lbaccel.recipe.values import (
     SCHEDULED,
     ReadWith,
+    is_set,
     none_of,
     numbers,
     one_of,
     option,
     switch,
+    word_or_numbers,
 )
 
 _AUTO = ReadWith("global_batch_size", one_of("auto"), "Use --global-batch-size auto")
+_MEMORY = ("digits", "cifar10", "cifar100")
+# timm's training transform is for files, and for images in memory where it has a policy
+_TRANSFORMED = (
+    ReadWith("data", none_of(*_MEMORY), "Use images in files, such as folder:PATH"),
+    ReadWith("auto_augment", is_set, "Use --auto-augment, under which they take timm's crop"),
+)
 _ROLLING = ReadWith(
     "norm_batch_size",
     none_of("frozen"),
@@ -39,6 +47,14 @@ class ModelOptions:
         "where a pretrained model gets a new classifier: zero, or model (as timm draws it)",
         choices=("zero", "model"),
         reads_with=(ReadWith("pretrained", one_of(True), "Use --pretrained"),),
+    )
+    train: str = option(
+        "full",
+        str,
+        "parameters that are trained: all, the classifier, the classifier and norms, or the "
+        "classifier and biases; the rest is frozen, and BatchNorm too except under full and "
+        "head+norms",
+        choices=("full", "head", "head+norms", "bias+head"),
     )
     num_classes: int | None = option(None, bounds.classes, "outputs", shown="the data's classes")
     drop_rate: float = option(0.0, bounds.below_one, "dropout before the classifier, probability")
@@ -96,16 +112,58 @@ class DataOptions:
         reads_with=(
             ReadWith(
                 "data",
-                none_of("digits", "cifar10", "cifar100"),
+                none_of(*_MEMORY),
                 "Images in memory are evaluated whole: use folder:PATH or parquet:PATH",
             ),
         ),
+    )
+    loss: str = option(
+        "ce", str, "cross-entropy, or binary cross-entropy of each class", choices=("ce", "bce")
+    )
+    class_weights: str | tuple[float, ...] | None = option(
+        None,
+        word_or_numbers,
+        "weights of the classes in the loss: balanced (N / (C n_c)), or a YAML or CSV file of "
+        "class: weight",
+        shown="all 1",
+        reads_with=(ReadWith("loss", one_of("ce"), "Use --loss ce"),),
     )
     label_smoothing: float = option(0.0, bounds.below_one, "0..1")
     mixup: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
     cutmix: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
     auto_augment: str | None = option(
         None, str, "timm's policy, such as rand-m9-mstd0.5", shown="none"
+    )
+    scale: tuple[float, ...] | None = option(
+        None,
+        bounds.many_positive,
+        "least and largest share of the image's area in a random crop",
+        shown="0.08 1",
+        reads_with=_TRANSFORMED,
+    )
+    ratio: tuple[float, ...] | None = option(
+        None,
+        bounds.many_positive,
+        "least and largest width / height of a random crop",
+        shown="0.75 1.3333",
+        reads_with=_TRANSFORMED,
+    )
+    hflip: float | None = option(
+        None, bounds.probability, "probability of a mirror image", shown="0.5; digits 0"
+    )
+    color_jitter: float | None = option(
+        None,
+        bounds.not_negative,
+        "strength of random brightness, contrast and saturation; 0 is off",
+        shown="0.4; off beside a policy",
+        reads_with=(_TRANSFORMED[0],),
+    )
+    random_erasing: float = option(
+        0.0,
+        bounds.probability,
+        "probability that a box is filled with noise (timm's reprob, mode pixel)",
+        neutral=(0.0,),
+        reads_with=_TRANSFORMED,
     )
 
 

@@ -12,6 +12,7 @@ from lbaccel.recipe.values import (
     ReadWith,
     has_momentum,
     holds,
+    is_set,
     none_of,
     one_of,
     option,
@@ -32,6 +33,7 @@ def has_reference(name: str) -> bool:
 
 
 _WARMED = ReadWith("warmup", none_of("none"), "Use --warmup gradual")
+_PATIENT = ReadWith("patience", is_set, "Use --patience, such as 5")
 _WANDB = ReadWith("log_with", holds("wandb"), "Use --log-with run_folder wandb")
 
 
@@ -245,6 +247,21 @@ class RunOptions:
         contract=False,
         of_run=False,
         private=True,
+    )
+    patience: int | None = option(
+        None,
+        bounds.count,
+        "end the run after so many evaluations without a better --monitor",
+        shown="no early end",
+        contract=False,
+    )
+    monitor: str = option(
+        "val/top1",
+        str,
+        "metric of --patience",
+        choices=("val/top1", "val/loss", "val/top1_ema", "val/loss_ema"),
+        contract=False,
+        reads_with=(_PATIENT,),
     )
     seed: int = option(0, bounds.recipe_seed, "of weights, order, augmentation and split")
     output: str = option(

@@ -20,6 +20,7 @@ from lbaccel.recipe.values import (
     numbers,
     shown,
     switch,
+    word_or_numbers,
     words,
 )
 
@@ -235,7 +236,8 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
         if not raw and origin == "flag":
             raise InputError(f"{where} is empty; give it a number, or leave it out.")
     try:
-        if isinstance(raw, (list, dict)) and not is_list and option.parse is not words:
+        many = is_list or option.parse in (words, word_or_numbers)
+        if isinstance(raw, (list, dict)) and not many:
             raise ValueError("one value")
         if isinstance(raw, bool) and option.parse is not switch:  # YAML's yes, no, on, off
             raise ValueError("no truth value")

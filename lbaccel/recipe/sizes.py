@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -11,23 +11,44 @@ import torch
 from lbaccel.batch.plan import NormBatchSize
 from lbaccel.errors import InputError
 from lbaccel.launch import local_world_size
-from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.optim.trained import FREEZES_NORM
+from lbaccel.recipe.options_batch import BatchOptions, ModelOptions
 from lbaccel.update.memory.budget import default_budget, memory_limit, parse_memory
 
 
 def choose_norm_batch_size(
-    batch: BatchOptions, *, model: str, has_batch_norm: bool, num_samples: int
+    batch: BatchOptions,
+    model: ModelOptions,
+    *,
+    has_batch_norm: bool,
+    num_samples: int,
+    say: Callable[[str], object] = lambda _: None,
 ) -> NormBatchSize:
     """The norm_batch_size given, by default 32 (Goyal et al. 2017: samples a worker).
 
+    Where the layers around it are frozen, BatchNorm is too: its statistics are those of the weights
+    that stay.
+
     Raises:
-        InputError: an option of BatchNorm for a model without it, or more samples than there are.
+        InputError: an option of BatchNorm for a model without it or with all of it frozen, or more
+            samples than there are.
     """
     given = batch.norm_batch_size
     if not has_batch_norm:
         if given is not None:
-            raise InputError(f"--norm-batch-size {given}: {model} has no BatchNorm. Leave it out.")
+            raise InputError(
+                f"--norm-batch-size {given}: {model.model} has no BatchNorm. Leave it out."
+            )
         return None
+    if model.train in FREEZES_NORM:
+        if given not in (None, "frozen"):
+            raise InputError(
+                f"--norm-batch-size {given}: under --train {model.train} the network below the "
+                "classifier is frozen, and BatchNorm with it, so nothing normalises by a batch. "
+                "Leave it out, or use --train head+norms, which trains BatchNorm."
+            )
+        say(f"norm_batch_size: frozen, as the layers around BatchNorm (--train {model.train})")
+        return "frozen"
     if given is None:
         return min(32, batch.first_size, num_samples)
     if given != "frozen" and given > num_samples:

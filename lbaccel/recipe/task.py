@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from torch.nn import functional as F
 
 from lbaccel.batch.phases import Phase, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
@@ -23,11 +23,14 @@ from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
 from lbaccel.recipe.auto_plan import Chosen, Workload
 from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_data
+from lbaccel.recipe.class_weights import check_unchanged, in_words, weights_of
+from lbaccel.recipe.contract import VALUES
+from lbaccel.recipe.loss import loss_of
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.alike import check_alike
-from lbaccel.runs.ranks import on_each_rank
+from lbaccel.runs.ranks import decided, on_each_rank
 from lbaccel.text import printable
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
@@ -52,6 +55,7 @@ class Task:
     phases: tuple[Phase, ...]  # of the batch schedule; none without
     loader: UpdateLoader
     loss_fn: LossFn
+    class_weights: tuple[float, ...] | None = None  # of the loss, one an output
 
 
 def build_task(
@@ -80,6 +84,7 @@ def build_task(
     if accelerator.is_main_process and load_weights:  # a resume has said it
         _warn_of_shared_files(source, say=say)
     num_classes = num_classes_of(s.model.num_classes, source, data=s.data.data)
+    weights = _class_weights(s, source, num_classes, accelerator, say=say)
     model, preprocessing = build_model(
         s.model,
         s.data,
@@ -93,7 +98,7 @@ def build_task(
     normed = has_batch_norm(model)
     check_read_by_norm(s, normed)
     norm_batch_size = choose_norm_batch_size(
-        s.batch, model=s.model.model, has_batch_norm=normed, num_samples=num_samples
+        s.batch, s.model, has_batch_norm=normed, num_samples=num_samples, say=say
     )
     phases = growth.phases_of(s.batch, s.rate, num_samples=num_samples, say=say)
     size, mixes = preprocessing["img_size"], bool(s.data.mixup or s.data.cutmix)
@@ -126,7 +131,16 @@ def build_task(
         searches=s.batch.micro_batch_size == "auto" and chosen.micro_batch_size is None,
         phases=phases,
         loader=loader,
-        loss_fn=_loss_fn(dtype, chosen.memory_format, s.data.label_smoothing),
+        loss_fn=loss_of(
+            s.data.loss,
+            dtype=dtype,
+            memory_format=chosen.memory_format,
+            label_smoothing=s.data.label_smoothing,
+            class_weights=None
+            if weights is None
+            else torch.tensor(weights, dtype=dtype, device=accelerator.device),
+        ),
+        class_weights=weights,
     )
 
 
@@ -194,11 +208,17 @@ def _plan(
             growth=sizes,
         )
     )
-    if norm_batch_size == "frozen" and not (s.model.pretrained or s.model.checkpoint):
-        say(
-            "warning: BatchNorm is frozen in a network without pretrained weights, so it does not "
-            "normalise at all. Use --norm-batch-size 32, or --pretrained."
-        )
+    if not (s.model.pretrained or s.model.checkpoint):
+        if s.model.train != "full":
+            say(
+                f"warning: --train {s.model.train} keeps most of a network that has learned nothing"
+                ": its features are random. Use --pretrained, or --train full."
+            )
+        elif norm_batch_size == "frozen":
+            say(
+                "warning: BatchNorm is frozen in a network without pretrained weights, so it does "
+                "not normalise at all. Use --norm-batch-size 32, or --pretrained."
+            )
     return plan.capped(num_samples)
 
 
@@ -221,6 +241,11 @@ def _loader(
             seed=seed,
             mirror=source.name != "digits",
             auto_augment=data.auto_augment,
+            scale=data.scale,
+            ratio=data.ratio,
+            hflip=data.hflip,
+            color_jitter=data.color_jitter,
+            random_erasing=data.random_erasing,
         ),
         plan,
         rank=accelerator.process_index,
@@ -232,17 +257,20 @@ def _loader(
     )
 
 
-def _loss_fn(dtype: torch.dtype, memory_format: str, label_smoothing: float) -> LossFn:
-    def loss_fn(model: Any, micro_batch: Any) -> Any:
-        images, targets = micro_batch
-        images = images.to(dtype)
-        if memory_format == "channels_last":
-            images = images.to(memory_format=torch.channels_last)
-        if targets.is_floating_point():  # soft targets of mixup, smoothed already
-            return F.cross_entropy(model(images), targets.to(dtype))
-        return F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
-
-    return loss_fn
+def _class_weights(
+    s: Checked, source: Source, num_classes: int, accelerator: Any, *, say: Say
+) -> tuple[float, ...] | None:
+    classes, labels = source.train.classes, torch.as_tensor(np.asarray(source.train.labels))
+    weights = decided(
+        accelerator,
+        lambda: weights_of(
+            s.data.class_weights, labels=labels, classes=classes, num_classes=num_classes
+        ),
+    )
+    if weights is not None:
+        check_unchanged(weights, (s.contract or {}).get(VALUES, {}).get("class_weights"))
+        say(in_words(weights, classes))
+    return weights
 
 
 def large_batch_of(s: Checked, accelerator: Any, task: Task, **parts: Any) -> LargeBatch:

@@ -20,6 +20,7 @@ from lbaccel.optim.schedules import Schedule, product
 from lbaccel.recipe import growth
 from lbaccel.recipe.accelerator import zero_stage
 from lbaccel.recipe.checks import Checked
+from lbaccel.recipe.class_weights import BALANCED
 from lbaccel.recipe.evaluation import Room
 from lbaccel.recipe.measured import (
     build_auto_batch,
@@ -40,6 +41,7 @@ from lbaccel.runs.folder import DECISIONS, MANIFEST, atomic_write_text
 from lbaccel.runs.length import Length
 from lbaccel.runs.log import RunLog
 from lbaccel.runs.notices import Circumstances, LossNotices
+from lbaccel.runs.patience import Patience
 from lbaccel.runs.ranks import on_each_rank
 from lbaccel.runs.session import Session, load_weights
 from lbaccel.update.engine import LargeBatch
@@ -113,6 +115,8 @@ class Training:
         taken["milestones"] = growth.milestones(
             s.rate.milestones, rule=s.batch.batch_schedule, epochs=s.rate.epochs
         )
+        if isinstance(s.data.class_weights, str) and s.data.class_weights != BALANCED:
+            taken["class_weights"] = list(task.class_weights or ())  # the file may change
         if s.batch.micro_batch_size != "auto":
             taken["micro_batch_size"] = task.plan.micro_batch_size
         history = {
@@ -176,6 +180,7 @@ def build_training(
         eval_every=s.run.eval_every,
         length=length,
         notices=LossNotices(circumstances(s, task, rate)),
+        patience=Patience(s.run.patience, s.run.monitor),
     )
     parts = {
         "optimizer": large_batch.optimizer_state(),
@@ -201,7 +206,9 @@ def build_training(
         log, session, tuple(hooks),
     )  # fmt: skip
     if resume_from is not None:
-        _check_done(session.restore(resume_from, say=say), training)
+        done = session.restore(resume_from, say=say)
+        _check_done(done, training)
+        log.end_early(done)
     return training
 
 

@@ -38,6 +38,11 @@ def whole(text: Any) -> int:
     return int(text)
 
 
+def word_or_numbers(text: Any) -> str | tuple[float, ...]:
+    """A word or path from text, floats from a list, as a run's config.yaml has them."""
+    return numbers(text) if isinstance(text, (list, tuple)) else str(text)
+
+
 def flag_of(name: str) -> str:
     """The flag of an option.
 

@@ -6,12 +6,17 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.runs.length import Length
 from lbaccel.runs.notices import LossNotices
+from lbaccel.runs.patience import Patience
 from lbaccel.runs.progress import peak_gib
+
+Counted = tuple[float, int, float | None]
+"""Of an update: its mean loss, its samples, and how many it had right, where that is counted."""
 
 
 class RunLog:
@@ -21,10 +26,11 @@ class RunLog:
 
     Args:
         stream: where updates lie.
-        log_every: updates a line; the loss is the mean over its samples.
+        log_every: updates a line; loss and top-1 are means over its samples.
         eval_every: epochs between evaluations, exact to the sample.
         length: its `stop_at` is the last update, which is always logged and evaluated.
         notices: what there is to say about the loss.
+        patience: ends the run where evaluations get no better; by default never.
     """
 
     def __init__(
@@ -35,13 +41,16 @@ class RunLog:
         eval_every: float,
         length: Length,
         notices: LossNotices,
+        patience: Patience | None = None,
     ) -> None:
         self.stream, self.log_every, self.length = stream, log_every, length
         self.eval_samples = Fraction(str(eval_every)) * stream.samples_per_epoch
-        self.notices = notices
-        self.window: list[tuple[float, int]] = []
+        self.notices, self.patience = notices, patience or Patience()
+        self._line: Callable[[], dict[str, float]] = dict  # of the updates since the last one
+        self.window: list[Counted] = []
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.early = ""  # why the run ends before its length
         self.evaluation_due = False  # that of the newest update failed: a resume does it first
         self.training_seconds = 0.0
         self.window_seconds = 0.0
@@ -73,12 +82,24 @@ class RunLog:
         """Take a counted update in; the metrics of a line, `more` among them, where one is due."""
         self.training_seconds += seconds
         self.window_seconds += seconds
-        self.window.append((result.loss, result.num_samples))
+        self.window.append((result.loss, result.num_samples, result.sums.get("top1")))
+        self._line = partial(self._means, result, lr=lr, more=more)
         if result.num_updates % self.log_every and result.num_updates != self.length.stop_at:
             return None
-        weight = sum(n for _, n in self.window)
+        return self._line()
+
+    def rest(self) -> dict[str, float] | None:
+        """The metrics of the updates since the last line, where the run ends between two lines."""
+        return self._line() or None if self.window else None
+
+    def _means(
+        self, result: Any, *, lr: float, more: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        weight = sum(n for _, n, _ in self.window)
+        hits = [right for _, _, right in self.window if right is not None]
         metrics = {
-            "train/loss": sum(loss * n for loss, n in self.window) / weight,
+            "train/loss": sum(loss * n for loss, n, _ in self.window) / weight,
+            **({"train/top1": 100 * sum(hits) / weight} if len(hits) == len(self.window) else {}),
             "optim/lr": lr,
             **({} if result.dropped else {"optim/grad_norm": result.grad_norm}),
             "batch/global": result.num_samples,
@@ -103,10 +124,18 @@ class RunLog:
         """Take the metrics of an evaluation in; whether its top-1 is the best so far."""
         self.latest |= metrics
         self.evaluation_due = False
+        self.patience.after_evaluation(metrics)
+        self.end_early(result.num_updates)
         improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
         if improved:
             self.best = {"update": result.num_updates, **metrics}
         return improved
+
+    def end_early(self, num_updates: int) -> None:
+        """Make this update the last one where patience is over before that."""
+        if self.patience.is_over and num_updates < self.length.stop_at:
+            self.length.limit(num_updates)
+            self.early = str(self.patience)
 
     def summary(self, large_batch: Any) -> dict[str, Any]:
         """The content of `summary.json` besides the status."""
@@ -125,7 +154,7 @@ class RunLog:
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "window": [list(pair) for pair in self.window],
+            "window": [list(counted) for counted in self.window],
             "best": dict(self.best),
             "latest": dict(self.latest),
             "evaluation_due": self.evaluation_due,
@@ -133,11 +162,12 @@ class RunLog:
             "window_seconds": self.window_seconds,
             "seconds": self.seconds,
             "notices": self.notices.state_dict(),
+            "patience": self.patience.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.window = [(float(loss), int(n)) for loss, n in state["window"]]
+        self.window = [_counted(*entry) for entry in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
         self.evaluation_due = bool(state.get("evaluation_due", False))  # none before 0.2
         self.training_seconds = float(state["training_seconds"])
@@ -145,4 +175,11 @@ class RunLog:
         self._seconds_before = float(state["seconds"])
         if "notices" in state:  # none before 0.2
             self.notices.load_state_dict(state["notices"])
+        if "patience" in state:  # none before there was one
+            self.patience.load_state_dict(state["patience"])
         self._started = time.perf_counter()
+
+
+def _counted(loss: float, num_samples: int, right: float | None = None) -> Counted:
+    """An update of a saved window; before `train/top1` it had two numbers."""
+    return float(loss), int(num_samples), None if right is None else float(right)

@@ -31,6 +31,7 @@ from lbaccel.errors import RunFailed, check_number, check_whole
 from lbaccel.stability.rehearsal import group_ratios, plain_optimizer, replicated
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
+from lbaccel.update.loss_parts import parts_of
 from lbaccel.update.memory.oom import is_out_of_memory, let_go
 from lbaccel.update.transaction import Transaction
 
@@ -278,7 +279,8 @@ class _Hessian:
             around.enter_context(randomness.forward(micro_batch))
             around.enter_context(sdpa_kernel(SDPBackend.MATH))
             out = self._loss_fn(module, send_to_device(data, self._device))
-            loss, weight = out if isinstance(out, tuple) else (out, float(micro_batch.num_samples))
+            loss, weight, _ = parts_of(out)
+            weight = float(micro_batch.num_samples) if weight is None else weight
             if isinstance(weight, Tensor):
                 weight = weight.detach().to(self._dtype)
             around.enter_context(randomness.backward())

@@ -11,9 +11,9 @@ then agree on success, and only then are gradients, losses and weights summed an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,11 +23,17 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, RunFailed, told
+from lbaccel.update.loss_parts import SLOTS, SampleSums, parts_of
 from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.update.weightless import Weightless
 
-LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
-"""(model, micro-batch) -> mean loss, or (mean loss, weight of the micro-batch)."""
+LossFn = Callable[
+    [Any, Any],
+    Tensor
+    | tuple[Tensor, Tensor | float | None]
+    | tuple[Tensor, Tensor | float | None, Mapping[str, Tensor | float]],
+]
+"""(model, micro-batch) -> mean loss, (mean loss, weight of the micro-batch), or with sums too."""
 
 Stop = Literal["time limit", "interrupt"]
 """Why a run ends after an update, before its time; an interrupt outweighs a time limit."""
@@ -54,6 +60,7 @@ class Sums:
     loss: Tensor  # float64 [], sum of w_i l_i
     weight: Tensor  # float64 [], sum of w_i
     own_weights: bool  # the loss function returned weights
+    samples: SampleSums = field(default_factory=SampleSums)  # what it counted beside its loss
 
 
 def accumulate(
@@ -75,7 +82,8 @@ def accumulate(
     Args:
         model: handed to `loss_fn` as it is.
         micro_batches: pairs of a `MicroBatch` and its data, on the device.
-        loss_fn: (model, data) -> mean loss [], or (mean loss [], weight [] or float).
+        loss_fn: (model, data) -> mean loss [], (mean loss [], weight [] or float), or with sums
+            over the micro-batch's samples as a third, by name.
         num_samples: samples of the update over all ranks (B).
         scopes: entered around each micro-batch, such as the model's `GhostNorm`.
         backward: runs the backward pass of a scaled loss.
@@ -87,14 +95,15 @@ def accumulate(
     loss_sum: Tensor | float = 0.0
     weight_sum: Tensor | float = 0.0
     weighs: bool | None = None
-    device = None
+    device, samples = None, SampleSums()
     with Weightless(model) as weightless:
         for micro_batch, data in micro_batches:
             with ExitStack() as around:
                 for scope in scopes:
                     around.enter_context(scope.forward(micro_batch))
                 out = loss_fn(model, data)
-                loss, weight = out if isinstance(out, tuple) else (out, None)
+                loss, weight, sums = parts_of(out)
+                samples.add(sums, counts=not micro_batch.is_filler)
                 _check_loss(loss)
                 device = loss.device
                 if weighs is None:
@@ -122,12 +131,13 @@ def accumulate(
                 if not micro_batch.is_filler:
                     loss_sum = loss_sum + weightless.share(loss, weight)
                     weight_sum = weight_sum + weight
-                del out, loss, scaled
+                del out, sums, loss, scaled
     as_double = {"dtype": torch.float64, "device": device}
     return Sums(
         torch.as_tensor(loss_sum, **as_double),
         torch.as_tensor(weight_sum, **as_double),
         bool(weighs),
+        samples,
     )
 
 
@@ -152,6 +162,7 @@ class Agreement:
     out_of_memory: bool = False  # on some rank, and nothing else went wrong: do it again, smaller
     short_of_memory: bool = False  # some rank's allocator had to empty its cache
     own_weights: bool = False  # the loss function returned weights
+    sums: Mapping[str, float] = field(default_factory=dict)  # that it returned, over all samples
 
 
 def agree(
@@ -181,19 +192,21 @@ def agree(
     Raises:
         BaseException: `error` itself, on the rank that failed.
         RunFailed: on the others, with what the failing ranks said.
-        InputError: the weights of the update add up to zero.
+        InputError: the weights of the update add up to zero, or the ranks' sums differ in name.
     """
     ran_out = error is not None and is_out_of_memory(error)
     stops = {None: 0, "time limit": 1, "interrupt": world_size + 1}  # a sum tells which there are
     status = [float(sums is None and not ran_out), float(ran_out), float(stops[stop])]
     there = [float(here) for here in present]
-    head = [*status, float(short_of_memory), 0.0, 0.0]
+    head = [*status, float(short_of_memory), 0.0, 0.0, *[0.0] * SLOTS]
     vector = torch.tensor(head + there, dtype=torch.float64).to(device)
     if sums is not None:
         vector[4], vector[5] = sums.loss, sums.weight
+        vector[6 : 6 + SLOTS] = sums.samples.vector(sums.loss.device)
     if world_size > 1:
         dist.all_reduce(vector)
-    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *num_present = vector.tolist()
+    num_failed, num_ran_out, stop_sum, num_short, loss, weight, *rest = vector.tolist()
+    added, num_present = rest[:SLOTS], rest[SLOTS:]
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
         dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
@@ -222,6 +235,7 @@ def agree(
         agreed,
         short_of_memory=num_short > 0,
         own_weights=sums is not None and sums.own_weights,
+        sums={} if sums is None else sums.samples.read(added, world_size=world_size),
     )
 
 

@@ -217,7 +217,8 @@ class LargeBatch:
         Args:
             update: an item of the loader; its data is moved to the device a micro-batch at a time.
             loss_fn: (model, data) -> mean loss over the micro-batch, or (mean loss, weight) where
-                weight is the sum of token, mask or class weights that the mean was taken over.
+                weight is the sum of token, mask or class weights that the mean was taken over;
+                (mean loss, weight or None, sums) has sums over samples by name, for the result.
 
         Raises:
             InputError: no update, or a line of a plain loop that moves what an update moves
@@ -356,6 +357,7 @@ class LargeBatch:
             num_retries=num_retries,
             stop=agreement.stop,
             dropped=dropped,
+            sums=agreement.sums,
         )
 
     @contextmanager
@@ -383,10 +385,8 @@ class LargeBatch:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, and the noise scale's averages where they are taken."""
-        state = {"num_updates": self.num_updates, "samples_seen": self.samples_seen}
-        if self.noise_scale is not None:
-            return {**state, "noise_scale": self.noise_scale.state_dict()}
-        return state
+        noise = {} if self.noise_scale is None else {"noise_scale": self.noise_scale.state_dict()}
+        return {"num_updates": self.num_updates, "samples_seen": self.samples_seen, **noise}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters, and the noise scale's averages where both have them."""

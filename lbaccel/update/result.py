@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lbaccel.update.accumulation import Stop
 
@@ -21,3 +22,6 @@ class UpdateResult:
     num_retries: int  # attempts before it for which memory did not suffice
     stop: Stop | None = None  # some rank called `request_stop`; all see it at the same update
     dropped: bool = False  # by `drops`: counted, statistics moved, no weight written
+    sums: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the loss function, over all samples

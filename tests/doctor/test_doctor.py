@@ -87,6 +87,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"env": {**with_packages(deepspeed="0.19.7"), "nvcc": None}},
         {"env": {**with_packages(), "nvcc": None}},
     ),
+    "zero3-frozen-recompute": (
+        {"ds": json_of(3), "env": with_packages(deepspeed="0.19.2")},
+        {"ds": json_of(3), "env": with_packages(deepspeed="0.19.3")},
+    ),
     "accelerate-old": (
         {"env": with_packages(accelerate="1.14.2")},
         {"env": with_packages(accelerate="1.15.0")},

@@ -40,6 +40,9 @@ class Tiny(nn.Module):
         self.norm, self.path = nn.BatchNorm2d(8), DropPath(drop_path_rate)
         self.drop, self.fc = nn.Dropout(drop_rate), nn.Linear(8, num_classes)
 
+    def get_classifier(self):
+        return self.fc
+
     def forward(self, x):
         x = self.conv(x)
         for block in self.blocks:

@@ -24,6 +24,8 @@ OTHER = {
     **dict.fromkeys(("betas", "loss_dropout"), (0.5, 0.6)),
     "data": "cifar10",
     "auto_augment": "rand-m9",
+    "class_weights": "balanced",
+    **dict.fromkeys(("scale", "ratio"), (0.5, 1)),
     "optimizer": "adamw",
     "warmup_start": "zero",
     "norm_batch_size": "frozen",

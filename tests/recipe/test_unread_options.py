@@ -24,12 +24,26 @@ OTHERS = {
     "lr_scaling": [x for x in OPTIONS["lr_scaling"].choices if not x.startswith("per-")],
     "warmup": list(OPTIONS["warmup"].choices),
     "optimizer": ["sgd", "adamw", "lamb", "lars", "rmsprop", "no such optimizer"],
+    "loss": ["ce", "bce"],
+    "pretrained": [False, True],
+    "auto_augment": [None, "rand-m9-mstd0.5"],
+    "patience": [None, 3],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
 # by the documentation, in other words than the table's: (option, other): values that read it
 READ_AT = {
     ("val_fraction", "data"): {"digits", "folder:images", "parquet:images"},
     ("crop_pct", "data"): {"folder:images", "parquet:images"},
+    **{
+        (name, "data"): {"folder:images", "parquet:images"}
+        for name in ("scale", "ratio", "color_jitter", "random_erasing")
+    },
+    **{
+        (name, "auto_augment"): {"rand-m9-mstd0.5"} for name in ("scale", "ratio", "random_erasing")
+    },
+    ("class_weights", "loss"): {"ce"},
+    ("head_init", "pretrained"): {True},
+    ("monitor", "patience"): {3},
     ("bn_statistics", "norm_batch_size"): {None, 32},
     ("bn_momentum", "norm_batch_size"): {None, 32},
     ("min_batch_size", "global_batch_size"): {"auto"},
@@ -112,6 +126,16 @@ def test_an_option_is_refused_just_where_nothing_reads_it(name, other):
             "--norm-batch-size frozen --bn-statistics per_update",
             "--norm-batch-size frozen does not read --bn-statistics per_update",
         ),
+        (
+            "--loss bce --class-weights balanced",
+            "--loss bce does not read --class-weights balanced",
+        ),
+        ("--monitor val/loss", "does not read --monitor val/loss. Use --patience, such as 5"),
+        ("--random-erasing 0.2", "--data digits does not read --random-erasing 0.2. Use images"),
+        (
+            "--data folder:x --auto-augment rand-m9 --color-jitter 0.2",
+            "takes the place of timm's colour jitter, so nothing reads --color-jitter 0.2",
+        ),
         ("--warmup none --warmup-start zero", "--warmup none does not read --warmup-start zero"),
         ("--log-with run_folder --wandb-name a", "--log-with run_folder does not read --wandb-nam"),
         ("--factor 5", "this recipe does not read --factor 5. Add --batch-schedule, such as bsi"),
@@ -171,6 +195,40 @@ def test_a_crop_is_refused_for_images_that_a_parquet_file_gives_to_memory():
     check_read(settings)  # by the name of the data nobody can tell
     with pytest.raises(InputError, match="images are evaluated whole, so nothing reads --crop-pct"):
         check_read_from_data(settings, open_source("digits"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["scale 0.5 1", "ratio 1 1", "color-jitter 0", "random-erasing 1"]
+)
+def test_what_timms_transform_reads_is_refused_for_images_that_are_in_memory(flags):
+    name, *value = flags.split()
+    given = {"data": "parquet:x", name.replace("-", "_"): " ".join(value)}
+    settings = layered(Settings(), given, origin="flag")
+    check_read(settings)  # by the name of the data nobody can tell
+    with pytest.raises(InputError, match=f"nothing else is drawn, so nothing reads --{name} "):
+        check_read_from_data(settings, open_source("digits"))
+    if name != "color-jitter":
+        policy = layered(settings, {"auto_augment": "rand-m9"}, origin="flag")
+        check_read_from_data(policy, open_source("digits"))
+
+
+@pytest.mark.parametrize("train_", ["head", "bias+head"])
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--norm-batch-size 8", "so nothing normalises by a batch"),
+        ("--bn-statistics per_update", "nothing reads --bn-statistics per_update"),
+        ("--bn-momentum 0.2", "nothing reads --bn-momentum 0.2"),
+    ],
+)
+def test_a_frozen_batch_norm_reads_none_of_its_settings(
+    train_, flag, says, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model lbaccel_tiny --train {train_} {flag} --log-with run_folder"
+    assert train.main(flags.split()) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resume_refuses_none_of_them_as_the_run_began_with_it(tmp_path, monkeypatch):

@@ -284,8 +284,9 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"bce_loss": True}, "bce_loss true, because lbaccel train has cross-entropy alone"),
-        ({"reprob": 0.25}, "reprob 0.25"),
+        ({"bce_loss": True, "bce_sum": True}, "bce_sum true"),
+        ({"reprob": 0.25, "remode": "const"}, "remode const, recount 1 of random erasing"),
+        ({"vflip": 0.5}, "vflip 0.5"),
         ({"clip_mode": "agc"}, "clip_grad 5 with clip_mode agc"),
         ({"sched": "poly"}, "the decay poly"),
         ({"cooldown_epochs": 10}, "--epochs 115 --extend constant"),
@@ -299,6 +300,34 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
 def test_what_the_contract_can_not_say_is_said(changed, words):
     before = gaps(timm_contract())
     assert words not in before and words in gaps(timm_contract(**changed))
+
+
+def test_timms_crops_colours_erasing_and_binary_loss_are_carried_over():
+    changed = {
+        "scale": [0.35, 1.0],
+        "ratio": [0.8, 1.25],
+        "hflip": 0.0,
+        "color_jitter": 0.1,
+        "reprob": 0.25,
+        "bce_loss": True,
+    }
+    contract = timm_contract(**changed)
+    wanted = {
+        "scale": [0.35, 1.0],
+        "ratio": [0.8, 1.25],
+        "hflip": 0.0,
+        "color_jitter": 0.1,
+        "random_erasing": 0.25,
+        "loss": "bce",
+    }
+    assert {key: contract.settings[key] for key in wanted} == wanted
+    assert gaps(contract) == gaps(timm_contract())
+    assert not wanted.keys() & timm_contract().settings.keys()  # at timm's defaults
+
+
+def test_a_policy_takes_timms_colour_jitter_away():
+    assert "color_jitter" not in timm_contract(aa="rand-m9", color_jitter=0.1).settings
+    assert timm_contract(color_jitter=None).settings["color_jitter"] == 0.0
 
 
 def test_unknown_keys_are_listed_and_missing_ones_named_with_their_default():
@@ -333,6 +362,7 @@ def test_torchvisions_resnet50_recipe():
         "img_size": 176,
         "precision": "fp32",
         "interpolation": "bilinear",
+        "random_erasing": 0.1,
     }
     assert {key: s[key] for key in wanted} == wanted
     left = ("--auto-augment ta_wide", "--random-erase 0.1", "--ra-sampler --ra-reps 4")

@@ -22,7 +22,14 @@ from lbaccel.replication.many_gpus import (
     check_most_epochs,
     one_number_of_gpus,
 )
-from lbaccel.replication.readers.timm_keys import AT_DEFAULT, NEUTRAL, OWN_REASONS, READ, REQUIRED
+from lbaccel.replication.readers.timm_keys import (
+    ALIKE,
+    AT_DEFAULT,
+    NEUTRAL,
+    OWN_REASONS,
+    READ,
+    REQUIRED,
+)
 
 MOST_DROPS = 10_000  # of a rate in steps, each a milestone
 WHY_LAST = {
@@ -91,7 +98,9 @@ def read_timm_args(content: Mapping[str, Any], *, gpus: int | None, origin: str)
         gaps=tuple(gaps),
         unknown=tuple(f"{k}: {shown(content[k])}" for k in content if k not in known),
         assumed=tuple(
-            f"{key} {shown(value)}" for key, value in READ.items() if value and key not in content
+            f"{key} {shown(value)}"
+            for key, value in READ.items()
+            if value and key not in content and key not in ALIKE
         ),
     )
 
@@ -221,6 +230,16 @@ def _rows(a: Mapping[str, Any]) -> list[Translation]:
     same("drop", "drop_rate", "dropout before the classifier", when=bool(a["drop"]))
     same("drop_path", "drop_path", "stochastic depth", when=bool(a["drop_path"]))
     same("aa", "auto_augment", "timm's policy on both sides", when=bool(a["aa"]))
+    for key in ("scale", "ratio", "hflip"):
+        same(key, key, "of timm's training transform", when=not _is_default(a[key], ALIKE[key]))
+    if not a["aa"] and not _is_default(a["color_jitter"], ALIKE["color_jitter"]):
+        said = f"color_jitter {shown(a['color_jitter'])}"
+        why = "brightness, contrast and saturation of timm's training transform"
+        rows.append(Translation(said, "color_jitter", float(a["color_jitter"] or 0.0), why))
+    same("reprob", "random_erasing", "timm's, filled with noise", when=bool(a["reprob"]))
+    if a["bce_loss"]:
+        why = "timm's BinaryCrossEntropy, the mean over classes"
+        rows.append(Translation("bce_loss true", "loss", "bce", why))
     same("num_classes", "num_classes", "outputs", when=a["num_classes"] is not None)
     size = a["img_size"] or (a["input_size"] or [None])[-1]
     if size is not None:
@@ -289,6 +308,14 @@ def _gaps(a: Mapping[str, Any], content: Mapping[str, Any]) -> list[Gap]:
                 "train_interpolation random (bilinear or bicubic, drawn an image)",
                 "the recipe has one interpolation",
                 "the model's, or interpolation",
+            )
+        )
+    if a["reprob"] and (a["remode"], a["recount"]) != (ALIKE["remode"], ALIKE["recount"]):
+        gaps.append(
+            Gap(
+                f"remode {a['remode']}, recount {a['recount']} of random erasing",
+                "lbaccel erases one box, and fills it with noise",
+                "random_erasing of the same probability",
             )
         )
     if a["dataset"]:

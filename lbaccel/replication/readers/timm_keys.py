@@ -11,6 +11,18 @@ from lbaccel.recipe.values import words
 
 REQUIRED = ("batch_size", "model", "opt", "epochs", "sched")
 
+# Read where a file departs from the script's default, which is lbaccel's default too.
+ALIKE: dict[str, Any] = {
+    "scale": [0.08, 1.0],
+    "ratio": [3 / 4, 4 / 3],
+    "hflip": 0.5,
+    "color_jitter": 0.4,
+    "bce_loss": False,
+    "reprob": 0.0,
+    "remode": "pixel",
+    "recount": 1,
+}
+
 # The keys that the contract needs, with the script's default where a file leaves one out.
 READ: dict[str, Any] = {
     **dict.fromkeys(REQUIRED),
@@ -66,6 +78,7 @@ READ: dict[str, Any] = {
     "channels_last": False,
     "grad_checkpointing": False,
     "checkpoint_hist": 10,
+    **ALIKE,
 }
 
 # Nothing in the contract says these: a gap where the file departs from the script's default.
@@ -84,11 +97,7 @@ AT_DEFAULT: dict[str, Any] = {
     "layer_decay_no_opt_scale": None,
     "no_aug": False,
     "train_crop_mode": None,
-    "scale": [0.08, 1.0],
-    "ratio": [3 / 4, 4 / 3],
-    "hflip": 0.5,
     "vflip": 0.0,
-    "color_jitter": 0.4,
     "color_jitter_prob": None,
     "grayscale_prob": None,
     "gaussian_blur_prob": None,
@@ -96,11 +105,9 @@ AT_DEFAULT: dict[str, Any] = {
     "aug_splits": 0,
     "split_bn": False,
     "jsd_loss": False,
-    "bce_loss": False,
     "bce_sum": False,
     "bce_target_thresh": None,
     "bce_pos_weight": None,
-    "reprob": 0.0,
     "resplit": False,
     "cutmix_minmax": None,
     "mixup_prob": 1.0,
@@ -136,8 +143,8 @@ NEUTRAL = frozenset(
     kd_token_distill_type local_rank log_interval log_wandb lr_cycle_decay lr_noise_pct lr_noise_std
     model_ema_force_cpu naflex_loss_scale naflex_max_seq_len naflex_patch_size_probs
     naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens native_amp no_ddp_bb
-    no_prefetcher no_resume_opt output patience_epochs pin_mem prefetcher recount
-    recovery_interval remode save_images synchronize_step target_key task_loss_weight
+    no_prefetcher no_resume_opt output patience_epochs pin_mem prefetcher
+    recovery_interval save_images synchronize_step target_key task_loss_weight
     torchcompile torchcompile_mode torchscript train_size_probs train_size_random_mix
     train_size_schedule train_size_schedule_spread train_split use_multi_epochs_loader val_interval
     val_num_samples val_split validation_batch_size variable_batch_loss_scale wandb_project
@@ -147,15 +154,10 @@ NEUTRAL = frozenset(
 )
 
 OWN_REASONS = {
-    "bce_loss": (
-        "lbaccel train has cross-entropy alone",
-        "cross-entropy with the same smoothing; in a loop of your own, any loss_fn",
-    ),
     "aug_repeats": (
         "lbaccel's order takes each sample once an epoch",
         "no repeats: an epoch has aug_repeats times as many images",
     ),
-    "reprob": ("lbaccel train has no random erasing", "leaving it out"),
     "resume": (
         "a run of timm's can't be gone on with",
         "--checkpoint FILE starts from its weights, with a fresh optimizer and schedule",

@@ -258,6 +258,7 @@ def _rows(a: dict[str, Any]) -> list[Translation]:
         ("mixup-alpha", "mixup"),
         ("cutmix-alpha", "cutmix"),
         ("clip-grad-norm", "clip_grad_norm"),
+        ("random-erase", "random_erasing"),
     ):
         value = a[flag.replace("-", "_")]
         if value:

@@ -74,9 +74,9 @@ def gaps_of(a: dict[str, Any]) -> list[Gap]:
     if a["random_erase"]:
         gaps.append(
             Gap(
-                f"--random-erase {shown(a['random_erase'])}",
-                "lbaccel train has no random erasing",
-                "leaving it out",
+                f"--random-erase {shown(a['random_erase'])} with a box of zeros",
+                "timm's random erasing fills the box with noise",
+                "random_erasing of the same probability and sizes",
             )
         )
     if a["ra_sampler"]:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.averages import RunningAverages
+from lbaccel.update.loss_parts import parts_of
 from lbaccel.verification.copies import tensors_in
 from lbaccel.verification.updates import Subject, converted, masks_of, micro_batches, scopes_of
 
@@ -223,8 +224,9 @@ class _Watcher:
             old = before[name]
             if p.grad is not None and (old is None or not torch.equal(old, p.grad)):
                 self.seen.written.setdefault(name)
-        loss, weight = out if isinstance(out, tuple) else (out, self.num_samples)
-        self.seen.weighs = isinstance(out, tuple)
+        loss, weight, _ = parts_of(out)
+        self.seen.weighs = weight is not None
+        weight = self.num_samples if weight is None else weight
         self.seen.losses.append((_number(loss), _number(weight)))
         if self.seen.rounded is None and _is_rounded(loss):
             self.seen.rounded = OUTSIDE
