@@ -50,7 +50,7 @@ def needed(parser, action):
     for other in parser._actions:
         if not other.required or other is action:
             continue
-        value = "1" if isinstance(other.type, Bounded) else "x"
+        value = "1" if isinstance(other.type, Bounded) else next(iter(other.choices or ["x"]))
         words += [*other.option_strings[-1:], value]
     return words
 
