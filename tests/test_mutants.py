@@ -1009,11 +1009,12 @@ MUTANTS = {
         "len(labels) / count",
         "tests/recipe/test_loss.py::test_balanced_weights_are_scikit_learns",
     ),
-    "the optimizer holds frozen parameters": (
-        "optim.optimizers",
-        "    if factors or frozen:",
-        "    if factors:",
-        "tests/recipe/test_trained.py::test_the_optimizer_holds_what_is_trained_alone",
+    "a head is trained with all that is below it": (
+        "optim.trained",
+        "parameter.requires_grad_(id(parameter) in chosen)",
+        "parameter.requires_grad_(True)",
+        "tests/recipe/test_trained.py::"
+        "test_gradients_are_those_of_a_plain_batch_with_the_rest_frozen",
     ),
     "the patience of a run starts anew with each resume": (
         "runs.log",

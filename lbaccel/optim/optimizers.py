@@ -124,8 +124,7 @@ def create_optimizer(
             "rate of each block. Leave one out."
         )
     factors = lr_factors(model, head_lr_scale=head_lr_scale, lr_groups=lr_groups)
-    frozen = any(not p.requires_grad for p in model.parameters())
-    if factors or frozen:  # timm's own groups without decay would hold frozen parameters
+    if factors:
         options["param_group_fn"] = lambda network: split_groups(
             _timm_groups(network, weight_decay, decay_all, layer_decay), factors
         )

@@ -27,7 +27,7 @@ notices = LossNotices(Circumstances(10, 8, None, False, False, 0.1))
 log = RunLog(stream, log_every=1, eval_every=1, length=length, notices=notices)
 result = SimpleNamespace(
     loss=1.0, num_samples=4, num_updates=2, samples_seen=8, grad_norm=1.0, micro_batch_size=4,
-    dropped=False,
+    dropped=False, sums={},
 )
 metrics = log.after_update(result, lr=0.1, seconds=1.0, more=dict)
 line = json.loads(strict_json(metrics))

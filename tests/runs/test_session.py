@@ -69,6 +69,7 @@ def result(update, *, num_samples=10, stream):
         grad_norm=1.0,
         dropped=False,
         micro_batch_size=5,
+        sums={},
     )
 
 
