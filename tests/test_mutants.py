@@ -151,8 +151,39 @@ MUTANTS = {
         "if False:",
         "tests/test_torch_files.py::test_a_view_that_claims_more_than_the_file_holds_is_refused",
     ),
+    "a photograph lies as the camera stored it": (
+        "data.images",
+        "            if exif_orientation:\n",
+        "            if False:\n",
+        "tests/data/test_images.py::test_all_sets_of_a_folder_are_turned_or_none[True]",
+    ),
+    "a row's photograph lies as the camera stored it": (
+        "data.parquet",
+        "        exif_orientation=wanted.exif_orientation,\n",
+        "        exif_orientation=False,\n",
+        "tests/data/test_images.py::test_all_rows_of_parquet_files_are_turned_or_none[True-True]",
+    ),
+    "a run of before a setting goes on with its default": (
+        "recipe.resume",
+        "{**_BEFORE, **saved}",
+        "saved",
+        "tests/recipe/test_older_runs.py::"
+        "test_a_run_of_before_goes_on_with_the_images_that_it_began_with",
+    ),
+    "the test set chooses the checkpoint": (
+        "data.folders",
+        "(*VAL_FOLDERS, TEST) if wanted.test_split == AS_VAL else VAL_FOLDERS",
+        "(*VAL_FOLDERS, TEST)",
+        "tests/data/test_folders.py::test_test_without_val_chooses_no_checkpoint",
+    ),
+    "test-*.parquet chooses the checkpoint": (
+        "data.parquet",
+        "            if test and not val and test_is_val:\n",
+        "            if test and not val:\n",
+        "tests/data/test_folders.py::test_parquet_without_validation_leaves_the_test_set_alone",
+    ),
     "a link that leads back is followed": (
-        "data.sources",
+        "data.folders",
         "if (this := _identity(path)) in above:",
         "if (this := _identity(path)) in ():",
         "tests/data/test_bounds.py::test_a_link_that_leads_back_is_refused_and_named",
@@ -909,7 +940,7 @@ MUTANTS = {
         "tests/runs/test_checkpoints.py::test_the_way_out_fits_the_disk_s_reason",
     ),
     "a class folder that can't be read is taken for an empty one": (
-        "data.sources",
+        "data.folders",
         "os.walk(folder, onerror=refuse, followlinks=True)",
         "os.walk(folder, followlinks=True)",
         "tests/data/test_sources.py::"

@@ -91,6 +91,7 @@ def build_model(
     num_parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {options.model}, {num_parameters / 1e6:.2f} M parameters, {num_classes} classes")
     say(f"images: {size} px ({origin}), {shown}")
+    values["exif_orientation"] = data.exif_orientation
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": options.model, "num_classes": num_classes}
 

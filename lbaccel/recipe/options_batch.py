@@ -72,6 +72,34 @@ class DataOptions:
             ),
         ),
     )
+    test_split: str = option(
+        "test",
+        str,
+        "what a test set (test/, test-*.parquet) is where there is no validation set beside it: "
+        "test, which training never touches, or val",
+        choices=("test", "val"),
+        reads_with=(
+            ReadWith(
+                "data",
+                none_of("digits", "cifar10", "cifar100"),
+                "Its validation set is fixed: use folder:PATH or parquet:PATH",
+            ),
+        ),
+        before="val",
+    )
+    exif_orientation: bool = option(
+        True,
+        switch,
+        "turn photographs upright as their EXIF entry says",
+        reads_with=(
+            ReadWith(
+                "data",
+                none_of("digits", "cifar10", "cifar100"),
+                "Its images have no EXIF entry: use folder:PATH or parquet:PATH",
+            ),
+        ),
+        before=False,
+    )
     workers: int = option(2, whole, "processes that load image files, per rank", contract=False)
     img_size: int | None = option(
         None, whole, "pixels a side", shown="small images: their own; else the model's"

@@ -131,7 +131,13 @@ def build_task(
 
 
 def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> Source:
-    source = open_source(data.data, val_fraction=data.val_fraction, seed=seed)
+    source = open_source(
+        data.data,
+        val_fraction=data.val_fraction,
+        seed=seed,
+        test_split=data.test_split,
+        exif_orientation=data.exif_orientation,
+    )
     check_identity(source, before, data=data.data)
     return source
 

@@ -15,6 +15,7 @@ from lbaccel.recipe.settings import layered
 
 # values of the settings that decide whether another one is read
 OTHERS = {
+    "pretrained": [False, True],
     "data": ["digits", "cifar10", "cifar100", "folder:images", "parquet:images"],
     "norm_batch_size": [None, 32, "frozen"],
     "global_batch_size": [512, "auto"],
@@ -30,6 +31,9 @@ OTHERS = {
 READ_AT = {
     ("val_fraction", "data"): {"digits", "folder:images", "parquet:images"},
     ("crop_pct", "data"): {"folder:images", "parquet:images"},
+    ("test_split", "data"): {"folder:images", "parquet:images"},
+    ("exif_orientation", "data"): {"folder:images", "parquet:images"},
+    ("head_init", "pretrained"): {True},
     ("bn_statistics", "norm_batch_size"): {None, 32},
     ("bn_momentum", "norm_batch_size"): {None, 32},
     ("min_batch_size", "global_batch_size"): {"auto"},
