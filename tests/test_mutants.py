@@ -182,6 +182,18 @@ MUTANTS = {
         "            if test and not val:\n",
         "tests/data/test_folders.py::test_parquet_without_validation_leaves_the_test_set_alone",
     ),
+    "a JPEG that is cut off is believed": (
+        "data.broken",
+        '"JPEG": lambda size, head, tail: b"\\xff\\xd9" in tail,',
+        '"JPEG": lambda size, head, tail: True,',
+        "tests/data/test_broken.py::test_a_look_finds_one_whose_end_is_missing[.jpg]",
+    ),
+    "a resume reads all files again": (
+        "recipe.images",
+        "        if kept is not None:\n",
+        "        if False:\n",
+        "tests/recipe/test_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
+    ),
     "a link that leads back is followed": (
         "data.folders",
         "if (this := _identity(path)) in above:",

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageFiles, read_image
-from lbaccel.data.opening import AS_VAL, Sets, Wanted, some
+from lbaccel.data.opening import AS_VAL, Sets, Opening, some
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.errors import CannotRead, InputError, reading
 
@@ -22,7 +22,7 @@ TEST = "test"
 MOST_VISITS = 100  # of one folder below a class, by links
 
 
-def open_folder(root: Path, wanted: Wanted) -> Sets:
+def open_folder(root: Path, wanted: Opening) -> Sets:
     """The images below `root`, which holds train/, val/ (or validation/) and test/, or classes.
 
     Each of these has a sub-folder for each class. Without val/ a share of the training images is

@@ -132,7 +132,7 @@ def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes | memoryview]:
             yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data  # no copy
         return
     for name, label in zip(images.names, images.labels, strict=True):
-        yield f"{name}\0{label}\n".encode()
+        yield f"{name}\0{label}\n".encode("utf-8", "surrogateescape")  # a name may be no UTF-8
     yield repr(list(_sizes(images))).encode()
 
 

@@ -14,7 +14,7 @@ MOST_NAMED = 5  # in a message
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Opening:
     """How the images are to be split and read.
 
     Attributes:

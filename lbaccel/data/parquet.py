@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_VAL, Sets, Wanted, some
+from lbaccel.data.opening import AS_VAL, Sets, Opening, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     paths: list[str | None]
 
 
-def open_parquet(root: Path, wanted: Wanted) -> Sets:
+def open_parquet(root: Path, wanted: Opening) -> Sets:
     """The images of train-*.parquet, validation-*.parquet and test-*.parquet.
 
     Without the second a share of the first is held out; the third is then the validation set only
@@ -87,7 +87,7 @@ def open_parquet(root: Path, wanted: Wanted) -> Sets:
 def _test_set(
     files: list[Path],
     columns: Columns,
-    wanted: Wanted,
+    wanted: Opening,
     train: ImageArray | ImageFiles,
     train_labels: NDArray[np.int64],
 ) -> tuple[ImageArray | ImageFiles | None, str]:
@@ -228,7 +228,7 @@ def _schema(path: Path) -> pa.Schema:
         return file.schema_arrow
 
 
-def _read_table(files: list[Path], columns: Columns, wanted: Wanted) -> Table:
+def _read_table(files: list[Path], columns: Columns, wanted: Opening) -> Table:
     """Where each row lies, its label and its path; of the images not a byte."""
     labels: list[NDArray[np.int64]] = []
     paths: list[str | None] = []

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from lbaccel.data.folders import open_folder
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_TEST, AS_VAL, Sets, Wanted
+from lbaccel.data.opening import AS_TEST, AS_VAL, Sets, Opening
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
 from lbaccel.errors import InputError, RunFailed, check_choice, check_seed
@@ -78,7 +78,7 @@ def open_source(
     check_val_fraction(val_fraction)
     seed = check_seed("seed", seed)
     check_choice("test_split", test_split, choices=(AS_TEST, AS_VAL))
-    wanted = Wanted(val_fraction, seed, test_split, exif_orientation)
+    wanted = Opening(val_fraction, seed, test_split, exif_orientation)
     kind, _, path = spec.partition(":")
     if kind in AT_A_PATH and path:
         sets = AT_A_PATH[kind](Path(path).expanduser().absolute(), wanted)
@@ -170,7 +170,7 @@ def _cifar(name: str, folder: Path) -> Sets:
 
 
 # kind: the function that opens it at a path, as `open_folder` does
-AT_A_PATH: dict[str, Callable[[Path, Wanted], Sets]] = {
+AT_A_PATH: dict[str, Callable[[Path, Opening], Sets]] = {
     "folder": open_folder,
     "parquet": open_parquet,
 }

@@ -28,6 +28,10 @@ _ROLLING = ReadWith(
 )
 
 
+def _names_files(data: str) -> bool:
+    return data.partition(":")[0] in ("folder", "csv")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The backbone, and the weights it starts from."""
@@ -99,6 +103,15 @@ class DataOptions:
             ),
         ),
         before=False,
+    )
+    skip_corrupt: bool = option(
+        False,
+        switch,
+        "read all image files first, leave out those that can't be read, and list them in "
+        "skipped.json of the run",
+        reads_with=(
+            ReadWith("data", _names_files, "Only image files are read first: use folder:PATH"),
+        ),
     )
     workers: int = option(2, whole, "processes that load image files, per rank", contract=False)
     img_size: int | None = option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,18 @@ from torch.nn import functional as F
 from lbaccel.batch.phases import Phase, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
+from lbaccel.data.broken import Broken
 from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.shared_files import shared_files
-from lbaccel.data.sources import Source, open_source
+from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
 from lbaccel.recipe.auto_plan import Chosen, Workload
 from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_data
+from lbaccel.recipe.images import sound_images
 from lbaccel.recipe.model import build_model
-from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import on_each_rank
@@ -41,6 +42,7 @@ class Task:
     """Data, model, batch and loss: what comes before an optimizer."""
 
     source: Source
+    skipped: tuple[Broken, ...]  # files that can't be read, and are none of the source's
     model: nn.Module
     preprocessing: dict[str, Any]
     num_classes: int
@@ -71,11 +73,12 @@ def build_task(
     """
     set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed, before=s.identity))
+    source, skipped = sound_images(s, accelerator, say=say, fresh=load_weights)
+    on_each_rank(accelerator, lambda: check_identity(source, s.identity, data=s.data.data))
     if accelerator.num_processes > 1:
         same = identity_of(source)
         check_alike(accelerator, {f"{key} of --data": value for key, value in same.items()})
-    say(f"data: {source.description}")
+    say(printable(f"data: {source.description}"))
     check_read_from_data(s, source)
     if accelerator.is_main_process and load_weights:  # a resume has said it
         _warn_of_shared_files(source, say=say)
@@ -116,6 +119,7 @@ def build_task(
     loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator)
     return Task(
         source=source,
+        skipped=skipped,
         model=model,
         preprocessing=preprocessing,
         num_classes=num_classes,
@@ -128,18 +132,6 @@ def build_task(
         loader=loader,
         loss_fn=_loss_fn(dtype, chosen.memory_format, s.data.label_smoothing),
     )
-
-
-def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> Source:
-    source = open_source(
-        data.data,
-        val_fraction=data.val_fraction,
-        seed=seed,
-        test_split=data.test_split,
-        exif_orientation=data.exif_orientation,
-    )
-    check_identity(source, before, data=data.data)
-    return source
 
 
 def _warn_of_shared_files(source: Source, *, say: Say) -> None:

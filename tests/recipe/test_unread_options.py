@@ -32,6 +32,7 @@ READ_AT = {
     ("val_fraction", "data"): {"digits", "folder:images", "parquet:images"},
     ("crop_pct", "data"): {"folder:images", "parquet:images"},
     ("test_split", "data"): {"folder:images", "parquet:images"},
+    ("skip_corrupt", "data"): {"folder:images"},
     ("exif_orientation", "data"): {"folder:images", "parquet:images"},
     ("head_init", "pretrained"): {True},
     ("bn_statistics", "norm_batch_size"): {None, 32},
