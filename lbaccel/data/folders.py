@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageFiles, read_image
-from lbaccel.data.opening import AS_VAL, Sets, Opening, some
+from lbaccel.data.opening import AS_VAL, Opening, Sets, some
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.errors import CannotRead, InputError, reading
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_VAL, Sets, Opening, some
+from lbaccel.data.opening import AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from lbaccel.data.folders import open_folder
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_TEST, AS_VAL, Sets, Opening
+from lbaccel.data.opening import AS_TEST, AS_VAL, Opening, Sets
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
 from lbaccel.errors import InputError, RunFailed, check_choice, check_seed
