@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.text import one_line
 
 AS_TEST, AS_VAL = "test", "val"
@@ -50,3 +51,29 @@ def some(names: Iterable[str]) -> str:
     more = len(named) - MOST_NAMED
     listed = ", ".join(f"'{one_line(name)}'" for name in named[:MOST_NAMED])
     return f"{listed} and {more} more" if more > 0 else listed
+
+
+def divided(parts: Mapping[str, ImageFiles], wanted: Opening, *, hashed: str = "file name") -> Sets:
+    """The sets of a source whose images bear the names "train", "val" and "test".
+
+    Without "val" a share of the training images is held out, unless "test" is to take its place.
+
+    Args:
+        parts: the images by these names; "train" is there.
+        wanted: how they are to be split.
+        hashed: the thing that `names` are, in words.
+    """
+    train, val, test = parts["train"], parts.get("val"), parts.get("test")
+    word = "val"
+    if val is None and wanted.test_split == AS_VAL:
+        val, test, word = test, None, "test"
+    if val is not None:
+        return Sets(train, val, f"validation from its split {word}", test)
+    halves = split_by_hash(
+        train.names,
+        train.labels,
+        classes=train.classes,
+        val_fraction=wanted.val_fraction,
+        seed=wanted.seed,
+    )
+    return Sets(*(train.only(rows) for rows in halves), f"{SPLIT} of the {hashed}", test)

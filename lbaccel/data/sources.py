@@ -15,17 +15,24 @@ import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from lbaccel.data.csv_files import open_csv
 from lbaccel.data.folders import open_folder
+from lbaccel.data.hub import open_hf
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import AS_TEST, AS_VAL, Opening, Sets
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
+from lbaccel.data.synthetic import open_synthetic
+from lbaccel.data.timm_readers import open_timm
 from lbaccel.errors import InputError, RunFailed, check_choice, check_seed
 from lbaccel.text import one_line
 
 __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
 
-FORMS = ("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH")
+FORMS = (
+    *("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH", "csv:FILE"),
+    *("hf:OWNER/NAME[:split]", "timm:PATH", "synthetic[:CLASSESxSIZE]"),
+)
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 CACHE = Path("~/.cache/lbaccel")
 
@@ -58,8 +65,11 @@ def open_source(
     class are held out, by a hash of (seed, file name): see `split_by_hash`.
 
     Args:
-        spec: digits, cifar10, cifar100, folder:PATH (a sub-folder for each class, below train/
-            and val/ or not), or parquet:PATH (train-*.parquet, as on the Hugging Face hub).
+        spec: digits, cifar10, cifar100; folder:PATH (a sub-folder for each class, below train/,
+            val/ and test/ or not); parquet:PATH (train-*.parquet, as on the Hugging Face hub);
+            csv:FILE (columns path and label, split if wanted); hf:OWNER/NAME[:split], through the
+            package datasets; timm:PATH, a folder or tar file in timm's order; or
+            synthetic[:CLASSESxSIZE].
         val_fraction: the share of each class to hold out, between 0 and 1.
         seed: of the split.
         data_dir: where CIFAR lies or is downloaded to; ~/.cache/lbaccel if None.
@@ -79,9 +89,11 @@ def open_source(
     seed = check_seed("seed", seed)
     check_choice("test_split", test_split, choices=(AS_TEST, AS_VAL))
     wanted = Opening(val_fraction, seed, test_split, exif_orientation)
-    kind, _, path = spec.partition(":")
-    if kind in AT_A_PATH and path:
-        sets = AT_A_PATH[kind](Path(path).expanduser().absolute(), wanted)
+    kind, colon, rest = spec.partition(":")
+    if kind in AT_A_PATH and rest:
+        sets = AT_A_PATH[kind](Path(rest).expanduser().absolute(), wanted)
+    elif kind in BY_NAME and (colon or kind == "synthetic"):
+        sets = BY_NAME[kind](rest, wanted)
     elif spec == "digits":
         sets = _digits(val_fraction, seed)
     elif spec in CIFAR:
@@ -173,4 +185,11 @@ def _cifar(name: str, folder: Path) -> Sets:
 AT_A_PATH: dict[str, Callable[[Path, Opening], Sets]] = {
     "folder": open_folder,
     "parquet": open_parquet,
+    "csv": open_csv,
+}
+# kind: the function that opens what follows the colon
+BY_NAME: dict[str, Callable[[str, Opening], Sets]] = {
+    "hf": open_hf,
+    "timm": open_timm,
+    "synthetic": open_synthetic,
 }

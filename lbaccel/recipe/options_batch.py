@@ -29,7 +29,7 @@ _ROLLING = ReadWith(
 
 
 def _names_files(data: str) -> bool:
-    return data.partition(":")[0] in ("folder", "csv")
+    return data.partition(":")[0] in ("folder", "csv", "timm")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,12 @@ class ModelOptions:
 class DataOptions:
     """Images, and what is done to them."""
 
-    data: str = option("digits", str, "digits, cifar10, cifar100, folder:PATH or parquet:PATH")
+    data: str = option(
+        "digits",
+        str,
+        "digits, cifar10, cifar100, folder:PATH, parquet:PATH, csv:FILE, hf:OWNER/NAME[:split], "
+        "timm:PATH or synthetic[:CLASSESxSIZE]",
+    )
     data_digest: str = option(
         "sizes",
         str,

@@ -573,7 +573,7 @@ def test_without_the_hubs_metadata_types_and_numbers_decide(tmp_path):
     source = open_source(f"parquet:{tmp_path}")
     assert source.train.classes == ("3", "7", "20")
     assert source.val.labels.tolist() == [0, 1, 0, 1, 2, 2]
-    write_parquet(tmp_path / "test-0.parquet", [png(0)], [4], names=None)
+    write_parquet(tmp_path / "validation-0.parquet", [png(0)], [4], names=None)
     with pytest.raises(InputError, match="has label 4"):
         open_source(f"parquet:{tmp_path}")
 
