@@ -194,6 +194,12 @@ MUTANTS = {
         "        if False:\n",
         "tests/recipe/test_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
     ),
+    "a reflection repeats the border": (
+        "data.augment",
+        "(last - (last - places.abs()).abs())",
+        "(last - (last - (places + (places < 0)).abs()).abs())",
+        "tests/data/test_augment.py::test_the_frame_of_a_crop_is_padded_as_numpy_does[reflect-numpys2]",
+    ),
     "a link that leads back is followed": (
         "data.folders",
         "if (this := _identity(path)) in above:",

@@ -27,7 +27,7 @@ SPLITS = {
 }
 
 
-class Row(NamedTuple):
+class Listed(NamedTuple):
     """A line of the table."""
 
     path: str
@@ -51,7 +51,7 @@ def open_csv(path: Path, wanted: Opening) -> Sets:
             f"csv:{path} is {'a folder' if path.exists() else 'absent'}: give a CSV file with the "
             "columns path and label."
         )
-    of_split: dict[str, list[Row]] = {}
+    of_split: dict[str, list[Listed]] = {}
     for row in _rows(path):
         of_split.setdefault(row.split, []).append(row)
     if "train" not in of_split:
@@ -79,7 +79,7 @@ def open_csv(path: Path, wanted: Opening) -> Sets:
     return sets._replace(how=sets.how + note)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[Listed]:
     try:
         text = text_of(path, most=MOST_BYTES).removeprefix("\ufeff")  # as spreadsheets write it
     except Malformed as error:
@@ -104,7 +104,7 @@ def _rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{where} can't be read: {error}. Save the table again.") from error
 
 
-def _row(cells: list[str], at: dict[str, int], where: str) -> Row:
+def _row(cells: list[str], at: dict[str, int], where: str) -> Listed:
     found = {name: cells[i].strip() if i < len(cells) else "" for name, i in at.items()}
     for name, value in found.items():
         if not value:
@@ -112,4 +112,4 @@ def _row(cells: list[str], at: dict[str, int], where: str) -> Row:
     split = found.get("split", "train")
     if split.lower() not in SPLITS:
         raise InputError(f"{where} has the split '{one_line(split[:50])}'. Use train, val or test.")
-    return Row(found["path"], found["label"], SPLITS[split.lower()])
+    return Listed(found["path"], found["label"], SPLITS[split.lower()])

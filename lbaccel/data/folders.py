@@ -19,6 +19,7 @@ from lbaccel.errors import CannotRead, InputError, reading
 
 VAL_FOLDERS = ("val", "validation")
 TEST = "test"
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jxl", ".cr2", ".nef", ".dng")
 MOST_VISITS = 100  # of one folder below a class, by links
 
 
@@ -42,12 +43,13 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
     val_folders = (*VAL_FOLDERS, TEST) if wanted.test_split == AS_VAL else VAL_FOLDERS
     val_name = next((name for name in val_folders if name in folders), None)
     read = partial(read_image, exif_orientation=wanted.exif_orientation)
+    unread: Counter[str] = Counter()
     if "train" in folders and val_name:
-        train, val = _scan(root / "train", read), _scan(root / val_name, read)
+        train, val = (_scan(root / name, read, unread) for name in ("train", val_name))
         if train.classes != val.classes:
             raise InputError(_different(root, val_name, train.classes, val.classes))
         test, note = _test_set(root, read, train.classes) if val_name != TEST else (None, "")
-        return Sets(train, val, f"validation from {val_name}/{note}", test)
+        return Sets(train, val, f"validation from {val_name}/{note}{_said(unread)}", test)
     if folders and set(folders) <= {*VAL_FOLDERS, TEST}:
         raise InputError(
             f"folder:{root} has {', '.join(f'{name}/' for name in folders)} but no train/. Add it, "
@@ -60,7 +62,7 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
             f"are {', '.join(f'{name}/' for name in folders if name != 'train')}? Rename one to "
             f"val, or give folder:{root / 'train'} to hold out {wanted.val_fraction} of it."
         )
-    everything = _scan(root / "train" if nested else root, read)
+    everything = _scan(root / "train" if nested else root, read, unread)
     halves = split_by_hash(
         everything.names,
         everything.labels,
@@ -70,7 +72,7 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
     )
     train, val = (everything.only(rows) for rows in halves)
     test, note = _test_set(root, read, train.classes) if nested else (None, "")
-    return Sets(train, val, f"{SPLIT} of the file name{note}", test)
+    return Sets(train, val, f"{SPLIT} of the file name{note}{_said(unread)}", test)
 
 
 def _test_set(
@@ -84,7 +86,7 @@ def _test_set(
     if not folder.is_dir():
         return None, ""
     try:
-        found = _scan(folder, read)
+        found = _scan(folder, read, Counter())
     except CannotRead:
         raise
     except InputError:
@@ -96,14 +98,22 @@ def _test_set(
     return replace(found, labels=labels, classes=classes), ""
 
 
-def _scan(root: Path, read: Callable[..., Image.Image]) -> ImageFiles:
+def _said(unread: Counter[str]) -> str:
+    """The images that are passed over since of their kind none is read."""
+    kinds = [f"{count} {kind}" for kind, count in sorted(unread.items())]
+    return f"; {' and '.join(kinds)} files are not read: save them as PNG or JPEG" if kinds else ""
+
+
+def _scan(root: Path, read: Callable[..., Image.Image], unread: Counter[str]) -> ImageFiles:
     classes = _sub_folders(root)
     if not classes:
         raise InputError(
             f"{root} has no sub-folders: each class needs one, as in "
             f"{root / 'roses' / '1.jpg'}. Sort the images into sub-folders."
         )
-    found = [(path, label) for label, name in enumerate(classes) for path in _images(root / name)]
+    found = [
+        (path, label) for label, name in enumerate(classes) for path in _images(root / name, unread)
+    ]
     prefix = len(str(root).rstrip(os.sep)) + 1
     named = [(path[prefix:].replace(os.sep, "/"), label) for path, label in found]
     named = [(name, label) for name, label in named if "/." not in name]
@@ -122,8 +132,8 @@ def _scan(root: Path, read: Callable[..., Image.Image]) -> ImageFiles:
     return ImageFiles(names, labels, tuple(classes), names, partial(read, root=str(root)))
 
 
-def _images(folder: Path) -> Iterator[str]:
-    """Paths of the images below a folder, in torchvision's order.
+def _images(folder: Path, unread: Counter[str]) -> Iterator[str]:
+    """Paths of the images below a folder, in torchvision's order; others are counted by ending.
 
     Raises:
         CannotRead: a folder that can't be read: torchvision, as `os.walk`, would pass it over.
@@ -139,6 +149,8 @@ def _images(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield os.path.join(where, name)  # noqa: PTH118
+            elif (kind := os.path.splitext(name)[1].lower()) in UNREAD:  # noqa: PTH122
+                unread[kind] += 1
 
 
 def _without_loops(

@@ -67,12 +67,14 @@ def training_set(
     seed: int,
     mirror: bool = True,
     auto_augment: str | None = None,
+    padding: str = "zero",
 ) -> Any:
     """The training images with their augmentation.
 
-    Images in memory: a random crop of the frame padded by an eighth, and a mirror image half of
-    the time, a micro-batch at a time. Files, and images in memory with `auto_augment`: timm's
-    training transform (random resized crop, mirror, colour), an image at a time.
+    Images in memory: a random crop of the frame padded by an eighth (as `padding` says), and a
+    mirror image half of the time, a micro-batch at a time. Files, and images in memory with
+    `auto_augment`: timm's training transform (random resized crop, mirror, colour), an image at a
+    time.
 
     Raises:
         InputError: an `auto_augment` that timm does not know.
@@ -88,6 +90,7 @@ def training_set(
             flip=0.5 if mirror else 0.0,
             img_size=size,
             interpolation=preprocessing["interpolation"],
+            padding=padding,
         )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(

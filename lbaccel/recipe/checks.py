@@ -74,13 +74,15 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
 
     Raises:
         InputError: a share to hold out beside a validation set of their own; a crop in evaluation
-            for images in memory.
+            for images in memory; padding for others.
     """
     reasons = {}
     if not source.held_out:
         reasons["val_fraction"] = "has a validation set of its own"
     if isinstance(source.train, ImageArray):
         reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
+    else:
+        reasons["crop_padding_mode"] = "is read from files, whose random crops lie inside the image"
     for name, reason in reasons.items():
         if name in settings.given:
             flag, value = flag_of(name), shown(settings.value(name))

@@ -28,6 +28,10 @@ _ROLLING = ReadWith(
 )
 
 
+def _is_from_outside(data: str) -> bool:
+    return data.partition(":")[0] not in ("digits", "cifar10", "cifar100", "synthetic")
+
+
 def _names_files(data: str) -> bool:
     return data.partition(":")[0] in ("folder", "csv", "timm")
 
@@ -90,7 +94,7 @@ class DataOptions:
         reads_with=(
             ReadWith(
                 "data",
-                none_of("digits", "cifar10", "cifar100"),
+                _is_from_outside,
                 "Its validation set is fixed: use folder:PATH or parquet:PATH",
             ),
         ),
@@ -103,7 +107,7 @@ class DataOptions:
         reads_with=(
             ReadWith(
                 "data",
-                none_of("digits", "cifar10", "cifar100"),
+                _is_from_outside,
                 "Its images have no EXIF entry: use folder:PATH or parquet:PATH",
             ),
         ),
@@ -152,6 +156,20 @@ class DataOptions:
     cutmix: float = option(0.0, float, "alpha; 0 is off")
     auto_augment: str | None = option(
         None, str, "timm's policy, such as rand-m9-mstd0.5", shown="none"
+    )
+    crop_padding_mode: str = option(
+        "zero",
+        str,
+        "what lies around an image in memory when it is cropped at random: black, grey (127) or "
+        "its own mirror image",
+        choices=("zero", "grey", "reflect"),
+        reads_with=(
+            ReadWith(
+                "auto_augment",
+                one_of(None),
+                "timm's policy crops inside the image: use no --auto-augment",
+            ),
+        ),
     )
 
 

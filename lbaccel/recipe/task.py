@@ -29,7 +29,7 @@ from lbaccel.recipe.model import build_model
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import on_each_rank
-from lbaccel.text import printable
+from lbaccel.text import one_line, printable
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
@@ -140,7 +140,7 @@ def _warn_of_shared_files(source: Source, *, say: Say) -> None:
         are = "is a training image" if count == 1 else "are training images"
         say(
             f"warning: {count} of {len(source.val)} validation images {are} too, byte for byte "
-            f"(as {printable(val)} and {printable(train)}), so validation looks better than new "
+            f"(as {one_line(val)} and {one_line(train)}), so validation looks better than new "
             "images will. Take them out of one of the two."
         )
 
@@ -214,6 +214,7 @@ def _loader(
             seed=seed,
             mirror=source.name != "digits",
             auto_augment=data.auto_augment,
+            padding=data.crop_padding_mode,
         ),
         plan,
         rank=accelerator.process_index,

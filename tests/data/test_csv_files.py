@@ -34,10 +34,8 @@ def test_a_table_with_splits_is_read_as_it_stands(tmp_path):
     assert source.train.load(1).getpixel((0, 0)) == colour(1)
     assert (source.val.names, source.val.labels) == (("5.png",), (1,))
     assert (source.test.names, source.test.labels) == (("7.png",), (0,))
-    assert (
-        "2 training, 1 validation and 1 test images, 2 classes, validation from its split val"
-        in (source.description)
-    )
+    assert "2 training, 1 validation and 1 test images, 2 classes" in source.description
+    assert source.description.endswith("validation from its split val")
     copy = pickle.loads(pickle.dumps(source.train))
     assert copy.load(0).tobytes() == source.train.load(0).tobytes()
 

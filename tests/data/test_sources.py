@@ -155,7 +155,7 @@ def test_an_unknown_spec_is_an_error_with_the_five_forms_and_the_nearest(spec, m
 def test_a_bare_path_of_a_folder_is_told_how_to_write_it(tmp_path):
     with pytest.raises(InputError, match=f"Did you mean folder:{tmp_path}, or parquet:"):
         open_source(str(tmp_path))
-    with pytest.raises(InputError, match=r"parquet:PATH\.$"):
+    with pytest.raises(InputError, match=r"synthetic\[:CLASSESxSIZE\]\.$"):
         open_source("imagenet22k")
 
 
@@ -779,7 +779,7 @@ def test_the_images_of_a_folder_come_in_torchvision_s_order(tmp_path):
     (tmp_path / "rose" / "notes.txt").write_text("")
     classes = {name: label for label, name in enumerate(CLASSES)}
     expected = make_dataset(str(tmp_path), classes, extensions=IMG_EXTENSIONS)
-    found = _scan(tmp_path, read_image)
+    found = _scan(tmp_path, read_image, Counter())
     assert [
         (str(tmp_path / n), k) for n, k in zip(found.names, found.labels, strict=True)
     ] == expected

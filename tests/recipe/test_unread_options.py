@@ -16,6 +16,7 @@ from lbaccel.recipe.settings import layered
 # values of the settings that decide whether another one is read
 OTHERS = {
     "pretrained": [False, True],
+    "auto_augment": [None, "rand-m9"],
     "data": ["digits", "cifar10", "cifar100", "folder:images", "parquet:images"],
     "norm_batch_size": [None, 32, "frozen"],
     "global_batch_size": [512, "auto"],
@@ -32,6 +33,7 @@ READ_AT = {
     ("val_fraction", "data"): {"digits", "folder:images", "parquet:images"},
     ("crop_pct", "data"): {"folder:images", "parquet:images"},
     ("test_split", "data"): {"folder:images", "parquet:images"},
+    ("crop_padding_mode", "auto_augment"): {None},
     ("skip_corrupt", "data"): {"folder:images"},
     ("exif_orientation", "data"): {"folder:images", "parquet:images"},
     ("head_init", "pretrained"): {True},
@@ -155,6 +157,10 @@ def make_images(root):
         (
             "--data folder:images --val-fraction 0.3",
             "has a validation set of its own, so nothing reads --val-fraction 0.3",
+        ),
+        (
+            "--data folder:images --crop-padding-mode grey",
+            "whose random crops lie inside the image, so nothing reads --crop-padding-mode grey",
         ),
         (
             "--model test_vit --img-size 16 --bn-statistics per_update",
