@@ -208,5 +208,7 @@ def _reason(error: Exception) -> str:
         return "it is absent: a link that leads nowhere"
     if isinstance(error.__cause__, Exception):  # of `decode_image`
         return _reason(error.__cause__)
+    if not isinstance(error, (OSError, InputError, Image.DecompressionBombError)):
+        return "it is cut off or damaged"  # the text of a struct.error would not help
     text = one_line(" ".join(str(error).split()))
     return text[:117] + "..." if len(text) > 120 else text or type(error).__name__

@@ -69,11 +69,11 @@ def divided(parts: Mapping[str, ImageFiles], wanted: Opening, *, hashed: str = "
         val, test, word = test, None, "test"
     if val is not None:
         return Sets(train, val, f"validation from its split {word}", test)
-    halves = split_by_hash(
+    rows, held_out = split_by_hash(
         train.names,
         train.labels,
         classes=train.classes,
         val_fraction=wanted.val_fraction,
         seed=wanted.seed,
     )
-    return Sets(*(train.only(rows) for rows in halves), f"{SPLIT} of the {hashed}", test)
+    return Sets(train.only(rows), train.only(held_out), f"{SPLIT} of the {hashed}", test)

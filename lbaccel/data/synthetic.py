@@ -47,13 +47,10 @@ def open_synthetic(size: str, wanted: Opening) -> Sets:
     names = tuple(f"class {number}" for number in range(classes))
     count = sum(OF_A_CLASS) * classes
     in_memory = side <= 64 and count * 3 * side * side <= MOST_BYTES
-    sets, first = [], 0
-    for of_a_class in OF_A_CLASS:
-        rows = range(first, first + of_a_class * classes)
-        first = rows.stop
-        make = _array if in_memory else _files
-        sets.append(make(rows, names, side))
-    return Sets(*sets, "made up")
+    make = _array if in_memory else _files
+    last = OF_A_CLASS[0] * classes
+    train, val = (make(rows, names, side) for rows in (range(last), range(last, count)))
+    return Sets(train, val, "made up")
 
 
 def pixels_of(row: int, *, classes: int, side: int) -> NDArray[np.uint8]:

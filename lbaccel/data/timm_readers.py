@@ -86,7 +86,8 @@ def _read(root: Path, wanted: Opening) -> ImageFiles:
     is_tar = root.suffix == ".tar" and root.is_file()
     try:
         # a cached list of a tar file's content would be a pickle beside it
-        reader: Any = create_reader("", str(root), **({"cache_tarinfo": False} if is_tar else {}))
+        options: dict[str, Any] = {"cache_tarinfo": False} if is_tar else {}
+        reader: Any = create_reader("", str(root), **options)
     except (AssertionError, RuntimeError, OSError, TarError, ValueError) as error:
         reason = one_line(" ".join(str(error).split())) or "there is no such path"
         raise InputError(

@@ -62,7 +62,7 @@ def test_a_look_decodes_no_image_that_has_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "decode_image", fail)
     monkeypatch.setattr(Image.Image, "load", fail)
     assert fault_of(path, whole=False) is None
-    assert fault_of(path) == "decoded"
+    assert fault_of(path) is not None
 
 
 def test_bytes_behind_the_end_are_no_fault(tmp_path):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs_of_recipe import differences, make_images, rows, run, stopped_at
+from forks import run_forked, values
+from runs_of_recipe import BASE, differences, make_images, rows, run, stopped_at
 
 from lbaccel import train
 from lbaccel.data.broken import Broken
@@ -111,6 +112,28 @@ def test_the_list_is_read_as_it_was_written(tmp_path):
     for text in ("[]", '{"skipped": 3}', '{"skipped": [{"split": 1, "name": 2, "reason": 3}]}'):
         (tmp_path / "skipped.json").write_text(text)
         assert read_skipped(tmp_path) is None
+
+
+def on_ranks(rank, flags):
+    import tiny  # noqa: F401
+
+    return train.main(flags)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_find_what_one_finds(world_size):
+    break_files()
+    flags = [*BASE, *FLAGS]
+    assert values(run_forked(on_ranks, flags, world_size=world_size)) == [2] * world_size
+    assert not Path("runs").exists()
+    one = run(*FLAGS, "--skip-corrupt", "--norm-batch-size", "2", output="one")
+    flags += ["--skip-corrupt", "--norm-batch-size", "2", "--output", "several"]
+    assert values(run_forked(on_ranks, flags, world_size=world_size)) == [0] * world_size
+    (several,) = Path("several").iterdir()
+    assert read_skipped(several) == read_skipped(one) and len(read_skipped(one)) == 3
+    assert [row["update"] for row in rows(several)] == [row["update"] for row in rows(one)]
+    resumed = ["--resume", str(several), "--extend", "stretch", "--epochs", "3"]
+    assert values(run_forked(on_ranks, resumed, world_size=world_size)) == [0] * world_size
 
 
 def test_who_opens_the_images_of_a_run_leaves_them_out_too():
