@@ -46,6 +46,8 @@ def open_timm(name: str, wanted: Opening) -> Sets:
         return open_hf(rest, wanted)
     if prefix.lower() == "torch":
         raise InputError(f"timm:{name} is torchvision's. Use cifar10, cifar100 or folder:PATH.")
+    if not name:
+        raise InputError("data='timm:' names no place. Use timm:PATH, a folder or a tar file.")
     root = Path(name).expanduser().absolute()
     parts = {split: _read(path, wanted) for split, path in _places(root).items()}
     train = parts["train"]

@@ -25,7 +25,7 @@ Say = Callable[[str], object]
 MOST_THREADS = 8
 
 
-def open_images(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -> Source:
+def open_data(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -> Source:
     """The images that the settings of a run name, but for the files that the run left out.
 
     Raises:
@@ -56,8 +56,13 @@ def sound_images(
         InputError: files can't be read, and `skip_corrupt` does not say that they are left out.
     """
     data, seed = s.data, s.run.seed
-    source = on_each_rank(accelerator, lambda: open_images(data, seed=seed))
+    source = on_each_rank(accelerator, lambda: open_data(data, seed=seed))
     if not num_files(source):
+        if data.skip_corrupt and fresh:
+            raise InputError(
+                f"--data {data.data} keeps its images in no files of their own, so nothing reads "
+                "--skip-corrupt true. Leave it out."
+            )
         return source, ()
     run = s.run.resume
     if data.skip_corrupt and run is not None:

@@ -140,6 +140,8 @@ def test_a_place_that_timm_can_not_read_is_an_error(tmp_path, make, says):
         open_source(f"timm:{root}")
     with pytest.raises(InputError, match="torchvision's"):
         open_source("timm:torch/cifar10")
+    with pytest.raises(InputError, match="names no place"):
+        open_source("timm:")
 
 
 def test_a_tar_file_that_was_cut_since_names_the_place(tmp_path):

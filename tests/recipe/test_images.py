@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_the_flag_is_refused_where_there_are_no_files(capsys):
     assert "--data digits does not read --skip-corrupt true" in capsys.readouterr().err
 
 
+def test_the_flag_is_refused_for_a_tar_file(tmp_path, capsys):
+    for split in ("train", "val"):
+        with tarfile.open(f"{split}.tar", "w") as tar:
+            tar.add(f"images/{split}", arcname="")
+    data = ["--data", "timm:."]
+    run(*FLAGS, *data, "--max-updates", "1")
+    assert run(*FLAGS, *data, "--skip-corrupt", code=2, output="other") is None
+    assert "so nothing reads --skip-corrupt true. Leave it out." in capsys.readouterr().err
+
+
 def test_sound_files_make_an_empty_list():
     folder = run(*FLAGS, "--skip-corrupt", "--max-updates", "1")
     assert read_skipped(folder) == ()
@@ -138,5 +149,5 @@ def test_several_ranks_find_what_one_finds(world_size):
 
 def test_who_opens_the_images_of_a_run_leaves_them_out_too():
     skipped = [Broken("train", "cat/3.png", ""), Broken("val", "dog/1.png", "")]
-    source = images.open_images(DataOptions(data="folder:images"), seed=0, skipped=skipped)
+    source = images.open_data(DataOptions(data="folder:images"), seed=0, skipped=skipped)
     assert (len(source.train), len(source.val)) == (15, 5)
