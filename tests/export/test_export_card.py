@@ -207,6 +207,15 @@ def test_timms_pretrained_weights_are_the_base_model_and_a_files_are_not(digits,
         assert data.get("base_model") == base and "license" not in data
 
 
+def test_the_card_says_whether_photographs_were_turned():
+    pre = {"img_size": 8, "num_channels": 1, "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
+    pre |= {"interpolation": "bicubic"}
+    for entry, says in ((True, "upright, as their EXIF entry says"), (False, "as stored")):
+        text = tables.data({}, pre | {"exif_orientation": entry}, num_classes=2)
+        assert any("photographs" in line and says in line for line in text.splitlines())
+    assert "photographs" not in tables.data({}, pre, num_classes=2)  # of before
+
+
 def test_the_learning_rate_stands_with_its_equation_or_alone():
     config = {
         "plan/lr": 0.001 * math.sqrt(1438 / 256), "base_lr": 0.001, "base_batch_size": 256,
@@ -237,15 +246,6 @@ def test_the_learning_rate_stands_with_its_equation_or_alone():
 @pytest.mark.parametrize(
     "flags", [("--norm-batch-size", "frozen"), ("--norm-batch-size", "8"), ("--precision", "fp64")]
 )
-def test_the_card_says_whether_photographs_were_turned():
-    pre = {"img_size": 8, "num_channels": 1, "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
-    pre |= {"interpolation": "bicubic"}
-    for entry, says in ((True, "upright, as their EXIF entry says"), (False, "as stored")):
-        text = tables.data({}, pre | {"exif_orientation": entry}, num_classes=2)
-        assert any("photographs" in line and says in line for line in text.splitlines())
-    assert "photographs" not in tables.data({}, pre, num_classes=2)  # of before
-
-
 def test_neither_the_kind_of_batch_norm_nor_the_precision_changes_what_timm_loads(flags, tmp_path):
     run = train(*NATIVE, *flags, output=tmp_path / "runs")
     export(run, "--to", tmp_path / "out")
