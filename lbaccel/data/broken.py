@@ -150,13 +150,11 @@ def without(source: Source, broken: Collection[Broken]) -> Source:
     return replace(source, train=train, val=val, description=lines)
 
 
-def listed(broken: Sequence[Broken], *, most: int = 3) -> str:
-    """The first files with their reasons, and how many there are besides.
-
-    >>> listed([Broken("train", "rose/1.jpg", "it is empty")])
-    'train rose/1.jpg (it is empty)'
-    """
-    shown = [f"{b.split} {one_line(b.name)} ({b.reason})" for b in broken[:most]]
+def listed(broken: Sequence[Broken], source: Source, *, most: int = 3) -> str:
+    """The paths of the first files with their reasons, and how many there are besides."""
+    roots = {"train": folder_of(source.train), "val": folder_of(source.val)}
+    paths = [one_line(str((roots[b.split] or Path()) / b.name)) for b in broken[:most]]
+    shown = [f"{path} ({b.reason})" for path, b in zip(paths, broken, strict=False)]
     more = len(broken) - most
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 

@@ -75,13 +75,13 @@ def sound_images(
     if broken and not data.skip_corrupt:
         raise InputError(
             f"{len(broken)} of the {num_files(source)} image files of --data {data.data} can't be "
-            f"read: {listed(broken)}. Mend or remove them, or add --skip-corrupt: it reads all "
-            f"files first, leaves out those that can't be read, and lists them in {SKIPPED}."
+            f"read: {listed(broken, source)}. Mend or remove them, or add --skip-corrupt: it reads "
+            f"all files first, leaves out those that can't be read, and lists them in {SKIPPED}."
         )
     if broken:
         say(
             f"skip: {len(broken)} of {num_files(source)} image files can't be read and are left "
-            f"out: {printable(listed(broken))} (all are listed in {SKIPPED})"
+            f"out: {printable(listed(broken, source))} (all are listed in {SKIPPED})"
         )
     return on_each_rank(accelerator, lambda: without(source, broken)), broken
 

@@ -171,12 +171,15 @@ def test_a_class_of_which_nothing_is_left_is_an_error(tmp_path):
         without(source, [Broken("val", name, "") for name in source.val.names])
 
 
-def test_a_message_names_a_few_and_escapes_their_names():
+def test_a_message_names_a_few_and_escapes_their_names(tmp_path):
+    source = photos(tmp_path)
     found = [Broken("train", f"{n}\n\x1b[2J.jpg", "why") for n in range(5)]
-    assert listed(found) == (
-        "train 0\\n\\x1b[2J.jpg (why), train 1\\n\\x1b[2J.jpg (why), train 2\\n\\x1b[2J.jpg (why) "
-        "and 2 more"
+    root = tmp_path / "train"
+    assert listed(found, source) == (
+        f"{root}/0\\n\\x1b[2J.jpg (why), {root}/1\\n\\x1b[2J.jpg (why), "
+        f"{root}/2\\n\\x1b[2J.jpg (why) and 2 more"
     )
+    assert listed(FOUND[1:], source) == f"{tmp_path}/val/daisy/0.png (PIL knows no such format)"
 
 
 def test_images_in_memory_are_not_looked_at():

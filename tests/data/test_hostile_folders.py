@@ -137,7 +137,7 @@ def test_names_give_the_terminal_no_orders(tmp_path, capsys):
     (tmp_path / "photos" / "train" / EVIL / "0.png").write_bytes(b"")
     said = refused(capsys)
     assert (
-        "\x1b" not in said and "train rot\\n\\x1b[2Jerror: 'a'" in said and "(it is empty)" in said
+        "\x1b" not in said and "train/rot\\n\\x1b[2Jerror: 'a'" in said and "(it is empty)" in said
     )
     (tmp_path / "photos" / "val" / EVIL).rename(tmp_path / "photos" / "val" / "other\n")
     said = refused(capsys)

@@ -43,14 +43,15 @@ def test_without_the_flag_the_run_stops_before_its_first_update(capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("error: 3 of the 22 image files of --data folder:images can't be read: ")
-    assert "train dog/0.png (it is empty)" in said and "add --skip-corrupt" in said
+    assert "images/train/dog/0.png (it is empty)" in said and "add --skip-corrupt" in said
 
 
 def test_with_the_flag_they_are_left_out_and_listed(capsys):
     break_files()
     folder = run(*FLAGS, "--skip-corrupt")
     said = capsys.readouterr().out
-    assert "skip: 3 of 22 image files can't be read and are left out: train cat/3.png (" in said
+    assert "skip: 3 of 22 image files can't be read and are left out: " in said
+    assert "images/train/cat/3.png (" in said
     listed = json.loads((folder / "skipped.json").read_text())["skipped"]
     assert [f"{row['split']}/{row['name']}" for row in listed] == list(BROKEN)
     config = yaml.safe_load((folder / "config.yaml").read_text())
