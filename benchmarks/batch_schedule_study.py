@@ -35,7 +35,7 @@ FLAGS = shlex.split("""
 
 def make_data(cifar10: Path, folder: Path) -> None:
     """A subset with 1,000 training images a class, and all test images."""
-    if (folder / "test-00000-of-00001.parquet").exists():
+    if (folder / "validation-00000-of-00001.parquet").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     train = pq.read_table(cifar10 / "train-00000-of-00001.parquet")
@@ -45,7 +45,7 @@ def make_data(cifar10: Path, folder: Path) -> None:
         train.take(np.sort(np.concatenate(chosen))), folder / "train-00000-of-00001.parquet"
     )
     test = pq.read_table(cifar10 / "test-00000-of-00001.parquet")
-    pq.write_table(test, folder / "test-00000-of-00001.parquet")
+    pq.write_table(test, folder / "validation-00000-of-00001.parquet")
 
 
 def run(work: Path, rule: str, seed: int, *, dry: bool) -> Path | None:

@@ -113,6 +113,8 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
 def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
     """Make the run folder, or go on in it, and start the trackers; `locks` keeps others out."""
     from lbaccel.recipe.contract import contract_of
+    from lbaccel.recipe.images import write_skipped
+    from lbaccel.runs.ranks import decided
     from lbaccel.runs.tracking import start_trackers
 
     s, (taken, plan) = t.settings, t.describe()
@@ -125,6 +127,8 @@ def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
         config=t.config(taken, plan),
         locks=locks,
     )
+    if s.data.skip_corrupt:
+        decided(t.accelerator, lambda: write_skipped(folder, t.task.skipped))
     line = start_trackers(
         t.accelerator,
         folder,

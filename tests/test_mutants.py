@@ -151,8 +151,57 @@ MUTANTS = {
         "if False:",
         "tests/test_torch_files.py::test_a_view_that_claims_more_than_the_file_holds_is_refused",
     ),
+    "a photograph lies as the camera stored it": (
+        "data.images",
+        "            if exif_orientation:\n",
+        "            if False:\n",
+        "tests/data/test_images.py::test_all_sets_of_a_folder_are_turned_or_none[True]",
+    ),
+    "a row's photograph lies as the camera stored it": (
+        "data.parquet",
+        "        exif_orientation=wanted.exif_orientation,\n",
+        "        exif_orientation=False,\n",
+        "tests/data/test_images.py::test_all_rows_of_parquet_files_are_turned_or_none[True-True]",
+    ),
+    "a run of before a setting goes on with its default": (
+        "recipe.resume",
+        "{**_BEFORE, **saved}",
+        "saved",
+        "tests/recipe/test_older_runs.py::"
+        "test_a_run_of_before_goes_on_with_the_images_that_it_began_with",
+    ),
+    "the test set chooses the checkpoint": (
+        "data.folders",
+        "(*VAL_FOLDERS, TEST) if wanted.test_split == AS_VAL else VAL_FOLDERS",
+        "(*VAL_FOLDERS, TEST)",
+        "tests/data/test_folders.py::test_test_without_val_chooses_no_checkpoint",
+    ),
+    "test-*.parquet chooses the checkpoint": (
+        "data.parquet",
+        "            if test and not val and test_is_val:\n",
+        "            if test and not val:\n",
+        "tests/data/test_folders.py::test_parquet_without_validation_leaves_the_test_set_alone",
+    ),
+    "a JPEG that is cut off is believed": (
+        "data.broken",
+        '"JPEG": lambda size, head, tail: b"\\xff\\xd9" in tail,',
+        '"JPEG": lambda size, head, tail: True,',
+        "tests/data/test_broken.py::test_a_look_finds_one_whose_end_is_missing[.jpg]",
+    ),
+    "a resume reads all files again": (
+        "recipe.images",
+        "        if kept is not None:\n",
+        "        if False:\n",
+        "tests/recipe/test_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
+    ),
+    "a reflection repeats the border": (
+        "data.augment",
+        "(last - (last - places.abs()).abs())",
+        "(last - (last - (places + (places < 0)).abs()).abs())",
+        "tests/data/test_augment.py::test_the_frame_of_a_crop_is_padded_as_numpy_does[reflect-numpys2]",
+    ),
     "a link that leads back is followed": (
-        "data.sources",
+        "data.folders",
         "if (this := _identity(path)) in above:",
         "if (this := _identity(path)) in ():",
         "tests/data/test_bounds.py::test_a_link_that_leads_back_is_refused_and_named",
@@ -279,7 +328,7 @@ MUTANTS = {
     ),
     "a run has no lock": (
         "runs.lock",
-        "        lock.acquire(timeout=_LAST_WORKERS_SECONDS if gone else 0)\n",
+        "        _wait_for(lock, before)\n",
         "        pass\n",
         "tests/runs/test_lock.py::test_another_process_is_told_who_writes_and_since_when",
     ),
@@ -909,7 +958,7 @@ MUTANTS = {
         "tests/runs/test_checkpoints.py::test_the_way_out_fits_the_disk_s_reason",
     ),
     "a class folder that can't be read is taken for an empty one": (
-        "data.sources",
+        "data.folders",
         "os.walk(folder, onerror=refuse, followlinks=True)",
         "os.walk(folder, followlinks=True)",
         "tests/data/test_sources.py::"

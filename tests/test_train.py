@@ -289,7 +289,12 @@ def test_a_folder_of_images_trains_and_a_corrupt_or_missing_one_is_named(capsys)
     make_images("images")
     code, (folder,) = run("--workers", 0, tiny=SMALL)
     assert code == 0 and (folder / "checkpoints/last/model.safetensors").exists()
-    (Path("images/train/dog") / "3.png").write_bytes(b"no image")
+    path = Path("images/train/dog/3.png")
+    sound = path.read_bytes()
+    path.write_bytes(b"no image")
+    refused(capsys, "images/train/dog/3.png", "--skip-corrupt")(run("--workers", 0, tiny=SMALL))
+    middle = sound.index(b"IDAT") + 6  # its end is there, so that only who decodes it can tell
+    path.write_bytes(sound[:middle] + bytes(4) + sound[middle + 4 :])
     for workers in (0, 1):
         flags = ["--workers", workers, "--max-updates", 9]
         refused(capsys, "images/train/dog/3.png")(run(*flags, tiny=SMALL))

@@ -15,20 +15,24 @@ from torch.nn import functional as F
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.data.sources import ImageArray
-from lbaccel.errors import InputError, check_seed
+from lbaccel.errors import InputError, check_choice, check_seed
 from lbaccel.randomness.keys import keyed_uniform
 
 # One number for each kind of draw, so that no two share a hash.
 CROP_Y, CROP_X, FLIP, MIX_LAMBDA, MIX_CHOICE, BOX_Y, BOX_X = range(1, 8)
+
+PADDINGS = ("zero", "grey", "reflect")
+GREY = 127  # of 255
 
 
 @dataclass(frozen=True)
 class KeyedImages:
     """A set of small images in memory that is augmented a micro-batch at a time.
 
-    Each image of [C, H, W] bytes is shifted by a random crop of its zero-padded frame (`pad`
-    pixels a side), mirrored with probability `flip`, resized to `img_size` and normalised:
-    (x / 255 - mean) / std. The draws depend on (seed, epoch, sample index) alone.
+    Each image of [C, H, W] bytes is shifted by a random crop of its frame, which is padded by `pad`
+    pixels a side (`padding`: zero is black, grey is 127, reflect is the image's own mirror image),
+    mirrored with probability `flip`, resized to `img_size` and normalised: (x / 255 - mean) / std.
+    The draws depend on (seed, epoch, sample index) alone.
     """
 
     source: ImageArray
@@ -39,9 +43,11 @@ class KeyedImages:
     flip: float = 0.0
     img_size: int | None = None
     interpolation: str = "bicubic"
+    padding: str = "zero"
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
+        check_choice("padding", self.padding, choices=PADDINGS)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -85,12 +91,25 @@ class KeyedImages:
             torch.from_numpy((keyed_uniform(self.seed, epochs, indices, draw) * span).astype(int))
             for draw in (CROP_Y, CROP_X)
         )
-        padded = F.pad(images, [self.pad] * 4)
         rows = (y[:, None] + torch.arange(height))[:, None, :, None]
         columns = (x[:, None] + torch.arange(width))[:, None, None, :]
+        if self.padding == "reflect":
+            padded = images
+            rows, columns = (
+                _reflected(places - self.pad, length)
+                for places, length in ((rows, height), (columns, width))
+            )
+        else:
+            padded = F.pad(images, [self.pad] * 4, value=GREY if self.padding == "grey" else 0)
         sample = torch.arange(n)[:, None, None, None]
         channel = torch.arange(channels)[None, :, None, None]
         return padded[sample, channel, rows, columns]
+
+
+def _reflected(places: Tensor, length: int) -> Tensor:
+    """Places outside 0 .. length - 1 as their mirror image at the border, whose row stands once."""
+    last = length - 1
+    return (last - (last - places.abs()).abs()).clamp_(min=0)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lbaccel.data.hub import HubImages
 from lbaccel.data.images import ImageArray, ImageFiles, folder_of
 from lbaccel.data.row_images import RowImages
 from lbaccel.data.sources import Source
+from lbaccel.data.timm_readers import TarImages
 from lbaccel.errors import InputError, reading
 
 MOST_CLASSES = 1000  # whose names and numbers are kept to say what changed
 MOST_SIZES = 4096  # files whose size is looked up; a call each, which a network's disk makes slow
+MOST_READ = 256  # rows of a table whose size can only be read with the image
 
 
 def identity_of(source: Source, *, of_bytes: bool = False) -> dict[str, Any]:
@@ -113,16 +117,26 @@ def _digest_of_bytes(source: Source) -> str:
             for part in _parts(images):
                 digest.update(part)
             continue
-        read: Any = images.read
-        files = read.files if isinstance(read, RowImages) else images.samples
-        root = folder_of(images) or Path()
-        for name in files:
-            path = root / name
+        if isinstance(images.read, HubImages):
+            for row in images.samples:
+                digest.update(images.read.encoded(row) + b"\0end\0")
+        for path in _paths(images):
             with reading(path), path.open("rb") as file:
                 while chunk := file.read(2**20):
                     digest.update(chunk)
             digest.update(b"\0end\0")
     return digest.hexdigest()[:32]
+
+
+def _paths(images: ImageFiles) -> Iterator[Path]:
+    """The files that hold these images; those that are drawn, or lie in a cache, have none."""
+    read: Any = images.read
+    if isinstance(read, RowImages):
+        yield from map(Path, read.files)
+    elif isinstance(read, TarImages):
+        yield Path(read.path)
+    elif (root := folder_of(images)) is not None:
+        yield from (root / name for name in images.samples)
 
 
 def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes | memoryview]:
@@ -132,16 +146,15 @@ def _parts(images: ImageArray | ImageFiles) -> Iterator[bytes | memoryview]:
             yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data  # no copy
         return
     for name, label in zip(images.names, images.labels, strict=True):
-        yield f"{name}\0{label}\n".encode()
+        yield f"{name}\0{label}\n".encode("utf-8", "surrogateescape")  # a name may be no UTF-8
     yield repr(list(_sizes(images))).encode()
 
 
 def _sizes(images: ImageFiles) -> Iterator[int]:
     read: Any = images.read
-    if isinstance(read, RowImages):
-        yield from (Path(file).stat().st_size for file in read.files)
-    elif (root := folder_of(images)) is not None:
-        every = max(1, len(images) // MOST_SIZES)
-        for name in images.samples[::every]:
-            path = root / name
-            yield path.stat().st_size if path.exists() else -1  # a reader says so, when it comes
+    if isinstance(read, HubImages):
+        some = images.samples[:: max(1, len(images) // MOST_READ)]
+        yield from (len(read.encoded(row)) for row in some)
+    every = 1 if folder_of(images) is None else max(1, len(images) // MOST_SIZES)
+    for path in islice(_paths(images), 0, None, every):
+        yield path.stat().st_size if path.exists() else -1  # a reader says so, when it comes

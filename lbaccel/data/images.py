@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lbaccel.errors import InputError
+from lbaccel.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +30,15 @@ class ImageArray:
         return len(self.labels)
 
 
-def decode_image(file: str | PathLike[str] | IO[bytes], where: str) -> Image.Image:
+def decode_image(
+    file: str | PathLike[str] | IO[bytes], where: str, *, exif_orientation: bool = True
+) -> Image.Image:
     """The image in this file as RGB; `where` names it in the error.
 
-    16-bit grey values are divided by 256; PIL's own conversion would clip them all to white.
-    Transparency is dropped, not blended.
+    With `exif_orientation` a photograph is turned upright as its EXIF entry says: cameras store
+    one that was taken with the camera on its side lying down. Of an animation it is the first
+    picture. 16-bit grey values are divided by 256; PIL's own conversion would clip them all to
+    white. Transparency is dropped, not blended.
 
     Raises:
         InputError: PIL can't decode it, or its pixels are 32-bit numbers of unknown range.
@@ -40,6 +46,8 @@ def decode_image(file: str | PathLike[str] | IO[bytes], where: str) -> Image.Ima
     try:
         with Image.open(file) as opened:
             image = opened
+            if exif_orientation:
+                _turn_upright(image)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
@@ -58,14 +66,20 @@ def decode_image(file: str | PathLike[str] | IO[bytes], where: str) -> Image.Ima
         ) from error
 
 
-def read_image(name: str, *, root: str = "") -> Image.Image:
+def _turn_upright(image: Image.Image) -> None:
+    image.load()  # an image that is cut off is an error, and is so here
+    with suppress(Exception):  # an EXIF entry that is damaged says nothing of the orientation
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def read_image(name: str, *, root: str = "", exif_orientation: bool = True) -> Image.Image:
     """The image in the file `root`/`name` as RGB.
 
     Raises:
         InputError: the file is absent or corrupt.
     """
     path = Path(root, name)
-    return decode_image(path, str(path))
+    return decode_image(path, one_line(str(path)), exif_orientation=exif_orientation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +106,14 @@ class ImageFiles:
             InputError: it is absent or corrupt; the text names the file.
         """
         return self.read(self.samples[index])
+
+    def only(self, rows: Sequence[int]) -> ImageFiles:
+        """The set of the samples at these positions, in this order."""
+        samples = names = tuple(self.names[row] for row in rows)
+        if self.samples is not self.names:  # else one list in memory, and in each worker's pickle
+            samples = tuple(self.samples[row] for row in rows)
+        labels = tuple(self.labels[row] for row in rows)
+        return replace(self, samples=samples, labels=labels, names=names)
 
 
 def folder_of(images: ImageArray | ImageFiles) -> Path | None:

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.opening import AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.documents import OutOfBounds, json_of
-from lbaccel.errors import InputError
+from lbaccel.errors import CannotRead, InputError
 
-VAL_NAMES = ("validation", "val", "test")
+VAL_NAMES, TEST = ("validation", "val"), "test"
 
 
 class Columns(NamedTuple):
@@ -37,31 +38,36 @@ class Table(NamedTuple):
     paths: list[str | None]
 
 
-def open_parquet(
-    root: Path, *, val_fraction: float, seed: int
-) -> tuple[ImageArray | ImageFiles, ImageArray | ImageFiles, str]:
-    """Training set, validation set, and in words where the second comes from.
+def open_parquet(root: Path, wanted: Opening) -> Sets:
+    """The images of train-*.parquet, validation-*.parquet and test-*.parquet.
 
-    Images of one size of at most 64 pixels a side are decoded into memory. All others stay in the
+    Without the second a share of the first is held out; the third is then the validation set only
+    if `wanted.test_split` says so. Images of one size of at most 64 pixels a side are decoded into
+    memory. All others stay in the
     files: reading one decompresses its row group, of which each process keeps the last 256 MiB.
 
     Raises:
         InputError: the folder, a column or a label is missing, or a file or an image is broken.
     """
-    train_files, val_files, how = find_files(root)
-    columns = find_columns(_schema(train_files[0]), train_files[0])
-    train = _read_table(train_files, columns)
+    files = find_files(root, test_is_val=wanted.test_split == AS_VAL)
+    columns = find_columns(_schema(files.train[0]), files.train[0])
+    train = _read_table(files.train, columns, wanted)
     classes, labels = _train_labels(train, columns)
-    if val_files:
-        val = _read_table(val_files, columns)
-        val_labels = _val_labels(val, columns, classes=classes, train_labels=labels)
+    if files.val:
+        how = f"validation from {files.val_name}-*.parquet"
+        val = _read_table(files.val, columns, wanted)
+        val_labels = _other_labels(val, columns, classes=classes, train_labels=labels)
         rows, val_rows = np.arange(len(labels)), np.arange(len(val_labels))
     else:
         named = None not in train.paths and len(set(train.paths)) == len(labels)
         keys = [str(path if named else row) for row, path in enumerate(train.paths)]
         how = f"{SPLIT} of the {'file name' if named else 'row number'}"
         halves = split_by_hash(
-            keys, labels.tolist(), classes=classes, val_fraction=val_fraction, seed=seed
+            keys,
+            labels.tolist(),
+            classes=classes,
+            val_fraction=wanted.val_fraction,
+            seed=wanted.seed,
         )
         val, val_labels = train, labels
         rows, val_rows = (np.array(half) for half in halves)
@@ -69,20 +75,58 @@ def open_parquet(
     pixels = decode_rows(train.images, rows)
     val_pixels = None if pixels is None else decode_rows(val.images, val_rows)
     if pixels is None or val_pixels is None or pixels.shape[1:] != val_pixels.shape[1:]:
-        return (
-            _image_files(train, rows, labels, classes),
-            _image_files(val, val_rows, val_labels, classes),
-            how,
-        )
-    return (
-        ImageArray(pixels, torch.from_numpy(labels[rows]), classes),
-        ImageArray(val_pixels, torch.from_numpy(val_labels[val_rows]), classes),
-        how,
-    )
+        of_train = _image_files(train, rows, labels, classes)
+        of_val: ImageArray | ImageFiles = _image_files(val, val_rows, val_labels, classes)
+    else:
+        of_train = ImageArray(pixels, torch.from_numpy(labels[rows]), classes)
+        of_val = ImageArray(val_pixels, torch.from_numpy(val_labels[val_rows]), classes)
+    test, note = _test_set(files.test, columns, wanted, of_train, labels)
+    return Sets(of_train, of_val, how + note, test)
 
 
-def find_files(root: Path) -> tuple[list[Path], list[Path], str]:
-    """Training and validation files in `root` or `root`/data; which names the second have.
+def _test_set(
+    files: list[Path],
+    columns: Columns,
+    wanted: Opening,
+    train: ImageArray | ImageFiles,
+    train_labels: NDArray[np.int64],
+) -> tuple[ImageArray | ImageFiles | None, str]:
+    """The images of test-*.parquet, or why they are none (the hub's often lack their labels).
+
+    Training looks at none of them, so whatever is wrong with them is no reason to stop it.
+    """
+    if not files:
+        return None, ""
+    classes = train.classes
+    try:
+        table = _read_table(files, columns, wanted)
+        labels = _other_labels(table, columns, classes=classes, train_labels=train_labels)
+        rows = np.arange(len(labels))
+        pixels = decode_rows(table.images, rows) if isinstance(train, ImageArray) else None
+    except CannotRead:
+        raise
+    except InputError as error:
+        return None, f"; test-*.parquet is not used: {str(error).rstrip('.')}"
+    if pixels is None or pixels.shape[1:] != train.images.shape[1:]:  # type: ignore[union-attr]
+        return _image_files(table, rows, labels, classes), ""
+    return ImageArray(pixels, torch.from_numpy(labels), classes), ""
+
+
+class Files(NamedTuple):
+    """The files of each set, and the word that those of the validation set begin with."""
+
+    train: list[Path]
+    val: list[Path]
+    val_name: str
+    test: list[Path]
+
+
+def find_files(root: Path, *, test_is_val: bool = False) -> Files:
+    """The files in `root` or `root`/data.
+
+    Args:
+        root: a folder.
+        test_is_val: take test-*.parquet as the validation set where there is no other.
 
     Raises:
         InputError: `root` is no folder, or holds no file named train-*.parquet.
@@ -96,7 +140,10 @@ def find_files(root: Path) -> tuple[list[Path], list[Path], str]:
         if train := _shards(folder, "train"):
             found = ((_shards(folder, name), name) for name in VAL_NAMES)
             val, name = next(((files, name) for files, name in found if files), ([], ""))
-            return train, val, f"validation from {name}-*.parquet"
+            test = _shards(folder, TEST)
+            if test and not val and test_is_val:
+                return Files(train, test, TEST, [])
+            return Files(train, val, name, test)
     names = sorted(path.name for path in root.rglob("*.parquet"))
     raise InputError(
         f"parquet:{root} holds no train-*.parquet, nor does its folder data: found "
@@ -181,7 +228,7 @@ def _schema(path: Path) -> pa.Schema:
         return file.schema_arrow
 
 
-def _read_table(files: list[Path], columns: Columns) -> Table:
+def _read_table(files: list[Path], columns: Columns, wanted: Opening) -> Table:
     """Where each row lies, its label and its path; of the images not a byte."""
     labels: list[NDArray[np.int64]] = []
     paths: list[str | None] = []
@@ -210,7 +257,13 @@ def _read_table(files: list[Path], columns: Columns) -> Table:
                 paths += [None] * in_file
     if not paths:
         raise InputError(f"{files[0]} and its like hold no rows: give files with images.")
-    images = RowImages(tuple(map(str, files)), columns.image, tuple(groups), len(paths))
+    images = RowImages(
+        tuple(map(str, files)),
+        columns.image,
+        tuple(groups),
+        len(paths),
+        exif_orientation=wanted.exif_orientation,
+    )
     return Table(images, np.concatenate(labels), paths)
 
 
@@ -225,10 +278,10 @@ def _other_columns(path: Path, here: Columns, first: Columns) -> str:
     ]
     if here.classes != first.classes:
         mine, theirs = here.classes or (), first.classes or ()
-        strange = [name for name in (*mine, *theirs) if (name in mine) != (name in theirs)]
+        strange = sorted(set(mine) ^ set(theirs))
         found.append(
             f"it has {len(mine)} class names, there are {len(theirs)} there, "
-            + (f"only one has {', '.join(map(repr, strange[:5]))}" if strange else "in other order")
+            + (f"only one has {some(strange)}" if strange else "in other order")
         )
     return (
         f"{path} differs from the first training file: {'; '.join(found)}. All files of a set need "
@@ -245,7 +298,7 @@ def _train_labels(table: Table, columns: Columns) -> tuple[tuple[str, ...], NDAr
     return columns.classes, table.labels
 
 
-def _val_labels(
+def _other_labels(
     table: Table, columns: Columns, *, classes: tuple[str, ...], train_labels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     labels = table.labels
@@ -255,8 +308,8 @@ def _val_labels(
     _check_labels(table, labels, classes)
     if strange := sorted(set(labels.tolist()) - set(train_labels.tolist())):
         raise InputError(
-            f"{Path(table.images.files[0]).parent}: validation has class "
-            f"{', '.join(repr(classes[x]) for x in strange)}, of which training has no image. "
+            f"{Path(table.images.files[0]).name} has class "
+            f"{some(classes[x] for x in strange)}, of which training has no image. "
             "Are training files missing? Both need the same classes."
         )
     return labels

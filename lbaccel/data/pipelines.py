@@ -72,13 +72,15 @@ def training_set(
     hflip: float | None = None,
     color_jitter: float | None = None,
     random_erasing: float = 0.0,
+    padding: str = "zero",
 ) -> Any:
     """The training images with their augmentation.
 
-    Images in memory: a random crop of the frame padded by an eighth, and a mirror image half of
-    the time, a micro-batch at a time. Files, and images in memory with `auto_augment`: timm's
-    training transform (random resized crop, mirror, colour), an image at a time. Every draw depends
-    on (seed, epoch, sample index) alone: the loader seeds the generators before each image.
+    Images in memory: a random crop of the frame padded by an eighth (as `padding` says), and a
+    mirror image half of the time, a micro-batch at a time. Files, and images in memory with
+    `auto_augment`: timm's training transform (random resized crop, mirror, colour), an image at a
+    time. Every draw depends on (seed, epoch, sample index) alone: the loader seeds the generators
+    before each image.
 
     Args:
         source: the images.
@@ -92,6 +94,7 @@ def training_set(
         color_jitter: strength of brightness, contrast and saturation; timm's: 0.4.
         random_erasing: probability that a box of the normalised image becomes noise (Zhong et al.
             2020, arXiv 1708.04896; timm's "pixel").
+        padding: "zero", "grey" or "reflect" around an image in memory.
 
     Raises:
         InputError: an `auto_augment` that timm does not know.
@@ -108,6 +111,7 @@ def training_set(
             flip=flip,
             img_size=size,
             interpolation=preprocessing["interpolation"],
+            padding=padding,
         )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(

@@ -23,6 +23,7 @@ from torch import Tensor
 from lbaccel.data.images import decode_image
 from lbaccel.data.parquet_bounds import batches
 from lbaccel.errors import InputError
+from lbaccel.text import one_line
 
 MAX_SIDE = 64  # pixels: larger images stay in the files
 MAX_ARRAY_BYTES = 4 * 2**30  # a larger set stays in the files
@@ -56,12 +57,14 @@ class RowImages:
         groups: for each row group its first row, its file, its number there, and its first row
             there.
         num_rows: in all files.
+        exif_orientation: as of `decode_image`.
     """
 
     files: tuple[str, ...]
     column: str
     groups: tuple[tuple[int, int, int, int], ...]
     num_rows: int
+    exif_orientation: bool = True
     _cache: OrderedDict[int, pa.ChunkedArray] = field(default_factory=OrderedDict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +78,7 @@ class RowImages:
     def where(self, row: int) -> str:
         """File and row, for messages."""
         first, file, _, first_in_file = self.groups[self._group_of(row)]
-        return f"{self.files[file]}, row {row - first + first_in_file} {ROW_RULE}"
+        return f"{one_line(self.files[file])}, row {row - first + first_in_file} {ROW_RULE}"
 
     def decode(self, row: int, data: bytes | None) -> Image.Image:
         """These bytes of this row as an image.
@@ -85,7 +88,8 @@ class RowImages:
         """
         if data is None:
             raise InputError(f"{self.where(row)} has no bytes: the file must hold the images.")
-        return decode_image(io.BytesIO(data), self.where(row))
+        where, upright = self.where(row), self.exif_orientation
+        return decode_image(io.BytesIO(data), where, exif_orientation=upright)
 
     def encoded(self) -> Iterator[tuple[int, bytes | None]]:
         """Rows and their bytes, in order."""

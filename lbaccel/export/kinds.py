@@ -37,6 +37,7 @@ def _is_pair(value: Any) -> bool:
 WHOLE: Kind = ("a whole number of at least 0", _is_whole)
 NUMBER: Kind = ("a finite number", _is_number)
 TEXT: Kind = ("text", lambda value: isinstance(value, str))
+SWITCH: Kind = ("true or false", lambda value: isinstance(value, bool))
 LIST: Kind = ("a list", lambda value: isinstance(value, list))
 NAMES: Kind = ("a list of text", lambda v: isinstance(v, list) and all(map(TEXT[1], v)))
 MAPPING: Kind = ("a mapping", lambda value: isinstance(value, Mapping))
@@ -84,6 +85,9 @@ _IMAGES: dict[str, Kind] = {
 }
 
 
+_YOUNGER: dict[str, Kind] = {"exif_orientation": SWITCH}  # runs of before have none
+
+
 def check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     """Stop at a value of another kind; what is absent or None is left out of the card.
 
@@ -112,7 +116,7 @@ def check_preprocessing(path: Path, pre: Mapping[str, Any], weights: Mapping[str
             f"{path} has no {', '.join(absent)}: it was written by another "
             "version. Load the weights with timm.create_model(..., checkpoint_path=...)."
         )
-    check_kinds(path, pre, _IMAGES)
+    check_kinds(path, pre, _IMAGES | _YOUNGER)
     for name, kind in (("mean", NUMBER), ("std", ABOVE_0)):
         values: Sequence[Any] = pre[name]
         if len(values) != pre["num_channels"] or not all(map(kind[1], values)):

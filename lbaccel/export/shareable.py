@@ -15,11 +15,15 @@ _PROGRAMS = {"__main__.py": "lbaccel", "train.py": "lbaccel train"}
 
 
 def without_folders(text: str) -> str:
-    """The last part of a path, or of the path behind `folder:` or `parquet:`; other text as it is.
+    """The last part of a path, or of the path behind `folder:` and its like; other text as it is.
 
     >>> without_folders("folder:/home/me/flowers/"), without_folders("resnet50.a1_in1k")
     ('folder:flowers', 'resnet50.a1_in1k')
+    >>> without_folders("hf:owner/flowers"), without_folders("hf:/home/me/flowers")
+    ('hf:owner/flowers', 'hf:flowers')
     """
+    if re.match(r"(hf:|timm:hfds/)[\w-]+/[\w.-]+(:[\w-]+)?$", text):  # a name of the hub's
+        return text
     form, colon, path = text.partition(":")
     if not colon or len(form) < 2:  # C:\\data is a path
         form, colon, path = "", "", text

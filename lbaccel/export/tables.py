@@ -25,6 +25,10 @@ _DATA = {
     "cifar100": "CIFAR-100, 32 x 32 pixels",
     "folder": "a folder of images, a sub-folder a class",
     "parquet": "images in parquet files",
+    "csv": "image files that a table lists",
+    "hf": "a data set of the Hugging Face hub",
+    "timm": "images in the order of timm's readers",
+    "synthetic": "images that are made up",
 }
 _PACKAGES = ("lbaccel", "torch", "torchvision", "timm", "accelerate", "deepspeed", "numpy")
 _KINDS = (("top1", "top-1", ".2f", " %"), ("loss", "loss", ".4g", ""))  # of validation metrics
@@ -43,6 +47,9 @@ def data(config: Mapping[str, Any], pre: Mapping[str, Any], *, num_classes: int)
     rows.append(("images", f"{pre['img_size']} px, {channels} channel{'s' * (channels > 1)}"))
     rows += [(key, ", ".join(f"{x:.4g}" for x in pre[key])) for key in ("mean", "std")]
     rows += [("interpolation", in_markdown(pre["interpolation"]))]
+    if pre.get("exif_orientation") is not None:
+        turned = "upright, as their EXIF entry says" if pre["exif_orientation"] else "as stored"
+        rows.append(("photographs", turned))
     return table([*rows, ("share of the image kept in evaluation", f"{pre['crop_pct']:g}")])
 
 

@@ -72,7 +72,7 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
 
     Raises:
         InputError: a share to hold out beside a validation set of their own; a crop in evaluation,
-            or what timm's training transform alone has, for images in memory.
+            or what timm's training transform alone has, for images in memory; padding for others.
     """
     reasons = {}
     if not source.held_out:
@@ -82,6 +82,8 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
         if settings.data.auto_augment is None:
             shifted = "is held in memory, where a crop is a shift and nothing else is drawn"
             reasons |= dict.fromkeys(("scale", "ratio", "color_jitter", "random_erasing"), shifted)
+    else:
+        reasons["crop_padding_mode"] = "is read from files, whose random crops lie inside the image"
     for name, reason in reasons.items():
         if name in settings.given and settings.value(name) not in OPTIONS[name].neutral:
             flag, value = flag_of(name), shown(settings.value(name))

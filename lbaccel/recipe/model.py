@@ -95,6 +95,7 @@ def build_model(
     if trains is not None:
         say(trains)
     say(f"images: {size} px ({origin}), {shown}")
+    values["exif_orientation"] = data.exif_orientation
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": options.model, "num_classes": num_classes}
 

@@ -34,6 +34,14 @@ _ROLLING = ReadWith(
 )
 
 
+def _is_from_outside(data: str) -> bool:
+    return data.partition(":")[0] not in ("digits", "cifar10", "cifar100", "synthetic")
+
+
+def _names_files(data: str) -> bool:
+    return data.partition(":")[0] in ("folder", "csv", "timm")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The backbone, and the weights it starts from."""
@@ -65,7 +73,12 @@ class ModelOptions:
 class DataOptions:
     """Images, and what is done to them."""
 
-    data: str = option("digits", str, "digits, cifar10, cifar100, folder:PATH or parquet:PATH")
+    data: str = option(
+        "digits",
+        str,
+        "digits, cifar10, cifar100, folder:PATH, parquet:PATH, csv:FILE, hf:OWNER/NAME[:split], "
+        "timm:PATH or synthetic[:CLASSESxSIZE]",
+    )
     data_digest: str = option(
         "sizes",
         str,
@@ -84,6 +97,43 @@ class DataOptions:
                 none_of("cifar10", "cifar100"),
                 "Its validation set is its own: use other data",
             ),
+        ),
+    )
+    test_split: str = option(
+        "test",
+        str,
+        "what a test set (test/, test-*.parquet) is where there is no validation set beside it: "
+        "test, which training never touches, or val",
+        choices=("test", "val"),
+        reads_with=(
+            ReadWith(
+                "data",
+                _is_from_outside,
+                "Its validation set is fixed: use folder:PATH or parquet:PATH",
+            ),
+        ),
+        before="val",
+    )
+    exif_orientation: bool = option(
+        True,
+        switch,
+        "turn photographs upright as their EXIF entry says",
+        reads_with=(
+            ReadWith(
+                "data",
+                _is_from_outside,
+                "Its images have no EXIF entry: use folder:PATH or parquet:PATH",
+            ),
+        ),
+        before=False,
+    )
+    skip_corrupt: bool = option(
+        False,
+        switch,
+        "read all image files first, leave out those that can't be read, and list them in "
+        "skipped.json of the run",
+        reads_with=(
+            ReadWith("data", _names_files, "Only image files are read first: use folder:PATH"),
         ),
     )
     workers: int = option(
@@ -164,6 +214,20 @@ class DataOptions:
         "probability that a box is filled with noise (timm's reprob, mode pixel)",
         neutral=(0.0,),
         reads_with=_TRANSFORMED,
+    )
+    crop_padding_mode: str = option(
+        "zero",
+        str,
+        "what lies around an image in memory when it is cropped at random: black, grey (127) or "
+        "its own mirror image",
+        choices=("zero", "grey", "reflect"),
+        reads_with=(
+            ReadWith(
+                "auto_augment",
+                one_of(None),
+                "timm's policy crops inside the image: use no --auto-augment",
+            ),
+        ),
     )
 
 

@@ -32,6 +32,7 @@ from lbaccel.runs.folder import CHECKPOINTS, CONFIG, CONTRACT, MANIFEST, run_of,
 from lbaccel.runs.own_name import own_runs
 
 AUTO = "auto"
+_BEFORE = {name: row.before for name, row in OPTIONS.items() if row.before is not None}
 
 
 def resolve(settings: Settings) -> Settings:
@@ -159,7 +160,10 @@ def _asked(layer: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def read_run(
     run: Path, *, contract: Mapping[str, Any] | None = None, allowed: Collection[str] = ()
 ) -> Settings:
-    """Settings of a run, from its config.yaml; an option that it does not know has its default.
+    """Settings of a run, from its config.yaml.
+
+    An option that it does not know has the value that says what was done before there was one:
+    `Option.before`, or the default.
 
     Args:
         run: its folder.
@@ -187,7 +191,7 @@ def read_run(
         raise InputError(f"{path}: its extensions can't be read ({error}).") from error
     changes = content.get(CHANGES)
     return replace(
-        Settings().with_values(saved),
+        Settings().with_values({**_BEFORE, **saved}),
         origins={str(name): str(origin) for name, origin in origins.items()},
         asked=_asked(asked, path),
         extensions=history,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +14,25 @@ from torch import nn
 from lbaccel.batch.phases import Phase, growth_of
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.data.augment import GroupMix
+from lbaccel.data.broken import Broken
 from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.same_files import shared_files
-from lbaccel.data.sources import Source, open_source
+from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
 from lbaccel.recipe import auto_plan, growth
 from lbaccel.recipe.auto_plan import Chosen, Workload
 from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_data
 from lbaccel.recipe.class_weights import check_unchanged, in_words, weights_of
 from lbaccel.recipe.contract import VALUES
+from lbaccel.recipe.images import sound_images
 from lbaccel.recipe.loss import loss_of
 from lbaccel.recipe.model import build_model
-from lbaccel.recipe.options_batch import DataOptions
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
 from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import decided, on_each_rank
-from lbaccel.text import printable
+from lbaccel.text import one_line, printable
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
@@ -44,6 +45,7 @@ class Task:
     """Data, model, batch and loss: what comes before an optimizer."""
 
     source: Source
+    skipped: tuple[Broken, ...]  # files that can't be read, and are none of the source's
     model: nn.Module
     preprocessing: dict[str, Any]
     num_classes: int
@@ -75,11 +77,12 @@ def build_task(
     """
     set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    source = on_each_rank(accelerator, lambda: _open(s.data, seed=s.run.seed, before=s.identity))
+    source, skipped = sound_images(s, accelerator, say=say, fresh=load_weights)
+    on_each_rank(accelerator, lambda: check_identity(source, s.identity, data=s.data.data))
     if accelerator.num_processes > 1:
         same = identity_of(source)
         check_alike(accelerator, {f"{key} of --data": value for key, value in same.items()})
-    say(f"data: {source.description}")
+    say(printable(f"data: {source.description}"))
     check_read_from_data(s, source)
     if accelerator.is_main_process and load_weights:  # a resume has said it
         _warn_of_shared_files(source, say=say)
@@ -121,6 +124,7 @@ def build_task(
     loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator)
     return Task(
         source=source,
+        skipped=skipped,
         model=model,
         preprocessing=preprocessing,
         num_classes=num_classes,
@@ -144,19 +148,13 @@ def build_task(
     )
 
 
-def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> Source:
-    source = open_source(data.data, val_fraction=data.val_fraction, seed=seed)
-    check_identity(source, before, data=data.data)
-    return source
-
-
 def _warn_of_shared_files(source: Source, *, say: Say) -> None:
     if same := shared_files(source):
         (val, train), count = same[0], len(same)
         are = "is a training image" if count == 1 else "are training images"
         say(
             f"warning: {count} of {len(source.val)} validation images {are} too, byte for byte "
-            f"(as {printable(val)} and {printable(train)}), so validation looks better than new "
+            f"(as {one_line(val)} and {one_line(train)}), so validation looks better than new "
             "images will. Take them out of one of the two."
         )
 
@@ -246,6 +244,7 @@ def _loader(
             hflip=data.hflip,
             color_jitter=data.color_jitter,
             random_erasing=data.random_erasing,
+            padding=data.crop_padding_mode,
         ),
         plan,
         rank=accelerator.process_index,

@@ -142,6 +142,8 @@ class Option:
         reads_with: what makes it read; one of several is enough.
         neutral: values that ask for nothing, so that they may be given where nothing reads them.
         repeatable: its flag may be typed several times, for a word each.
+        before: its value in a run that does not name it, since the option is younger than the run;
+            the default where it is not given.
     """
 
     parse: Callable[[Any], Any]
@@ -157,6 +159,7 @@ class Option:
     reads_with: tuple[ReadWith, ...] = ()
     neutral: tuple[Any, ...] = ()
     repeatable: bool = False
+    before: Any = None
     name: str = ""
     group: str = ""
 

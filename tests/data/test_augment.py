@@ -43,6 +43,39 @@ def test_crops_and_mirrors_equal_padding_and_slicing_one_image_at_a_time():
     assert moved > 6 and torch.equal(labels, source.labels)
 
 
+@pytest.mark.parametrize(
+    ("padding", "numpys"),
+    [
+        ("zero", {"mode": "constant"}),
+        ("grey", {"mode": "constant", "constant_values": 127}),
+        ("reflect", {"mode": "reflect"}),
+    ],
+)
+def test_the_frame_of_a_crop_is_padded_as_numpy_does(padding, numpys):
+    source = image_array()
+    found, _ = KeyedImages(source, MEAN, STD, seed=5, pad=3, padding=padding).fetch(*keys(epoch=3))
+    indices, epochs = keys(epoch=3)
+    y, x = ((keyed_uniform(5, epochs, indices, d) * 7).astype(int) for d in (CROP_Y, CROP_X))
+    assert len(set(y)) > 3
+    for i, row in enumerate(indices):
+        frame = np.pad(source.images[row].numpy(), [(0, 0), (3, 3), (3, 3)], **numpys)
+        crop = frame[:, y[i] : y[i] + 8, x[i] : x[i] + 10].copy()
+        expected = KeyedImages(source, MEAN, STD).normalise(torch.from_numpy(crop)[None])
+        assert torch.equal(found[i], expected[0])
+
+
+def test_an_image_of_one_pixel_is_its_own_mirror_image():
+    source = ImageArray(torch.full((9, 3, 1, 1), 77, dtype=torch.uint8), torch.zeros(9), ("x",))
+    images = KeyedImages(source, MEAN, STD, pad=1, padding="reflect")
+    found, _ = images.fetch(np.arange(9), np.zeros(9, int))
+    assert torch.equal(found, images.normalise(source.images))
+
+
+def test_another_padding_is_refused():
+    with pytest.raises(InputError, match="padding='mirror' is not one of 'zero', 'grey', 'reflec"):
+        KeyedImages(image_array(), MEAN, STD, padding="mirror")
+
+
 def test_shifts_and_mirrors_have_their_distribution_and_change_with_the_epoch():
     indices = np.arange(4000)
     shifts = [(keyed_uniform(0, e, indices, CROP_Y) * 5).astype(int) for e in (0, 1)]

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from lbaccel.data import parquet_bounds
+from lbaccel.data.folders import MOST_VISITS
 from lbaccel.data.images import ImageFiles
-from lbaccel.data.sources import MOST_VISITS, open_source
+from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
 
 

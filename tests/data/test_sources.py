@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import pickle
@@ -14,67 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pictures import CLASSES, colour, png, write_image, write_parquet, write_tree
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, cifar
 
 from lbaccel.data import row_images
-from lbaccel.data.images import decode_image
+from lbaccel.data.images import decode_image, read_image
 from lbaccel.data.parquet import find_columns
 from lbaccel.data.sources import ImageArray, ImageFiles, open_source
 from lbaccel.data.split import name_hash, split_by_hash
 from lbaccel.errors import InputError, RunFailed
 
-CLASSES = ("daisy", "rose")
-
-
-def colour(number):
-    return (number % 256, number // 256, 7)
-
-
-def write_image(path, number=0, size=(5, 4)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour(number)).save(path)
-
-
-def write_tree(root, *, classes=CLASSES, count=5):
-    for label, name in enumerate(classes):
-        for number in range(count):
-            write_image(root / name / f"{number}.png", 10 * label + number)
-
-
-def encoded(image, kind="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-def png(number, size=(5, 4)):
-    return encoded(Image.new("RGB", size, colour(number)))
-
-
-def write_parquet(
-    path, images, labels, *, names=CLASSES, paths=None, image="img", row_group_size=3, **more
-):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    paths = paths or [None] * len(images)
-    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    rows = [{"bytes": data, "path": p} for data, p in zip(images, paths, strict=True)]
-    columns = {image: pa.array(rows, struct), "label": pa.array(labels, pa.int64()), **more}
-    table = pa.table(columns)
-    if names is not None:
-        features = {
-            image: {"_type": "Image"},
-            "label": {"names": list(names), "_type": "ClassLabel"},
-        }
-        info = json.dumps({"info": {"features": features}})
-        table = table.replace_schema_metadata({"huggingface": info})
-    pq.write_table(table, path, row_group_size=row_group_size)
-
 
 def two_halves(root, *, size=(5, 4), num_train=8, num_val=4, **options):
-    for split, first, count in (("train", 0, num_train), ("test", 100, num_val)):
+    for split, first, count in (("train", 0, num_train), ("validation", 100, num_val)):
         numbers = range(first, first + count)
         write_parquet(
             root / f"{split}-00000-of-00001.parquet",
@@ -201,7 +155,7 @@ def test_an_unknown_spec_is_an_error_with_the_five_forms_and_the_nearest(spec, m
 def test_a_bare_path_of_a_folder_is_told_how_to_write_it(tmp_path):
     with pytest.raises(InputError, match=f"Did you mean folder:{tmp_path}, or parquet:"):
         open_source(str(tmp_path))
-    with pytest.raises(InputError, match=r"parquet:PATH\.$"):
+    with pytest.raises(InputError, match=r"synthetic\[:CLASSESxSIZE\]\.$"):
         open_source("imagenet22k")
 
 
@@ -313,7 +267,7 @@ def test_a_failed_download_says_what_to_do_offline(tmp_path, monkeypatch, error)
 # -- folder -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("val_name", ["val", "validation", "test"])
+@pytest.mark.parametrize("val_name", ["val", "validation"])
 def test_a_folder_with_two_halves_is_read_as_it_stands(tmp_path, val_name):
     write_tree(tmp_path / "train")
     write_tree(tmp_path / val_name, count=2)
@@ -533,7 +487,7 @@ def test_small_images_of_one_size_are_decoded_into_memory(tmp_path, below, image
     assert source.train.classes == CLASSES
     assert source.description == (
         f"parquet:{tmp_path}: 8 training and 4 validation images of 4x5x3, 2 classes, "
-        "validation from test-*.parquet"
+        "validation from validation-*.parquet"
     )
 
 
@@ -551,7 +505,7 @@ def test_large_images_stay_in_the_files(tmp_path, size):
 
 
 def test_images_of_two_sizes_stay_in_the_files_whichever_half_they_are_in(tmp_path):
-    for odd in ("train", "test"):
+    for odd in ("train", "validation"):
         root = tmp_path / odd
         two_halves(root)
         write_parquet(
@@ -613,13 +567,13 @@ def test_validation_comes_before_test_in_parquet(tmp_path):
 
 def test_without_the_hubs_metadata_types_and_numbers_decide(tmp_path):
     labels = [3, 7, 3, 7, 20, 20]
-    for split in ("train", "test"):
+    for split in ("train", "validation"):
         path = tmp_path / f"{split}-0.parquet"
         write_parquet(path, [png(n) for n in range(6)], labels, names=None)
     source = open_source(f"parquet:{tmp_path}")
     assert source.train.classes == ("3", "7", "20")
     assert source.val.labels.tolist() == [0, 1, 0, 1, 2, 2]
-    write_parquet(tmp_path / "test-0.parquet", [png(0)], [4], names=None)
+    write_parquet(tmp_path / "validation-0.parquet", [png(0)], [4], names=None)
     with pytest.raises(InputError, match="has label 4"):
         open_source(f"parquet:{tmp_path}")
 
@@ -689,7 +643,7 @@ def test_a_broken_image_is_an_error_with_its_file_and_row(tmp_path, monkeypatch,
 )
 def test_a_missing_label_is_an_error_with_its_file_and_row(tmp_path, labels, words):
     two_halves(tmp_path)
-    path = tmp_path / "test-00000-of-00001.parquet"
+    path = tmp_path / "validation-00000-of-00001.parquet"
     write_parquet(path, [png(n) for n in range(3)], labels)
     with pytest.raises(InputError, match=f"{path}, {words}"):
         open_source(f"parquet:{tmp_path}")
@@ -697,9 +651,9 @@ def test_a_missing_label_is_an_error_with_its_file_and_row(tmp_path, labels, wor
 
 def test_other_class_names_in_validation_are_an_error_that_names_them(tmp_path):
     two_halves(tmp_path)
-    path = tmp_path / "test-00000-of-00001.parquet"
+    path = tmp_path / "validation-00000-of-00001.parquet"
     write_parquet(path, [png(0)], [0], names=("daisy", "tulip"))
-    with pytest.raises(InputError, match="only one has 'tulip', 'rose'"):
+    with pytest.raises(InputError, match="only one has 'rose', 'tulip'"):
         open_source(f"parquet:{tmp_path}")
     write_parquet(path, [png(0)], [0], names=("rose", "daisy"))
     with pytest.raises(InputError, match="in other order"):
@@ -817,7 +771,7 @@ def test_a_folder_that_can_not_be_read_is_named_and_not_taken_for_an_empty_one(
 def test_the_images_of_a_folder_come_in_torchvision_s_order(tmp_path):
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    from lbaccel.data.sources import _scan
+    from lbaccel.data.folders import _scan
 
     write_tree(tmp_path)
     for name in ("rose/b/1.png", "rose/a/2.PNG", "rose/a.png", "daisy/Z/1.jpg", "daisy/z.webp"):
@@ -825,7 +779,7 @@ def test_the_images_of_a_folder_come_in_torchvision_s_order(tmp_path):
     (tmp_path / "rose" / "notes.txt").write_text("")
     classes = {name: label for label, name in enumerate(CLASSES)}
     expected = make_dataset(str(tmp_path), classes, extensions=IMG_EXTENSIONS)
-    found = _scan(tmp_path)
+    found = _scan(tmp_path, read_image, Counter())
     assert [
         (str(tmp_path / n), k) for n, k in zip(found.names, found.labels, strict=True)
     ] == expected

@@ -207,6 +207,15 @@ def test_timms_pretrained_weights_are_the_base_model_and_a_files_are_not(digits,
         assert data.get("base_model") == base and "license" not in data
 
 
+def test_the_card_says_whether_photographs_were_turned():
+    pre = {"img_size": 8, "num_channels": 1, "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
+    pre |= {"interpolation": "bicubic"}
+    for entry, says in ((True, "upright, as their EXIF entry says"), (False, "as stored")):
+        text = tables.data({}, pre | {"exif_orientation": entry}, num_classes=2)
+        assert any("photographs" in line and says in line for line in text.splitlines())
+    assert "photographs" not in tables.data({}, pre, num_classes=2)  # of before
+
+
 def test_the_learning_rate_stands_with_its_equation_or_alone():
     config = {
         "plan/lr": 0.001 * math.sqrt(1438 / 256), "base_lr": 0.001, "base_batch_size": 256,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs_of_recipe import BASE
+from runs_of_recipe import BASE, differences, run, stopped_at
 
 from lbaccel import train
 
@@ -67,3 +68,31 @@ def test_one_class_is_refused(capsys):
         "error: --data folder:images has one class, 'photos': there is nothing to tell apart. Give "
         "the folder that holds a sub-folder for each class.\n"
     )
+
+
+def make_csv():
+    make(classes=("cat", "dog"))
+    lines = [
+        f"{path.relative_to('images')},{path.parent.name},{path.parts[1]}"
+        for path in sorted(Path("images").rglob("*.png"))
+    ]
+    Path("images", "table.csv").write_text("\n".join(["path,label,split", *lines]))
+    return "csv:images/table.csv"
+
+
+def make_tar():
+    make(classes=("cat", "dog"))
+    for split in ("train", "val"):
+        with tarfile.open(f"{split}.tar", "w") as tar:
+            tar.add(f"images/{split}", arcname="")
+    return "timm:."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [make_csv, make_tar, lambda: "synthetic:2x65"])
+def test_each_source_trains_with_workers_and_goes_on_where_it_was_killed(spec):
+    flags = ["--data", spec(), *FLAGS[:4], "--workers", "2", "--img-size", "8"]
+    truth = run(*flags, "--max-updates", "3", output="whole")
+    folder = stopped_at(2, *flags, "--max-updates", "3")
+    assert train.main(["--resume", str(folder)]) == 0
+    assert differences(folder, truth) == []

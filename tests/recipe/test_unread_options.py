@@ -15,6 +15,8 @@ from lbaccel.recipe.settings import layered
 
 # values of the settings that decide whether another one is read
 OTHERS = {
+    "pretrained": [False, True],
+    "auto_augment": [None, "rand-m9"],
     "data": ["digits", "cifar10", "cifar100", "folder:images", "parquet:images"],
     "norm_batch_size": [None, 32, "frozen"],
     "global_batch_size": [512, "auto"],
@@ -25,8 +27,6 @@ OTHERS = {
     "warmup": list(OPTIONS["warmup"].choices),
     "optimizer": ["sgd", "adamw", "lamb", "lars", "rmsprop", "no such optimizer"],
     "loss": ["ce", "bce"],
-    "pretrained": [False, True],
-    "auto_augment": [None, "rand-m9-mstd0.5"],
     "patience": [None, 3],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
@@ -44,6 +44,10 @@ READ_AT = {
     ("class_weights", "loss"): {"ce"},
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
+    ("test_split", "data"): {"folder:images", "parquet:images"},
+    ("crop_padding_mode", "auto_augment"): {None},
+    ("skip_corrupt", "data"): {"folder:images"},
+    ("exif_orientation", "data"): {"folder:images", "parquet:images"},
     ("bn_statistics", "norm_batch_size"): {None, 32},
     ("bn_momentum", "norm_batch_size"): {None, 32},
     ("min_batch_size", "global_batch_size"): {"auto"},
@@ -174,6 +178,10 @@ def make_images(root):
         (
             "--data folder:images --val-fraction 0.3",
             "has a validation set of its own, so nothing reads --val-fraction 0.3",
+        ),
+        (
+            "--data folder:images --crop-padding-mode grey",
+            "whose random crops lie inside the image, so nothing reads --crop-padding-mode grey",
         ),
         (
             "--model test_vit --img-size 16 --bn-statistics per_update",
