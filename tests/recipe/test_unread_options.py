@@ -38,9 +38,7 @@ READ_AT = {
         (name, "data"): {"folder:images", "parquet:images"}
         for name in ("scale", "ratio", "color_jitter", "random_erasing")
     },
-    **{
-        (name, "auto_augment"): {"rand-m9-mstd0.5"} for name in ("scale", "ratio", "random_erasing")
-    },
+    **{(name, "auto_augment"): {"rand-m9"} for name in ("scale", "ratio", "random_erasing")},
     ("class_weights", "loss"): {"ce"},
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
