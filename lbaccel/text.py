@@ -21,6 +21,15 @@ def printable(text: str) -> str:
     return "".join(char if _is_shown(char) else _escaped(char) for char in text)
 
 
+def one_line(name: str) -> str:
+    """A name from outside inside a sentence: as `printable`, and its line ends and tabs escaped.
+
+    >>> one_line("a\\nerror: b")
+    'a\\\\nerror: b'
+    """
+    return printable(name).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def _is_shown(char: str) -> bool:
     if char.isascii():
         return char.isprintable() or char in _KEPT

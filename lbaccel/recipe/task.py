@@ -130,8 +130,17 @@ def build_task(
     )
 
 
+def open_data(data: DataOptions, *, seed: int) -> Source:
+    """The images of these settings.
+
+    Raises:
+        InputError: there are none, or they are not as they must be.
+    """
+    return open_source(data.data, val_fraction=data.val_fraction, seed=seed)
+
+
 def _open(data: DataOptions, *, seed: int, before: Mapping[str, Any] | None) -> Source:
-    source = open_source(data.data, val_fraction=data.val_fraction, seed=seed)
+    source = open_data(data, seed=seed)
     check_identity(source, before, data=data.data)
     return source
 
