@@ -1,0 +1,1 @@
+"""A trained model as a product: judged on images, and used on new ones."""
