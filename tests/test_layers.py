@@ -18,7 +18,17 @@ ROOMS = (
     *("errors", "documents", "torch_files", "text", "launch", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
-    *("recipe", "stability", "replication", "export", "product", "train", "commands", "cli", "__main__"),
+    *(
+        "recipe",
+        "stability",
+        "replication",
+        "export",
+        "product",
+        "train",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 NO_TORCH = (  # those without numpy first
     "optim.scaling",

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if least is not None and not 0 <= least <= 1:
         hint = f" For {least:g} %, type --fail-below {least / 100:g}." if 1 < least <= 100 else ""
         raise InputError(f"--fail-below {least:g} is no share from 0 to 1.{hint}")
-    from lbaccel.product.evaluation import evaluate
+    from lbaccel.product.evaluate import evaluate
     from lbaccel.product.words import below, report
     from lbaccel.runs.folder import strict_json
 

@@ -141,7 +141,9 @@ def _build(
 ) -> nn.Module:
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, Mapping):
-        raise InputError(f"{ARCHITECTURE} gives model_args={brief(arguments)}, which is no mapping.")
+        raise InputError(
+            f"{ARCHITECTURE} gives model_args={brief(arguments)}, which is no mapping."
+        )
     name = pre["model"].split(".")[0]
     sizes = {
         "num_classes": pre["num_classes"],

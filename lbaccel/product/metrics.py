@@ -160,9 +160,7 @@ def _class_figures(
     labels: Ints, predicted: Ints, *, classes: Sequence[str], num_named: int
 ) -> tuple[ClassFigures, ...]:
     named = np.arange(num_named)
-    found: Any = precision_recall_fscore_support(
-        labels, predicted, labels=named, zero_division=0
-    )
+    found: Any = precision_recall_fscore_support(labels, predicted, labels=named, zero_division=0)
     precision, recall, f1, n = found
     said = np.bincount(predicted, minlength=len(classes))
     right = np.bincount(labels[labels == predicted], minlength=len(classes))
@@ -229,12 +227,12 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
         confidence: [n], the probability of each prediction.
         right: [n], whether it is right.
 
-    >>> calibration_error(np.array([0.9, 0.9]), np.array([True, False]))
+    >>> round(calibration_error(np.array([0.9, 0.9]), np.array([True, False])), 9)
     0.4
     """
     bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
     gaps = np.bincount(bins, weights=right - confidence, minlength=NUM_BINS)
-    return round(float(np.abs(gaps).sum() / len(right)), 12)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def calibration(logits: Floats, labels: Ints, predicted: Ints) -> Calibration:

@@ -41,7 +41,9 @@ def draw_confusion(result: Evaluation, path: Path) -> None:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     labels = drawn(names)
     small = 9 if size <= MOST_NUMBERS else 6
-    axes.set_xticks(range(size), labels, rotation=90 if size > 4 else 30, fontsize=small)
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    turned = slanted if size <= MOST_NUMBERS else {"rotation": 90}
+    axes.set_xticks(range(size), labels, fontsize=small, **turned)
     axes.set_yticks(range(size), labels, fontsize=small)
     axes.set_xlabel("predicted")
     axes.set_ylabel("class of the image")
@@ -88,7 +90,7 @@ def draw_mistakes(result: Evaluation, path: Path) -> bool:
         return False
     columns = min(COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
-    figure = new_figure(max(4.2, 2.1 * columns), 2.75 * lines + 0.4)
+    figure = new_figure(max(4.2, 2.1 * columns), 2.55 * lines + 0.4)
     figure.suptitle(_heading(result, len(rows)), fontsize=10)
     for place in range(lines * columns):
         axes = figure.add_subplot(lines, columns, place + 1)

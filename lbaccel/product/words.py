@@ -21,8 +21,9 @@ def report(result: Evaluation) -> str:
     ]
     if trained.num_named < len(trained.classes):
         lines.append(
-            f"note: the network has {len(trained.classes)} outputs for {trained.num_named} classes; "
-            "an image that it gives to one of the others is counted as wrong, as in training"
+            f"note: the network has {len(trained.classes)} outputs for {trained.num_named} "
+            "classes; an image that it gives to one of the others is counted as wrong, as in "
+            "training"
         )
     lines += ["", *_table(result.figures), "", *sentences(result)]
     return "\n".join(one_line(line) for line in lines)
