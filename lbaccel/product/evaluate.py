@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lbaccel.product.trained import Trained, read_trained
 from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.runs.ranks import on_each_rank
 
+logger = logging.getLogger("lbaccel")
 Say = Callable[[str], object]
 
 
@@ -44,7 +46,7 @@ def evaluate(
         ema: the average of the run's weights.
         against: another trained model, for the same images.
         output: folder for the files; None is RUN/eval/NAME, or no files where there is no run.
-        say: is told of what is not as usual, a line at a time.
+        say: is told of what is not as usual, a line at a time; None logs it as a warning.
 
     Raises:
         InputError: a model or images that can't be used, or a folder that holds other files.
@@ -54,7 +56,7 @@ def evaluate(
     >>> result.top1_pct, result.figures.calibration.error  # doctest: +SKIP
     (97.5, 0.021)
     """
-    say = say or (lambda line: None)
+    say = say or logger.warning
     if tta is not None:
         check_choice("tta", tta, choices=(FLIP,))
     first = read_trained(path, ema=ema)
