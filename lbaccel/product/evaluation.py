@@ -85,7 +85,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """The content of `eval.json`: plain values; shares are from 0 to 1."""
         figures = asdict(self.figures)
-        confusion = figures.pop("confusion")
+        confusion = figures.pop("confusion")  # triples: class, prediction, images
         calibrated = figures.pop("calibration")
         classes = figures.pop("classes")
         trained, judged = self.trained, self.judged

@@ -28,7 +28,8 @@ def files_named(names: Iterable[str | os.PathLike[str]], *, stream: IO[bytes] | 
         InputError: nothing is named, a pattern that fits no file, or a folder without images.
     """
     found: list[str] = []
-    for name in map(os.fspath, names):
+    for given in names:
+        name = os.fspath(given)
         found += _on_stream(stream) if name == STREAM else _named(name)
     if not found:
         raise InputError("no image is named. Give files, folders, patterns such as 'new/*.jpg', -.")

@@ -12,18 +12,14 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import binomtest
-from sklearn.metrics import (
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-    recall_score,
-)
+from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score
 
 from lbaccel.errors import RunFailed
 
 NUM_BINS = 15  # of the calibration error
 TOP_K = 5
 COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are tried
+_ZERO: dict[str, Any] = {"zero_division": 0}  # a figure over no image; None stands for it here
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -81,7 +77,7 @@ class Figures:
         majority: its share, which is the top-1 of always naming it.
         calibration: None for a single image.
         classes: one of each name.
-        confusion: [outputs, outputs], images by class (row) and prediction (column).
+        confusion: [m, 3], class, prediction and number of images, of each pair that occurs.
     """
 
     n: int
@@ -108,6 +104,12 @@ class Figures:
         """The same in %, to the bit as a run logs `val/top1`."""
         return 100 * self.num_right / self.n
 
+    def matrix(self, num_outputs: int) -> Ints:
+        """[outputs, outputs], images by class (row) and prediction (column)."""
+        dense = np.zeros((num_outputs, num_outputs), dtype=np.int64)
+        dense[self.confusion[:, 0], self.confusion[:, 1]] = self.confusion[:, 2]
+        return dense
+
 
 def figures_of(
     logits: Floats, labels: Ints, predicted: Ints, *, classes: Sequence[str], num_named: int
@@ -129,7 +131,6 @@ def figures_of(
             f"the network gives no finite numbers for {bad} of {len(labels)} images: its weights "
             "diverged. Take an earlier checkpoint."
         )
-    everything = np.arange(len(classes))
     right = predicted == labels
     counted = np.bincount(labels, minlength=len(classes))
     most = int(counted.argmax())
@@ -147,20 +148,26 @@ def figures_of(
         balanced_accuracy=float(
             recall_score(labels, predicted, labels=np.unique(labels), average="macro")
         ),
-        macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        macro_f1=float(f1_score(labels, predicted, average="macro", **_ZERO)),
         majority_class=classes[most],
         majority=float(counted[most] / len(labels)),
         calibration=calibration(logits, labels, predicted) if several else None,
         classes=_class_figures(labels, predicted, classes=classes, num_named=num_named),
-        confusion=confusion_matrix(labels, predicted, labels=everything),
+        confusion=_pairs(labels, predicted),
     )
+
+
+def _pairs(labels: Ints, predicted: Ints) -> Ints:
+    """Few also of 10,000 classes, whose matrix would have 100 million numbers."""
+    pairs, counts = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
+    return np.concatenate([pairs, counts[:, None]], axis=1)
 
 
 def _class_figures(
     labels: Ints, predicted: Ints, *, classes: Sequence[str], num_named: int
 ) -> tuple[ClassFigures, ...]:
-    named = np.arange(num_named)
-    found: Any = precision_recall_fscore_support(labels, predicted, labels=named, zero_division=0)
+    named, zero = np.arange(num_named), _ZERO
+    found: Any = precision_recall_fscore_support(labels, predicted, labels=named, **zero)
     precision, recall, f1, n = found
     said = np.bincount(predicted, minlength=len(classes))
     right = np.bincount(labels[labels == predicted], minlength=len(classes))

@@ -13,7 +13,6 @@ from PIL import Image
 
 from lbaccel.data.images import ImageArray
 from lbaccel.product.evaluation import Evaluation
-from lbaccel.product.metrics import Ints
 from lbaccel.runs.figures import new_figure, save
 from lbaccel.text import in_figure, one_line
 
@@ -28,11 +27,10 @@ LONGEST = 24  # characters of a name
 def draw_confusion(result: Evaluation, path: Path) -> None:
     """The confusion matrix; with more than 60 classes the pairs that are confused most."""
     names = result.trained.classes
-    counts = result.figures.confusion
     if len(names) > MOST_CLASSES:
-        _draw_pairs(counts, names, path)
+        _draw_pairs(result, path)
         return
-    size = len(names)
+    size, counts = len(names), result.figures.matrix(len(names))
     side = max(4.0, min(16.0, 2.5 + 0.45 * size if size <= MOST_NUMBERS else 4 + 0.2 * size))
     figure = new_figure(side + 1.2, side)
     axes = figure.add_subplot()
@@ -41,7 +39,7 @@ def draw_confusion(result: Evaluation, path: Path) -> None:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     labels = drawn(names)
     small = 9 if size <= MOST_NUMBERS else 6
-    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     turned = slanted if size <= MOST_NUMBERS else {"rotation": 90}
     axes.set_xticks(range(size), labels, fontsize=small, **turned)
     axes.set_yticks(range(size), labels, fontsize=small)
@@ -63,22 +61,26 @@ def draw_confusion(result: Evaluation, path: Path) -> None:
     save(figure, path)
 
 
-def _draw_pairs(counts: Ints, names: tuple[str, ...], path: Path) -> None:
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)]
-    pairs = [(i, j) for i, j in pairs if wrong[i, j]]
-    figure = new_figure(9, 1.5 + 0.24 * max(1, len(pairs)))
+def _draw_pairs(result: Evaluation, path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    names, pairs = result.trained.classes, result.figures.confusion
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]]
+    worst = wrong[np.argsort(-wrong[:, 2], kind="stable")[:MOST_PAIRS]].tolist()
+    figure = new_figure(9, 1.5 + 0.24 * max(1, len(worst)))
     axes = figure.add_subplot()
-    axes.barh(range(len(pairs)), [int(wrong[i, j]) for i, j in pairs], color="tab:blue")
-    left, right = drawn(names[i] for i, _ in pairs), drawn(names[j] for _, j in pairs)
+    axes.barh(range(len(worst)), [count for _, _, count in worst], color="tab:blue")
+    left, right = drawn(names[i] for i, _, _ in worst), drawn(names[j] for _, j, _ in worst)
     labels = [f"{a} as {b}" for a, b in zip(left, right, strict=True)]
-    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_yticks(range(len(worst)), labels, fontsize=8)
+    axes.set_ylim(max(1, len(worst)) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("images of the first class that are predicted as the second")
-    axes.set_title(f"the pairs of {len(names):,} classes that are confused most", fontsize=10)
+    axes.set_title(
+        f"top-1 {result.top1_pct:.2f} % of {result.figures.n:,} images; of {len(names):,} classes "
+        "the pairs that are confused most",
+        fontsize=10,
+    )
     axes.grid(axis="x", alpha=0.3)
     save(figure, path)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -202,9 +203,10 @@ def _fitted(path: Path, sha256: str) -> float | None:
         return None
     if not isinstance(content, dict) or content.get("made_by") != MADE_BY:
         return None
-    weights, data, found = (content.get(key) for key in ("weights", "data", "calibration"))
-    if not all(isinstance(part, dict) for part in (weights, data, found)):
+    parts: list[Any] = [content.get(key) for key in ("weights", "data", "calibration")]
+    if not all(isinstance(part, dict) for part in parts):
         return None
+    weights, data, found = parts
     if weights.get("sha256") != sha256 or data.get("named") or content.get("tta") is not None:
         return None
     value = found.get("temperature")
