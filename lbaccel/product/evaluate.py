@@ -15,7 +15,7 @@ from lbaccel.product.files import check_folder, folder_for, write_files
 from lbaccel.product.judged import Judged, check_same_classes, judged_on
 from lbaccel.product.logits import FLIP, Outputs, outputs_of
 from lbaccel.product.metrics import Figures, figures_of, mcnemar
-from lbaccel.product.trained import Trained, read_trained
+from lbaccel.product.trained import TrainedModel, read_trained
 from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.runs.ranks import on_each_rank
 
@@ -87,7 +87,7 @@ def evaluate(
     return result
 
 
-def _figures(trained: Trained, judged: Judged, found: Outputs) -> Figures:
+def _figures(trained: TrainedModel, judged: Judged, found: Outputs) -> Figures:
     return figures_of(
         found.logits,
         judged.labels,
@@ -97,7 +97,9 @@ def _figures(trained: Trained, judged: Judged, found: Outputs) -> Figures:
     )
 
 
-def _other(first: Trained, second: Trained, judged: Judged, a: Outputs, b: Outputs) -> Other:
+def _other(
+    first: TrainedModel, second: TrainedModel, judged: Judged, a: Outputs, b: Outputs
+) -> Other:
     """The second model's figures, with its outputs in the order of the first one's classes."""
     own = {name: i for i, name in enumerate(second.classes[: second.num_named])}
     order = [own[name] for name in first.classes[: first.num_named]]
@@ -117,7 +119,7 @@ def _other(first: Trained, second: Trained, judged: Judged, a: Outputs, b: Outpu
 
 
 def _check_comparable(
-    first: Trained, second: Trained, judged: Judged, *, precision: str, say: Say
+    first: TrainedModel, second: TrainedModel, judged: Judged, *, precision: str, say: Say
 ) -> None:
     """Stop where two models can't be judged on the same images.
 
@@ -140,7 +142,7 @@ def _check_comparable(
         say(f"note: {second.path} was trained in {other}; both are evaluated in {precision}")
 
 
-def _precision(trained: Trained, *, say: Say) -> str | None:
+def _precision(trained: TrainedModel, *, say: Say) -> str | None:
     """The run's own; None leaves it to the launcher."""
     asked = trained.settings.batch.precision
     if asked == "fp16" and not torch.cuda.is_available():

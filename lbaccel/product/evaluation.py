@@ -13,7 +13,7 @@ from scipy.special import softmax
 from lbaccel.product.judged import Judged
 from lbaccel.product.logits import Outputs
 from lbaccel.product.metrics import TOP_K, Figures, Floats, Ints, McNemar
-from lbaccel.product.trained import Trained
+from lbaccel.product.trained import TrainedModel
 from lbaccel.runs.environment import versions
 
 MADE_BY = "lbaccel eval"
@@ -29,7 +29,7 @@ class Other:
         test: McNemar's, of A and B.
     """
 
-    trained: Trained
+    trained: TrainedModel
     figures: Figures
     test: McNemar
 
@@ -52,7 +52,7 @@ class Evaluation:
         folder: where the files lie; None where none were written.
     """
 
-    trained: Trained
+    trained: TrainedModel
     judged: Judged
     outputs: Outputs
     figures: Figures

@@ -14,7 +14,7 @@ from lbaccel.errors import InputError, RunFailed, way_out
 from lbaccel.product.evaluation import MADE_BY, Evaluation
 from lbaccel.product.judged import Judged
 from lbaccel.product.pictures import draw_confusion, draw_mistakes
-from lbaccel.product.trained import Trained
+from lbaccel.product.trained import TrainedModel
 from lbaccel.runs.folder import checkpoint_name, strict_json, written_beside
 from lbaccel.runs.outputs import writable
 from lbaccel.text import one_line
@@ -27,7 +27,7 @@ FILES = (FIGURES, TABLE, COLUMNAR, CONFUSION, MISTAKES)
 
 
 def folder_for(
-    trained: Trained, judged: Judged, output: str | Path | None, *, tta: str | None
+    trained: TrainedModel, judged: Judged, output: str | Path | None, *, tta: str | None
 ) -> Path | None:
     """Where the files go: `output`, or RUN/eval/NAME; None where there is neither.
 

@@ -14,7 +14,7 @@ from lbaccel.data.identity import differences, identity_of
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
-from lbaccel.product.trained import Trained
+from lbaccel.product.trained import TrainedModel
 from lbaccel.recipe.task import open_data
 from lbaccel.text import one_line
 
@@ -55,7 +55,7 @@ class Judged:
         return [one_line(name) for name in self.images.names]
 
 
-def judged_on(trained: Trained, data: str | None, *, split: str, say: Say) -> Judged:
+def judged_on(trained: TrainedModel, data: str | None, *, split: str, say: Say) -> Judged:
     """The images, with labels that are outputs of the network.
 
     Args:
@@ -94,7 +94,7 @@ def judged_on(trained: Trained, data: str | None, *, split: str, say: Say) -> Ju
     )
 
 
-def _opened(trained: Trained, data: str | None) -> Source:
+def _opened(trained: TrainedModel, data: str | None) -> Source:
     options, seed = trained.settings.data, trained.settings.run.seed
     if data is not None:
         return open_data(replace(options, data=data), seed=seed)
@@ -109,7 +109,7 @@ def _opened(trained: Trained, data: str | None) -> Source:
         ) from error
 
 
-def _compare(trained: Trained, source: Source, data: str | None, *, say: Say) -> None:
+def _compare(trained: TrainedModel, source: Source, data: str | None, *, say: Say) -> None:
     differing = differences(source, trained.settings.identity)
     if differing is None:
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product.metrics import Floats, Ints
-from lbaccel.product.trained import Trained
+from lbaccel.product.trained import TrainedModel
 from lbaccel.recipe.evaluation import NotEvaluated, evaluate
 
 Images = ImageArray | ImageFiles
@@ -34,7 +34,7 @@ class Outputs:
     predicted: Ints
 
 
-class Recorder(nn.Module):
+class KeptLogits(nn.Module):
     """A network that keeps what it gives: `evaluate` drives it as it drives a run's own.
 
     With `flip` it gives log((softmax(f(x)) + softmax(f(mirrored x))) / 2).
@@ -65,7 +65,7 @@ class Recorder(nn.Module):
 
 
 def outputs_of(
-    trained: Trained, images: Images, accelerator: Accelerator, *, tta: str | None = None
+    trained: TrainedModel, images: Images, accelerator: Accelerator, *, tta: str | None = None
 ) -> Outputs:
     """The outputs for all images, on every rank; the network ends on the accelerator's device.
 
@@ -80,7 +80,7 @@ def outputs_of(
     mine = _rows_of(len(images), size, rank=accelerator.process_index, world_size=world_size)
     own = _taken(images, mine)
     dtype = next((p.dtype for p in trained.model.parameters()), torch.float32)
-    recorder = Recorder(_placed(trained, accelerator), flip=tta == FLIP).eval()
+    recorder = KeptLogits(_placed(trained, accelerator), flip=tta == FLIP).eval()
     workers = 0 if isinstance(images, ImageArray) else trained.settings.data.workers
 
     def batches(start: int, size: int) -> Any:
@@ -103,14 +103,14 @@ def outputs_of(
     return Outputs(logits.double().numpy(), predicted.numpy())
 
 
-def batch_of(trained: Trained) -> int:
+def batch_of(trained: TrainedModel) -> int:
     """Images a forward: as the run's own evaluations had."""
     planned = trained.plan.get("micro_batch_size")
     size = trained.settings.batch.val_batch_size or planned
     return size if isinstance(size, int) and size > 0 else USUAL_BATCH
 
 
-def _placed(trained: Trained, accelerator: Accelerator) -> nn.Module:
+def _placed(trained: TrainedModel, accelerator: Accelerator) -> nn.Module:
     model = trained.model.to(accelerator.device)
     if trained.plan.get("memory_format") == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -134,7 +134,7 @@ def _taken(images: Images, rows: list[int]) -> Images:
     )
 
 
-def _joined(recorder: Recorder, *, num_outputs: int) -> tuple[Tensor, Tensor]:
+def _joined(recorder: KeptLogits, *, num_outputs: int) -> tuple[Tensor, Tensor]:
     logits = [torch.empty(0, num_outputs), *(found for found, _ in recorder.rows)]
     predicted = [torch.empty(0, dtype=torch.long), *(found for _, found in recorder.rows)]
     dtype = logits[-1].dtype

@@ -21,7 +21,7 @@ from lbaccel.product.evaluation import MADE_BY
 from lbaccel.product.files import EVALUATIONS, FIGURES
 from lbaccel.product.inputs import files_named
 from lbaccel.product.metrics import COLDEST, HOTTEST
-from lbaccel.product.trained import Trained, read_trained
+from lbaccel.product.trained import TrainedModel, read_trained
 from lbaccel.text import one_line
 
 BATCH = 16  # images that are decoded at once, and go through the network together
@@ -108,7 +108,7 @@ def predict(
 
 
 def predictions(
-    trained: Trained,
+    trained: TrainedModel,
     files: Sequence[str],
     *,
     topk: int = 5,
@@ -163,7 +163,7 @@ def predictions(
 
 
 def _most_probable(
-    trained: Trained, logits: Tensor, topk: int
+    trained: TrainedModel, logits: Tensor, topk: int
 ) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
     """Of the outputs that have a name, where any has one."""
     named = trained.num_named or logits.shape[1]
@@ -179,7 +179,7 @@ def _device() -> torch.device:
     return torch.device("cpu") if device is None or device.type == "mps" else device
 
 
-def temperature_of(trained: Trained) -> Temperature:
+def temperature_of(trained: TrainedModel) -> Temperature:
     """The temperature of the newest evaluation of these weights on the run's own images.
 
     One of augmented or other images, or that lies at an end of what was tried, is passed over.

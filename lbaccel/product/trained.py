@@ -22,7 +22,7 @@ from lbaccel.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedModel:
     """A network with its weights, and all that images must go through before it.
 
     Args:
@@ -62,7 +62,7 @@ class Trained:
         return f"{self.preprocessing['model']}{after}{average}"
 
 
-def read_trained(path: str | Path, *, ema: bool = False) -> Trained:
+def read_trained(path: str | Path, *, ema: bool = False) -> TrainedModel:
     """The trained model at this place.
 
     Args:
@@ -91,9 +91,9 @@ def read_trained(path: str | Path, *, ema: bool = False) -> Trained:
     raise InputError(_neither(folder))
 
 
-def _of_run(path: str, found: SavedWeights, run: Path | None, *, ema: bool) -> Trained:
+def _of_run(path: str, found: SavedWeights, run: Path | None, *, ema: bool) -> TrainedModel:
     plan = {} if run is None else read_mapping(run / CONFIG).get("plan")
-    return Trained(
+    return TrainedModel(
         path=path,
         model=network_of(found.preprocessing, found.weights),
         classes=_each_output(found.classes, found.preprocessing["num_classes"]),
@@ -109,13 +109,13 @@ def _of_run(path: str, found: SavedWeights, run: Path | None, *, ema: bool) -> T
     )
 
 
-def _exported(path: str, folder: Path, *, ema: bool) -> Trained:
+def _exported(path: str, folder: Path, *, ema: bool) -> TrainedModel:
     if ema:
         raise InputError(
             f"--ema: {path} holds one set of weights. Leave --ema out, or give the run."
         )
     found = read_export(folder)
-    return Trained(
+    return TrainedModel(
         path=path,
         model=found.model,
         classes=_each_output(found.classes, found.preprocessing["num_classes"]),

@@ -110,7 +110,7 @@ def test_flip_is_the_mean_of_the_probabilities_of_image_and_mirror_image(tmp_pat
 def test_an_evaluation_that_ran_out_of_memory_counts_each_sample_once(monkeypatch):
     _, folder = photos_and_run()
     truth = evaluate(folder)
-    plain, calls = logits_module.Recorder.forward, []
+    plain, calls = logits_module.KeptLogits.forward, []
 
     def short(self, images):
         calls.append(len(images))
@@ -119,7 +119,7 @@ def test_an_evaluation_that_ran_out_of_memory_counts_each_sample_once(monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return found
 
-    monkeypatch.setattr(logits_module.Recorder, "forward", short)
+    monkeypatch.setattr(logits_module.KeptLogits, "forward", short)
     found = evaluate(folder)
     assert calls == [6, 6, 3, 3, 3]
     assert np.allclose(found.outputs.logits, truth.outputs.logits, rtol=1e-5, atol=1e-6)
