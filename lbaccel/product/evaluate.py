@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from lbaccel.errors import InputError, check_choice
+from lbaccel.errors import InputError, RunFailed, check_choice
 from lbaccel.product.evaluation import Evaluation, Other
 from lbaccel.product.files import check_folder, folder_for, write_files
 from lbaccel.product.judged import Judged, check_same_classes, judged_on
@@ -50,7 +51,8 @@ def evaluate(
 
     Raises:
         InputError: a model or images that can't be used, or a folder that holds other files.
-        RunFailed: outputs that are not finite.
+        RunFailed: outputs that are not finite, or an Accelerator of another precision than the
+            run's, which a process can't have beside.
 
     >>> result = evaluate("runs/20261121-001312-resnet10t-gbs512")  # doctest: +SKIP
     >>> result.top1_pct, result.figures.calibration.error  # doctest: +SKIP
@@ -61,7 +63,7 @@ def evaluate(
         check_choice("tta", tta, choices=(FLIP,))
     first = read_trained(path, ema=ema)
     second = None if against is None else read_trained(against, ema=ema)
-    accelerator, precision = make_accelerator(_precision(first, say=say))
+    accelerator, precision = _accelerator(first, say=say)
     judged = on_each_rank(accelerator, lambda: judged_on(first, data, split=split, say=say))
     if second is not None:
         _check_comparable(first, second, judged, precision=precision, say=say)
@@ -140,6 +142,19 @@ def _check_comparable(
     other = second.settings.batch.precision
     if second.run is not None and other not in (None, precision):
         say(f"note: {second.path} was trained in {other}; both are evaluated in {precision}")
+
+
+def _accelerator(trained: TrainedModel, *, say: Say) -> tuple[Any, str]:
+    asked = _precision(trained, say=say)
+    try:
+        return make_accelerator(asked)
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise RunFailed(
+            f"{trained.path} was trained in {asked}, and this process has an Accelerator of "
+            f"another precision. Evaluate it in a process of its own: lbaccel eval {trained.path}"
+        ) from error
 
 
 def _precision(trained: TrainedModel, *, say: Say) -> str | None:

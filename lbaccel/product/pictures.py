@@ -40,7 +40,7 @@ def draw_confusion(result: Evaluation, path: Path) -> None:
     labels = drawn(names)
     small = 9 if size <= MOST_NUMBERS else 6
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    turned = slanted if size <= MOST_NUMBERS else {"rotation": 90}
+    turned: dict[str, Any] = slanted if size <= MOST_NUMBERS else {"rotation": 90}
     axes.set_xticks(range(size), labels, fontsize=small, **turned)
     axes.set_yticks(range(size), labels, fontsize=small)
     axes.set_xlabel("predicted")

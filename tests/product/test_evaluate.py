@@ -16,7 +16,7 @@ from runs_of_recipe import run, whole
 from scipy.special import softmax
 
 import lbaccel
-from lbaccel import InputError, evaluate
+from lbaccel import InputError, RunFailed, evaluate
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product import files, judged
 from lbaccel.product import logits as logits_module
@@ -289,6 +289,18 @@ def test_float64_runs_are_evaluated_in_float64(tmp_path):
     assert result.precision == "fp64"
     assert result.top1_pct == summary(folder)["best_val_top1"]
     assert not np.array_equal(result.outputs.logits, result.outputs.logits.astype(np.float32))
+
+
+def beside_another_precision(rank, folder):
+    from accelerate import Accelerator
+
+    Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(RunFailed, match=r"trained in fp32.*of another precision.*lbaccel eval"):
+        evaluate(folder)
+
+
+def test_another_precision_in_one_process_is_a_sentence():
+    values(run_forked(beside_another_precision, photos_and_run()[1]))
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
