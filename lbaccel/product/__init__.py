@@ -1,1 +1,1 @@
-"""A trained model as a product: judged on images, and used on new ones."""
+"""From images to a model that one can judge, use and hand on."""

@@ -14,7 +14,7 @@ from lbaccel.data.identity import differences, identity_of
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
-from lbaccel.product.trained import TrainedModel
+from lbaccel.product.trained_model import TrainedModel
 from lbaccel.recipe.task import open_data
 from lbaccel.text import one_line
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product.metrics import Floats, Ints
-from lbaccel.product.trained import TrainedModel
+from lbaccel.product.trained_model import TrainedModel
 from lbaccel.recipe.evaluation import NotEvaluated, evaluate
 
 Images = ImageArray | ImageFiles

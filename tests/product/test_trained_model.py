@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lbaccel import InputError, RunFailed
 from lbaccel.cli import main
 from lbaccel.product import exported
-from lbaccel.product.trained import read_trained
+from lbaccel.product.trained_model import read_trained
 
 
 @pytest.fixture(scope="module")
