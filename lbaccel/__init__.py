@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from lbaccel.optim.schedules import make_schedule
     from lbaccel.planning.plan import Plan
     from lbaccel.planning.planner import plan
+    from lbaccel.product.evaluate import evaluate
+    from lbaccel.product.evaluation import Evaluation
+    from lbaccel.product.prediction import Prediction, predict
     from lbaccel.stability.curvature import largest_curvature
     from lbaccel.stability.limit import stable_rate
     from lbaccel.stability.range_test import LrRange, lr_find
@@ -72,6 +75,10 @@ _HOME = {
     "restore_batch_norm": "update.normalization",
     "Plan": "planning.plan",
     "plan": "planning.planner",
+    "evaluate": "product.evaluate",
+    "Evaluation": "product.evaluation",
+    "Prediction": "product.prediction",
+    "predict": "product.prediction",
     "apply_segments": "update.checkpointing",
     "correct_momentum": "optim.momentum",
     "scale_optimizer": "optim.groups",
@@ -98,6 +105,7 @@ __all__ = [
     "BatchPlan",
     "Certificate",
     "Duration",
+    "Evaluation",
     "GroupMix",
     "InputError",
     "KeyedImages",
@@ -107,6 +115,7 @@ __all__ = [
     "NoiseScale",
     "Phase",
     "Plan",
+    "Prediction",
     "RunFailed",
     "Update",
     "UpdateLoader",
@@ -117,6 +126,7 @@ __all__ = [
     "batch_schedule",
     "convert_batch_norm",
     "correct_momentum",
+    "evaluate",
     "largest_curvature",
     "legw",
     "linear_scaling",
@@ -129,6 +139,7 @@ __all__ = [
     "phase_updates",
     "plan",
     "power_scaling",
+    "predict",
     "recalibrate",
     "restore_batch_norm",
     "scale_lr",

@@ -45,6 +45,14 @@ COMMANDS = {
         "commands.compare",
         "finished runs side by side: what differed, and what came of it",
     ),
+    "eval": (
+        "commands.eval",
+        "a trained model judged on images with labels: figures, intervals, pictures",
+    ),
+    "predict": (
+        "commands.predict",
+        "a trained model used on images without labels: classes and probabilities as CSV",
+    ),
     "export": (
         "commands.export",
         "a run as a folder that timm and the Hugging Face hub load, with a model card",

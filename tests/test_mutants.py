@@ -253,6 +253,48 @@ MUTANTS = {
         "        pass\n",
         "tests/recipe/test_evaluation.py::test_it_goes_on_at_the_first_sample_that_is_not_counted",
     ),
+    "padding of ranks counts as samples": (
+        "product.logits",
+        "whole[torch.tensor(rows, dtype=torch.long)] = part[: len(rows)]  # the rest is padding",
+        "whole[torch.arange(most) % n] = part",
+        "tests/product/test_evaluate.py::"
+        "test_three_ranks_count_each_sample_once_and_give_one_rank_s_numbers",
+    ),
+    "ranks make batches of their own, which round otherwise": (
+        "product.logits",
+        "if row // batch % world_size == rank]",
+        "if row % world_size == rank]",
+        "tests/product/test_evaluate.py::"
+        "test_three_ranks_count_each_sample_once_and_give_one_rank_s_numbers",
+    ),
+    "a retry after a lack of memory counts a batch twice": (
+        "product.logits",
+        "        recorder.keep(start)\n",
+        "",
+        "tests/product/test_evaluate.py::"
+        "test_an_evaluation_that_ran_out_of_memory_counts_each_sample_once",
+    ),
+    "a temperature is measured on the images that it was fitted on": (
+        "product.metrics",
+        "fit_temperature(logits[~half], labels[~half])",
+        "fit_temperature(logits[half], labels[half])",
+        "tests/product/test_metrics.py::"
+        "test_a_half_is_measured_with_the_temperature_of_the_other_half",
+    ),
+    "a file that can't be read shifts the answers": (
+        "product.prediction",
+        "                    yield Prediction(file, (), (), error=image)\n",
+        "                    next(rows, None)\n"
+        "                    yield Prediction(file, (), (), error=image)\n",
+        "tests/product/test_prediction.py::test_a_broken_file_among_many_shifts_no_answer",
+    ),
+    "a copy of an image overwrites another": (
+        "product.sorting",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL",
+        "os.O_WRONLY | os.O_CREAT | os.O_TRUNC",
+        "tests/product/test_sorting.py::"
+        "test_files_of_one_name_are_both_kept_and_a_second_call_adds_none",
+    ),
     "the next evaluation tries again what did not fit": (
         "recipe.evaluation",
         "        room.most = size // 2\n",

@@ -62,11 +62,27 @@ def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: st
     Raises:
         InputError: what differs.
     """
+    differing = differences(source, before)
+    if differing is not None:
+        raise InputError(
+            f"--data {data} holds other images than the run began with: {differing}. A resume goes "
+            "on with the same ones, at any path. Restore them, or start a new run from the weights "
+            "with --checkpoint."
+        )
+
+
+def differences(source: Source, before: Mapping[str, Any] | None) -> str | None:
+    """The images against those of an identity, in words; None where they are the same.
+
+    Args:
+        source: the images.
+        before: of `identity_of`; None knows of none.
+    """
     if before is None:
-        return
+        return None
     now = identity_of(source, of_bytes="bytes" in before)
     if all(now.get(key) == value for key, value in before.items()):  # an older run has fewer
-        return
+        return None
     told = [
         f"{now[key]} {name} in place of {before.get(key)}"
         for key, name in (
@@ -79,12 +95,7 @@ def check_identity(source: Source, before: Mapping[str, Any] | None, *, data: st
     told += _classes_told(now.get("images_of"), before.get("images_of"))
     if not told and now["fingerprint"] == before.get("fingerprint"):
         told = ["other bytes in files of the same names and sizes"]
-    raise InputError(
-        f"--data {data} holds other images than the run began with: "
-        f"{', '.join(told) or 'other names, labels or sizes of files'}. A resume goes on with the "
-        "same ones, at any path. Restore them, or start a new run from the weights with "
-        "--checkpoint."
-    )
+    return ", ".join(told) or "other names, labels or sizes of files"
 
 
 def _images_of(source: Source) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,23 @@ def training_set(
     return TransformedImages(source, transform)
 
 
+def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """timm's transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
+
+    Args:
+        preprocessing: img_size, mean, std, interpolation, crop_pct.
+    """
+    size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
+    transform: Any = timm.data.create_transform(
+        input_size=(len(mean), size, size),
+        interpolation=preprocessing["interpolation"],
+        crop_pct=preprocessing["crop_pct"],
+        mean=mean,
+        std=std,
+    )
+    return transform
+
+
 def evaluation_batches(
     source: ImageArray | ImageFiles,
     *,
@@ -164,14 +181,8 @@ def evaluation_batches(
             rows = torch.tensor(indices[first : first + batch_size])
             yield images.normalise(source.images[rows]), source.labels[rows]
         return
-    transform = timm.data.create_transform(
-        input_size=(len(mean), size, size),
-        interpolation=preprocessing["interpolation"],
-        crop_pct=preprocessing["crop_pct"],
-        mean=mean,
-        std=std,
-    )
-    subset = Subset(_Evaluated(TransformedImages(source, transform)), indices)  # type: ignore[arg-type]
+    transformed = TransformedImages(source, evaluation_transform(preprocessing))
+    subset = Subset(_Evaluated(transformed), indices)  # type: ignore[arg-type]
     for batch in DataLoader(
         subset,
         batch_size=batch_size,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lbaccel.documents import Malformed, json_in
@@ -54,30 +57,23 @@ def read_exported(
     """
     if not (run / CONFIG).is_file():
         raise InputError(_no_run(run))
-    path = _checkpoint(run, checkpoint)
-    stem = MODEL_EMA if ema else MODEL
-    update = _check(path, stem)
-    pre = _json(path / PREPROCESSING, dict)
-    weights = read_tensors(path / weights_file(stem))
-    check_preprocessing(path / PREPROCESSING, pre, weights)
-    dtypes = [str(value.dtype) for value in weights.values() if value.is_floating_point()]
+    found = read_checkpoint(checkpoint_of(run, checkpoint), ema=ema)
+    pre, weights = found.preprocessing, found.weights
     resumes = run / RESUMES
     lines = read_metrics(resumes) if resumes.is_file() else []
     for line in lines:
         check_kinds(resumes, line, RESUMED)
     env = read_mapping(run / ENVIRONMENT)
     check_kinds(run / ENVIRONMENT, env, MACHINE)
-    classes = _json(path / CLASSES, list)
-    check_kinds(path / CLASSES, {"names": classes}, {"names": NAMES})
     exported = Exported(
         run=_run(run),
         env=env,
         resumes=lines,
         preprocessing=pre,
-        classes=classes,
-        update=update,
+        classes=found.classes,
+        update=found.update,
         ema=ema,
-        dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
+        dtype=str(dtype_of(weights)).removeprefix("torch."),
         options=model_options(
             pre["model"],
             num_classes=pre["num_classes"],
@@ -86,6 +82,48 @@ def read_exported(
         ),
     )
     return exported, weights
+
+
+@dataclass(frozen=True, eq=False)
+class SavedWeights:
+    """A checkpoint, checked: its weights, and how images are made ready for them.
+
+    Args:
+        path: its folder.
+        file: the one of the weights, in that folder.
+        update: that the weights were saved after.
+        preprocessing: model, outputs, channels, size, mean, std, stem.
+        classes: names, in order of the outputs.
+        weights: tensor to its name.
+    """
+
+    path: Path
+    file: Path
+    update: int
+    preprocessing: dict[str, Any]
+    classes: list[str]
+    weights: dict[str, Tensor]
+
+
+def read_checkpoint(path: Path, *, ema: bool = False) -> SavedWeights:
+    """The checkpoint in this folder; its files are compared with its manifest first.
+
+    Raises:
+        InputError: a damaged one, or no average in it.
+    """
+    stem = MODEL_EMA if ema else MODEL
+    update = _check(path, stem)
+    pre = _json(path / PREPROCESSING, dict)
+    weights = read_tensors(path / weights_file(stem))
+    check_preprocessing(path / PREPROCESSING, pre, weights)
+    classes = _json(path / CLASSES, list)
+    check_kinds(path / CLASSES, {"names": classes}, {"names": NAMES})
+    return SavedWeights(path, path / weights_file(stem), update, pre, classes, weights)
+
+
+def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of the first tensor that holds numbers with a point; float32 without one."""
+    return next((v.dtype for v in weights.values() if v.is_floating_point()), torch.float32)
 
 
 def _run(folder: Path) -> Run:
@@ -124,7 +162,12 @@ def _no_run(path: Path) -> str:
     return f"{path} is no run folder: it holds no {CONFIG}. {hint}"
 
 
-def _checkpoint(run: Path, name: str | None) -> Path:
+def checkpoint_of(run: Path, name: str | None = None) -> Path:
+    """The folder of the run's checkpoint of this name; None is the best, or else the last.
+
+    Raises:
+        InputError: there is none.
+    """
     folder = run / CHECKPOINTS
     there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     if name not in (None, BEST, LAST) and not re.fullmatch(r"update_\d+", name):

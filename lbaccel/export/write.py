@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lbaccel.errors import InputError, RunFailed, reading, way_out
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
+from lbaccel.export.read import dtype_of
 from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
 from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MODEL, weights_file, written_beside
 
@@ -80,17 +81,25 @@ def build(exported: Exported, weights: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         InputError: timm here does not know the model, or builds another one.
     """
-    pre = exported.preprocessing
+    return network_of(exported.preprocessing, weights)
+
+
+def network_of(pre: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network that a checkpoint's `preprocessing.json` names, with these weights, to evaluate.
+
+    Raises:
+        InputError: timm here does not know the model, or builds another one.
+    """
     model = create_backbone(
-        exported.model,
+        pre["model"],
         num_classes=pre["num_classes"],
         num_channels=pre["num_channels"],
         img_size=pre["img_size"],
     )
-    if exported.small_stem:
+    if pre["stem"] == "small":
         adapt_stem(model)
-    model.to(getattr(torch, exported.dtype))
-    load_exactly(model, weights, exported.model, None)
+    model.to(dtype_of(weights))
+    load_exactly(model, weights, pre["model"], None)
     return model.eval()
 
 

@@ -71,7 +71,7 @@ def save_checkpoint(
                 torch.save(dict(state), beside / STATE)
             if contract is not None:
                 _write_json(beside / CONTRACT, dict(contract))
-            files = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
+            files = {path.name: fingerprint(path) for path in sorted(beside.iterdir())}
             _write_json(beside / MANIFEST, {"update": update, "files": files})
         for name in (LAST, *([BEST] if best else [])):
             point_link(folder / name, target.name)
@@ -117,7 +117,7 @@ def _compare(path: Path, names: Collection[str] | None) -> tuple[str, ...]:
         for name, expected in chosen.items():
             if not (path / name).is_file():
                 raise InputError(f"{path / name} is missing.")
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)
             if found["bytes"] != expected["bytes"]:
                 raise InputError(
                     f"{path / name} holds {found['bytes']:,} bytes in place of "
@@ -164,7 +164,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file, as a manifest has them."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):

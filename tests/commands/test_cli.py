@@ -23,6 +23,8 @@ HELP = """usage: lbaccel COMMAND ...
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
   compare    finished runs side by side: what differed, and what came of it
+  eval       a trained model judged on images with labels: figures, intervals, pictures
+  predict    a trained model used on images without labels: classes and probabilities as CSV
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
   transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
@@ -90,6 +92,8 @@ def test_what_a_command_can_not_do_without_is_asked_for_in_one_line(name, capsys
 
 
 NEEDED = {  # flags without which argparse stops earlier
+    "eval": ["RUN"],
+    "predict": ["RUN", "FILE"],
     "schedule": [
         "--batch-schedule",
         "lrd",

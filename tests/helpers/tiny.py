@@ -29,7 +29,7 @@ class Tiny(nn.Module):
 
     def __init__(self, num_classes=10, in_chans=3, drop_rate=0.0, drop_path_rate=0.0, **_):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, 8
         self.conv = nn.Conv2d(in_chans, 8, 3, stride=2, bias=False)
         self.blocks = nn.Sequential(
             *(

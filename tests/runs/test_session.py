@@ -31,9 +31,9 @@ def without(folder, name):
     torch.save(state, path)
     manifest = newest(folder) / "manifest.json"
     content = json.loads(manifest.read_text())
-    from lbaccel.runs.checkpoints import _fingerprint
+    from lbaccel.runs.checkpoints import fingerprint
 
-    content["files"]["state.pt"] = _fingerprint(path)
+    content["files"]["state.pt"] = fingerprint(path)
     manifest.write_text(json.dumps(content))
 
 
