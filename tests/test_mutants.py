@@ -1104,8 +1104,7 @@ MUTANTS = {
         "optim.trained",
         "parameter.requires_grad_(id(parameter) in chosen)",
         "parameter.requires_grad_(True)",
-        "tests/recipe/test_trained.py::"
-        "test_gradients_are_those_of_a_plain_batch_with_the_rest_frozen",
+        "tests/recipe/test_trained.py::test_the_parameters_of_a_method_are_trained_and_no_other",
     ),
     "the patience of a run starts anew with each resume": (
         "runs.log",
