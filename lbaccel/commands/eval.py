@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lbaccel.errors import InputError
 from lbaccel.launch import rank
+from lbaccel.recipe import bounds
 from lbaccel.text import printable
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fail-below",
-        type=float,
+        type=bounds.of_images,
         metavar="SHARE",
         help="exit code 1 where top-1 is below this share, such as 0.9",
     )
@@ -44,9 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report, and write the files; 1 where top-1 is below what was asked for."""
     least: float | None = args.fail_below
-    if least is not None and not 0 <= least <= 1:
-        hint = f" For {least:g} %, type --fail-below {least / 100:g}." if 1 < least <= 100 else ""
-        raise InputError(f"--fail-below {least:g} is no share from 0 to 1.{hint}")
     from lbaccel.product.evaluate import evaluate
     from lbaccel.product.words import below, report
     from lbaccel.runs.folder import strict_json

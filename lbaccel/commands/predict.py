@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lbaccel.errors import InputError
 from lbaccel.launch import asks_for_ranks
+from lbaccel.recipe import bounds
 from lbaccel.text import printable
 
 USUAL_TOPK = 5
@@ -26,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILES|FOLDER|GLOB|-",
         help="images; a folder is walked; - reads names of files from standard input",
     )
-    parser.add_argument("--topk", type=int, metavar="K", help="classes a file (default: 5)")
+    parser.add_argument(
+        "--topk", type=bounds.count, metavar="K", help="classes a file (default: 5)"
+    )
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=bounds.of_images,
         metavar="SHARE",
         help="add the column unsure: 1 where the first probability is below, such as 0.8",
     )
@@ -43,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a line for each file as it is predicted; 1 where a file could not be read."""
     threshold: float | None = args.threshold
-    if threshold is not None and not 0 <= threshold <= 1:
-        share = 1 < threshold <= 100
-        hint = f" For {threshold:g} %, type --threshold {threshold / 100:g}." if share else ""
-        raise InputError(f"--threshold {threshold:g} is no share from 0 to 1.{hint}")
-    if args.topk is not None and args.topk < 1:
-        raise InputError(f"--topk {args.topk} must be at least 1.")
     if asks_for_ranks():
         raise InputError("lbaccel predict runs in one process. Start it without a launcher.")
     from lbaccel.product.inputs import files_named

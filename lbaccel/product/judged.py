@@ -15,7 +15,7 @@ from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
 from lbaccel.product.trained_model import TrainedModel
-from lbaccel.recipe.task import open_data
+from lbaccel.recipe.images import open_data, read_skipped
 from lbaccel.text import one_line
 
 SPLITS = ("val", "test")
@@ -101,7 +101,7 @@ def _opened(trained: TrainedModel, data: str | None) -> Source:
     if trained.run is None:
         raise InputError(f"{trained.path} names no images. Give them: --data folder:PATH.")
     try:
-        return open_data(options, seed=seed)
+        return open_data(options, seed=seed, skipped=read_skipped(trained.run) or ())
     except InputError as error:
         raise InputError(
             f"{error} These are the run's own images. Where they lie elsewhere now, say so: "

@@ -131,6 +131,7 @@ positive = Bounded("a finite number above 0", low=0, without_low=True)
 not_negative = Bounded("a finite number of at least 0", low=0)
 below_one = Bounded("a number of at least 0 and below 1", low=0, high=1, without_high=True)
 probability = Bounded("a number from 0 to 1", low=0, high=1)
+of_images = Bounded("a share from 0 to 1, such as 0.9 for 90 %", low=0, high=1)
 share = Bounded("a number above 0 and at most 1", low=0, high=1, without_low=True)
 epochs = Bounded(
     f"a number above 0 and at most {MOST_EPOCHS:,.0f}", low=0, high=MOST_EPOCHS, without_low=True

@@ -40,6 +40,8 @@ NEEDED_FIRST = {
     "plan": "--model MODEL and --global-batch-size B",
     "configs": "one of ls, cp, validate, make",
     "compare": "RUN",
+    "eval": "RUN|CHECKPOINT|EXPORT",
+    "predict": "RUN|CHECKPOINT|EXPORT|hf-hub:NAME and FILES|FOLDER|GLOB|-",
     "export": "RUN",
     "verify": "--model NAME",
     "transfer": "--global-batch-size B",

@@ -45,7 +45,10 @@ def test_a_share_below_what_was_asked_for_is_exit_code_1(capsys):
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].endswith("is below --fail-below 1")
     assert main(["eval", str(folder), "--fail-below", "90"]) == 2
-    assert "For 90 %, type --fail-below 0.9" in capsys.readouterr().err
+    assert (
+        "--fail-below='90' is not a share from 0 to 1, such as 0.9 for 90 %."
+        in capsys.readouterr().err
+    )
     assert main(["eval", str(folder), "--tta", "crop"]) == 2
     assert "'flip'" in capsys.readouterr().err
 
@@ -112,8 +115,11 @@ def test_names_come_on_standard_input_and_rows_go_to_a_file(capsys, tmp_path, mo
 def test_numbers_of_no_use_are_refused(capsys):
     data, folder = photos_and_run()
     for flags, says in (
-        (["--threshold", "80"], "For 80 %, type --threshold 0.8"),
-        (["--topk", "0"], "--topk 0 must be at least 1"),
+        (
+            ["--threshold", "80"],
+            "--threshold='80' is not a share from 0 to 1, such as 0.9 for 90 %.",
+        ),
+        (["--topk", "0"], "--topk='0' is not a whole number from 1 to 2^53"),
     ):
         assert main(["predict", str(folder), str(data / "val"), *flags]) == 2
         assert says in capsys.readouterr().err
