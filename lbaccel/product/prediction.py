@@ -133,11 +133,10 @@ def predictions(
     model = trained.model.to(device)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     transform = evaluation_transform(trained.preprocessing)
-    upright = trained.settings.data.exif_orientation
 
     def ready(file: str) -> Tensor | str:
         try:
-            image: Image.Image = read_image(file, exif_orientation=upright)
+            image: Image.Image = read_image(file, exif_orientation=trained.upright)
             return transform(image.convert("L") if channels == 1 else image)
         except InputError as error:
             return one_line(str(error))

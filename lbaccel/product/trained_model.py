@@ -55,6 +55,20 @@ class TrainedModel:
     plan: Mapping[str, Any]
 
     @property
+    def upright(self) -> bool:
+        """Whether photographs are turned as their EXIF entry says before the model sees them.
+
+        A run of lbaccel from before there was the setting was trained on images as they are stored.
+        """
+        name = "exif_orientation"
+        if name in self.preprocessing:
+            return bool(self.preprocessing[name])
+        is_export_of_before = self.run is None and self.knows_data
+        if is_export_of_before and self.settings.origin(name) == "default":
+            return False
+        return self.settings.data.exif_orientation
+
+    @property
     def described(self) -> str:
         """The network and its weights, in words."""
         average = ", the average of its weights" if self.ema else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -173,3 +174,20 @@ def test_the_average_of_weights_is_there_or_said_not_to_be(export, tmp_path):
         file.write(b"\x7f")
     with pytest.raises(InputError, match="is damaged"):
         read_trained(Path(copy))
+
+
+def test_photographs_are_turned_as_the_run_did(export, tmp_path):
+    """A run or an export of before there was the setting took images as they are stored."""
+    _, folder = photos_and_run()
+    assert read_trained(folder).upright and read_trained(export).upright
+    run, old = tmp_path / "run", tmp_path / "old"
+    shutil.copytree(folder, run, symlinks=True)
+    shutil.copytree(export, old)
+    for config in (run / "config.yaml", old / "config.yaml"):
+        lines = config.read_text().splitlines(keepends=True)
+        config.write_text("".join(x for x in lines if "exif_orientation" not in x))
+    assert not read_trained(old).upright
+    found = read_trained(run)
+    older = {k: v for k, v in found.preprocessing.items() if k != "exif_orientation"}
+    assert not replace(found, preprocessing=older).upright
+    assert found.upright, "the checkpoint's own word counts"
