@@ -5,11 +5,26 @@ from __future__ import annotations
 from lbaccel.optim.scaling import is_sgd
 
 
-def default_base_lr(optimizer: str, *, pretrained: bool) -> float:
-    """0.1 for SGD (Goyal et al. 2017, at 256) and 0.001 for the others; a tenth for finetuning."""
-    if is_sgd(optimizer):
-        return 0.01 if pretrained else 0.1
-    return 1e-4 if pretrained else 1e-3
+def default_base_lr(optimizer: str, *, pretrained: bool, frozen_norm: bool = False) -> float:
+    """0.1 for SGD (Goyal et al. 2017, at 256) and 0.001 for the others; less for finetuning.
+
+    Finetuning was measured on three networks and two data sets
+    (`docs/results/finetuning_defaults.md`): 0.01 for SGD and 1e-4 for the others.
+
+    Args:
+        optimizer: its name.
+        pretrained: the weights are.
+        frozen_norm: BatchNorm keeps the statistics of the weights, while all layers are trained.
+            At 0.01 SGD left them behind on small pictures, so it has 0.003.
+
+    >>> default_base_lr("sgd", pretrained=True), default_base_lr("adamw", pretrained=False)
+    (0.01, 0.001)
+    """
+    if not is_sgd(optimizer):
+        return 1e-4 if pretrained else 1e-3
+    if not pretrained:
+        return 0.1
+    return 0.003 if frozen_norm else 0.01
 
 
 def default_weight_decay(optimizer: str) -> float:

@@ -191,7 +191,8 @@ def _choose_recipe(found: Start, model: nn.Module, device: torch.device) -> None
     else:
         found.choose("optimizer", "adamw", "networks without BatchNorm are finetuned with it")
     optimizer = found.settings.optimizer.optimizer
-    rate = default_base_lr(optimizer, pretrained=True)
+    frozen = found.settings.batch.norm_batch_size == "frozen"
+    rate = default_base_lr(optimizer, pretrained=True, frozen_norm=frozen)
     found.choose("base_lr", rate, f"of {optimizer} for finetuning, at 256 samples")
     if found.settings.batch.memory is not None or device.type == "cuda":
         found.choose("micro_batch_size", "auto", "the fastest plan that fits")

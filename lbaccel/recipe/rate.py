@@ -106,7 +106,12 @@ def _check_gain(name: str, *, global_batch_size: int, base_batch_size: int) -> N
 
 
 def peak_rate(
-    rate: RateOptions, optimizer: OptimizerOptions, *, pretrained: bool, global_batch_size: int
+    rate: RateOptions,
+    optimizer: OptimizerOptions,
+    *,
+    pretrained: bool,
+    frozen_norm: bool,
+    global_batch_size: int,
 ) -> PeakRate:
     """The learning rate of the recipe at a global batch, with its defaults.
 
@@ -119,7 +124,9 @@ def peak_rate(
         name, why = rate.lr_scaling, "as asked"
     rule, base_lr, weight_decay = rule_named(name), rate.base_lr, optimizer.weight_decay
     if base_lr is None:
-        base_lr = default_base_lr(optimizer.optimizer, pretrained=pretrained)
+        base_lr = default_base_lr(
+            optimizer.optimizer, pretrained=pretrained, frozen_norm=frozen_norm
+        )
     if weight_decay is None:
         weight_decay = default_weight_decay(optimizer.optimizer)
     sizes = {
@@ -155,6 +162,7 @@ def rate_of(settings: Settings, *, global_batch_size: int) -> PeakRate:
         settings.rate,
         settings.optimizer,
         pretrained=settings.model.pretrained,
+        frozen_norm=settings.batch.norm_batch_size == "frozen" and settings.model.train == "full",
         global_batch_size=global_batch_size,
     )
 

@@ -17,6 +17,7 @@ from lbaccel.recipe.ending import ending
 HELP = """usage: lbaccel COMMAND ...
 
   train      train or finetune a timm backbone at a global batch that does not fit
+  start      from a folder of photographs to a recipe, with a first figure on the way
   schedule   a batch-size schedule: batch, learning rate and updates from each epoch on
   lr-find    which learning rates a recipe bears at its global batch; changes nothing
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
@@ -96,6 +97,7 @@ def test_what_a_command_can_not_do_without_is_asked_for_in_one_line(name, capsys
 NEEDED = {  # flags without which argparse stops earlier
     "eval": ["RUN"],
     "predict": ["RUN", "FILE"],
+    "start": ["FOLDER"],
     "schedule": [
         "--batch-schedule",
         "lrd",

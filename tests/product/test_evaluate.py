@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from scipy.special import softmax
 import lbaccel
 from lbaccel import InputError, RunFailed, evaluate
 from lbaccel.data.pipelines import evaluation_batches
-from lbaccel.product import files, judged
+from lbaccel.product import files
 from lbaccel.product import logits as logits_module
 from lbaccel.product.trained_model import read_trained
 
@@ -193,17 +192,12 @@ def test_a_test_set_is_read_where_there_is_one(tmp_path):
         evaluate(folder, split="train")
 
 
-def test_the_images_of_the_test_set_are_judged_and_not_those_of_validation(tmp_path, monkeypatch):
-    _, folder = photos_and_run()
+def test_the_images_of_the_test_set_are_judged_and_not_those_of_validation(tmp_path):
+    data, folder = photos_and_run()
     other = make_photos(tmp_path / "other", val=2, seed=9)
-    plain = judged.open_data
-
-    def with_test(options, *, seed):
-        test = plain(replace(options, data=f"folder:{other}"), seed=seed).val
-        return replace(plain(options, seed=seed), test=test)
-
-    monkeypatch.setattr(judged, "open_data", with_test)
-    result = evaluate(folder, split="test", output=tmp_path / "out")
+    photos = shutil.copytree(data, tmp_path / "photos")
+    shutil.copytree(other / "val", photos / "test")
+    result = evaluate(folder, f"folder:{photos}", split="test", output=tmp_path / "out")
     assert result.figures.n == 6
     assert result.judged.names[0] == "cat/0.png"
     assert result.as_json()["data"]["split"] == "test"
