@@ -53,7 +53,7 @@ class RateOptions:
         None,
         bounds.positive,
         "learning rate at --base-batch-size",
-        shown="0.1 (SGD) or 0.001; pretrained 0.01 (SGD), 0.003 (SGD, frozen BatchNorm) or 0.0001",
+        shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001; frozen BatchNorm 0.003 or 0.0003",
     )
     base_batch_size: int = option(
         256,

@@ -19,7 +19,8 @@ from lbaccel.recipe.rate import rate_of
         ("--pretrained --norm-batch-size frozen", 0.003),
         ("--pretrained --norm-batch-size frozen --train head", 0.01),
         ("--pretrained --train head", 0.01),
-        ("--pretrained --norm-batch-size frozen --optimizer adamw", 1e-4),
+        ("--pretrained --norm-batch-size frozen --optimizer adamw", 3e-4),
+        ("--pretrained --norm-batch-size 32 --optimizer adamw", 1e-4),
         ("--pretrained --norm-batch-size frozen --base-lr 0.02", 0.02),
     ],
 )

@@ -173,20 +173,20 @@ def range_up_to(largest):
 
 
 def test_a_rate_above_what_the_range_test_bore_is_lowered_and_a_pinned_one_is_told(monkeypatch):
-    low = range_up_to(0.002)
+    low = range_up_to(0.0002)
     found, said = measured(monkeypatch, num_train=800, seconds_an_image=0.01, tested=low)
     assert found.settings.rate.base_lr == pytest.approx(low.suggested_lr) and said == []
     (choice,) = [c for c in found.choices if c.name == "base_lr"]
-    assert "the range test bore 0.002, not 0.003" in choice.reason
+    assert "the range test bore 0.0002, not 0.0003" in choice.reason
     flags = ("--base-lr", "0.05")
     found, said = measured(
         monkeypatch, num_train=800, seconds_an_image=0.01, tested=low, flags=flags
     )
     assert found.settings.rate.base_lr == 0.05
-    assert said == ["warning: --base-lr 0.05 is above 0.002, which the range test bore"]
-    high = replace(low, lrs=tuple(100 * lr for lr in low.lrs))
+    assert said == ["warning: --base-lr 0.05 is above 0.0002, which the range test bore"]
+    high = replace(low, lrs=tuple(1000 * lr for lr in low.lrs))
     found, _ = measured(monkeypatch, num_train=800, seconds_an_image=0.01, tested=high)
-    assert found.settings.rate.base_lr == 0.003  # frozen BatchNorm
+    assert found.settings.rate.base_lr == 3e-4  # AdamW under frozen BatchNorm
 
 
 def test_a_large_batch_that_was_asked_for_is_kept_and_told(monkeypatch):
