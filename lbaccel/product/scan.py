@@ -11,11 +11,13 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from lbaccel.data.broken import Broken, Share, broken_files
 from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_files
 from lbaccel.data.sources import Source
 
 FEW = 20  # images of a class, below which its figures say little
 UNEVEN = 3.0  # largest class over smallest one
+THREADS = 4
 _SHOWN = 3  # names in a line
 
 
@@ -26,7 +28,7 @@ class Scan:
     Attributes:
         counts: training images of each class.
         num_val: validation images.
-        broken: files that hold nothing, or no image that Pillow knows, with the reason.
+        broken: files that can't be read as images.
         copies: groups of training files that are equal byte for byte.
         contradicting: those of them whose files stand in several classes.
         shared: (validation file, training file) that are equal.
@@ -37,7 +39,7 @@ class Scan:
 
     counts: dict[str, int]
     num_val: int
-    broken: tuple[tuple[str, str], ...] = ()
+    broken: tuple[Broken, ...] = ()
     copies: tuple[tuple[str, ...], ...] = ()
     contradicting: tuple[tuple[str, ...], ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
@@ -101,7 +103,7 @@ class Scan:
                 f"({val!r} is {train!r}): validation looks better than new images will"
             )
         if self.broken:
-            name, reason = self.broken[0]
+            _, name, reason = self.broken[0]
             yield (
                 f"warning: {_counted(len(self.broken), 'file')} no readable image: {name!r} "
                 f"({reason})" + (f" and {len(self.broken) - 1} more" * (len(self.broken) > 1))
@@ -117,17 +119,16 @@ def scan(source: Source) -> Scan:
     names = of_train | of_val
     if not names or len(names) > MOST_FILES:
         return found
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         headers = list(threads.map(_header, names))
-    good = [h for h in headers if isinstance(h, tuple)]
+    good = [header for header in headers if header is not None]
     sides = sorted(min(width, height) for width, height, _ in good)
-    broken = [(n, h) for n, h in zip(names.values(), headers, strict=True) if isinstance(h, str)]
     copies = [tuple(names[p] for p in g) for g in groups_of_same_bytes(of_train)]
     label_of = dict(zip(of_train.values(), source.train.labels, strict=True))
     return Scan(
         counts=counts,
         num_val=len(source.val),
-        broken=tuple(broken),
+        broken=tuple(broken_files(source, whole=True, share=Share(threads=THREADS))),
         copies=tuple(copies),
         contradicting=tuple(g for g in copies if len({label_of[name] for name in g}) > 1),
         shared=tuple(shared_files(source)),
@@ -137,16 +138,14 @@ def scan(source: Source) -> Scan:
     )
 
 
-def _header(path: Path) -> tuple[int, int, bool] | str:
-    """Width, height and whether EXIF turns it, as the header says; or the reason for neither."""
+def _header(path: Path) -> tuple[int, int, bool] | None:
+    """Width, height and whether EXIF turns it; None where the file has no readable header."""
     try:
-        if path.stat().st_size == 0:
-            return "zero bytes"
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
             return *image.size, turned
-    except Exception as error:  # Pillow's readers raise nearly anything
-        return " ".join(str(error).split())[:100] or type(error).__name__
+    except Exception:  # Pillow's readers raise nearly anything; `broken_files` says what it is
+        return None
 
 
 def _counted(count: int, noun: str) -> str:

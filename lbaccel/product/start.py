@@ -15,12 +15,14 @@ import yaml
 from scipy.stats import binomtest
 from torch import nn
 
-from lbaccel.data.sources import Source, open_source
+from lbaccel.data.broken import without
+from lbaccel.data.sources import Source
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.product.features import FirstFigure, first_figure
 from lbaccel.product.scan import Scan, scan
 from lbaccel.product.weights import find_backbone
 from lbaccel.recipe.built import built
+from lbaccel.recipe.images import open_data
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.settings import layered
@@ -124,13 +126,15 @@ def start(pinned: Settings, *, minutes: float, say: Say) -> Start:
         InputError: images, weights or pinned settings of no use.
     """
     begin = time.perf_counter()
-    source = open_source(
-        pinned.data.data, val_fraction=pinned.data.val_fraction, seed=pinned.run.seed
-    )
+    source = open_data(pinned.data, seed=pinned.run.seed)
     num_classes = num_classes_of(pinned.model.num_classes, source, data=pinned.data.data)
     found = Start(pinned, scan(source))
     for line in found.scan.lines():
         say(line)
+    if found.scan.broken:
+        found.choose("skip_corrupt", True, f"{len(found.scan.broken)} files can't be read")
+    if found.settings.data.skip_corrupt:
+        source = without(source, found.scan.broken)
     device = _device()
     _choose_backbone(found, device)
     model, preprocessing = build_model(

@@ -37,7 +37,7 @@ def test_files_that_are_no_images_are_named_with_the_reason(photos):
     (photos / "train/red/000.png").write_bytes(b"")
     (photos / "val/red/000.png").write_text("no image")
     found = scanned(photos)
-    assert found.broken[0] == ("red/000.png", "zero bytes") and len(found.broken) == 2
+    assert found.broken[0] == ("train", "red/000.png", "it is empty") and len(found.broken) == 2
     assert any(line.startswith("warning: 2 files are no readable image") for line in found.lines())
 
 

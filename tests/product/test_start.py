@@ -197,6 +197,17 @@ def test_a_large_batch_that_was_asked_for_is_kept_and_told(monkeypatch):
     assert "a batch of 800 leaves 6 updates: large batches do not help here" in line
 
 
+def test_files_that_can_not_be_read_are_left_out_and_told(photos):
+    Path("photos/train/red/000.png").write_bytes(b"")
+    Path("photos/val/blue/001.png").write_bytes(b"no image")
+    found, said = started("--checkpoint", photos)
+    assert found.settings.data.skip_corrupt and "--skip-corrupt" in found.flags()
+    assert any("2 files are no readable image" in line for line in said)
+    assert train.main([*found.flags(), "--max-updates", "1"]) == 0
+    (run,) = Path("runs").iterdir()
+    assert len(json.loads((run / "skipped.json").read_text())["skipped"]) == 2
+
+
 def test_one_class_is_refused_before_any_work(photos):
     make_photographs("one", classes={"blue": (0, 0, 200)})
     settings, _ = read_settings(["--data", "folder:one", "--checkpoint", str(photos)])
