@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lbaccel.data.loader import Update, UpdateLoader
     from lbaccel.data.sources import open_source
     from lbaccel.errors import InputError, RunFailed
+    from lbaccel.finetuning import Finetuned, finetune
     from lbaccel.hyperparameters.transfer import transfer
     from lbaccel.noise.scale import NoiseScale
     from lbaccel.optim.groups import scale_optimizer
@@ -76,6 +77,8 @@ _HOME = {
     "Plan": "planning.plan",
     "plan": "planning.planner",
     "evaluate": "product.evaluate",
+    "finetune": "finetuning",
+    "Finetuned": "finetuning",
     "Evaluation": "product.evaluation",
     "Prediction": "product.prediction",
     "predict": "product.prediction",
@@ -106,6 +109,7 @@ __all__ = [
     "Certificate",
     "Duration",
     "Evaluation",
+    "Finetuned",
     "GroupMix",
     "InputError",
     "KeyedImages",
@@ -127,6 +131,7 @@ __all__ = [
     "convert_batch_norm",
     "correct_momentum",
     "evaluate",
+    "finetune",
     "largest_curvature",
     "legw",
     "linear_scaling",

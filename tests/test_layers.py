@@ -25,6 +25,7 @@ ROOMS = (
         "export",
         "product",
         "train",
+        "finetuning",
         "commands",
         "cli",
         "__main__",

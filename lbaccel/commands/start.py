@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lbaccel.errors import InputError
 from lbaccel.recipe import bounds
 from lbaccel.recipe.settings import read_settings, show_settings
+from lbaccel.recipe.values import spec_of
 from lbaccel.runs.folder import CONFIG, atomic_write_text
 from lbaccel.runs.outputs import Own, writable
 from lbaccel.text import printable
@@ -48,8 +49,7 @@ def run(own: argparse.Namespace) -> int:
     Raises:
         InputError: images, weights, flags or a file of no use.
     """
-    spec = own.data if ":" in own.data and not Path(own.data).exists() else f"folder:{own.data}"
-    settings, show = read_settings(["--data", spec, *own.recipe_flags], prog=PROG)
+    settings, show = read_settings(["--data", spec_of(own.data), *own.recipe_flags], prog=PROG)
     if show:
         print(printable(show_settings(settings)))
         return 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +52,16 @@ def flag_of(name: str) -> str:
     '--base-lr'
     """
     return "--" + name.replace("_", "-")
+
+
+def spec_of(data: str | os.PathLike[str]) -> str:
+    """What `--data` takes, from the same or from the path of a folder.
+
+    >>> spec_of("photos"), spec_of("parquet:photos")
+    ('folder:photos', 'parquet:photos')
+    """
+    text = os.fspath(data)
+    return text if ":" in text and not Path(text).exists() else f"folder:{text}"
 
 
 def nearest_word(word: str, words: Iterable[str]) -> str:
