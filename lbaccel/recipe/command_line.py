@@ -49,9 +49,29 @@ class CommandParser(argparse.ArgumentParser):
         self._typed: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; the words are kept, so that an error can look at them."""
-        self._typed = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        """As argparse's, for flags in the spellings of other tools too.
+
+        `--a_b` is --a-b, and `--no-x` is --x=false where x is a switch. The words are kept, so that
+        an error can look at them.
+        """
+        typed = list(sys.argv[1:] if args is None else args)
+        end = typed.index("--") if "--" in typed else len(typed)
+        self._typed = [self._as_declared(word) for word in typed[:end]] + typed[end:]
+        return super().parse_known_args(self._typed, namespace)
+
+    def _as_declared(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        declared = self._option_string_actions
+        if not flag.startswith("--") or flag in declared:
+            return word
+        dashed = flag.replace("_", "-")
+        if dashed in declared:
+            return dashed + equals + value
+        if dashed.startswith("--no-") and not equals:
+            on = f"--{dashed.removeprefix('--no-')}"
+            if on in declared and declared[on].nargs == "?" and declared[on].const is True:
+                return f"{on}=false"
+        return word
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The values of the arguments.

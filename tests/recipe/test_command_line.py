@@ -186,3 +186,27 @@ def test_argparse_too_gets_the_rule_of_a_number():
     plain.add_argument("--epochs", type=bounds.epochs)
     with pytest.raises(argparse.ArgumentError, match="'0' is not a number above 0"):
         plain.parse_args(["--epochs", "0"])
+
+
+def test_underscores_and_no_are_read_as_other_tools_have_them():
+    parser = CommandParser(prog="lbaccel x")
+    parser.add_argument("--img-size")
+    parser.add_argument("--a_b")
+    parser.add_argument("--pretrained", nargs="?", const=True)
+    parser.add_argument("--no-cache", action="store_true")
+    typed = ["--img_size", "96", "--a_b", "1", "--no-pretrained", "--no-cache"]
+    found = parser.parse_args(typed)
+    assert vars(found) == {"img_size": "96", "a_b": "1", "pretrained": "false", "no_cache": True}
+    assert parser.parse_args(["--img_size=3"]).img_size == "3"
+    for wrong in ("--no-img-size", "--no_such", "--no-pretrained=1"):
+        with pytest.raises(InputError, match=f"unknown flag {wrong.split('=')[0]}"):
+            parser.parse_args([wrong])
+
+
+def test_the_recipe_takes_them_too():
+    from lbaccel.recipe.settings import read_settings
+
+    typed = ["--global_batch_size", "64", "--no-exif-orientation", "--base_lr=0.2"]
+    settings, _ = read_settings([*typed, "--data", "folder:x"])
+    assert settings.batch.global_batch_size == 64 and settings.rate.base_lr == 0.2
+    assert settings.data.exif_orientation is False
