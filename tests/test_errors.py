@@ -62,7 +62,7 @@ def test_the_largest_seeds_of_64_bits_draw_other_samples():
     assert len(set(orders)) == 3
 
 
-@pytest.mark.parametrize(("seed", "says"), [(2**64, "--seed=1844674"), (-1, "--seed=-1")])
+@pytest.mark.parametrize(("seed", "says"), [(2**64, "--seed='1844674"), (-1, "--seed='-1'")])
 def test_verify_on_the_command_line_refuses_a_seed_by_its_flag(seed, says, capsys):
     assert main(["verify", "--model", "resnet10t", f"--seed={seed}"]) == 2
     assert says in capsys.readouterr().err

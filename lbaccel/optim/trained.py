@@ -27,7 +27,7 @@ def train_only(model: nn.Module, method: str) -> str | None:
 
     >>> import timm
     >>> train_only(timm.create_model("resnet10t", num_classes=5), "head")
-    'trains 2,565 of 4,923,813 parameters (head)'
+    'trains 2,565 of 4,925,053 parameters (head)'
     """
     if method == "full":
         return None

@@ -48,7 +48,7 @@ class SampleSums:
     >>> sums = SampleSums()
     >>> sums.add({"hits": torch.tensor(2)}, counts=True)
     >>> sums.add({"hits": torch.tensor(1)}, counts=True)
-    >>> sums.read([*sums.vector(torch.device("cpu"))], world_size=1)
+    >>> sums.read(sums.vector(torch.device("cpu")).tolist(), world_size=1)
     {'hits': 3.0}
     """
 

@@ -88,6 +88,13 @@ def make_images(root="images"):
                 Image.new("RGB", (8, 8), (20 * i, 99, 7)).save(folder / f"{i}.png")
 
 
+def break_inside(path):
+    """Damage a PNG's pixels and keep its header and its end: no look from outside shows it."""
+    content = bytearray(Path(path).read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 0xFF
+    Path(path).write_bytes(content)
+
+
 def check_refused(flags, says, capsys, folder):
     """Exit code 2, a message that holds `says`, and nothing written."""
     given = [*flags.split(), "--model", "lbaccel_tiny", "--output", str(folder / "runs")]

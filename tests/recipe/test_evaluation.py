@@ -14,7 +14,7 @@ import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
 from accelerate import Accelerator
 from forks import run_forked, run_fresh, values
-from runs_of_recipe import make_images
+from runs_of_recipe import break_inside, make_images
 from torch import nn
 
 from lbaccel import RunFailed, train
@@ -153,9 +153,9 @@ def trained(rank, flags, at_image=None):
     if at_image is not None:
         plain = images_module.decode_image
 
-        def hooked(file, where):
+        def hooked(file, where, **options):
             at_image(rank, str(where))
-            return plain(file, where)
+            return plain(file, where, **options)
 
         images_module.decode_image = hooked
     said = io.StringIO()
@@ -191,7 +191,7 @@ def test_a_corrupt_validation_image_costs_no_update(world_size):
     make_images()
     image = Path("images/val/cat/1.png")  # index 1: of the last rank
     whole = image.read_bytes()
-    image.write_bytes(b"x" * len(whole))
+    break_inside(image)
     outcomes = run_forked(trained, ["--workers", 0], world_size=world_size, timeout=60)
     said = values(outcomes)[0][1]
     folder = only_run()

@@ -65,8 +65,8 @@ def test_what_measures_and_draws_takes_none_of_the_trainings_memory():
     [
         (["--memory", "8"], "Use a number above 0 and a unit, such as 8GiB"),
         (["--memory=-1GiB"], "is no size"),
-        (["--micro-batch-size", "large"], "is not a whole number or 'auto'"),
-        (["--micro-batch-size", "0"], "micro_batch_size"),
+        (["--micro-batch-size", "large"], "is not a whole number from 1 to 2^53, or 'auto'"),
+        (["--micro-batch-size", "0"], "--micro-batch-size='0' is not a whole number"),
         (["--max-hours", "0"], "--max-hours"),
     ],
 )

@@ -19,6 +19,7 @@ import timm
 import torch
 from PIL import Image
 from recipes import settings_of
+from runs_of_recipe import break_inside
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -397,7 +398,7 @@ def test_timms_own_evaluation_of_the_checkpoint_gives_the_logged_numbers():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_validation_image_is_named_without_the_traceback_of_a_worker(workers, capsys):
     make_images(Path("images"), {"train": 4, "val": 2})
-    Path("images/val/dog/1.png").write_bytes(b"no image")
+    break_inside("images/val/dog/1.png")
     flags = ["--data", "folder:images", "--img-size", 32, "--global-batch-size", 8]
     code, folder = run(*flags, "--max-updates", 1, "--workers", workers)
     err = capsys.readouterr().err

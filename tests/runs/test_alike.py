@@ -95,7 +95,7 @@ def test_a_rank_that_has_one_file_fewer_ends_all_and_is_named():
 
 def test_an_error_of_one_rank_s_own_flags_reaches_the_first_which_prints_it():
     codes, error = started([], ["--epochs", "-1"])
-    assert codes == [2, 2] and "--epochs -1" in error
+    assert codes == [2, 2] and "--epochs='-1'" in error
 
 
 def resumed_elsewhere(rank, run):

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 import tiny  # noqa: F401  registers lbaccel_tiny
 from accelerate import Accelerator
 from forks import run_forked, values
-from runs_of_recipe import make_images
+from runs_of_recipe import break_inside, make_images
 
 from lbaccel import InputError, RunFailed, train
 from lbaccel.runs.ranks import decided, on_each_rank
@@ -89,7 +89,7 @@ def test_a_validation_image_that_only_the_second_rank_reads_is_named_by_the_firs
 ):
     monkeypatch.chdir(tmp_path)
     make_images("images")
-    (tmp_path / "images/val/cat/1.png").write_bytes(b"no image")  # index 1: of rank 1 alone
+    break_inside(tmp_path / "images/val/cat/1.png")  # index 1: of rank 1 alone
     (code, said), (other, silent) = values(
         run_forked(trained, str(tmp_path / "runs"), world_size=2, timeout=120)
     )
