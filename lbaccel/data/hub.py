@@ -16,6 +16,8 @@ from lbaccel.data.opening import Opening, Sets, divided, some
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.text import one_line, without_tokens
 
+MOST_BYTES = 256 * 2**20  # of an image that a row names by its path
+
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 SAVED = ("dataset_dict.json", "state.json")  # of `save_to_disk`
 
@@ -160,7 +162,10 @@ class HubImages:
         """The bytes of the image of this row; none where there is no image."""
         found = self.table[row][self.column] or {}
         if not found.get("bytes") and found.get("path"):
-            return Path(found["path"]).read_bytes()
+            path = Path(found["path"])
+            if not path.is_file() or path.stat().st_size > MOST_BYTES:
+                raise OSError(f"its path is no file of at most {MOST_BYTES >> 20} MiB")
+            return path.read_bytes()
         return found.get("bytes") or b""
 
     def __call__(self, row: int) -> Image.Image:

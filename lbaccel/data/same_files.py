@@ -45,7 +45,8 @@ def shared_files(source: Source) -> list[tuple[str, str]]:
     names, of_val = names_of(source.train), names_of(source.val)
     if len(names) + len(of_val) > MOST_FILES:
         return []
-    found = []
+    found = [(of_val[path], name) for path, name in names.items() if path in of_val]
+    of_val = {path: name for path, name in of_val.items() if path not in names}
     for group in groups_of_same_bytes([*names, *of_val]):
         twin = next((names[path] for path in group if path in names), None)
         if twin is not None:
@@ -66,8 +67,11 @@ def _alike(paths: Iterable[Path], key: Callable[[Path], object]) -> list[list[Pa
 def _equal(paths: Iterable[Path]) -> list[list[Path]]:
     groups: list[list[Path]] = []
     for path in paths:
-        same = (g for g in groups if filecmp.cmp(g[0], path, shallow=False))
-        group = next(same, None)
+        try:
+            same = (g for g in groups if filecmp.cmp(g[0], path, shallow=False))
+            group = next(same, None)
+        except OSError:  # who decodes it says so
+            continue
         if group is None:
             groups.append([path])
         else:

@@ -11,7 +11,11 @@ from typing import Any
 
 import huggingface_hub
 import timm
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
@@ -65,6 +69,11 @@ def from_hub(name: str) -> Path:
         try:
             got = huggingface_hub.hf_hub_download(repo_id, file, revision=revision or None)
         except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the hub was not asked, or not reached
+                raise RunFailed(
+                    f"{HUB}{name}: {file} is not on this machine, and the hub can't be reached. "
+                    "Without a network, give a folder that was fetched before."
+                ) from None
             if file == CONFIG:  # the run's settings, which a model of another maker has not
                 continue
             raise InputError(

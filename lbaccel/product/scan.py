@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from lbaccel.data.broken import Broken, Share, broken_files
+from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_files
 from lbaccel.data.sources import Source
 
@@ -124,7 +125,7 @@ def scan(source: Source) -> Scan:
     good = [header for header in headers if header is not None]
     sides = sorted(min(width, height) for width, height, _ in good)
     copies = [tuple(names[p] for p in g) for g in groups_of_same_bytes(of_train)]
-    label_of = dict(zip(of_train.values(), source.train.labels, strict=True))
+    label_of = dict(zip(_names(source.train), map(int, source.train.labels), strict=True))
     return Scan(
         counts=counts,
         num_val=len(source.val),
@@ -136,6 +137,10 @@ def scan(source: Source) -> Scan:
         short_sides=(sides[0], int(statistics.median(sides)), sides[-1]) if sides else None,
         looked_at=len(good),
     )
+
+
+def _names(images: ImageArray | ImageFiles) -> Sequence[str]:
+    return images.names if isinstance(images, ImageFiles) else ()
 
 
 def _header(path: Path) -> tuple[int, int, bool] | None:

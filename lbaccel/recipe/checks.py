@@ -138,7 +138,7 @@ def _check_ranges(s: Settings) -> None:
             raise InputError(f"{row.flag}={error}.") from None
     for name in ("mean", "std"):
         value = s.value(name)
-        if value is not None:
+        if value is not None and s.run.resume is None:  # a run of before may have others
             _check_normalisation(name, value)
     _check_crops(s.data)
     if s.run.monitor.endswith("_ema") and s.optimizer.ema_decay is None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lbaccel.documents import Malformed, yaml_in
-from lbaccel.errors import InputError, reading
+from lbaccel.documents import Malformed, text_of, yaml_in
+from lbaccel.errors import InputError, brief
 from lbaccel.text import printable
 
 BALANCED = "balanced"
@@ -103,11 +103,10 @@ def _balanced(labels: torch.Tensor, classes: Sequence[str]) -> Weights:
 def _read(path: Path) -> dict[str, Any]:
     """Class to weight, as the file says it."""
     if path.suffix.lower() == ".csv":
-        with reading(path):
-            text = path.read_text(encoding="utf-8-sig")
         try:
+            text = text_of(path).removeprefix("\ufeff")
             rows = [row for row in csv.reader(text.splitlines()) if row]
-        except csv.Error as error:
+        except (Malformed, csv.Error) as error:
             raise InputError(f"{FLAG} {path} is no CSV: {error}.") from error
         wrong = [row for row in rows if len(row) != 2]
         if wrong:
@@ -139,7 +138,8 @@ def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def _in_order(said: Mapping[str, Any], classes: Sequence[str], *, where: str) -> Weights:
-    missing, unknown = [c for c in classes if c not in said], [c for c in said if c not in classes]
+    known = set(classes)
+    missing, unknown = [c for c in classes if c not in said], [c for c in said if c not in known]
     if missing or unknown:
         wrong = f"has no weight for {missing[0]!r}" if missing else f"names {unknown[0]!r}"
         raise InputError(
@@ -155,9 +155,9 @@ def _number(value: Any, name: str, where: str) -> float:
         if isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
-            f"{FLAG} {where}: the weight of {name!r}, {value!r}, is no number."
+            f"{FLAG} {where}: the weight of {name!r}, {brief(value)}, is no number."
         ) from None
 
 

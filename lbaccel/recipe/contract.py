@@ -21,7 +21,9 @@ VALUES = "settings"
 CHANGEABLE = frozenset(
     {
         *("data", "mean", "std", "interpolation", "crop_pct", "auto_augment"),
+        *("scale", "ratio", "hflip", "color_jitter", "random_erasing", "crop_padding_mode"),
         *("label_smoothing", "mixup", "cutmix", "drop_rate", "drop_path", "clip_grad_norm"),
+        "loss",
         *("norm_batch_size", "bn_statistics", "bn_momentum"),
         *("warmup", "warmup_epochs", "warmup_start"),
         *("schedule", "milestones", "gamma", "final_lr"),

@@ -22,6 +22,7 @@ _SHARED_MEMORY = re.compile(
     r"insufficient shared memory|received \d+ items of ancdata|"
     r"unable to (open|allocate|mmap|resize)[^:]* shared memory|unable to write to file </?torch_"
 )
+_MOST_CAUSES = 20
 _TAKES_OVER = "torch.multiprocessing.reductions"
 # gloo, then NCCL, then the store of torch.distributed
 _PEER = re.compile(
@@ -86,17 +87,15 @@ def first_line(error: BaseException, most: int = 160) -> str:
 
 
 def _own_fault(error: Exception) -> str | None:
-    if isinstance(error, (RuntimeError, OSError)):
-        if _SHARED_MEMORY.search(str(error)):
-            return (
-                f"no shared memory was left for loaded images ({first_line(error)}). Make /dev/shm "
-                "larger (docker run --shm-size 8g), or use fewer processes (--workers)."
-            )
-        # what a worker left unread says less than the signal, which is then its cause
-        worker = _WORKER.search(str(error.__cause__)) or _WORKER.search(str(error))
-        if worker is not None:
-            how = (worker["signal"] or "an exit").strip()
-            return _ended(f" (pid {worker['pids']})", how)
+    if isinstance(error, (RuntimeError, OSError)) and _SHARED_MEMORY.search(str(error)):
+        return (
+            f"no shared memory was left for loaded images ({first_line(error)}). Make /dev/shm "
+            "larger (docker run --shm-size 8g), or use fewer processes (--workers)."
+        )
+    worker = _end_of_a_worker(error)
+    if worker is not None:
+        how = (worker["signal"] or "an exit").strip()
+        return _ended(f" (pid {worker['pids']})", how)
     if isinstance(error, (OSError, EOFError)) and _reads_from_a_worker(error):
         return _ended("", first_line(error))
     if _is_out_of_memory(error):
@@ -105,6 +104,22 @@ def _own_fault(error: Exception) -> str | None:
             "--micro-batch-size, --activation-checkpointing full, or more --memory."
         )
     return None
+
+
+def _end_of_a_worker(error: BaseException | None) -> re.Match[str] | None:
+    """The signal of a worker among the errors from which this one came.
+
+    The handler raises at any line. The line may then fail in another way (`Thread.start` with a
+    KeyError), and torch's own account of what a worker left unread says less: the oldest counts.
+    """
+    found = None
+    for _ in range(_MOST_CAUSES):
+        if error is None:
+            break
+        if isinstance(error, RuntimeError):
+            found = _WORKER.search(str(error)) or found
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _ended(pid: str, how: str) -> str:

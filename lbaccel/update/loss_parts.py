@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, brief
 
 MOST_SUMS = 8
 SLOTS = MOST_SUMS + 2  # their numbers, and two by which the ranks compare their names
@@ -64,12 +64,12 @@ class SampleSums:
         for name, value in sums.items():
             values = self._values.setdefault(name, [])
             if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise InputError(
-                        f"the loss function returned the sum {name!r} in shape "
-                        f"{tuple(value.shape)}: a sum over the samples is one number."
-                    )
-                value = value.detach().reshape(())
+                value = self._number(name, value)
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(
+                    f"the loss function returned the sum {name!r} as {brief(value)}, which is no "
+                    "number."
+                )
             if counts:
                 values.append(value)
         if len(self._values) > MOST_SUMS:
@@ -77,6 +77,20 @@ class SampleSums:
                 f"the loss function returned {len(self._values)} sums: an update adds up at most "
                 f"{MOST_SUMS}."
             )
+
+    def _number(self, name: str, value: Tensor) -> Tensor:
+        if value.numel() != 1 or value.is_complex():
+            raise InputError(
+                f"the loss function returned the sum {name!r} in shape {tuple(value.shape)} and "
+                f"{value.dtype}: a sum over the samples is one real number."
+            )
+        others = {v.device for v in self._values[name] if isinstance(v, Tensor)}
+        if others - {value.device}:
+            raise InputError(
+                f"the loss function returned the sum {name!r} on {value.device}, and on "
+                f"{others.pop()} before. Keep it on one device."
+            )
+        return value.detach().reshape(())
 
     def vector(self, device: torch.device | None) -> Tensor:
         """Float64 [SLOTS] to be added over the ranks, in the order of the names."""

@@ -58,6 +58,34 @@ def _take_settings(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]
         group.update({key: value for key, value in values.items() if key != "params"})
 
 
+def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """From now on a state that is loaded takes the strides of its parameter.
+
+    torch's fused kernels go through parameter, gradient and state by their memory, not by their
+    indices (2.15, SGD and Adam on a CPU). `load_state_dict` keeps the strides of what was saved: a
+    state from a run with another memory format would be added to other elements, in silence.
+    """
+    if not any(getattr(hook, "keeps_layouts", False) for hook in _load_hooks(optimizer)):
+        optimizer.register_load_state_dict_post_hook(_LayOut())
+
+
+def _load_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return list(getattr(optimizer, "_optimizer_load_state_dict_post_hooks", {}).values())
+
+
+class _LayOut:
+    keeps_layouts = True
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    continue
+                if value.stride() != parameter.stride():
+                    laid_out = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                    state[key] = laid_out.copy_(value)
+
+
 class DTensorState:
     """Of an optimizer over DTensors (FSDP2). Both methods are collectives."""
 

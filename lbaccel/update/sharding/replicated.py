@@ -15,7 +15,7 @@ from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement
 from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.update.memory.reserve import Reservation
-from lbaccel.update.sharding.optimizer_state import OptimizerState
+from lbaccel.update.sharding.optimizer_state import OptimizerState, keep_layouts
 from lbaccel.update.sharding.steps import MicroBatches, Step
 
 
@@ -41,6 +41,7 @@ class Replicated:
     ) -> None:
         self._accelerator, self._model, self._optimizer = accelerator, model, optimizer
         self._clip_grad_norm = clip_grad_norm
+        keep_layouts(optimizer.optimizer)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             # Buffers are the same on all ranks after each commit; a broadcast could only hide it.
             model.broadcast_buffers = False
