@@ -368,6 +368,39 @@ MUTANTS = {
         "tests/planning/cost/test_trace.py::"
         "test_the_traced_peak_is_that_of_the_real_allocator[mlp]",
     ),
+    "a loaded optimizer state keeps its own strides": (
+        "update.sharding.replicated",
+        "        keep_layouts(optimizer.optimizer)\n",
+        "        pass\n",
+        "tests/update/sharding/test_optimizer_layouts.py::"
+        "test_a_state_of_another_memory_format_is_added_to_the_same_weights",
+    ),
+    "a strip is enlarged whole": (
+        "data.pipelines",
+        "Compose([_not_too_long, transform])",
+        "transform",
+        "tests/data/test_pipelines.py::test_a_strip_is_cut_to_its_middle_before_it_is_enlarged",
+    ),
+    "the classifier of a pretrained model is as timm draws it": (
+        "recipe.model",
+        "            nn.init.zeros_(parameter)\n",
+        "            pass\n",
+        "tests/test_models.py::test_a_new_classifier_starts_at_chance_and_learns",
+    ),
+    "the same picture in training and validation is not told": (
+        "data.same_files",
+        "        if twin is not None:\n",
+        "        if False:\n",
+        "tests/data/test_same_files.py::"
+        "test_copies_and_links_are_found_under_any_name_and_class_once_each",
+    ),
+    "a lock is not waited for while its process dies": (
+        "runs.lock",
+        "if waited > (_LAST_WORKERS_SECONDS if before.is_gone() else _DYING_SECONDS):",
+        "if not before.is_gone() or waited > _LAST_WORKERS_SECONDS:",
+        "tests/runs/test_lock.py::"
+        "test_a_killed_process_that_still_gives_its_memory_back_is_waited_for",
+    ),
     "a run has no lock": (
         "runs.lock",
         "        _wait_for(lock, before)\n",

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 from lbaccel.errors import InputError
 from lbaccel.recipe import bounds
-from lbaccel.recipe.settings import read_settings, show_settings
+from lbaccel.recipe.options import Settings
+from lbaccel.recipe.settings import (
+    add_options,
+    layered,
+    typed_options,
+    under_a_batch_schedule,
+)
 from lbaccel.recipe.values import spec_of
 from lbaccel.runs.folder import CONFIG, atomic_write_text
 from lbaccel.runs.outputs import Own, writable
@@ -28,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "it to a file with a reason a line, and print the line of lbaccel train that it is. Any "
         "flag of lbaccel train pins that choice (--model, --checkpoint, --img-size, --memory ...)."
     )
-    parser.set_defaults(recipe_flags=())
     parser.add_argument("data", metavar="DATA", help="a folder with a sub-folder a class")
     parser.add_argument(
         "--minutes",
@@ -41,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path(CONFIG), metavar="F", help="(default: %(default)s)"
     )
     parser.add_argument("--run", action="store_true", help="train at once")
+    add_options(parser, without=["data"])
 
 
 def run(own: argparse.Namespace) -> int:
@@ -49,10 +55,8 @@ def run(own: argparse.Namespace) -> int:
     Raises:
         InputError: images, weights, flags or a file of no use.
     """
-    settings, show = read_settings(["--data", spec_of(own.data), *own.recipe_flags], prog=PROG)
-    if show:
-        print(printable(show_settings(settings)))
-        return 0
+    given = {**typed_options(vars(own)), "data": spec_of(own.data)}
+    settings = under_a_batch_schedule(layered(Settings(), given, origin="flag"))
     if settings.run.resume is not None:
         raise InputError(f"--resume {settings.run.resume}: go on with lbaccel train --resume.")
     writable(own.out, "--out", own=Own("recipe of lbaccel start", _is_ours))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -164,7 +165,8 @@ class HubImages:
         if not found.get("bytes") and found.get("path"):
             path = Path(found["path"])
             if not path.is_file() or path.stat().st_size > MOST_BYTES:
-                raise OSError(f"its path is no file of at most {MOST_BYTES >> 20} MiB")
+                rule = f"its path names no file of at most {MOST_BYTES >> 20} MiB"
+                raise OSError(errno.EINVAL, rule)
             return path.read_bytes()
         return found.get("bytes") or b""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -114,6 +115,14 @@ class ImageFiles:
             samples = tuple(self.samples[row] for row in rows)
         labels = tuple(self.labels[row] for row in rows)
         return replace(self, samples=samples, labels=labels, names=names)
+
+
+def taken(images: ImageArray | ImageFiles, rows: Sequence[int]) -> ImageArray | ImageFiles:
+    """The images at these positions, in this order."""
+    if isinstance(images, ImageFiles):
+        return images.only(rows)
+    chosen = torch.as_tensor(rows, dtype=torch.long)
+    return replace(images, images=images.images[chosen], labels=images.labels[chosen])
 
 
 def folder_of(images: ImageArray | ImageFiles) -> Path | None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, default_collate
+from torchvision.transforms import Compose
 
 from lbaccel.data.augment import KeyedImages
 from lbaccel.data.loader import worker_options
@@ -140,6 +141,19 @@ def training_set(
     return TransformedImages(source, transform)
 
 
+MOST_RATIO = 20  # of the longer side to the shorter: resized whole, a strip has no bound
+
+
+def _not_too_long(image: Image.Image) -> Image.Image:
+    """The middle of a strip of more than `MOST_RATIO`: the crop that follows lies inside it."""
+    most = MOST_RATIO * min(image.size)
+    if max(image.size) <= most:
+        return image
+    width, height = (min(side, most) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
     """timm's transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
 
@@ -154,7 +168,7 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
         mean=mean,
         std=std,
     )
-    return transform
+    return Compose([_not_too_long, transform])
 
 
 def evaluation_batches(

@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import timm
+import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -118,7 +119,7 @@ def read_export(folder: Path) -> ExportedModel:
                 "was edited. Export the run again."
             )
     model = _build(config, pre, weights)
-    settings = from_file(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    settings = from_file(folder / CONFIG, of_a_run=True) if (folder / CONFIG).is_file() else None
     return ExportedModel(model, list(names or _usual_names(model)), pre, settings)
 
 
@@ -160,15 +161,29 @@ def _build(
         "img_size": pre["img_size"],
     }
     others = {str(k): v for k, v in arguments.items() if k not in _NOT_OF_THE_NETWORK}
+    options = {**others, **model_options(name, **sizes)}
+
+    def built() -> nn.Module:
+        model = timm.create_model(name, **options)
+        if pre["stem"] == "small":
+            adapt_stem(model)
+        return model
+
     try:
-        model = timm.create_model(name, **{**others, **model_options(name, **sizes)})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = printable(" ".join(str(error).split())[:200])
+        with torch.device("meta"):  # without memory: its size is foreign text until it is compared
+            described = sum(v.numel() for v in built().state_dict().values())
+        held = sum(v.numel() for v in weights.values())
+        if described > held:
+            raise InputError(
+                f"{ARCHITECTURE} describes a network of {described:,} values, and "
+                f"{weights_file(MODEL)} holds {held:,}: they are not of one model."
+            )
+        model = built()
+    except InputError:
+        raise
+    except Exception as error:  # of timm's models, by arguments that they were not made for
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
         raise InputError(f"{name} can't be built with {brief(others)}: {reason}.") from error
-    if pre["stem"] == "small":
-        adapt_stem(model)
     model.to(dtype_of(weights))
     load_exactly(model, weights, name, None)
     return model.eval()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.images import ImageArray, ImageFiles, taken
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.data.sources import Source
 
@@ -109,19 +109,11 @@ def _batches(
     return evaluation_batches(images, preprocessing=dict(preprocessing), batch_size=BATCH)
 
 
-def _evenly(images: ImageArray | ImageFiles, count: int) -> Any:
+def _evenly(images: ImageArray | ImageFiles, count: int) -> ImageArray | ImageFiles:
     """At most `count` of the images, each class with its share, in the order of the set."""
     if count >= len(images):
         return images
     labels = np.asarray(images.labels)
     by_class = np.argsort(labels, kind="stable")
     rows = np.sort(by_class[np.linspace(0, len(labels) - 1, count).round().astype(int)])
-    if isinstance(images, ImageArray):
-        return replace(images, images=images.images[rows], labels=images.labels[rows])
-    pick: Callable[[Any], tuple[Any, ...]] = lambda values: tuple(values[row] for row in rows)  # noqa: E731
-    return replace(
-        images,
-        samples=pick(images.samples),
-        labels=pick(images.labels),
-        names=pick(images.names),
-    )
+    return taken(images, rows.tolist())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lbaccel.data.identity import differences, identity_of
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
 from lbaccel.product.trained_model import TrainedModel
@@ -148,7 +149,7 @@ def check_same_classes(
     if sorted(first) == sorted(second):
         return
     sides = [
-        f"{_some(set(only) - set(other))} only in {one_line(words)}"
+        f"{some(set(only) - set(other))} only in {one_line(words)}"
         for only, other, words in ((first, second, first_words), (second, first, second_words))
         if set(only) - set(other)
     ]
@@ -161,12 +162,6 @@ def check_same_classes(
 
 def _have(words: str) -> str:
     return "have" if words == "the images" else "has"
-
-
-def _some(names: set[str]) -> str:
-    shown = [repr(name) for name in sorted(names)]
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return f"{', '.join(shown[:3])}{more}"
 
 
 def _relabelled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.images import ImageArray, ImageFiles, taken
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product.metrics import Floats, Ints
 from lbaccel.product.trained_model import TrainedModel
@@ -78,7 +78,7 @@ def outputs_of(
     """
     size, world_size = batch_of(trained), accelerator.num_processes
     mine = _rows_of(len(images), size, rank=accelerator.process_index, world_size=world_size)
-    own = _taken(images, mine)
+    own = taken(images, mine)
     dtype = next((p.dtype for p in trained.model.parameters()), torch.float32)
     recorder = KeptLogits(_placed(trained, accelerator), flip=tta == FLIP).eval()
     workers = 0 if isinstance(images, ImageArray) else trained.settings.data.workers
@@ -120,18 +120,6 @@ def _placed(trained: TrainedModel, accelerator: Accelerator) -> nn.Module:
 def _rows_of(n: int, batch: int, *, rank: int, world_size: int) -> list[int]:
     """The images of this rank: of the batches of one process every `world_size`-th."""
     return [row for row in range(n) if row // batch % world_size == rank]
-
-
-def _taken(images: Images, rows: list[int]) -> Images:
-    if isinstance(images, ImageArray):
-        chosen = torch.tensor(rows, dtype=torch.long)
-        return replace(images, images=images.images[chosen], labels=images.labels[chosen])
-    return replace(
-        images,
-        samples=[images.samples[row] for row in rows],
-        labels=[images.labels[row] for row in rows],
-        names=[images.names[row] for row in rows],
-    )
 
 
 def _joined(recorder: KeptLogits, *, num_outputs: int) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,13 @@ from PIL import ExifTags, Image
 
 from lbaccel.data.broken import Broken, Share, broken_files
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.opening import some
 from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_files
 from lbaccel.data.sources import Source
 
 FEW = 20  # images of a class, below which its figures say little
 UNEVEN = 3.0  # largest class over smallest one
 THREADS = 4
-_SHOWN = 3  # names in a line
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Scan:
         few = [name for name, count in self.counts.items() if count < FEW]
         if few:
             yield (
-                f"warning: {_named(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} "
+                f"warning: {some(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} "
                 "training images"
             )
         if self.contradicting:
             yield (
                 f"warning: {_counted(len(self.contradicting), 'image')} in several classes at "
-                f"once, such as {_named(self.contradicting[0])}: one of the labels is wrong"
+                f"once, such as {some(self.contradicting[0])}: one of the labels is wrong"
             )
         if self.copies:
             spare = sum(len(group) - 1 for group in self.copies)
             yield (
                 f"warning: {_counted(spare, 'training file')} a copy of another one, such as "
-                f"{_named(self.copies[0])}"
+                f"{some(self.copies[0])}"
             )
         if self.shared:
             val, train = self.shared[0]
@@ -155,8 +155,3 @@ def _header(path: Path) -> tuple[int, int, bool] | None:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
-
-
-def _named(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -25,6 +25,7 @@ from lbaccel.recipe.built import built
 from lbaccel.recipe.images import open_data
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.options import OPTIONS, Settings
+from lbaccel.recipe.rate import freezes_norm_alone
 from lbaccel.recipe.settings import layered
 from lbaccel.recipe.task import num_classes_of
 from lbaccel.recipe.values import flag_of, shown, switch
@@ -188,13 +189,13 @@ def _choose_recipe(found: Start, model: nn.Module, device: torch.device) -> None
         size,
         f"{updates} updates an epoch of {num_train} images; a larger batch has fewer",
     )
-    if has_batch_norm(model):
+    if has_batch_norm(model) and found.settings.model.train != "head+norms":
         found.choose(
             "norm_batch_size", "frozen", "the statistics of the weights: few images move them badly"
         )
     found.choose("optimizer", "adamw", "level with SGD, or above it, on six measured pairs")
     optimizer = found.settings.optimizer.optimizer
-    frozen = found.settings.batch.norm_batch_size == "frozen"
+    frozen = freezes_norm_alone(found.settings)
     rate = default_base_lr(optimizer, pretrained=True, frozen_norm=frozen)
     found.choose("base_lr", rate, f"of {optimizer} for finetuning, at 256 samples")
     if found.settings.batch.memory is not None or device.type == "cuda":

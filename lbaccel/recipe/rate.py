@@ -156,13 +156,18 @@ def peak_rate(
     )
 
 
+def freezes_norm_alone(settings: Settings) -> bool:
+    """Whether BatchNorm keeps its statistics while all layers are trained."""
+    return settings.batch.norm_batch_size == "frozen" and settings.model.train == "full"
+
+
 def rate_of(settings: Settings, *, global_batch_size: int) -> PeakRate:
     """`peak_rate` of a recipe's settings."""
     return peak_rate(
         settings.rate,
         settings.optimizer,
         pretrained=settings.model.pretrained,
-        frozen_norm=settings.batch.norm_batch_size == "frozen" and settings.model.train == "full",
+        frozen_norm=freezes_norm_alone(settings),
         global_batch_size=global_batch_size,
     )
 

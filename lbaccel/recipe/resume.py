@@ -19,6 +19,7 @@ from lbaccel.recipe.contract import (
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.settings import (
     ASKED,
+    BEFORE,
     CHANGES,
     EXTENSIONS,
     IDENTITY,
@@ -32,7 +33,6 @@ from lbaccel.runs.folder import CHECKPOINTS, CONFIG, CONTRACT, MANIFEST, run_of,
 from lbaccel.runs.own_name import own_runs
 
 AUTO = "auto"
-_BEFORE = {name: row.before for name, row in OPTIONS.items() if row.before is not None}
 
 
 def resolve(settings: Settings) -> Settings:
@@ -191,7 +191,7 @@ def read_run(
         raise InputError(f"{path}: its extensions can't be read ({error}).") from error
     changes = content.get(CHANGES)
     return replace(
-        Settings().with_values({**_BEFORE, **saved}),
+        Settings().with_values({**BEFORE, **saved}),
         origins={str(name): str(origin) for name, origin in origins.items()},
         asked=_asked(asked, path),
         extensions=history,

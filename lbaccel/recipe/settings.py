@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lbaccel.errors import InputError, brief
 from lbaccel.optim.scaling import find_rule
 from lbaccel.recipe.bounds import Bounded, BoundedList
 from lbaccel.recipe.command_line import CommandParser
-from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings
+from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings, is_read
 from lbaccel.recipe.values import (
     Option,
     nearest_word,
@@ -26,6 +26,7 @@ from lbaccel.recipe.values import (
 
 PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
 IDENTITY, CHANGES = "data_identity", "changes"
+BEFORE = {name: row.before for name, row in OPTIONS.items() if row.before is not None}
 ADDED = (
     PLAN,
     ORIGIN,
@@ -65,11 +66,22 @@ def make_parser(prog: str = "lbaccel train", *, beside: Iterable[str] = ()) -> C
     parser.add_argument(
         "--print-config", action="store_true", help="print each value and its origin, and stop"
     )
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Declare the flags of the recipe; one that was not typed is absent from the result."""
     for name, rows in GROUPS.items():
         group = parser.add_argument_group(TITLES.get(name, name))
         for row in rows:
-            _add_option(group, row)
-    return parser
+            if row.name not in without:
+                _add_option(group, row)
+
+
+def typed_options(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the values that a parser with `add_options` gives."""
+    return {name: typed[name] for name in OPTIONS if name in typed}
 
 
 def _add_option(group: Any, row: Option) -> None:
@@ -77,19 +89,16 @@ def _add_option(group: Any, row: Option) -> None:
         " ".join(row.default) if isinstance(row.default, tuple) else row.default
     )
     text = f"{row.help} (default: {default})".replace("%", "%%")
+    common = {"dest": row.name, "help": text, "default": argparse.SUPPRESS}
     if row.parse is switch:
-        group.add_argument(
-            row.flag, nargs="?", const=True, metavar="BOOL", dest=row.name, help=text
-        )
+        group.add_argument(row.flag, nargs="?", const=True, metavar="BOOL", **common)
     elif row.repeatable:
-        group.add_argument(
-            row.flag, nargs="+", action="extend", metavar="X", dest=row.name, help=text
-        )
+        group.add_argument(row.flag, nargs="+", action="extend", metavar="X", **common)
     elif row.parse in (numbers, words) or isinstance(row.parse, BoundedList):
-        group.add_argument(row.flag, nargs="+", metavar="X", dest=row.name, help=text)
+        group.add_argument(row.flag, nargs="+", metavar="X", **common)
     else:
         choices = "{" + ",".join(row.choices) + "}" if row.choices else "X"
-        group.add_argument(row.flag, metavar=choices, dest=row.name, help=text)
+        group.add_argument(row.flag, metavar=choices, **common)
 
 
 def read_settings(
@@ -113,13 +122,18 @@ def read_settings(
     return under_a_batch_schedule(layered(settings, typed, origin="flag")), show
 
 
-def from_file(path: Path) -> Settings:
-    """The defaults, and on them the settings of a YAML file.
+def from_file(path: Path, *, of_a_run: bool = False) -> Settings:
+    """The defaults, and on them the settings of a YAML file; of a run, where it is so or says it.
 
     A file that names a default, as a run folder's config.yaml does, asks for nothing by it.
     """
     content = read_file(path)
-    settings = layered(Settings(), options_in(content, path), origin=str(path))
+    options = options_in(content, path)
+    settings = layered(Settings(), options, origin=str(path))
+    if of_a_run or PLAN in content:  # what a run of before did not name has its own value
+        added = {n: v for n, v in BEFORE.items() if n not in options}
+        read = {n: v for n, v in added.items() if is_read(OPTIONS[n], settings)}
+        settings = layered(settings, read, origin=str(path))
     before = content.get(ORIGIN)
     origins = before.items() if isinstance(before, Mapping) else ()
     by_default = {name for name, origin in origins if origin == "default"}

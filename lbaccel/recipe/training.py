@@ -256,6 +256,7 @@ def circumstances(s: Checked, task: Task, rate: PeakRate) -> Circumstances:
         frozen=task.plan.norm_batch_size == "frozen",
         given_normalisation=s.data.mean is not None or s.data.std is not None,
         base_lr=s.rate.base_lr if s.rate.base_lr is not None else rate.lr,
+        loss=s.data.loss,
     )
 
 

@@ -23,6 +23,7 @@ class Circumstances:
     frozen: bool  # BatchNorm keeps its running statistics
     given_normalisation: bool  # --mean or --std was given
     base_lr: float
+    loss: str = "ce"
 
 
 class LossNotices:
@@ -51,8 +52,8 @@ class LossNotices:
 
     @property
     def chance(self) -> float:
-        """The loss of a network that knows nothing."""
-        return math.log(max(2, self.facts.num_classes))
+        """The loss of a network that knows nothing: ln(classes), or ln 2 for each class alone."""
+        return math.log(2 if self.facts.loss == "bce" else max(2, self.facts.num_classes))
 
     def after_update(self, loss: float, num_samples: int, *, lr: float) -> str | None:
         """Take the loss of an update in, which its step of rate `lr` followed.

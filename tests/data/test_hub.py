@@ -166,10 +166,17 @@ def test_an_image_may_lie_in_a_file(hub, tmp_path):
     held.columns["image"][4] = {"bytes": None, "path": str(tmp_path / "gone.png")}
     held.columns["image"][5] = None
     held.columns["image"][6] = {"bytes": b"no image", "path": None}
+    held.columns["image"][7] = {"bytes": None, "path": "/dev/zero"}
     hub.held["x"] = {"train": held, "validation": table(range(4))}
     train = open_source("hf:x").train
     assert train.load(3).getpixel((0, 0))[0] == 77
-    for row, says in ((4, "No such file"), (5, "has no image"), (6, "can't be read as an image")):
+    no_file = "its path names no file of at most 256 MiB"
+    for row, says in (
+        (4, no_file),
+        (7, no_file),
+        (5, "has no image"),
+        (6, "can't be read as an image"),
+    ):
         with pytest.raises(InputError, match=rf"hf:x, train, row {row} .*{says}"):
             train.load(row)
 

@@ -12,7 +12,7 @@ from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 
 from lbaccel import BatchPlan, UpdateLoader
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.pipelines import training_set
+from lbaccel.data.pipelines import evaluation_transform, training_set
 
 PREPROCESSING = {
     "img_size": 24,
@@ -101,3 +101,17 @@ def test_what_is_erased_depends_on_the_sample_and_on_no_plan(files, micro, worke
     ((_, (without, _)),) = update.micro_batches
     changed = (without != expected).flatten(1).any(1)
     assert 0 < int(changed.sum()) < COUNT
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 2), (40, 30)])
+def test_a_strip_is_cut_to_its_middle_before_it_is_enlarged(size, monkeypatch):
+    """1 x 3000 pixels, enlarged whole to 256 on the short side, would take 1.6 GB."""
+    seen = []
+    plain = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, to, *a, **k: seen.append(to) or plain(self, to, *a, **k)
+    )
+    pre = {"img_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    out = evaluation_transform({**pre, "crop_pct": 0.875})(Image.new("RGB", size, (9, 99, 200)))
+    assert out.shape == (3, 32, 32)
+    assert max(max(to) for to in seen) <= 20 * 37

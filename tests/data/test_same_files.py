@@ -97,3 +97,12 @@ def test_equal_files_are_grouped_in_the_order_given(photos):
         path.touch()
     given = [copies[0], a, *empty, b, copies[2], copies[1], photos / "absent"]
     assert groups_of_same_bytes(given) == [[copies[0], a, copies[1]], [b, copies[2]], empty]
+
+
+def test_a_path_in_both_sets_is_one_image_that_is_shared(photos):
+    source = open_source(f"folder:{photos}")
+    both = source.train.only([0, 3])
+    assert sorted(shared_files(replace(source, val=both))) == [
+        ("cat/0.bmp", "cat/0.bmp"),
+        ("cat/3.bmp", "cat/3.bmp"),
+    ]

@@ -77,3 +77,11 @@ def test_names_that_would_move_the_cursor_are_escaped(photos):
     (photos / "train/red/\x1b[2Jbad\n.png").write_bytes(b"")
     text = "\n".join(scanned(photos).lines())
     assert "\x1b" not in text and "bad\\n.png" in text
+
+
+def test_a_path_that_is_listed_twice_is_scanned(photos):
+    lines = ["path,label"]
+    lines += [f"{path},{path.parent.name}" for path in sorted((photos / "train").rglob("*.png"))]
+    (photos / "list.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    found = scan(open_source(f"csv:{photos / 'list.csv'}", val_fraction=0.3))
+    assert found.num_train + found.num_val == 73

@@ -213,3 +213,21 @@ def test_one_class_is_refused_before_any_work(photos):
     settings, _ = read_settings(["--data", "folder:one", "--checkpoint", str(photos)])
     with pytest.raises(InputError, match="one class, 'blue'"):
         start(settings, minutes=5.0, say=print)
+
+
+@pytest.mark.parametrize("train_as", ["full", "head", "head+norms", "bias+head"])
+def test_the_rate_is_the_one_that_training_takes(photos, train_as):
+    from lbaccel.recipe.rate import rate_of
+
+    found, _ = started("--checkpoint", photos, "--train", train_as, minutes=0.5)
+    by_default = found.settings.with_values({"base_lr": None})
+    taken = rate_of(by_default, global_batch_size=256).base_lr
+    assert found.settings.rate.base_lr <= taken
+    if not any("range test bore" in c.reason for c in found.choices):
+        assert found.settings.rate.base_lr == taken
+
+
+def test_flags_may_come_before_the_folder(photos, capsys):
+    flags = ["--img_size", "32", "--checkpoint", str(photos), "--workers", "0"]
+    assert cli.main(["start", *flags, "photos"]) == 0
+    assert "--data folder:photos" in capsys.readouterr().out

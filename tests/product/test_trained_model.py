@@ -9,8 +9,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from judging import CLASSES, photos_and_run
 from safetensors.torch import load_file, save_file
 
@@ -191,3 +192,48 @@ def test_photographs_are_turned_as_the_run_did(export, tmp_path):
     older = {k: v for k, v in found.preprocessing.items() if k != "exif_orientation"}
     assert not replace(found, preprocessing=older).upright
     assert found.upright, "the checkpoint's own word counts"
+
+
+def test_a_hub_that_is_not_reached_is_no_file_that_is_missing(export, monkeypatch):
+    def offline(repo_id, file, revision=None):
+        if file == missing:
+            raise LocalEntryNotFoundError("offline")
+        return str(export / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    for missing in ("config.json", "config.yaml"):
+        with pytest.raises(RunFailed, match=f"{missing} is not on this machine, and the hub can't"):
+            read_trained("hf-hub:me/mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            {"stem_width": 12000, "stem_type": "deep"},
+            "describes a network of .* they are not of one",
+        ),
+        ({"act_layer": "nope"}, "can't be built with .*nope"),
+    ],
+)
+def test_arguments_of_a_foreign_model_take_no_memory(tmp_path, arguments, says):
+    network = timm.create_model("resnet10t", num_classes=3)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "resnet10t", "num_classes": 3, "model_args": arguments}
+    pre = {"input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 1.0}
+    config["pretrained_cfg"] = {**pre, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says):
+        read_trained(tmp_path)
+
+
+def test_an_export_of_before_keeps_its_images(export, tmp_path):
+    """Its run validated on test/ where there was no val/, and trained on all of train/."""
+    old = tmp_path / "old"
+    shutil.copytree(export, old)
+    assert read_trained(old).settings.data.test_split == "test"
+    lines = (old / "config.yaml").read_text().splitlines(keepends=True)
+    younger = ("test_split", "exif_orientation")
+    (old / "config.yaml").write_text("".join(x for x in lines if not x.startswith(younger)))
+    found = read_trained(old).settings.data
+    assert found.test_split == "val" and found.exif_orientation is False

@@ -193,3 +193,24 @@ def test_a_class_weight_of_one_changes_nothing_but_the_sum_of_weights():
     loss, _ = truth("ce", "hard")
     ones, _ = truth("ce", "hard", torch.ones(CLASSES, dtype=torch.float64))
     assert math.isclose(loss, ones, rel_tol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("w.csv", "caf\xe9,2\n".encode("latin-1"), "w.csv is no CSV"),
+        ("w.yaml", b"a: " + b"9" * 400 + b"\nb: 1\n", "the weight of 'a', 9999"),
+    ],
+)
+def test_a_file_of_another_encoding_or_a_number_without_end_is_a_sentence(
+    name, content, says, tmp_path
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        weights_of(
+            str(tmp_path / name),
+            labels=torch.tensor([0, 1]),
+            classes=("a", "b"),
+            num_classes=2,
+        )
+    assert says in str(caught.value) and len(str(caught.value)) < 400

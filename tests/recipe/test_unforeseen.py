@@ -118,3 +118,15 @@ def read_while_closing(rank, quiet):
 def test_the_death_of_a_worker_raises_at_any_line_but_not_while_a_run_is_closed(quiet):
     (said,) = values(run_forked(read_while_closing, quiet, timeout=60))
     assert said == "closed" if quiet else "ended by itself (Killed)" in said
+
+
+def test_an_error_that_a_workers_end_caused_in_another_line_is_told_as_that_end():
+    """torch's handler raises anywhere: here inside `Thread.start`, which then fails by itself."""
+    try:
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        except RuntimeError:
+            del {}["thread"]
+    except KeyError as error:
+        found = in_a_sentence(error)
+    assert isinstance(found, RunFailed) and "(pid 7) ended by itself (Killed)" in str(found)

@@ -98,3 +98,12 @@ def test_a_run_in_peace_prints_none(tmp_path, capsys, monkeypatch):
     run("--epochs", "1")
     text = capsys.readouterr().err
     assert "diverges" not in text and "first loss" not in text
+
+
+def test_chance_under_bce_is_that_of_one_class_alone():
+    facts = Circumstances(1000, 224, None, False, False, 0.1, loss="bce")
+    texts = [text for text in said([0.69, 0.05, 0.01, 7.0, 8.0], facts) if text is not None]
+    assert len(texts) == 1 and "diverges" in texts[0]
+    assert not any(
+        said([0.69, 0.05, 0.01, 7.0, 7.5], Circumstances(1000, 224, None, False, False, 1))
+    )

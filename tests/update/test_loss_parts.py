@@ -149,3 +149,22 @@ def test_sums_that_are_no_numbers_or_too_many_are_refused():
         SampleSums().add({"right": torch.ones(3)}, counts=True)
     with pytest.raises(InputError, match=f"at most {MOST_SUMS}"):
         SampleSums().add({str(i): 1.0 for i in range(MOST_SUMS + 1)}, counts=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "as None, which is no number"),
+        (True, "as True, which is no number"),
+        ("3", "as '3', which is no number"),
+        (torch.ones(2), r"in shape \(2,\)"),
+        (torch.tensor(1j), "one real number"),
+        (torch.ones(1, device="meta"), "on meta, and on cpu before"),
+    ],
+)
+def test_a_sum_that_can_not_be_added_is_refused_where_it_is_returned(value, says):
+    """Later, in the reduction, the other ranks would wait for this one."""
+    sums = SampleSums()
+    sums.add({"hits": torch.tensor(1)}, counts=True)
+    with pytest.raises(InputError, match=says):
+        sums.add({"hits": value}, counts=True)
