@@ -165,7 +165,7 @@ MUTANTS = {
     ),
     "a run of before a setting goes on with its default": (
         "recipe.resume",
-        "{**_BEFORE, **saved}",
+        "{**BEFORE, **saved}",
         "saved",
         "tests/recipe/test_older_runs.py::"
         "test_a_run_of_before_goes_on_with_the_images_that_it_began_with",
@@ -192,7 +192,7 @@ MUTANTS = {
         "recipe.images",
         "        if kept is not None:\n",
         "        if False:\n",
-        "tests/recipe/test_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
+        "tests/recipe/test_sound_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
     ),
     "a reflection repeats the border": (
         "data.augment",
@@ -1096,8 +1096,8 @@ MUTANTS = {
     ),
     "a sum over samples keeps its graph": (
         "update.loss_parts",
-        "value = value.detach().reshape(())",
-        "value = value.reshape(())",
+        "return value.detach().reshape(())",
+        "return value.reshape(())",
         "tests/update/test_loss_parts.py::test_a_graph_is_not_kept_alive_by_a_sum",
     ),
     "updates that were not counted have no sample right": (
