@@ -60,6 +60,7 @@ NO_TORCH = (  # those without numpy first
     "recipe.command_line",
     "recipe.options",
     "recipe.options_batch",
+    "recipe.options_data",
     "recipe.options_training",
     "recipe.rate",
     "recipe.settings",

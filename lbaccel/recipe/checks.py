@@ -14,7 +14,7 @@ from lbaccel.optim.trained import FREEZES_NORM
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
-from lbaccel.recipe.options_batch import DataOptions
+from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.options_training import RateOptions
 from lbaccel.recipe.rate import check_reference, check_scaling
 from lbaccel.recipe.values import Option, flag_of, shown

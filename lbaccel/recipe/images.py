@@ -16,7 +16,7 @@ from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError
 from lbaccel.launch import local_world_size
 from lbaccel.recipe.options import Settings
-from lbaccel.recipe.options_batch import DataOptions
+from lbaccel.recipe.options_data import DataOptions
 from lbaccel.runs.folder import SKIPPED, atomic_write_text, run_of
 from lbaccel.runs.ranks import decided, on_each_rank
 from lbaccel.text import printable

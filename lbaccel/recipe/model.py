@@ -22,7 +22,7 @@ from lbaccel.models import (
     read_weights,
 )
 from lbaccel.optim.trained import train_only
-from lbaccel.recipe.options_batch import DataOptions, ModelOptions
+from lbaccel.recipe.options_data import DataOptions, ModelOptions
 
 Say = Callable[[str], object]
 GIVEN = ("mean", "std", "interpolation", "crop_pct")

@@ -1,7 +1,8 @@
 """All options of the recipe in their groups, and a run's settings: a value for each (no torch).
 
-A row in `options_batch` or `options_training` is all that is said of an option: name, type,
-default, help, who reads it, whether it decides the result. Lists of options are derived from it.
+A row in `options_data`, `options_batch` or `options_training` is all that is said of an option:
+name, type, default, help, who reads it, whether it decides the result. Lists of options are derived
+from it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lbaccel.recipe.options_batch import BatchOptions, DataOptions, ModelOptions
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.options_data import DataOptions, ModelOptions
 from lbaccel.recipe.options_training import OptimizerOptions, RateOptions, RunOptions
 from lbaccel.recipe.values import Option
 

@@ -12,7 +12,8 @@ from lbaccel.batch.plan import NormBatchSize
 from lbaccel.errors import InputError
 from lbaccel.launch import local_world_size
 from lbaccel.optim.trained import FREEZES_NORM
-from lbaccel.recipe.options_batch import BatchOptions, ModelOptions
+from lbaccel.recipe.options_batch import BatchOptions
+from lbaccel.recipe.options_data import ModelOptions
 from lbaccel.update.memory.budget import default_budget, memory_limit, parse_memory
 
 

@@ -55,7 +55,7 @@ def flag_of(name: str) -> str:
 
 
 def spec_of(data: str | os.PathLike[str]) -> str:
-    """What `--data` takes, from the same or from the path of a folder.
+    """The value of `--data` for a path of a folder; one that is such a value stays.
 
     >>> spec_of("photos"), spec_of("parquet:photos")
     ('folder:photos', 'parquet:photos')

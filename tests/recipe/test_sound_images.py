@@ -15,7 +15,7 @@ from lbaccel import train
 from lbaccel.data.broken import Broken
 from lbaccel.recipe import images
 from lbaccel.recipe.images import read_skipped, write_skipped
-from lbaccel.recipe.options_batch import DataOptions
+from lbaccel.recipe.options_data import DataOptions
 
 FLAGS = [
     *("--data", "folder:images", "--global-batch-size", "8", "--norm-batch-size", "8"),
