@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lbaccel.data.images import ImageArray, ImageFiles, folder_of
@@ -45,12 +45,19 @@ def shared_files(source: Source) -> list[tuple[str, str]]:
     names, of_val = names_of(source.train), names_of(source.val)
     if len(names) + len(of_val) > MOST_FILES:
         return []
+    return shared_in(groups_of_same_bytes(dict.fromkeys([*names, *of_val])), names, of_val)
+
+
+def shared_in(
+    groups: Iterable[Sequence[Path]], names: Mapping[Path, str], of_val: Mapping[Path, str]
+) -> list[tuple[str, str]]:
+    """The same from the groups of equal files, and the names of both sets by their files."""
     found = [(of_val[path], name) for path, name in names.items() if path in of_val]
-    of_val = {path: name for path, name in of_val.items() if path not in names}
-    for group in groups_of_same_bytes([*names, *of_val]):
+    for group in groups:
         twin = next((names[path] for path in group if path in names), None)
         if twin is not None:
-            found += [(of_val[path], twin) for path in group if path in of_val]
+            alone = (path for path in group if path in of_val and path not in names)
+            found += [(of_val[path], twin) for path in alone]
     return found
 
 

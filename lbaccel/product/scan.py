@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from lbaccel.data.broken import Broken, Share, broken_files
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import some
-from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_files
+from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_in
 from lbaccel.data.sources import Source
 
 FEW = 20  # images of a class, below which its figures say little
@@ -124,7 +124,9 @@ def scan(source: Source) -> Scan:
         headers = list(threads.map(_header, names))
     good = [header for header in headers if header is not None]
     sides = sorted(min(width, height) for width, height, _ in good)
-    copies = [tuple(names[p] for p in g) for g in groups_of_same_bytes(of_train)]
+    groups = groups_of_same_bytes(names)
+    of_training = ([of_train[path] for path in group if path in of_train] for group in groups)
+    copies = [tuple(group) for group in of_training if len(group) > 1]
     label_of = dict(zip(_names(source.train), map(int, source.train.labels), strict=True))
     return Scan(
         counts=counts,
@@ -132,7 +134,7 @@ def scan(source: Source) -> Scan:
         broken=tuple(broken_files(source, whole=True, share=Share(threads=THREADS))),
         copies=tuple(copies),
         contradicting=tuple(g for g in copies if len({label_of[name] for name in g}) > 1),
-        shared=tuple(shared_files(source)),
+        shared=tuple(shared_in(groups, of_train, of_val)),
         turned=sum(turned for _, _, turned in good),
         short_sides=(sides[0], int(statistics.median(sides)), sides[-1]) if sides else None,
         looked_at=len(good),

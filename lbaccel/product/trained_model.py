@@ -60,13 +60,8 @@ class TrainedModel:
 
         A run of lbaccel from before there was the setting was trained on images as they are stored.
         """
-        name = "exif_orientation"
-        if name in self.preprocessing:
-            return bool(self.preprocessing[name])
-        is_export_of_before = self.run is None and self.knows_data
-        if is_export_of_before and self.settings.origin(name) == "default":
-            return False
-        return self.settings.data.exif_orientation
+        of_settings = self.settings.data.exif_orientation
+        return bool(self.preprocessing.get("exif_orientation", of_settings))
 
     @property
     def described(self) -> str:

@@ -132,8 +132,9 @@ def from_file(path: Path, *, of_a_run: bool = False) -> Settings:
     settings = layered(Settings(), options, origin=str(path))
     if of_a_run or PLAN in content:  # what a run of before did not name has its own value
         added = {n: v for n, v in BEFORE.items() if n not in options}
-        read = {n: v for n, v in added.items() if is_read(OPTIONS[n], settings)}
-        settings = layered(settings, read, origin=str(path))
+        if not of_a_run:  # a new run would refuse what nothing reads
+            added = {n: v for n, v in added.items() if is_read(OPTIONS[n], settings)}
+        settings = layered(settings, added, origin=str(path))
     before = content.get(ORIGIN)
     origins = before.items() if isinstance(before, Mapping) else ()
     by_default = {name for name, origin in origins if origin == "default"}
