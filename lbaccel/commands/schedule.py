@@ -18,6 +18,8 @@ from lbaccel.recipe.schedule_table import ScheduleTable, plot
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import check_plot
 
+Group = argparse._ArgumentGroup  # argparse gives it no other name
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The batch, the run, the learning rate, and the output."""
@@ -25,7 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Phases of a batch-size schedule: batch size, learning rate and updates from each epoch "
         "on. Epochs are numbered from 1, and a change happens at the start of its epoch."
     )
-    batch = parser.add_argument_group("the batch")
+    _add_batch(parser.add_argument_group("the batch"))
+    _add_length(parser.add_argument_group("the run: one of --epochs and --samples"))
+    _add_rate(parser.add_argument_group("the learning rate"))
+    shown = parser.add_argument_group("output")
+    shown.add_argument("--json", action="store_true", help="one JSON object")
+    shown.add_argument("--plot", type=Path, metavar="F", help="draw it (.png, .svg, .pdf)")
+
+
+def _add_batch(batch: Group) -> None:
     batch.add_argument(
         "--batch-schedule", choices=RULES, required=True, metavar="RULE", help=", ".join(RULES)
     )
@@ -86,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fast, instant: first larger batch; default: 6",
     )
     batch.add_argument("--world-size", type=bounds.ranks, default=1, metavar="W", help="default: 1")
-    length = parser.add_argument_group("the run: one of --epochs and --samples")
+
+
+def _add_length(length: Group) -> None:
     length.add_argument("--epochs", type=bounds.epochs, metavar="E")
     length.add_argument("--samples", type=bounds.count, metavar="S", help="in all epochs together")
     length.add_argument(
@@ -100,7 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an epoch's remainder: a short update (default), into the next epoch, or left out "
         "(one batch size alone)",
     )
-    rate = parser.add_argument_group("the learning rate")
+
+
+def _add_rate(rate: Group) -> None:
     rate.add_argument(
         "--base-lr",
         type=bounds.positive,
@@ -136,9 +150,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHAPE",
         help="constant, cosine: times the rule's",
     )
-    shown = parser.add_argument_group("output")
-    shown.add_argument("--json", action="store_true", help="one JSON object")
-    shown.add_argument("--plot", type=Path, metavar="F", help="draw it (.png, .svg, .pdf)")
 
 
 def run(arguments: argparse.Namespace) -> int:

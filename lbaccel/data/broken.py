@@ -1,19 +1,21 @@
-"""Image files that can't be read, found before the first update: named, or left out."""
+"""Images that can't be read, found before the first update: named, or left out."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lbaccel.data.images import ImageArray, ImageFiles, decode_image, folder_of
+from lbaccel.data.images import EncodedImages, ImageArray, ImageFiles, decode_image, folder_of
 from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import CannotRead, InputError, is_of_the_disk
@@ -21,12 +23,14 @@ from lbaccel.text import one_line
 
 MOST_FILES = 20_000  # that are looked at where not every file is to be read
 LINE_EVERY_SECONDS = 10.0
+_EMPTY = "it is empty"
 _TAIL = 64  # bytes: some programs write a few behind the end of an image
 _AT_ONCE = 1024  # files between two looks at the clock
+_RUN = 256  # images that are taken one after the other: their bytes stand in one row group
 
 
 class Broken(NamedTuple):
-    """A file that can't be read as an image: its set ("train" or "val"), its name, the reason."""
+    """An image that can't be read: its set ("train" or "val"), its name, the reason."""
 
     split: str
     name: str
@@ -35,58 +39,76 @@ class Broken(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """The files that one rank looks at, each `world_size`-th from `rank`, in so many threads."""
+    """The images that one rank looks at, in so many threads."""
 
     rank: int = 0
     world_size: int = 1
     threads: int = 1
 
 
-def broken_files(
+class _Entry(NamedTuple):
+    split: str
+    name: str
+    place: Path | tuple[EncodedImages, Any]  # a file, or a sample and its reader
+
+    def fault(self, *, whole: bool) -> str | None:
+        if isinstance(self.place, Path):
+            return fault_of(self.place, whole=whole)
+        reader, sample = self.place
+        try:
+            data = reader.data_of(sample)
+        except OSError as error:
+            return _of_system(error, self.name)
+        return _fault_in(BytesIO(data), len(data), self.name, whole=whole)
+
+
+def broken_images(
     source: Source,
     *,
     whole: bool,
     share: Share | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> list[Broken]:
-    """The training and validation files that can't be read as images.
+    """The training and validation images that can't be read.
 
-    A look opens each file, reads its header, and checks that a JPEG, PNG or WebP has its end; only
-    a file that fails in this is decoded. Of more than `MOST_FILES` files it takes so many, evenly
-    spread. With `whole` all files are decoded (a JPEG at an eighth of its size, which reads all of
-    it), so none that is found good can fail in training.
+    A look reads the header of each, and checks that a JPEG, PNG or WebP has its end; only one that
+    fails in this is decoded. Of more than `MOST_FILES` images it takes so many, evenly spread.
+    With `whole` all are decoded (a JPEG at an eighth of its size, which reads all of it), so none
+    that is found good can fail in training.
 
     Args:
-        source: the images; those in parquet files and in memory are not looked at.
-        whole: decode all files.
-        share: of this rank; all files in one thread if None.
+        source: the images; those in memory were decoded when it was opened.
+        whole: decode all of them.
+        share: of this rank; all images in one thread if None.
         say: prints a line about how far this is, every 10 seconds.
 
     Raises:
         CannotRead: the system refuses to read a file, which may be whole.
     """
     share = share or Share()
-    files = _files(source)
-    if not whole and len(files) > MOST_FILES:
-        files = [files[i * len(files) // MOST_FILES] for i in range(MOST_FILES)]
-    mine, found = files[share.rank :: share.world_size], []
+    entries = _entries(source)
+    if not whole and len(entries) > MOST_FILES:
+        entries = _spread(entries, MOST_FILES)
+    ends = [rank * len(entries) // share.world_size for rank in (share.rank, share.rank + 1)]
+    found: list[Broken] = []
     told, done = time.monotonic(), 0
     with ThreadPoolExecutor(share.threads) as pool:
-        for some_files in _cut(mine):
-            reasons = pool.map(lambda f: fault_of(f[2], whole=whole), some_files)
-            for (split, name, _), reason in zip(some_files, reasons, strict=True):
+        for some_entries in _cut(entries[slice(*ends)]):
+            in_files = isinstance(some_entries[0].place, Path)
+            looks = (pool.map if in_files else map)(lambda e: e.fault(whole=whole), some_entries)
+            for (split, name, _), reason in zip(some_entries, looks, strict=True):
                 if reason is not None:
                     found.append(Broken(split, name, reason))
-            done += len(some_files)
+            done += len(some_entries)
             if time.monotonic() - told >= LINE_EVERY_SECONDS:
                 told = time.monotonic()
-                say(f"scan: {done * share.world_size:,} of {len(files):,} image files read")
+                say(f"scan: {done * share.world_size:,} of {len(entries):,} images read")
     return found
 
 
-def num_files(source: Source) -> int:
-    """The number of files that `broken_files` would read."""
-    return len(_files(source))
+def num_entries(source: Source) -> int:
+    """The number of images that `broken_images` would read."""
+    return len(_entries(source))
 
 
 def fault_of(path: Path, *, whole: bool = True) -> str | None:
@@ -102,23 +124,32 @@ def fault_of(path: Path, *, whole: bool = True) -> str | None:
     try:
         size = path.stat().st_size
         if size == 0:
-            return "it is empty"
+            return _EMPTY
         with path.open("rb") as file:
-            with Image.open(file) as image:
-                kind, mode = image.format, image.mode
-                if not whole and mode not in ("I", "F") and _has_its_end(file, kind, size):
-                    return None
-                if kind == "JPEG" and mode in ("L", "RGB"):
-                    image.draft(mode, (1, 1))  # an eighth of each side, from all of the file
-                    image.load()
-                    return None
-            file.seek(0)
-            decode_image(file, one_line(path.name))
+            return _fault_in(file, size, path.name, whole=whole)
+    except OSError as error:
+        return _of_system(error, str(path))
+
+
+def _fault_in(file: IO[bytes], size: int, name: str, *, whole: bool) -> str | None:
+    if size == 0:
+        return _EMPTY
+    try:
+        with Image.open(file) as image:
+            kind, mode = image.format, image.mode
+            if not whole and mode not in ("I", "F") and _has_its_end(file, kind, size):
+                return None
+            if kind == "JPEG" and mode in ("L", "RGB"):
+                image.draft(mode, (1, 1))  # an eighth of each side, from all of the file
+                image.load()
+                return None
+        file.seek(0)
+        decode_image(file, one_line(name))
     except (CannotRead, MemoryError):
         raise
     except OSError as error:
         if is_of_the_disk(error):
-            raise CannotRead(f"{one_line(str(path))} can't be read: {error.strerror}.") from error
+            raise
         return _reason(error)
     except Exception as error:  # PIL's decoders raise SyntaxError, EOFError, struct.error
         return _reason(error)
@@ -126,7 +157,7 @@ def fault_of(path: Path, *, whole: bool = True) -> str | None:
 
 
 def without(source: Source, broken: Collection[Broken]) -> Source:
-    """The source without these files.
+    """The source without these images.
 
     Raises:
         InputError: no training image of a class is left, or no validation image.
@@ -137,7 +168,7 @@ def without(source: Source, broken: Collection[Broken]) -> Source:
     for split, images in (("train", source.train), ("val", source.val)):
         names = {b.name for b in broken if b.split == split}
         if names and isinstance(images, ImageFiles):
-            rows = [row for row, name in enumerate(images.names) if name not in names]
+            rows = [row for row, name in enumerate(_names(images)) if name not in names]
             images = images.only(rows)
         left[split] = images
     train, val = left["train"], left["val"]
@@ -151,7 +182,7 @@ def without(source: Source, broken: Collection[Broken]) -> Source:
 
 
 def listed(broken: Sequence[Broken], source: Source, *, most: int = 3) -> str:
-    """The paths of the first files with their reasons, and how many there are besides."""
+    """The places of the first ones with their reasons, and how many there are besides."""
     roots = {"train": folder_of(source.train), "val": folder_of(source.val)}
     paths = [one_line(str((roots[b.split] or Path()) / b.name)) for b in broken[:most]]
     shown = [f"{path} ({b.reason})" for path, b in zip(paths, broken, strict=False)]
@@ -159,17 +190,37 @@ def listed(broken: Sequence[Broken], source: Source, *, most: int = 3) -> str:
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def _files(source: Source) -> list[tuple[str, str, Path]]:
+def _entries(source: Source) -> list[_Entry]:
     found = []
     for split, images in (("train", source.train), ("val", source.val)):
-        root = folder_of(images)
-        if root is not None and not isinstance(images, ImageArray):
-            found += [(split, name, root / name) for name in images.samples]
+        if isinstance(images, ImageArray):
+            continue
+        root, reader = folder_of(images), images.read
+        if root is not None:
+            found += [_Entry(split, name, root / name) for name in images.samples]
+        elif isinstance(reader, EncodedImages):
+            reader = copy.copy(reader)  # what it keeps in memory goes with the look
+            named = zip(_names(images), images.samples, strict=True)
+            found += [_Entry(split, name, (reader, sample)) for name, sample in named]
     return found
 
 
-def _cut(files: Sequence[tuple[str, str, Path]]) -> Iterator[list[tuple[str, str, Path]]]:
-    rest = iter(files)
+def _names(images: ImageFiles) -> Sequence[str]:
+    """A name that no other image of the set has."""
+    if folder_of(images) is None and isinstance(images.read, EncodedImages):
+        return [images.read.name_of(sample) for sample in images.samples]
+    return images.names
+
+
+def _spread(entries: Sequence[_Entry], most: int) -> list[_Entry]:
+    """So many of them from all over: single files, or runs of images whose bytes lie together."""
+    run = 1 if isinstance(entries[0].place, Path) else min(_RUN, most)
+    starts = [i * len(entries) * run // most for i in range(most // run)]
+    return [entry for start in starts for entry in entries[start : start + run]]
+
+
+def _cut(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+    rest = iter(entries)
     while part := list(islice(rest, _AT_ONCE)):
         yield part
 
@@ -199,6 +250,12 @@ def _has_its_end(file: IO[bytes], kind: str | None, size: int) -> bool:
     return rule(size, head, tail)
 
 
+def _of_system(error: OSError, where: str) -> str:
+    if is_of_the_disk(error):
+        raise CannotRead(f"{one_line(where)} can't be read: {error.strerror}.") from error
+    return _reason(error)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "PIL knows no such format"
@@ -208,5 +265,6 @@ def _reason(error: Exception) -> str:
         return _reason(error.__cause__)
     if not isinstance(error, (OSError, InputError, Image.DecompressionBombError)):
         return "it is cut off or damaged"  # the text of a struct.error would not help
-    text = one_line(" ".join(str(error).split()))
+    plain = getattr(error, "strerror", None) or str(error)
+    text = one_line(" ".join(plain.split()))
     return text[:117] + "..." if len(text) > 120 else text or type(error).__name__

@@ -159,7 +159,11 @@ class HubImages:
     where: str
     exif_orientation: bool = True
 
-    def encoded(self, row: int) -> bytes:
+    def name_of(self, row: int) -> str:
+        """The row."""
+        return f"row {row}"
+
+    def data_of(self, row: int) -> bytes:
         """The bytes of the image of this row; none where there is no image."""
         found = self.table[row][self.column] or {}
         if not found.get("bytes") and found.get("path"):
@@ -178,7 +182,7 @@ class HubImages:
         """
         where = f"{self.where}, row {row} (counted from 0)"
         try:
-            data = self.encoded(row)
+            data = self.data_of(row)
         except OSError as error:
             raise InputError(f"{where}: its file can't be read: {error.strerror}.") from error
         if not data:

@@ -130,7 +130,7 @@ def _digest_of_bytes(source: Source) -> str:
             continue
         if isinstance(images.read, HubImages):
             for row in images.samples:
-                digest.update(images.read.encoded(row) + b"\0end\0")
+                digest.update(images.read.data_of(row) + b"\0end\0")
         for path in _paths(images):
             with reading(path), path.open("rb") as file:
                 while chunk := file.read(2**20):
@@ -165,7 +165,7 @@ def _sizes(images: ImageFiles) -> Iterator[int]:
     read: Any = images.read
     if isinstance(read, HubImages):
         some = images.samples[:: max(1, len(images) // MOST_READ)]
-        yield from (len(read.encoded(row)) for row in some)
+        yield from (len(read.data_of(row)) for row in some)
     every = 1 if folder_of(images) is None else max(1, len(images) // MOST_SIZES)
     for path in islice(_paths(images), 0, None, every):
         yield path.stat().st_size if path.exists() else -1  # a reader says so, when it comes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -115,6 +115,23 @@ class ImageFiles:
             samples = tuple(self.samples[row] for row in rows)
         labels = tuple(self.labels[row] for row in rows)
         return replace(self, samples=samples, labels=labels, names=names)
+
+
+@runtime_checkable
+class EncodedImages(Protocol):
+    """A reader of images whose bytes stand in no files of their own: rows, parts of an archive."""
+
+    def name_of(self, sample: Any) -> str:
+        """The place of its bytes without the folder; no other sample of the set has it."""
+        ...
+
+    def data_of(self, sample: Any) -> bytes:
+        """Its bytes, and none where there are none; raises OSError."""
+        ...
+
+    def __call__(self, sample: Any) -> Image.Image:
+        """The image, as RGB."""
+        ...
 
 
 def taken(images: ImageArray | ImageFiles, rows: Sequence[int]) -> ImageArray | ImageFiles:

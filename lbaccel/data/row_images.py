@@ -72,13 +72,21 @@ class RowImages:
 
     def __call__(self, row: int) -> Image.Image:
         """The image in this row, as RGB."""
-        group = self._group_of(row)
-        return self.decode(row, self._read(group)[row - self.groups[group][0]].as_py())
+        return self.decode(row, self._bytes(row))
 
     def where(self, row: int) -> str:
         """File and row, for messages."""
-        first, file, _, first_in_file = self.groups[self._group_of(row)]
-        return f"{one_line(self.files[file])}, row {row - first + first_in_file} {ROW_RULE}"
+        file, in_file = self._place(row)
+        return f"{one_line(str(file))}, row {in_file} {ROW_RULE}"
+
+    def name_of(self, row: int) -> str:
+        """File without its folder, and row; the files of a set are in one folder."""
+        file, in_file = self._place(row)
+        return f"{file.name}, row {in_file}"
+
+    def data_of(self, row: int) -> bytes:
+        """The encoded image of this row; nothing where it has none."""
+        return self._bytes(row) or b""
 
     def decode(self, row: int, data: bytes | None) -> Image.Image:
         """These bytes of this row as an image.
@@ -101,6 +109,14 @@ class RowImages:
                     for data in _encoded(batch.column(0)).to_pylist():
                         yield row, data
                         row += 1
+
+    def _place(self, row: int) -> tuple[Path, int]:
+        first, file, _, first_in_file = self.groups[self._group_of(row)]
+        return Path(self.files[file]), row - first + first_in_file
+
+    def _bytes(self, row: int) -> bytes | None:
+        group = self._group_of(row)
+        return self._read(group)[row - self.groups[group][0]].as_py()
 
     def _group_of(self, row: int) -> int:
         return bisect_right(self.groups, row, key=lambda group: group[0]) - 1

@@ -133,12 +133,20 @@ class TarImages:
         Raises:
             InputError: the file is absent, or these bytes are no image.
         """
-        start, size = place
-        where = f"{one_line(self.path)}, byte {start}"
+        where = f"{one_line(self.path)}, byte {place[0]}"
         try:
-            with Path(self.path).open("rb") as file:
-                file.seek(start)
-                data = file.read(size)
+            data = self.data_of(place)
         except OSError as error:
             raise InputError(f"{where} can't be read: {error.strerror}.") from error
         return decode_image(BytesIO(data), where, exif_orientation=self.exif_orientation)
+
+    def name_of(self, place: Sequence[int]) -> str:
+        """File without its folder, and the first byte."""
+        return f"{Path(self.path).name}, byte {place[0]}"
+
+    def data_of(self, place: Sequence[int]) -> bytes:
+        """The encoded image of (first byte, number of bytes)."""
+        start, size = place
+        with Path(self.path).open("rb") as file:
+            file.seek(start)
+            return file.read(size)

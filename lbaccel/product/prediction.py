@@ -17,6 +17,7 @@ from lbaccel.data.images import read_image
 from lbaccel.data.pipelines import evaluation_transform
 from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError, check_number, check_whole
+from lbaccel.product.device import one_device
 from lbaccel.product.evaluation import MADE_BY
 from lbaccel.product.files import EVALUATIONS, FIGURES
 from lbaccel.product.inputs import files_named
@@ -129,7 +130,7 @@ def predictions(
             f"{trained.path} takes images of {channels} channels; files are read with 1 or 3."
         )
     t = temperature if temperature is not None else temperature_of(trained)
-    device = _device()
+    device = one_device()
     model = trained.model.to(device)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     transform = evaluation_transform(trained.preprocessing)
@@ -172,11 +173,6 @@ def _most_probable(
         (tuple(trained.classes[i] for i in places), tuple(shares))
         for shares, places in zip(found.values.tolist(), found.indices.tolist(), strict=True)
     ]
-
-
-def _device() -> torch.device:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if device is None or device.type == "mps" else device
 
 
 def temperature_of(trained: TrainedModel) -> Temperature:

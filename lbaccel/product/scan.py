@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from lbaccel.data.broken import Broken, Share, broken_files
+from lbaccel.data.broken import Broken, Share, broken_images
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import some
 from lbaccel.data.same_files import MOST_FILES, groups_of_same_bytes, names_of, shared_in
@@ -131,7 +131,7 @@ def scan(source: Source) -> Scan:
     return Scan(
         counts=counts,
         num_val=len(source.val),
-        broken=tuple(broken_files(source, whole=True, share=Share(threads=THREADS))),
+        broken=tuple(broken_images(source, whole=True, share=Share(threads=THREADS))),
         copies=tuple(copies),
         contradicting=tuple(g for g in copies if len({label_of[name] for name in g}) > 1),
         shared=tuple(shared_in(groups, of_train, of_val)),
@@ -151,7 +151,7 @@ def _header(path: Path) -> tuple[int, int, bool] | None:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
             return *image.size, turned
-    except Exception:  # Pillow's readers raise nearly anything; `broken_files` says what it is
+    except Exception:  # Pillow's readers raise nearly anything; `broken_images` says what it is
         return None
 
 

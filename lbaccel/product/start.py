@@ -18,6 +18,7 @@ from torch import nn
 from lbaccel.data.broken import without
 from lbaccel.data.sources import Source
 from lbaccel.optim.defaults import default_base_lr
+from lbaccel.product.device import one_device
 from lbaccel.product.features import FirstFigure, first_figure
 from lbaccel.product.scan import Scan, scan
 from lbaccel.product.weights import find_backbone
@@ -136,7 +137,7 @@ def start(pinned: Settings, *, minutes: float, say: Say) -> Start:
         found.choose("skip_corrupt", True, f"{len(found.scan.broken)} files can't be read")
     if found.settings.data.skip_corrupt:
         source = without(source, found.scan.broken)
-    device = _device()
+    device = one_device()
     _choose_backbone(found, device)
     model, preprocessing = build_model(
         found.settings.model, found.settings.data, source, num_classes=num_classes, say=say
@@ -152,10 +153,6 @@ def start(pinned: Settings, *, minutes: float, say: Say) -> Start:
     found.seconds = _choose_by_updates(found, source, seconds=left, share=60 * minutes, say=say)
     _warn_of_large_batch(found, say=say)
     return found
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _choose_backbone(found: Start, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The images of a run: opened as its settings say, without the files that can't be read."""
+"""The images of a run: opened as its settings say, without those that can't be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lbaccel.data.broken import Broken, Share, broken_files, listed, num_files, without
+from lbaccel.data.broken import Broken, Share, broken_images, listed, num_entries, without
 from lbaccel.data.sources import Source, open_source
 from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError
@@ -57,11 +57,11 @@ def sound_images(
     """
     data, seed = s.data, s.run.seed
     source = on_each_rank(accelerator, lambda: open_data(data, seed=seed))
-    if not num_files(source):
+    if not num_entries(source):
         if data.skip_corrupt and fresh:
             raise InputError(
-                f"--data {data.data} keeps its images in no files of their own, so nothing reads "
-                "--skip-corrupt true. Leave it out."
+                f"--data {data.data} has its images in memory, all of them decoded, so nothing "
+                "reads --skip-corrupt true. Leave it out."
             )
         return source, ()
     run = s.run.resume
@@ -74,13 +74,13 @@ def sound_images(
     broken = _broken(source, accelerator, whole=data.skip_corrupt, say=say)
     if broken and not data.skip_corrupt:
         raise InputError(
-            f"{len(broken)} of the {num_files(source)} image files of --data {data.data} can't be "
+            f"{len(broken)} of the {num_entries(source)} images of --data {data.data} can't be "
             f"read: {listed(broken, source)}. Mend or remove them, or add --skip-corrupt: it reads "
-            f"all files first, leaves out those that can't be read, and lists them in {SKIPPED}."
+            f"all images first, leaves out those that can't be read, and lists them in {SKIPPED}."
         )
     if broken:
         say(
-            f"skip: {len(broken)} of {num_files(source)} image files can't be read and are left "
+            f"skip: {len(broken)} of {num_entries(source)} images can't be read and are left "
             f"out: {printable(listed(broken, source))} (all are listed in {SKIPPED})"
         )
     return on_each_rank(accelerator, lambda: without(source, broken)), broken
@@ -115,7 +115,7 @@ def _broken(source: Source, accelerator: Any, *, whole: bool, say: Say) -> tuple
     cores = max(1, (os.cpu_count() or 1) // local_world_size())
     share = Share(accelerator.process_index, ranks, min(MOST_THREADS, cores))
     mine = on_each_rank(
-        accelerator, lambda: broken_files(source, whole=whole, share=share, say=say)
+        accelerator, lambda: broken_images(source, whole=whole, share=share, say=say)
     )
     parts: list[Any] = [mine]
     if ranks > 1:

@@ -28,10 +28,6 @@ def _is_from_outside(data: str) -> bool:
     return data.partition(":")[0] not in ("digits", "cifar10", "cifar100", "synthetic")
 
 
-def _names_files(data: str) -> bool:
-    return data.partition(":")[0] in ("folder", "csv", "timm")
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """The backbone, and the weights it starts from."""
@@ -120,10 +116,10 @@ class DataOptions:
     skip_corrupt: bool = option(
         False,
         switch,
-        "read all image files first, leave out those that can't be read, and list them in "
+        "read all images first, leave out those that can't be read, and list them in "
         "skipped.json of the run",
         reads_with=(
-            ReadWith("data", _names_files, "Only image files are read first: use folder:PATH"),
+            ReadWith("data", _is_from_outside, "Its images can all be read: use folder:PATH"),
         ),
     )
     workers: int = option(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import write_tree
+from pictures import png, write_parquet, write_tree
 from PIL import Image
 
 from lbaccel.data import broken as module
-from lbaccel.data.broken import Broken, Share, broken_files, fault_of, listed, without
-from lbaccel.data.sources import open_source
+from lbaccel.data.broken import Broken, Share, broken_images, fault_of, listed, without
+from lbaccel.data.hub import HubImages
+from lbaccel.data.images import ImageFiles
+from lbaccel.data.sources import Source, open_source
 from lbaccel.errors import CannotRead, InputError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -108,6 +112,7 @@ def photos(root):
     return open_source(f"folder:{root}")
 
 
+CUT = "it is cut off or damaged"
 FOUND = [
     Broken("train", "rose/2.png", "it is empty"),
     Broken("val", "daisy/0.png", "PIL knows no such format"),
@@ -121,10 +126,10 @@ def test_the_ranks_together_look_at_each_file_once(tmp_path, monkeypatch, whole)
     monkeypatch.setattr(
         module, "fault_of", lambda path, whole: looked.append(path) or plain(path, whole=whole)
     )
-    assert broken_files(source, whole=whole) == FOUND
+    assert broken_images(source, whole=whole) == FOUND
     assert len(looked) == len(set(looked)) == 18
     looked.clear()
-    shares = [broken_files(source, whole=whole, share=Share(rank, 3, 2)) for rank in range(3)]
+    shares = [broken_images(source, whole=whole, share=Share(rank, 3, 2)) for rank in range(3)]
     assert sorted(b for found in shares for b in found) == FOUND
     assert len(looked) == len(set(looked)) == 18
 
@@ -133,12 +138,12 @@ def test_a_look_at_a_large_set_takes_files_from_all_over_it(tmp_path, monkeypatc
     source, looked = photos(tmp_path), []
     monkeypatch.setattr(module, "MOST_FILES", 6)
     monkeypatch.setattr(module, "fault_of", lambda path, whole: looked.append(path))
-    broken_files(source, whole=False)
+    broken_images(source, whole=False)
     files = [tmp_path / "train" / n for n in source.train.names]
     files += [tmp_path / "val" / n for n in source.val.names]
     assert looked == files[::3]
     looked.clear()
-    broken_files(source, whole=True)
+    broken_images(source, whole=True)
     assert looked == files
 
 
@@ -146,8 +151,8 @@ def test_a_long_scan_says_how_far_it_is(tmp_path, monkeypatch):
     source, said, now = photos(tmp_path), [], iter(range(0, 1000, 7))
     monkeypatch.setattr(module, "_AT_ONCE", 4)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    broken_files(source, whole=True, say=said.append)
-    assert said and said[0] == "scan: 8 of 18 image files read"
+    broken_images(source, whole=True, say=said.append)
+    assert said and said[0] == "scan: 8 of 18 images read"
 
 
 def test_what_is_left_is_whole_and_counts_anew(tmp_path):
@@ -158,7 +163,7 @@ def test_what_is_left_is_whole_and_counts_anew(tmp_path):
     assert [left.train.load(i).size for i in range(11)] == [(5, 4)] * 11
     assert left.train.labels == (0,) * 6 + (1,) * 5
     assert left.description.endswith("; 2 of them can't be read and are left out")
-    assert broken_files(left, whole=True) == []
+    assert broken_images(left, whole=True) == []
     assert without(source, ()) is source
 
 
@@ -182,5 +187,96 @@ def test_a_message_names_a_few_and_escapes_their_names(tmp_path):
     assert listed(FOUND[1:], source) == f"{tmp_path}/val/daisy/0.png (PIL knows no such format)"
 
 
+def large(number, share=1.0):
+    """The bytes of a picture that is too large to be held in memory, or the first of them."""
+    content = png(number, size=(70, 65))
+    return content[: int(len(content) * share)]
+
+
+def in_rows(root):
+    """Two files in row groups of three: rows that are no image, and one without any bytes."""
+    images = [large(n, 0.8 if n == 4 else 1) for n in range(8)]
+    write_parquet(root / "train-0.parquet", images[:5], [0, 1, 0, 1, 0], paths=["same.png"] * 5)
+    write_parquet(root / "train-1.parquet", [*images[5:], None], [1, 0, 1, 0])
+    write_parquet(root / "validation-0.parquet", [large(9), b"text", large(1)], [0, 0, 1])
+    found = [
+        Broken("train", "train-0.parquet, row 4", CUT),
+        Broken("train", "train-1.parquet, row 3", "it is empty"),
+        Broken("val", "validation-0.parquet, row 1", "PIL knows no such format"),
+    ]
+    return open_source(f"parquet:{root}"), found
+
+
+def in_tars(root):
+    for split, numbers in (("train", range(6)), ("val", range(3))):
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            for n in numbers:
+                content = large(n, 0.8 if n == 2 else 1)
+                info = tarfile.TarInfo(f"{'ab'[n % 2]}/{n}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    source = open_source(f"timm:{root}")
+    found = []
+    for split, images in (("train", source.train), ("val", source.val)):
+        start = images.samples[images.names.index("a/2.png")][0]
+        found.append(Broken(split, f"{split}.tar, byte {start}", CUT))
+    return source, found
+
+
+def in_a_table(root):
+    def images(numbers):
+        rows = [{"image": {"bytes": large(n), "path": None}} for n in numbers]
+        rows[1] = {"image": {"bytes": None, "path": str(root / "absent.png")}}
+        read = HubImages(rows, "image", "hf:me/flowers")
+        rows = tuple(range(len(rows)))
+        return ImageFiles(rows, tuple(n % 2 for n in rows), ("a", "b"), tuple(map(str, rows)), read)
+
+    source = Source(images(range(5)), images(range(4)), "hf:me/flowers", 3, "")
+    reason = "its path names no file of at most 256 MiB"
+    return source, [Broken(split, "row 1", reason) for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("make", [in_rows, in_tars, in_a_table])
+def test_images_in_no_files_of_their_own_are_looked_at(tmp_path, make, whole):
+    source, found = make(tmp_path)
+    assert broken_images(source, whole=whole) == found
+    shares = [broken_images(source, whole=whole, share=Share(rank, 3, 2)) for rank in range(3)]
+    assert [b for some in shares for b in some] == found
+    left = without(source, found)
+    assert broken_images(left, whole=True) == []
+    lost = [len([b for b in found if b.split == split]) for split in ("train", "val")]
+    assert len(left.train) == len(source.train) - lost[0]
+    assert len(left.val) == len(source.val) - lost[1]
+    for images in (left.train, left.val):
+        assert all(images.load(row).size == (70, 65) for row in range(len(images)))
+
+
+def test_a_look_leaves_nothing_in_the_memory_of_the_reader(tmp_path):
+    source, _ = in_rows(tmp_path)
+    broken_images(source, whole=True)
+    assert not source.train.read._cache
+
+
+def test_of_many_rows_runs_are_taken_that_lie_together(tmp_path, monkeypatch):
+    source, _ = in_rows(tmp_path)
+    looked = []
+    monkeypatch.setattr(module, "MOST_FILES", 6)
+    monkeypatch.setattr(module, "_RUN", 2)
+    monkeypatch.setattr(module, "_fault_in", lambda _, __, name, whole: looked.append(name))
+    broken_images(source, whole=False)
+    assert [name[:5] + name[-1] for name in looked] == [
+        *("train0", "train1", "train4", "train0", "train3", "valid0")
+    ]
+
+
+def test_the_names_of_rows_are_shown_with_the_reason(tmp_path):
+    source, found = in_rows(tmp_path)
+    assert listed(found[1:], source) == (
+        "train-1.parquet, row 3 (it is empty), "
+        "validation-0.parquet, row 1 (PIL knows no such format)"
+    )
+
+
 def test_images_in_memory_are_not_looked_at():
-    assert broken_files(open_source("digits"), whole=True) == []
+    assert broken_images(open_source("digits"), whole=True) == []

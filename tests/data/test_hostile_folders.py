@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from runs_of_recipe import BASE, run
 
 from lbaccel import train
-from lbaccel.data.broken import broken_files, fault_of
+from lbaccel.data.broken import broken_images, fault_of
 from lbaccel.data.folders import _different
 from lbaccel.data.identity import identity_of
 from lbaccel.data.images import decode_image
@@ -272,6 +272,6 @@ def test_links_out_of_the_folder_are_followed_to_files_and_folders(tmp_path):
         (photos / "rose" / f"link{n}.png").symlink_to(tmp_path / "store" / "two" / f"{n}.png")
     source = open_source("folder:photos", val_fraction=0.25)
     assert (len(source.train), len(source.val)) == (6, 2)
-    assert broken_files(source, whole=True) == []
+    assert broken_images(source, whole=True) == []
     copy = pickle.loads(pickle.dumps(source.train))
     assert all(copy.load(i).size == (5, 4) for i in range(6))

@@ -42,7 +42,7 @@ def test_without_the_flag_the_run_stops_before_its_first_update(capsys):
     assert run(*FLAGS, code=2) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith("error: 3 of the 22 image files of --data folder:images can't be read: ")
+    assert said.startswith("error: 3 of the 22 images of --data folder:images can't be read: ")
     assert "images/train/dog/0.png (it is empty)" in said and "add --skip-corrupt" in said
 
 
@@ -50,7 +50,7 @@ def test_with_the_flag_they_are_left_out_and_listed(capsys):
     break_files()
     folder = run(*FLAGS, "--skip-corrupt")
     said = capsys.readouterr().out
-    assert "skip: 3 of 22 image files can't be read and are left out: " in said
+    assert "skip: 3 of 22 images can't be read and are left out: " in said
     assert "images/train/cat/3.png (" in said
     listed = json.loads((folder / "skipped.json").read_text())["skipped"]
     assert [f"{row['split']}/{row['name']}" for row in listed] == list(BROKEN)
@@ -74,7 +74,7 @@ def test_a_resume_takes_the_list_and_reads_no_file_anew(capsys, monkeypatch):
         raise AssertionError("looked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "broken_files", fail)
+        patch.setattr(images, "broken_images", fail)
         assert train.main(["--resume", str(folder)]) == 0
     assert differences(folder, whole) == []
 
@@ -93,7 +93,7 @@ def test_a_run_goes_on_as_it_began(capsys, monkeypatch):
     folder = stopped_at(2, *FLAGS)
     assert train.main(["--resume", str(folder), "--skip-corrupt"]) == 2
     assert "--skip-corrupt True: the run in" in capsys.readouterr().err
-    monkeypatch.setattr(images, "broken_files", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(images, "broken_images", lambda *_, **__: 1 / 0)
     assert train.main(["--resume", str(folder)]) == 0
 
 

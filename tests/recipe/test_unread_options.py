@@ -44,7 +44,7 @@ READ_AT = {
     ("monitor", "patience"): {3},
     ("test_split", "data"): {"folder:images", "parquet:images"},
     ("crop_padding_mode", "auto_augment"): {None},
-    ("skip_corrupt", "data"): {"folder:images"},
+    ("skip_corrupt", "data"): {"folder:images", "parquet:images"},
     ("exif_orientation", "data"): {"folder:images", "parquet:images"},
     ("bn_statistics", "norm_batch_size"): {None, 32},
     ("bn_momentum", "norm_batch_size"): {None, 32},

@@ -268,6 +268,8 @@ def _rows(a: Mapping[str, Any]) -> list[Translation]:
     if root and not a["dataset"]:
         why = "sub-folders a class, under train/ and val/"
         rows.append(Translation(f"data_dir {root}", "data", f"folder:{root}", why))
+        why = "timm's readers leave photographs as they are stored"
+        rows.append(Translation("readers", "exif_orientation", False, why))
     if a["channels_last"]:
         why = "of the plan: no effect on the result"
         rows.append(Translation("channels_last true", None, None, why))

@@ -295,6 +295,8 @@ def _rows(a: dict[str, Any]) -> list[Translation]:
         rows.append(
             Translation(f"--data-path {a['data_path']}", "data", f"folder:{a['data_path']}", why)
         )
+        why = "ImageFolder leaves photographs as they are stored"
+        rows.append(Translation("ImageFolder", "exif_orientation", False, why))
     return rows
 
 

@@ -28,10 +28,16 @@ def make_model(dtype):
     return nn.Sequential(nn.Linear(5, 16), *blocks, nn.Linear(16, 3)).to(dtype)
 
 
+def freeze(model, frozen):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+
+
 def make_optimizer(model, name):
+    trained = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(trained, lr=0.01, eps=1e-3)
+    return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
 
 
 def make_samples(number, dtype):
@@ -62,7 +68,7 @@ def updates(rank, world_size, dtype):
         yield Update(number, count, [(m, (x[p], y[p])) for m, p in parts])
 
 
-def prepared(optimizer_name, dtype, *, weights=None):
+def prepared(optimizer_name, dtype, *, weights=None, frozen=()):
     accelerator = Accelerator(cpu=True)
     plan = BatchPlan(
         global_batch_size=SIZES[0],
@@ -74,6 +80,7 @@ def prepared(optimizer_name, dtype, *, weights=None):
     model = make_model(dtype)
     if weights is not None:  # before it is sharded, as a resume does
         model.load_state_dict(weights)
+    freeze(model, frozen)
     for block in model:
         fully_shard(block)
     fully_shard(model)
@@ -91,10 +98,10 @@ def full_state(model):
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
 
 
-def sharded_run(rank, dtype):
+def sharded_run(rank, dtype, frozen):
     history = {}
     for name in ("sgd", "adamw"):
-        large_batch, model, loader = prepared(name, dtype)
+        large_batch, model, loader = prepared(name, dtype, frozen=frozen)
         history[name] = []
         for update in loader:
             result = large_batch.update(update, loss_fn)
@@ -104,9 +111,10 @@ def sharded_run(rank, dtype):
     return history
 
 
-def reference(name):
+def reference(name, frozen=()):
     """One process in float64, plain torch, one ghost batch after the other."""
     model = make_model(torch.float64)
+    freeze(model, frozen)
     optimizer = make_optimizer(model, name)
     weights, history = CLASS_WEIGHTS.double(), []
     for number, count in enumerate(SIZES):
@@ -126,12 +134,21 @@ def reference(name):
     return history
 
 
+FROZEN = {
+    "none": (),
+    "the first blocks": ("0.", "1."),
+    "all but the classifier": ("0.", "1.", "2."),
+    "weights": ("0.weight", "1.0.weight", "1.1.weight", "2.0.weight", "2.1.weight"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_two_sharded_ranks_give_the_update_of_one_process(dtype, tolerance):
+def test_two_sharded_ranks_give_the_update_of_one_process(dtype, tolerance, frozen):
     """Weights of its own, clipping by the norm of the whole gradient, fillers, short last ones."""
-    runs = forks.values(forks.run_forked(sharded_run, dtype, world_size=2))
+    runs = forks.values(forks.run_forked(sharded_run, dtype, frozen, world_size=2))
     for name in ("sgd", "adamw"):
-        truth = reference(name)
+        truth = reference(name, frozen)
         for run in runs:
             for (loss, norm, state), (true_loss, true_norm, true_state) in zip(
                 run[name], truth, strict=True
