@@ -245,7 +245,7 @@ def test_an_oddity_of_each_kind_trains_or_is_named(tmp_path, capsys):
     (rose / "empty.png").write_bytes(b"")
     (rose / "nowhere.png").symlink_to(tmp_path / "gone.png")
     said = refused(capsys)
-    assert "3 of the 33 image files" in said and "--skip-corrupt" in said
+    assert "3 of the 33 images" in said and "--skip-corrupt" in said
     for part in ("rose/cut.jpg (", "rose/empty.png (it is empty)", "rose/nowhere.png (it is abs"):
         assert part in said
     run(*FLAGS, "--skip-corrupt", "--global-batch-size", "16", "--max-updates", "2")

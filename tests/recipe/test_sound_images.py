@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forks import run_forked, values
+from pictures import png, write_parquet
 from runs_of_recipe import BASE, differences, make_images, rows, run, stopped_at
 
 from lbaccel import train
@@ -102,14 +103,27 @@ def test_the_flag_is_refused_where_there_are_no_files(capsys):
     assert "--data digits does not read --skip-corrupt true" in capsys.readouterr().err
 
 
-def test_the_flag_is_refused_for_a_tar_file(tmp_path, capsys):
+def test_members_of_a_tar_file_are_left_out_too(capsys):
+    break_files()
     for split in ("train", "val"):
         with tarfile.open(f"{split}.tar", "w") as tar:
             tar.add(f"images/{split}", arcname="")
-    data = ["--data", "timm:."]
-    run(*FLAGS, *data, "--max-updates", "1")
-    assert run(*FLAGS, *data, "--skip-corrupt", code=2, output="other") is None
-    assert "so nothing reads --skip-corrupt true. Leave it out." in capsys.readouterr().err
+    flags = [*FLAGS, "--data", "timm:."]
+    assert run(*flags, code=2) is None
+    said = capsys.readouterr().err
+    assert said.startswith("error: 3 of the 22 images of --data timm:. can't be read: train.tar, b")
+    folder = run(*flags, "--skip-corrupt", output="other")
+    assert len(read_skipped(folder)) == 3
+    stopped = stopped_at(2, *flags, "--skip-corrupt")
+    assert train.main(["--resume", str(stopped)]) == 0
+    assert differences(stopped, folder) == []
+
+
+def test_the_flag_is_refused_where_all_images_are_in_memory(capsys):
+    path = Path("rows", "train-0.parquet")
+    write_parquet(path, [png(n) for n in range(20)], [n % 2 for n in range(20)])
+    assert run(*FLAGS, "--data", "parquet:rows", "--skip-corrupt", code=2) is None
+    assert "in memory, all of them decoded, so nothing reads" in capsys.readouterr().err
 
 
 def test_sound_files_make_an_empty_list():
