@@ -188,6 +188,19 @@ MUTANTS = {
         '"JPEG": lambda size, head, tail: True,',
         "tests/data/test_broken.py::test_a_look_finds_one_whose_end_is_missing[.jpg]",
     ),
+    "rows of parquet files are known by a name that several have": (
+        "data.broken",
+        "        return [images.read.name_of(sample) for sample in images.samples]",
+        "        return list(images.names)",
+        "tests/data/test_broken.py::"
+        "test_images_in_no_files_of_their_own_are_looked_at[in_rows-True]",
+    ),
+    "a look at rows keeps their bytes": (
+        "data.broken",
+        "            reader = copy.copy(reader)",
+        "            reader = reader",
+        "tests/data/test_broken.py::test_a_look_leaves_nothing_in_the_memory_of_the_reader",
+    ),
     "a resume reads all files again": (
         "recipe.images",
         "        if kept is not None:\n",

@@ -277,6 +277,7 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
         "layer_decay": 0.7,
         "seed": 42,
         "data": "folder:/d",
+        "exif_orientation": False,
     }
     assert {key: s[key] for key in wanted} == wanted
 
@@ -374,6 +375,9 @@ def test_torchvisions_average_never_has_a_negative_decay_and_its_optimizers_are_
     flags = "--model-ema --model-ema-decay 0.9 --model-ema-steps 1 --epochs 1"
     assert torchvision_contract(flags, gpus=8).settings["ema_decay"] == 0.0
     assert torchvision_contract("--opt sgd_nesterov", gpus=2).settings["optimizer"] == "sgd"
+    assert torchvision_contract(f"{flags} --data-path d", gpus=8).settings["exif_orientation"] is (
+        False
+    )
     s = torchvision_contract("--opt adamw --wd 0.3 --amp", gpus=2).settings
     assert (s["optimizer"], s["weight_decay"], s["decay_all"]) == ("adamw", 0.3, True)
     assert s["precision"] == "fp16" and "momentum" not in s
