@@ -16,11 +16,13 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from lbaccel import networks
 from lbaccel.errors import CannotRead, InputError, RunFailed, brief, reading
 from lbaccel.text import printable, without_tokens
 from lbaccel.torch_files import check_torch_file
 
 SMALL_IMAGE = 64
+OWN_NETWORKS = tuple(networks.__all__)  # that timm builds once lbaccel.networks is imported
 MOST_EXPANDED = 64 * 2**20  # bytes of a view over fewer, such as an expanded buffer
 # A tensor of this name beside exported weights stops every loader whose network has another stem.
 STEM_MARK = "needs_lbaccel_models_adapt_stem"

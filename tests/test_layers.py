@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 # The rooms, from the ground up: each imports only from those before it (shared/layout.md).
 ROOMS = (
-    *("errors", "documents", "torch_files", "text", "launch", "models"),
+    *("errors", "documents", "torch_files", "text", "launch", "networks", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
     *(

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm import get_pretrained_cfg
 
 from lbaccel.export import shareable, tables
+from lbaccel.models import OWN_NETWORKS
 from lbaccel.runs.read import Run
 from lbaccel.text import in_code_block, in_code_span, in_markdown
 
@@ -121,7 +122,11 @@ def usage(exported: Exported, *, folder: str = ".", repo_id: str | None = None) 
     """
     if not exported.small_stem:
         source = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}"
-        return f"import timm\n\nmodel = timm.create_model({source!r}, pretrained=True).eval()"
+        own = exported.model in OWN_NETWORKS
+        first = (
+            f"import timm\nimport lbaccel.networks  # {exported.model}\n" * own or "import timm\n"
+        )
+        return f"{first}\nmodel = timm.create_model({source!r}, pretrained=True).eval()"
     options = "".join(f", {key}={value!r}" for key, value in exported.options.items())
     imports = ["import timm", "from lbaccel.models import adapt_stem"]
     weights = repr(f"{folder}/model.safetensors")

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_the_cards_code_runs_in_the_folder_and_timm_evaluates_as_the_run_did(
         "test_vit", num_classes=2, img_size=32, checkpoint_path="model.safetensors"
     )
     assert torch.equal(by_name.eval()(images), own(images))
+
+
+def test_the_cards_code_builds_a_network_that_timm_has_not(tmp_path):
+    folder = train("--model", "cifar_resnet8", "--max-updates", "2", output=tmp_path / "runs")
+    export(folder, "--to", tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", card_of(tmp_path / "out"), re.DOTALL)
+    code += "from safetensors.torch import load_file\n"
+    code += "own, there = load_file('model.safetensors'), model.state_dict()\n"
+    code += "print(len(own), all(torch.equal(own[key], there[key]) for key in there))"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True
+    )
+    assert said.stdout.splitlines()[-1:] == ["44 True"], said.stderr
 
 
 def test_images_in_memory_are_read_whole_so_timm_finds_the_runs_accuracy(digits, tmp_path):
