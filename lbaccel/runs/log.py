@@ -17,6 +17,7 @@ from lbaccel.runs.progress import peak_gib
 
 Counted = tuple[float, int, float | None]
 """Of an update: its mean loss, its samples, and how many it had right, where that is counted."""
+_BEST = {"val_top1": "val/top1", "update": "update", "epoch": "epoch"}
 
 
 class RunLog:
@@ -67,9 +68,12 @@ class RunLog:
         return {
             "update": result.num_updates,
             "samples_seen": result.samples_seen,
-            "epoch": result.samples_seen / self.stream.samples_per_epoch,
+            "epoch": self._epoch(result),
             "perf/seconds": self.seconds,
         }
+
+    def _epoch(self, result: Any) -> float:
+        return result.samples_seen / self.stream.samples_per_epoch
 
     def after_update(
         self,
@@ -128,7 +132,7 @@ class RunLog:
         self.end_early(result.num_updates)
         improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
         if improved:
-            self.best = {"update": result.num_updates, **metrics}
+            self.best = {"update": result.num_updates, "epoch": self._epoch(result), **metrics}
         return improved
 
     def end_early(self, num_updates: int) -> None:
@@ -146,10 +150,16 @@ class RunLog:
             "seconds": self.seconds,
             "peak_gib": peak_gib(),
             "samples_per_second": large_batch.samples_seen / max(self.training_seconds, 1e-9),
-            "best_val_top1": self.best.get("val/top1"),
-            "best_update": self.best.get("update"),
+            **self.best_so_far(),
             **kept,
         }
+
+    def best_so_far(self) -> dict[str, float | None]:
+        """The best evaluation as summary.json has it; None before the first one.
+
+        A run of before 0.2 that was resumed does not know the epoch of a best from before.
+        """
+        return {f"best_{name}": self.best.get(key) for name, key in _BEST.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
