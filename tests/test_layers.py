@@ -79,6 +79,7 @@ NO_TORCH = (  # those without numpy first
     "runs.compare",
     "runs.compare_figure",
     "runs.groups",
+    "runs.read_cloud",
     "runs.wandb_login",
     "recipe.experiment",
     "runs.columns",

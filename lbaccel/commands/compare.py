@@ -37,11 +37,17 @@ from lbaccel.runs.groups import (
 )
 from lbaccel.runs.outputs import writable
 from lbaccel.runs.read import Run, load_run
+from lbaccel.runs.read_cloud import is_cloud, load_wandb_cloud
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lbaccel compare`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or wandb's")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder, wandb's offline folder, or wandb:ENTITY/PROJECT[/RUN_ID]",
+    )
     parser.add_argument("--x", choices=tuple(AXIS_LABELS), default="samples", help="axis")
     parser.add_argument("--metric", default="val/top1", help="such as val/top1 or train/loss")
     parser.add_argument("--target", type=bounds.finite, help="value whose first reaching is timed")
@@ -60,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     check_plot(args.plot)
     if args.csv is not None:
         writable(args.csv, "--csv", own=TABLE_FILE)
-    runs = distinct_names([load_run(path) for path in args.runs])
+    runs = distinct_names([one for target in args.runs for one in _load(target)])
     for one in runs:
         one.warn()
     runs = with_experiment(runs, plan=args.plan)
@@ -78,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(runs, args.plot, metric=args.metric, x=args.x, target=args.target)
     return 0
+
+
+def _load(target: str) -> list[Run]:
+    return load_wandb_cloud(target) if is_cloud(target) else [load_run(Path(target))]
 
 
 def _print_json(
