@@ -306,6 +306,8 @@ class Outcome:
 @contextlib.contextmanager
 def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Outcome]:
     """However the run ends: its summary is written, and the error says how to go on with it."""
+    from lbaccel.recipe.artifacts import log_artifact
+
     outcome, session, undisturbed = Outcome(), t.session, contextlib.ExitStack()
     try:
         try:
@@ -335,6 +337,7 @@ def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Ou
             **t.log.summary(t.large_batch),
         }
         with undisturbed, contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            log_artifact(t, outcome.status)
             session.close(outcome.summary, failed=outcome.status != "done")
 
 

@@ -313,6 +313,16 @@ class RunOptions:
     wandb_tags: tuple[str, ...] = option(
         (), words, "wandb tags", shown="none", contract=False, private=True, reads_with=(_WANDB,)
     )
+    wandb_artifacts: str = option(
+        "none",
+        str,
+        "checkpoint that wandb gets as an artifact, once, when the run is done or its time is over",
+        choices=("none", "best", "last"),
+        contract=False,
+        private=True,
+        neutral=("none",),
+        reads_with=(_WANDB,),
+    )
     wandb_mode: str | None = option(
         None,
         str,
