@@ -146,8 +146,9 @@ def group_rows(groups: Sequence[Group], metric: str) -> list[dict[str, Cell]]:
         row |= {"seeds": found.n, "mean": found.mean, "half_width": found.half_width}
         each = (f"{seed}: {value:.5g}" for seed, value in group.bests(metric).items())
         row["each"] = ", ".join(each) or None
-        differs = number > 1 and found.mean is not None and first is not None
-        row["delta"] = found.mean - first if differs else None
+        row["delta"] = None
+        if number > 1 and found.mean is not None and first is not None:
+            row["delta"] = found.mean - first
         rows.append(row)
     return rows
 

@@ -68,6 +68,7 @@ def load_wandb_cloud(target: str) -> list[Run]:
 def _found(target: str, path: str) -> list[tuple[Any, dict[str, Any], dict[str, Any], list]]:
     """Each run of wandb with its config, its summary, and its rows where it is ours."""
     import wandb
+    from wandb.errors import AuthenticationError, UsageError
 
     try:
         api = wandb.Api()
@@ -79,7 +80,7 @@ def _found(target: str, path: str) -> list[tuple[Any, dict[str, Any], dict[str, 
             rows = list(one.scan_history()) if _is_ours(one, config, summary) else []
             found.append((one, config, summary, rows))
         return found
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+    except (AuthenticationError, UsageError) as error:
         raise InputError(
             f"{target}: wandb refuses the login ({_reason(error)}). Type: wandb login --relogin"
         ) from error
