@@ -895,6 +895,12 @@ MUTANTS = {
         "self._reservation = Reservation(__import__('torch').optim.SGD(self.parameters, lr=1.0))",
         "tests/update/memory/test_oom.py::test_room_for_the_state_is_held_until_the_step",
     ),
+    "a key that wandb login wrote is not seen": (
+        "runs.wandb_login",
+        """{*_FORGE, "api.wandb.ai"}""",
+        """{"api.wandb.ai"}""",
+        "tests/runs/test_tracking.py::test_a_key_that_wandb_login_wrote_for_its_own_server_counts",
+    ),
     "wandb shows a failed run as finished": (
         "runs.wandb_tracker",
         "self.run.finish(exit_code=self._exit_code)",

@@ -82,7 +82,8 @@ def _found(target: str, path: str) -> list[tuple[Any, dict[str, Any], dict[str, 
         return found
     except (AuthenticationError, UsageError) as error:
         raise InputError(
-            f"{target}: wandb refuses the login ({_reason(error)}). Type: wandb login --relogin"
+            f"{target}: wandb did not accept the login ({_reason(error)}). Check the network, or "
+            "type: wandb login --relogin"
         ) from error
     except Exception as error:  # wandb's, of the network, or a plain ValueError for what is absent
         raise RunFailed(

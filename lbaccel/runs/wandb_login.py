@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from lbaccel.errors import InputError
 
 WANDB_MODES = ("online", "offline", "disabled")
+# wandb's own server: `wandb login` writes the second from 0.31 on, and reads api.wandb.ai's too
+_FORGE = ("forge.coreweave.com", "api.forge.coreweave.com")
 
 
 def has_wandb_key() -> bool:
@@ -20,12 +22,13 @@ def has_wandb_key() -> bool:
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "").netloc
+    hosts = {host} if host and host not in _FORGE else {*_FORGE, "api.wandb.ai"}
     homes = (Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser())
     given = os.environ.get("NETRC")
     for path in (Path(given),) if given else homes:
         try:
-            if host in netrc.netrc(path).hosts:
+            if hosts & netrc.netrc(path).hosts.keys():
                 return True
         except (OSError, netrc.NetrcParseError):
             continue

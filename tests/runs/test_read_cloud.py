@@ -177,7 +177,7 @@ def test_a_refused_key_is_one_sentence(monkeypatch):
     installed(monkeypatch, {})
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(
-        InputError, match=r"wandb refuses the login \(.*\)\. Type: wandb login --re"
+        InputError, match=r"did not accept the login \(.*\)\. Check .* type: wandb login --re"
     ):
         load_wandb_cloud("wandb:me/flowers")
 
