@@ -116,6 +116,7 @@ def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
     from lbaccel.recipe.images import write_skipped
     from lbaccel.runs.ranks import decided
     from lbaccel.runs.tracking import start_trackers
+    from lbaccel.runs.wandb_tracker import summarize
 
     s, (taken, plan) = t.settings, t.describe()
     t.session.contract = contract_of(s, taken)
@@ -142,6 +143,8 @@ def open_folder(t: Training, locks: contextlib.ExitStack) -> None:
     )
     if line:
         t.accelerator.print(printable(line))
+    begun = {"status": "running", "exit_reason": "", **t.log.best_so_far()}
+    summarize(t.accelerator, begun)
 
 
 def fit(t: Training, progress: Progress) -> str | None:
@@ -219,6 +222,7 @@ def save(t: Training, *, best: bool) -> None:
 def evaluated(t: Training) -> bool:
     """Evaluate and log it, where it fails save first; whether the top-1 is the best so far."""
     from lbaccel.recipe.evaluation import NotEvaluated
+    from lbaccel.runs.wandb_tracker import summarize
 
     now = t.large_batch
     try:
@@ -230,7 +234,10 @@ def evaluated(t: Training) -> bool:
             save(t, best=False)
         raise failed.error from None
     t.accelerator.log({**t.log.where(now), **metrics}, step=now.num_updates)
-    return t.log.after_evaluation(now, metrics)
+    improved = t.log.after_evaluation(now, metrics)
+    if improved:
+        summarize(t.accelerator, t.log.best_so_far())
+    return improved
 
 
 def validate(t: Training) -> dict[str, float]:
@@ -299,6 +306,8 @@ class Outcome:
 @contextlib.contextmanager
 def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Outcome]:
     """However the run ends: its summary is written, and the error says how to go on with it."""
+    from lbaccel.recipe.artifacts import log_artifact
+
     outcome, session, undisturbed = Outcome(), t.session, contextlib.ExitStack()
     try:
         try:
@@ -328,6 +337,7 @@ def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Ou
             **t.log.summary(t.large_batch),
         }
         with undisturbed, contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            log_artifact(t, outcome.status)
             session.close(outcome.summary, failed=outcome.status != "done")
 
 

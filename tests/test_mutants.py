@@ -908,6 +908,85 @@ MUTANTS = {
         "self._reservation = Reservation(__import__('torch').optim.SGD(self.parameters, lr=1.0))",
         "tests/update/memory/test_oom.py::test_room_for_the_state_is_held_until_the_step",
     ),
+    "a key that wandb login wrote is not seen": (
+        "runs.wandb_login",
+        """{*_FORGE, "api.wandb.ai"}""",
+        """{"api.wandb.ai"}""",
+        "tests/runs/test_tracking.py::test_a_key_that_wandb_login_wrote_for_its_own_server_counts",
+    ),
+    "wandb shows a failed run as finished": (
+        "runs.wandb_tracker",
+        "self.run.finish(exit_code=self._exit_code)",
+        "self.run.finish()",
+        "tests/runs/test_wandb_summary.py::"
+        "test_a_run_that_fails_says_why_and_is_failed_in_wandb_too",
+    ),
+    "wandb's second part forgets the best of the first": (
+        "train",
+        """begun = {"status": "running", "exit_reason": "", **t.log.best_so_far()}""",
+        """begun = {"status": "running", "exit_reason": ""}""",
+        "tests/runs/test_wandb_summary.py::"
+        "test_before_its_end_a_run_is_running_and_has_the_best_so_far",
+    ),
+    "wandb writes where its process was started": (
+        "runs.wandb_tracker",
+        '"dir": str(run.absolute()),',
+        '"dir": str(run),',
+        "tests/runs/test_runs.py::"
+        "test_wandb_writes_into_the_run_folder_after_the_working_folder_changed",
+    ),
+    "the files of an artifact are those that a resume deletes": (
+        "runs.wandb_artifact",
+        "if tracker.run.offline:",
+        "if False:",
+        "tests/runs/test_wandb_artifact.py::"
+        "test_a_checkpoint_that_a_resume_deletes_stays_in_the_log_of_its_start",
+    ),
+    "an artifact holds the optimizer's state": (
+        "runs.wandb_artifact",
+        "    files = [file for file in files if file.is_file()]\n",
+        "    files = [file for file in checkpoint.iterdir() if file.is_file()]\n",
+        "tests/runs/test_wandb_artifact.py::"
+        "test_it_holds_what_the_model_needs_and_no_optimizer_state[best-6-80.0]",
+    ),
+    "a mean counts runs that did not end": (
+        "runs.groups",
+        "if best is not None and best.value is not None and ended(one):",
+        "if best is not None and best.value is not None:",
+        "tests/runs/test_groups.py::test_a_run_that_did_not_end_is_in_no_mean_and_is_named[failed]",
+    ),
+    "runs of one seed are independent draws": (
+        "runs.groups",
+        "found.setdefault(one.config.get(SEED), [])",
+        "found.setdefault(one.name, [])",
+        "tests/runs/test_groups.py::test_the_best_of_each_seed_counts_once",
+    ),
+    "an interval is a standard error": (
+        "runs.groups",
+        "return float(stdtrit(self.n - 1, (1 + LEVEL) / 2)) * math.sqrt",
+        "return math.sqrt",
+        "tests/runs/test_groups.py::test_the_interval_is_students[values0]",
+    ),
+    "where the output goes is a setting of the experiment": (
+        "recipe.experiment",
+        "return row.contract or row.length or (plan and row.plan)",
+        "return True",
+        "tests/recipe/test_experiment.py::"
+        "test_each_option_is_in_the_contract_or_a_length_or_left_out_for_a_reason",
+    ),
+    "a null of wandb's server is a value that is not finite": (
+        "runs.read_cloud",
+        "for key, value in raw.items() if value is not None}",
+        "for key, value in raw.items()}",
+        "tests/runs/test_read_cloud.py::test_null_is_an_absent_value_and_nan_is_a_gap",
+    ),
+    "a run that died is running for ever": (
+        "runs.read_cloud",
+        "        status = one.state",
+        "        pass",
+        "tests/runs/test_read_cloud.py::"
+        "test_a_run_that_died_has_the_status_that_the_server_knows[crashed-summary1-crashed]",
+    ),
     "lines of lost updates stay": (
         "runs.tracking",
         """if line.row is not None and line.row["update"] <= update]""",

@@ -11,6 +11,7 @@ from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
 from lbaccel.optim.trained import FREEZES_NORM
+from lbaccel.recipe.artifacts import check_artifacts
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
@@ -39,6 +40,7 @@ def checked(settings: Settings) -> Checked:
         parse_memory(settings.batch.memory)
     for tracker in settings.run.log_with:
         check_tracker(tracker, where="--log-with")
+    check_artifacts(settings.run)
     if settings.batch.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
     if settings.run.resume is None:  # a run of before may hold what is refused now

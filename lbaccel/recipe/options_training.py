@@ -41,13 +41,16 @@ _WANDB = ReadWith("log_with", holds("wandb"), "Use --log-with run_folder wandb")
 class RateOptions:
     """How fast, and for how long."""
 
-    epochs: float = option(20.0, bounds.epochs, "passes over the training set", contract=False)
+    epochs: float = option(
+        20.0, bounds.epochs, "passes over the training set", contract=False, length=True
+    )
     max_updates: int | None = option(
         None,
         bounds.count,
         "stop after so many updates; the schedule stays that of --epochs",
         shown="no limit",
         contract=False,
+        length=True,
     )
     base_lr: float | None = option(
         None,
@@ -254,6 +257,7 @@ class RunOptions:
         "end the run after so many evaluations without a better --monitor",
         shown="no early end",
         contract=False,
+        length=True,
     )
     monitor: str = option(
         "val/top1",
@@ -261,6 +265,7 @@ class RunOptions:
         "metric of --patience",
         choices=("val/top1", "val/loss", "val/top1_ema", "val/loss_ema"),
         contract=False,
+        length=True,
         reads_with=(_PATIENT,),
     )
     seed: int = option(0, bounds.recipe_seed, "of weights, order, augmentation and split")
@@ -268,7 +273,9 @@ class RunOptions:
         "runs", str, "folder of run folders", contract=False, of_run=False, private=True
     )
     log_every: int = option(1, bounds.count, "updates a line of metrics.jsonl", contract=False)
-    eval_every: float = option(1.0, bounds.positive, "epochs between evaluations", contract=False)
+    eval_every: float = option(
+        1.0, bounds.positive, "epochs between evaluations", contract=False, length=True
+    )
     checkpoint_every: int | None = option(
         None, bounds.count, "updates between checkpoints", shown="at evaluations", contract=False
     )
@@ -305,6 +312,16 @@ class RunOptions:
     )
     wandb_tags: tuple[str, ...] = option(
         (), words, "wandb tags", shown="none", contract=False, private=True, reads_with=(_WANDB,)
+    )
+    wandb_artifacts: str = option(
+        "none",
+        str,
+        "checkpoint that wandb gets as an artifact, once, when the run is done or its time is over",
+        choices=("none", "best", "last"),
+        contract=False,
+        private=True,
+        neutral=("none",),
+        reads_with=(_WANDB,),
     )
     wandb_mode: str | None = option(
         None,

@@ -147,6 +147,8 @@ class Option:
         shown: the default in words, where it depends on other settings.
         contract: it decides the result, so a resume can't change it.
         plan: it says how an update fits this machine.
+        length: no part of the contract, and yet of the experiment: it decides how long a run
+            trains, or after which updates it is judged.
         over_time: it says how batch and rate change in training, or who measures that; it has no
             part in the loss at given weights.
         of_run: it belongs to the run; else to one start of it, and a resume takes no saved value.
@@ -165,6 +167,7 @@ class Option:
     shown: str = ""
     contract: bool = True
     plan: bool = False
+    length: bool = False
     over_time: bool = False
     of_run: bool = True
     private: bool = False

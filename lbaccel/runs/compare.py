@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 from lbaccel.errors import InputError
 from lbaccel.runs.columns import columns
-from lbaccel.runs.figures import drawable, new_figure, save
 from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.runs.read import Point, Run, Series
-from lbaccel.text import in_figure, in_markdown, printable
+from lbaccel.text import in_markdown, printable
 
 Axis = Literal["samples", "updates", "hours"]
 Cell = str | int | float | bool | None
@@ -35,7 +34,11 @@ FORMATS = {
     "samples_to_target": ",d",
     "seconds_to_target": ",.1f",
     "delta": "+.4g",
+    "seeds": ",d",
+    "mean": ".5g",
+    "half_width": ".3g",
 }
+_RESULTS = ("name", "status", "best", "last", "group", "each")  # columns that are no settings
 
 
 def distinct_names(runs: Sequence[Run]) -> list[Run]:
@@ -72,26 +75,6 @@ def first_reaching(series: Series, metric: str, *, target: float) -> Point | Non
     return next(reached, None)
 
 
-def compared_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Settings that can decide a result: not the origin of the values, the output, or wandb's.
-
-    A value of the plan that repeats a setting in every run (`plan/seed`) is left out.
-
-    >>> compared_settings([{"seed": 0, "output": "runs", "origin/seed": "default", "plan/seed": 0}])
-    [{'seed': 0}]
-    """
-
-    def counts(key: str) -> bool:
-        if key.split("/")[0] in ("origin", "output") or key.startswith("wandb_"):
-            return False
-        if key in ("plan/equation", "plan/gradient_accumulation_steps"):  # follow from the rest
-            return False
-        name = key.removeprefix("plan/")
-        return name == key or any(one.get(key) != one.get(name, ...) for one in configs)
-
-    return [{key: value for key, value in one.items() if counts(key)} for one in configs]
-
-
 def split_settings(configs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """Settings equal in all runs, and the names of those that differ or are missing in some.
 
@@ -109,16 +92,17 @@ def table(
 ) -> list[dict[str, Cell]]:
     """One row a run; every row has the same columns, None is missing.
 
-    Columns: name, the settings that differ, `best` and where on the x-axis, `last`, updates,
-    samples, seconds, peak_gib, `samples_to_target` and `seconds_to_target` with a target, and
-    `delta`: best minus the best of the first run.
+    Columns: name, the settings that differ, `status` where a run did not end, `best` and where on
+    the x-axis, `last`, updates, samples, seconds, peak_gib, `samples_to_target` and
+    `seconds_to_target` with a target, and `delta`: best minus the best of the first run.
 
     Raises:
         InputError: no run has the metric.
     """
-    _check_metric(runs, metric)
-    configs = compared_settings([one.config for one in runs])
+    check_metric(runs, metric)
+    configs = [one.config for one in runs]
     _, differing = split_settings(configs)
+    unfinished = any(one.summary.get("status") not in (None, "done") for one in runs)
     first = best_point(runs[0].history.get(metric, ()), metric)
     reference = None if first is None else first.value
     rows: list[dict[str, Cell]] = []
@@ -126,12 +110,12 @@ def table(
         series = one.history.get(metric, ())
         best = best_point(series, metric)
         row: dict[str, Cell] = {"name": one.name}
-        for key in differing:
-            taken = key in ("name", "best", "last", *FORMATS)
-            row[f"config/{key}" if taken else key] = _cell(config.get(key))
+        row |= columns_of({key: as_cell(config.get(key)) for key in differing})
+        if unfinished:
+            row["status"] = as_cell(one.summary.get("status"))
         row["best"] = value = None if best is None else best.value
         row[f"best_at_{x}"] = None if best is None else axis_value(best, x)
-        row["last"] = None if not series else _or_nan(series[-1].value)
+        row["last"] = None if not series else value_or_nan(series[-1].value)
         row |= _totals(one)
         if target is not None:
             reached = first_reaching(series, metric, target=target)
@@ -145,7 +129,21 @@ def table(
     return rows
 
 
-def _check_metric(runs: Sequence[Run], metric: str) -> None:
+def columns_of(settings: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Settings as columns: one that is named as a result is `config/name`.
+
+    >>> columns_of({"lr": 0.1, "seconds": 60})
+    {'lr': 0.1, 'config/seconds': 60}
+    """
+    return {f"config/{k}" if k in (*_RESULTS, *FORMATS) else k: v for k, v in settings.items()}
+
+
+def check_metric(runs: Sequence[Run], metric: str) -> None:
+    """Stop where no run has logged a metric.
+
+    Raises:
+        InputError: with the metrics that there are.
+    """
     available = sorted({name for one in runs for name in one.history})
     if metric not in available:
         raise InputError(
@@ -173,19 +171,20 @@ def _totals(one: Run) -> dict[str, Cell]:
     for key, values in logged.items():
         if total[key] is None:
             total[key] = max((value for value in values if value is not None), default=None)
-    return {key.removeprefix("num_").removesuffix("_seen"): _cell(total[key]) for key in total}
+    return {key.removeprefix("num_").removesuffix("_seen"): as_cell(total[key]) for key in total}
 
 
 def _seconds(point: Point) -> float | None:
     return None if point.hours is None else point.hours * 3600
 
 
-def _or_nan(value: float | None) -> float:
-    # It was logged, and was not finite: a diverged run must not look like a missing value.
+def value_or_nan(value: float | None) -> float:
+    """NaN for what was logged and was not finite: a diverged run must not look like a gap."""
     return float("nan") if value is None else value
 
 
-def _cell(value: Any) -> Cell:
+def as_cell(value: Any) -> Cell:
+    """A setting as a cell: JSON where it is a list."""
     return value if isinstance(value, Cell) else json.dumps(value, default=str)
 
 
@@ -201,7 +200,8 @@ def formatted(column: str, value: Cell) -> str:
         return str(value)
     if column.startswith("best_at_"):
         return f"{value:,.3f}" if isinstance(value, float) else f"{value:,d}"
-    spec = FORMATS.get(column, ".5g" if column in ("best", "last") else "")
+    of_a_setting = ".10g" if isinstance(value, float) else ""
+    spec = FORMATS.get(column, ".5g" if column in ("best", "last") else of_a_setting)
     try:
         return format(round(value) if spec == ",d" else value, spec)
     except (OverflowError, ValueError):  # of an edited summary: infinite, or above all floats
@@ -210,7 +210,13 @@ def formatted(column: str, value: Cell) -> str:
 
 def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
     """Header and cells as text; `best` becomes `best val/top1`."""
-    titles = {"best": f"best {metric}", "last": f"last {metric}"}
+    titles = {
+        "best": f"best {metric}",
+        "last": f"last {metric}",
+        "mean": f"mean best {metric}",
+        "half_width": "± 95 %",
+        "each": "best by seed",
+    }
     header = [titles.get(column, column) for column in rows[0]]
     return [header, *([formatted(key, value) for key, value in row.items()] for row in rows)]
 
@@ -245,59 +251,10 @@ def _is_table(path: Path) -> bool:
 TABLE_FILE = Own("table of lbaccel compare", _is_table)
 
 
-def settings_line(equal: Mapping[str, Any], num_runs: int) -> str:
-    """The settings that all runs share, once, wrapped at 100 columns."""
+def settings_line(equal: Mapping[str, Any], num_runs: int, *, others: int = 0) -> str:
+    """The settings that all runs share, once, wrapped at 100 columns; `others` are not listed."""
     listed = ", ".join(f"{key}={value}" for key, value in equal.items()) or "no setting"
     title = "settings" if num_runs == 1 else f"same in all {num_runs} runs"
-    return textwrap.fill(printable(f"{title}: {listed}"), 100, subsequent_indent="  ") + "\n"
-
-
-def plot(
-    runs: Sequence[Run],
-    path: Path,
-    *,
-    metric: str,
-    x: Axis = "samples",
-    target: float | None = None,
-) -> None:
-    """Draw the metric over an axis, one labelled curve a run; a gap is a value that is not finite.
-
-    Raises:
-        InputError: no run has the metric on this axis, or `path` has another ending.
-    """
-    _check_metric(runs, metric)
-    drawable(path)
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
-    drawn = 0
-    for one in runs:
-        points = [(axis_value(p, x), _or_nan(p.value)) for p in one.history.get(metric, ())]
-        known = [(at, value) for at, value in points if at is not None]
-        drawn += len(known)
-        marker = "o" if len(known) <= 30 else ""
-        label = one.name if known else f"{one.name} (no data)"
-        values = [v for _, v in known]
-        label = in_figure(label)
-        axes.plot([at for at, _ in known], values, marker, ls="-", ms=4, label=label)
-    if not drawn:
-        raise InputError(f"--x {x}: no run has logged {metric} on this axis. Use --x updates")
-    if target is not None:
-        axes.axhline(target, color="0.4", linestyle="--", linewidth=1, label=f"target {target:g}")
-    axes.set_xlabel(AXIS_LABELS[x])
-    axes.set_ylabel(in_figure(metric) + unit_of(metric))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    if x == "samples":
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    save(figure, path)
-
-
-def unit_of(metric: str) -> str:
-    """Unit of a metric for an axis label, by lbaccel's names; empty where there is none.
-
-    >>> unit_of("val/top1"), unit_of("memory/peak_gib"), unit_of("train/loss")
-    (' (%)', ' (GiB)', '')
-    """
-    ends = {"_gib": "GiB", "_seconds": "s", "_pct": "%", "_per_second": "1/s"}
-    ends |= {"top1": "%", "top5": "%"}
-    return next((f" ({unit})" for end, unit in ends.items() if metric.endswith(end)), "")
+    defaults = "1 setting at its default" if others == 1 else f"{others} settings at their defaults"
+    more = f"; {defaults}" if others else ""
+    return textwrap.fill(printable(f"{title}: {listed}{more}"), 100, subsequent_indent="  ") + "\n"

@@ -17,6 +17,7 @@ from lbaccel.runs.progress import peak_gib
 
 Counted = tuple[float, int, float | None]
 """Of an update: its mean loss, its samples, and how many it had right, where that is counted."""
+_BEST = {"val_top1": "val/top1", "update": "update", "epoch": "epoch"}
 
 
 class RunLog:
@@ -49,6 +50,7 @@ class RunLog:
         self._line: Callable[[], dict[str, float]] = dict  # of the updates since the last one
         self.window: list[Counted] = []
         self.best: dict[str, float] = {}
+        self.evaluated: dict[str, float] = {}  # the newest evaluation
         self.latest: dict[str, float] = {}
         self.early = ""  # why the run ends before its length
         self.evaluation_due = False  # that of the newest update failed: a resume does it first
@@ -67,9 +69,12 @@ class RunLog:
         return {
             "update": result.num_updates,
             "samples_seen": result.samples_seen,
-            "epoch": result.samples_seen / self.stream.samples_per_epoch,
+            "epoch": self._epoch(result),
             "perf/seconds": self.seconds,
         }
+
+    def _epoch(self, result: Any) -> float:
+        return result.samples_seen / self.stream.samples_per_epoch
 
     def after_update(
         self,
@@ -127,8 +132,9 @@ class RunLog:
         self.patience.after_evaluation(metrics)
         self.end_early(result.num_updates)
         improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
+        self.evaluated = {"update": result.num_updates, "epoch": self._epoch(result), **metrics}
         if improved:
-            self.best = {"update": result.num_updates, **metrics}
+            self.best = dict(self.evaluated)
         return improved
 
     def end_early(self, num_updates: int) -> None:
@@ -146,16 +152,31 @@ class RunLog:
             "seconds": self.seconds,
             "peak_gib": peak_gib(),
             "samples_per_second": large_batch.samples_seen / max(self.training_seconds, 1e-9),
-            "best_val_top1": self.best.get("val/top1"),
-            "best_update": self.best.get("update"),
+            **self.best_so_far(),
             **kept,
         }
+
+    def best_so_far(self) -> dict[str, float | None]:
+        """The best evaluation as summary.json has it; None before the first one.
+
+        A run of before 0.2 that was resumed does not know the epoch of a best from before.
+        """
+        return {f"best_{name}": self.best.get(key) for name, key in _BEST.items()}
+
+    def known_at(self, update: int, large_batch: Any) -> dict[str, float]:
+        """Update, epoch and metrics of the evaluation after an update, as far as they are known."""
+        kept = (self.best, self.evaluated)
+        known = next((one for one in kept if one.get("update") == update), {})
+        if update == large_batch.num_updates:
+            known = {"epoch": self._epoch(large_batch), **known}
+        return {"update": update, **known}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "window": [list(counted) for counted in self.window],
             "best": dict(self.best),
+            "evaluated": dict(self.evaluated),
             "latest": dict(self.latest),
             "evaluation_due": self.evaluation_due,
             "training_seconds": self.training_seconds,
@@ -169,6 +190,7 @@ class RunLog:
         """Go on from a saved state."""
         self.window = [_counted(*entry) for entry in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
+        self.evaluated = dict(state.get("evaluated", {}))  # none before 0.2
         self.evaluation_due = bool(state.get("evaluation_due", False))  # none before 0.2
         self.training_seconds = float(state["training_seconds"])
         self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2

@@ -43,7 +43,7 @@ class Run:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     history: Mapping[str, Series]
-    source: Literal["folder", "wandb-offline"]
+    source: Literal["folder", "wandb-offline", "wandb-cloud"]
     notes: tuple[str, ...] = ()  # on lines that are damaged, missing or there twice
 
     def warn(self) -> None:
@@ -220,11 +220,8 @@ def load_wandb_offline(path: Path) -> Run:
     rows = [{"update": item["_step"], **item} for item in items]
     return Run(
         name=named[-1] if named else ids[0],
-        config=_public(flatten(config)),
-        summary={
-            key: _number(value) if _is_metric(value) else value
-            for key, value in _public(flatten(summary)).items()
-        },
+        config=public(flatten(config)),
+        summary=in_numbers(public(flatten(summary))),
         history=history_of(rows),
         source="wandb-offline",
     )
@@ -265,9 +262,14 @@ def _start_time(records: list[dict[str, Any]]) -> str:
     return next((_run(record)["start_time"] for record in records if "run" in record), "")
 
 
-def _public(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def public(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Without wandb's own entries, whose names begin with an underscore."""
     return {key: value for key, value in mapping.items() if not key.startswith("_")}
+
+
+def in_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary of wandb, in which a value that is not finite is a string, with None for it."""
+    return {k: _number(v) if _is_metric(v) else v for k, v in summary.items()}
 
 
 def load_run(path: Path) -> Run:

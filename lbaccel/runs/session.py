@@ -44,6 +44,7 @@ from lbaccel.runs.lock import writing
 from lbaccel.runs.metric_lines import read_lines
 from lbaccel.runs.ranks import decided
 from lbaccel.runs.tracking import keep_updates_until
+from lbaccel.runs.wandb_tracker import summarize
 from lbaccel.text import printable
 
 Say = Callable[[str], object]
@@ -202,7 +203,7 @@ class Session:
         return [f"lines of update {last + 1} to {logged} are missing at its end"]
 
     def close(self, summary: Mapping[str, Any], *, failed: bool) -> None:
-        """Write the summary, end the trackers and, after a good end, draw the plots.
+        """Write the summary, to wandb too, end the trackers and, after a good end, draw the plots.
 
         A plot that can't be drawn is a note: the run has all else that it was started for.
         """
@@ -212,6 +213,7 @@ class Session:
             if self.accelerator.is_main_process:
                 write_summary(self.folder, summary)
         finally:
+            self._tell_wandb(summary)
             self.accelerator.end_training()
         if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
             try:
@@ -222,6 +224,14 @@ class Session:
                     f"note: the plots were not drawn ({reason}). The run is whole without them; "
                     f"lbaccel compare {os.fspath(self.folder)} --plot FILE draws its curves."
                 )
+
+    def _tell_wandb(self, summary: Mapping[str, Any]) -> None:
+        """Mirror the summary; where that fails, the run folder has it all the same."""
+        try:
+            summarize(self.accelerator, summary)
+        except Exception as error:  # of the network, or of wandb's own process
+            reason = f"{type(error).__name__}: {error}"
+            self.accelerator.print(f"note: wandb was not told how the run ended ({reason})")
 
     def was_closed(self) -> bool:
         """Whether the run came to its end before, summary and plots included."""

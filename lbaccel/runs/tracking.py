@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import netrc
 import os
 import shlex
 import shutil
@@ -13,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-from urllib.parse import urlsplit
 
 import accelerate.tracking
-from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
+from accelerate.tracking import GeneralTracker, on_main_process
 
 from lbaccel.errors import InputError, RunFailed, reading
 from lbaccel.runs.folder import (
@@ -31,11 +29,11 @@ from lbaccel.runs.folder import (
 from lbaccel.runs.lock import give_back, take
 from lbaccel.runs.metric_lines import content, faults, next_number, numbered, read_lines
 from lbaccel.runs.other_trackers import OURS, check_tracker, make_tracker, store_settings
+from lbaccel.runs.wandb_login import wandb_mode
+from lbaccel.runs.wandb_tracker import WandB, arguments_of_init
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 class RunFolderTracker(GeneralTracker):
@@ -168,58 +166,9 @@ def _mend_last_line(path: Path) -> None:
         os.truncate(path, len(content) - len(last))
 
 
-class _WandB(WandBTracker):
-    """wandb on our own counters: its step would drop what a resumed run logs a second time."""
-
-    @on_main_process
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        super().log(values, step=None, **kwargs)
-
-
 # Registered once: a second time (importlib.reload) would be a warning.
 if RunFolderTracker.name not in accelerate.tracking.LOGGER_TYPE_TO_CLASS:
     accelerate.tracking.register_tracker_class(RunFolderTracker)
-
-
-def _has_wandb_key() -> bool:
-    """Whether an API key lies in the environment or in netrc. wandb is not asked.
-
-    wandb 0.31 deprecates `wandb.api.api_key` (it warns), and the replacement it names,
-    `wandb.login(prompt=False)`, rewrites its settings file and verifies over the network.
-    """
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    homes = (Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser())
-    given = os.environ.get("NETRC")
-    for path in (Path(given),) if given else homes:
-        try:
-            if host in netrc.netrc(path).hosts:
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def wandb_mode(requested: str | None = None) -> tuple[str, str]:
-    """Where wandb writes, and why: what was asked for, `WANDB_MODE`, else whether a key is there.
-
-    >>> wandb_mode("offline")
-    ('offline', 'requested')
-
-    Raises:
-        InputError: a mode other than online, offline, disabled.
-    """
-    for value, origin in ((requested, "requested"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")):
-        if not value:
-            continue
-        if value not in WANDB_MODES:
-            raise InputError(
-                f"wandb mode {value!r} ({origin}) is not one of {', '.join(WANDB_MODES)}. "
-                f"Use offline to log without a network."
-            )
-        return value, origin
-    return ("online", "API key found") if _has_wandb_key() else ("offline", "not logged in")
 
 
 def start_trackers(
@@ -258,7 +207,7 @@ def start_trackers(
     ours: list[GeneralTracker] = [*others]
     if chosen != "disabled":
         names = {"group": group, "name": name or run.name, "tags": list(tags)}
-        ours.append(_WandB(project, config=plain(config), **names, **_wandb(run, chosen)))
+        ours.append(WandB(project, config=plain(config), **names, **arguments_of_init(run, chosen)))
     if "run_folder" in log_with:  # last: it has no file open where wandb cannot start
         ours.append(RunFolderTracker(project, run=run))
     given = [t for t in accelerator.log_with if str(t) not in (*OURS, *log_with)]
@@ -280,7 +229,7 @@ def start_trackers(
     wandb_run.define_metric("*", step_metric="samples_seen")
     if chosen == "online":
         return f"wandb: online ({reason}). This run: {wandb_run.url}"
-    folder = Path(wandb_run.dir).parent
+    folder = run / "wandb" / Path(wandb_run.dir).parent.name
     # the folder of all parts: alone, a later one would replace what an earlier one had uploaded
     return (
         f"wandb: offline ({reason}). This run: {folder}; "
@@ -303,22 +252,3 @@ def _not_started(error: Exception, others: list[GeneralTracker], *, wandb: str) 
         f"{names} did not start ({type(error).__name__}: {reason}). Set it up, or leave it out of "
         "--log-with."
     )
-
-
-def _wandb(run: Path, mode: str) -> dict[str, Any]:
-    """Arguments of `wandb.init`: quiet, inside the run folder, under the id of an earlier start."""
-    import wandb
-
-    earlier = sorted(
-        (run / "wandb").glob("*run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime
-    )
-    # Asked to go online without a key that we know of, wandb must be able to ask for one.
-    silent = mode == "offline" or _has_wandb_key()
-    return {
-        "mode": mode,
-        "dir": str(run),
-        "id": earlier[-1].stem.removeprefix("run-") if earlier else None,
-        "resume": "allow" if earlier else None,
-        "reinit": "finish_previous",
-        "settings": wandb.Settings(silent=silent, console="off"),
-    }

@@ -68,7 +68,7 @@ READ_AT = {
     ("momentum", "optimizer"): {"sgd", "lars", "rmsprop", "no such optimizer"},
     **{
         (f"wandb_{name}", "log_with"): {("run_folder", "wandb"), ("wandb",)}
-        for name in ("project", "group", "name", "tags", "mode")
+        for name in ("project", "group", "name", "tags", "artifacts", "mode")
     },
 }
 

@@ -10,7 +10,7 @@ import yaml
 
 from lbaccel.commands import compare as compare_command
 from lbaccel.errors import InputError
-from lbaccel.runs import compare
+from lbaccel.runs import compare, compare_figure
 from lbaccel.runs.read import Point, Run
 
 
@@ -46,7 +46,7 @@ def test_the_command_prints_equal_settings_once_and_differing_ones_as_columns(tm
     b = write_run(tmp_path / "b", batch=512, tops=[0.1, 0.4], seed=0, output="runs/b")
     assert command(a, b, "--target", "0.5") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "same in all 2 runs: model=vit, seed=0"
+    assert lines[0] == "same in all 2 runs: model=vit; 1 setting at its default"
     header, first, second = (line.split() for line in lines[2:])
     assert " ".join(header) == (
         "name global_batch_size best val/top1 best_at_samples last val/top1 updates samples "
@@ -138,16 +138,6 @@ def test_delta_is_the_difference_of_the_bests_to_the_first_run():
     assert [row["delta"] for row in rows] == [None, 0.75 - 0.5, 0.25 - 0.5]
 
 
-def test_origin_output_and_wandb_are_not_compared_and_the_plan_is_where_it_adds_something():
-    configs = [
-        {"lr": lr, "output": f"runs/{lr}", "origin/lr": "flag", "wandb_mode": str(lr)}
-        | {"plan/lr": lr, "plan/micro_batch_size": 32 * lr}
-        for lr in (1, 2)
-    ]
-    expected = [{"lr": lr, "plan/micro_batch_size": 32 * lr} for lr in (1, 2)]
-    assert compare.compared_settings(configs) == expected
-
-
 def test_a_setting_named_like_a_result_does_not_hide_the_result():
     runs = [a_run(name, [0.5], config={"seconds": limit}) for name, limit in (("a", 1), ("b", 2))]
     rows = compare.table(runs, "val/top1")
@@ -186,14 +176,14 @@ def test_output_into_an_absent_folder_says_how_to_make_it(tmp_path):
 def test_a_plot_is_drawn_on_every_axis(tmp_path, x):
     runs = [a_run("a", [0.1, 0.2, 0.4]), a_run("b", [0.1, None, 0.3], batch=512)]
     path = tmp_path / "plot.png"
-    compare.plot(runs, path, metric="val/top1", x=x, target=0.3)
+    compare_figure.plot(runs, path, metric="val/top1", x=x, target=0.3)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_plot_needs_a_known_file_type_and_points_on_its_axis(tmp_path):
     timeless = a_run("a", [0.1], hours=False)
     with pytest.raises(InputError, match=r"cannot draw a '\.txt' file"):
-        compare.plot([timeless], tmp_path / "plot.txt", metric="val/top1")
+        compare_figure.plot([timeless], tmp_path / "plot.txt", metric="val/top1")
     with pytest.raises(InputError, match=r"--x hours: no run .* Use --x updates"):
-        compare.plot([timeless], tmp_path / "plot.png", metric="val/top1", x="hours")
+        compare_figure.plot([timeless], tmp_path / "plot.png", metric="val/top1", x="hours")
     assert list(tmp_path.iterdir()) == []

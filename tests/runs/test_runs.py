@@ -98,6 +98,19 @@ def test_a_resumed_run_is_one_run_in_both_sources(tmp_path, wandb_in_tmp):
     assert "Would sync 2 run(s)" in done.stdout + done.stderr
 
 
+def test_wandb_writes_into_the_run_folder_after_the_working_folder_changed(
+    tmp_path, wandb_in_tmp, monkeypatch
+):
+    """One process of wandb serves all runs of ours, and keeps its own working folder."""
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        line = train(Path("runs"), [1], config={"global_batch_size": 8, "seed": 5})
+        (folder,) = (tmp_path / place / "runs" / "wandb").glob("offline-run-*")
+        assert list(folder.glob("run-*.wandb"))
+        assert line is not None and f"This run: runs/wandb/{folder.name}; " in line
+
+
 def test_a_wandb_folder_with_two_runs_asks_for_one(tmp_path):
     for name in ("a", "b"):
         folder = tmp_path / "wandb" / f"offline-run-20260101_00000{name}-{name}"

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -234,6 +235,19 @@ def test_a_key_in_netrc_counts_for_its_own_host_only(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert wandb_mode(None)[0] == "offline"
     (tmp_path / "netrc").write_text("machine\n")
+    assert wandb_mode(None)[0] == "offline"
+
+
+@pytest.mark.usefixtures("no_wandb_environment")
+def test_a_key_that_wandb_login_wrote_for_its_own_server_counts(tmp_path, monkeypatch):
+    urls = pytest.importorskip("wandb.sdk.lib.urls")
+    host = urlsplit(urls.DEFAULT_BASE_URL).netloc  # the one that `wandb login` writes
+    (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_mode(None) == ("online", "API key found")
+    monkeypatch.setenv("WANDB_BASE_URL", urls.DEFAULT_BASE_URL)
+    assert wandb_mode(None)[0] == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
     assert wandb_mode(None)[0] == "offline"
 
 
