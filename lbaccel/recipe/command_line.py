@@ -113,8 +113,9 @@ class CommandParser(argparse.ArgumentParser):
             yield word
 
     def _has(self, flag: str) -> bool:
-        declared = flag.replace("_", "-") in self._option_string_actions
-        return declared or other_name(flag, known=self._known()) is not None
+        known, declared = self._known(), flag.replace("_", "-") in self._option_string_actions
+        means_else = other_name(f"{flag}=", known=known) is not None
+        return not means_else and (declared or other_name(flag, known=known) is not None)
 
     def _as_declared(self, words: Iterable[str]) -> Iterator[str]:
         """Hugging Face has --bf16, --bf16 True and --bf16 False, of which the last is refused."""
@@ -170,8 +171,8 @@ class CommandParser(argparse.ArgumentParser):
         flag = next((word for word in rest if word.startswith("-")), None)
         if flag is not None:
             raise InputError(self._unknown(flag))
-        key, equals, _ = rest[0].partition("=")
-        near = nearest_name(key, self._known()) if equals else ""
+        key, equals, value = rest[0].partition("=")
+        near = self._meant(key + equals, value) if equals else ""
         raise InputError(
             f"{self.prog} does not read {brief(rest[0])}.{near} {self.prog} --help says what it "
             "reads."
@@ -210,16 +211,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         flag, _, value = word.partition("=")
-        known = self._known()
-        other = other_name(flag, known=known)
-        if other is None:
-            near = nearest_name(flag, known)
-        else:
-            given = value or self._after(word)
-            near = f" {other.said(_plain(given) if given else given)}"
+        near = self._meant(flag, value or self._after(word))
         whole = f" {ALL}" if self.rare else ""
         lists = self._lists or f"{self.prog} --help{whole} lists all of its flags."
         return f"unknown flag {_plain(flag)}.{near} {lists}"
+
+    def _meant(self, name: str, value: str) -> str:
+        """A sentence on a name that is not ours, with a space before it, or ""."""
+        other = other_name(name, known=self._known())
+        if other is None:
+            return nearest_name(name.removesuffix("="), self._known())
+        return f" {other.said(_plain(value) if value else value)}"
 
     def _after(self, word: str) -> str:
         """The value that follows a flag which no argument has."""

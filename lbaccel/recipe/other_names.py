@@ -37,6 +37,11 @@ _COMPILED = "No command compiles the model: leave it out."
 _AVERAGED = "--ema-decay 0.9998 averages the weights with timm's decay an update."
 _DECAY = "Type --schedule constant, cosine, step or multistep."
 _ROWS = "Type --data folder:PATH, parquet:PATH, csv:FILE, hf:OWNER/NAME or timm:PATH."
+_PROBABILITY = (
+    "{name} of ultralytics is a probability, --{name} is alpha of Beta(alpha, alpha) and acts on "
+    "every sample: type --{name} 0.2, say."
+)
+_OF_LAUNCHER = "The launcher has it: accelerate launch with a file that lbaccel configs ls names."
 _UPDATES_OF_WARMUP = (
     "The warmup is given in epochs: --warmup-epochs = updates x --global-batch-size / training "
     "images."
@@ -87,6 +92,7 @@ def differs(hint: str) -> OtherName:
 
 
 # Without dashes at the start, with - for _: the names of the five tools in the order of our groups.
+# With = at the end: as `key=value` alone, ultralytics' spelling, where --key is a flag of ours.
 NAMES: Mapping[str, OtherName] = {
     # the model and its weights
     "arch": same("--model"),
@@ -140,6 +146,8 @@ NAMES: Mapping[str, OtherName] = {
     "mixup-alpha": same("--mixup"),
     "cutmix-alpha": same("--cutmix"),
     "cutmix-minmax": differs("--cutmix takes alpha alone."),
+    "mixup=": differs(_PROBABILITY.format(name="mixup")),
+    "cutmix=": differs(_PROBABILITY.format(name="cutmix")),
     "mixup-prob": differs("--mixup and --cutmix take alpha alone: they are on for every sample."),
     "mixup-mode": differs("--mixup and --cutmix draw a share for each sample (elem)."),
     # the batch
@@ -192,6 +200,7 @@ NAMES: Mapping[str, OtherName] = {
         "lrf is a share of the first rate, and --final-lr a rate: their product, lr0 x {value}."
     ),
     "min-lr": differs("Type --final-lr {value}; a cosine alone reads it."),
+    "lr-min": differs("Type --final-lr {value}; a cosine alone reads it."),
     "warmup-lr": differs(
         "Type --warmup-start {value}, the rate of the first update: timm holds a rate for an epoch "
         "of the warmup, and here it moves at each update."
@@ -279,6 +288,8 @@ NAMES: Mapping[str, OtherName] = {
     "gpus": differs(_VISIBLE),
     "no-cuda": differs(_VISIBLE),
     "use-cpu": differs(_VISIBLE),
+    "deepspeed": differs(_OF_LAUNCHER),
+    "fsdp": differs(_OF_LAUNCHER),
 }
 
 

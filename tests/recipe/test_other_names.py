@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -18,10 +19,10 @@ from lbaccel.replication.readers.timm_keys import AT_DEFAULT, NEUTRAL, READ
 
 FLAGS = {row.flag: row for row in OPTIONS.values()}
 TAKEN = [name for name, row in NAMES.items() if row.ours]
-REFUSED = [name for name, row in NAMES.items() if not row.ours]
+REFUSED = [name for name, row in NAMES.items() if not row.ours and name[-1] != "="]
 # of no meaning here at all, or decided before Python starts
 WITHOUT_FLAG = {"compile", "torchcompile", "torch-compile", "device", "cuda", "gpu", "gpus"}
-WITHOUT_FLAG |= {"no-cuda", "use-cpu"}
+WITHOUT_FLAG |= {"no-cuda", "use-cpu", "deepspeed", "fsdp"}
 
 
 def typed(name):
@@ -40,7 +41,8 @@ def error_of(*words):
 def test_a_row_names_flags_that_there_are_and_none_of_ours(name):
     row = NAMES[name]
     assert name == name.strip("-") and "_" not in name
-    assert flag_of(name) not in FLAGS, "the flag is ours, so nobody reads this row"
+    assert (flag_of(name) in FLAGS) is False, "the flag is ours, so nobody reads this row"
+    assert name[-1] != "=" or flag_of(name[:-1]) in FLAGS
     assert row.needs <= set(FLAGS) and bool(row.ours) != bool(row.hint)
     if row.value:
         assert row.value in FLAGS[row.ours].choices
@@ -163,6 +165,48 @@ def test_timms_own_parser_has_no_other_names():
     assert set(words(MOST)) <= set(TIMM)
 
 
+# -- the others -----------------------------------------------------------------------------------
+
+
+def of_hugging_face():
+    from transformers import TrainingArguments
+
+    return [field.name for field in fields(TrainingArguments)]
+
+
+ULTRALYTICS = words("""
+    task data epochs time patience batch imgsz save save_period cache device workers project name
+    exist_ok pretrained verbose seed deterministic single_cls rect cos_lr close_mosaic resume amp
+    fraction profile freeze multi_scale compile overlap_mask mask_ratio dropout val split lr0 lrf
+    momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr box cls dfl pose kobj nbs
+    hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr bgr mosaic mixup
+    cutmix copy_paste copy_paste_mode auto_augment erasing cfg tracker
+""")
+TORCHVISION = words("""
+    data-path model device batch-size epochs workers opt lr momentum weight-decay norm-weight-decay
+    bias-weight-decay transformer-embedding-decay label-smoothing mixup-alpha cutmix-alpha
+    lr-scheduler lr-warmup-epochs lr-warmup-method lr-warmup-decay lr-step-size lr-gamma lr-min
+    print-freq output-dir resume start-epoch cache-dataset sync-bn test-only auto-augment
+    ra-magnitude augmix-severity random-erase amp world-size dist-url model-ema model-ema-steps
+    model-ema-decay use-deterministic-algorithms interpolation val-resize-size val-crop-size
+    train-crop-size clip-grad-norm ra-sampler ra-reps weights backend use-v2
+""")
+
+
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(of_hugging_face, 35), (lambda: ULTRALYTICS, 28), (lambda: TORCHVISION, 30)],
+)
+def test_a_name_of_another_tool_is_ours_or_explained_or_gets_no_guess(names, least):
+    told = 0
+    for flag in map(flag_of, names()):
+        if flag in FLAGS or other_name(flag, known=FLAGS) is not None:
+            told += 1
+        else:
+            assert nearest_name(flag, FLAGS) == "", flag
+    assert told >= least
+
+
 # -- guesses --------------------------------------------------------------------------------------
 
 UNRELATED = words("""
@@ -242,6 +286,8 @@ def test_a_word_that_a_flag_takes_stays_its_value(tmp_path, monkeypatch):
         ("lr0=0.01", "unknown flag --lr0. Elsewhere the rate"),
         ("batch=16", "batch=16 is --global-batch-size 64"),
         ("epoch=3", "does not read 'epoch=3'. Did you mean --epochs?"),
+        ("mixup=0.15", "mixup of ultralytics is a probability, --mixup is alpha"),
+        ("cutmix=0.15", "cutmix of ultralytics is a probability, --cutmix is alpha"),
         ("mosaic=1.0", "does not read 'mosaic=1.0'. lbaccel train --help"),
         ("epochs=many", "--epochs='many' is not a number"),
     ],
