@@ -46,12 +46,15 @@ def find_config(text: str) -> ConfigFile:
     >>> find_config("finetune-small").origin
     'recipe finetune-small'
     """
-    path, known = Path(text), recipes()
+    path = Path(text)
+    if path.suffix or len(path.parts) != 1:
+        return ConfigFile(path, text)
+    known = recipes()
     own = next((p for p in (path, Path(f"{text}.yaml")) if text in known and p.is_file()), None)
     if own is not None:
         note = f"--config {text}: {own} of this folder is read, not lbaccel's recipe of that name"
         return ConfigFile(own, str(own), note)
-    if path.suffix or len(path.parts) != 1 or _is_there(path):
+    if _is_there(path):
         return ConfigFile(path, text)
     if text in known:
         return ConfigFile(known[text], f"recipe {text}")

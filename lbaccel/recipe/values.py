@@ -100,7 +100,7 @@ def _is_slip(name: str, other: str) -> bool:
     if sorted(name) == sorted(other):
         return True
     likeness = difflib.SequenceMatcher(None, name, other).ratio()
-    near = likeness >= (_NEAR if len(name) < 9 else _NEAR + 0.05)
+    near = likeness >= (_NEAR if len(name) < 9 else _NEAR + 0.07)
     return near and abs(len(name) - len(other)) <= max(1, len(name) // 5)
 
 
