@@ -109,7 +109,7 @@ def test_a_name_that_means_something_else_is_refused_with_the_difference(name):
         (["--batch", "24"], ["batch=24 is --global-batch-size 72"]),
         (["--batch", "96"], ["batch=96 is --global-batch-size 96"]),
         (["--batch", "5e-324"], ["--global-batch-size 64"]),
-        (["--device", "cuda:1"], ["CUDA_VISIBLE_DEVICES=0"]),
+        (["--device", "cuda:1"], ["CUDA_VISIBLE_DEVICES=1"]),
         (["--lr", "x" * 5000], ["--base-lr 'xxx"]),
     ],
 )
