@@ -1,12 +1,13 @@
 """All settings are in pyproject.toml; here is only what it can't say.
 
-The launcher's files stand once, at the top of the repository, where `accelerate launch` is run
-from; a wheel carries them inside the package, for `lbaccel configs cp`.
+The launcher's files and the recipes stand once, at the top of the repository, where `accelerate
+launch` is run from; a wheel carries them inside the package, for `lbaccel configs cp` and `--config
+NAME`.
 """
 
 from setuptools import find_packages, setup
 
-SHIPPED = {"accelerate_configs": "*.yaml", "ds_configs": "*.json"}
+SHIPPED = {"accelerate_configs": "*.yaml", "ds_configs": "*.json", "recipes": "*.yaml"}
 
 setup(
     packages=[*find_packages(include=["lbaccel*"]), *(f"lbaccel.{folder}" for folder in SHIPPED)],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import brief
+from lbaccel.errors import InputError, brief, check_choice
 from lbaccel.recipe.command_line import CommandParser
 from lbaccel.recipe.ending import ending
-from lbaccel.recipe.values import nearest_word
+from lbaccel.recipe.values import nearest_name
 from lbaccel.runs.columns import columns
 
 # subcommand: its module, imported when it is called, and its line in the help. `train` has a
@@ -40,6 +41,10 @@ COMMANDS = {
     "doctor": (
         "commands.doctor",
         "what is known to go wrong with this environment, config and script",
+    ),
+    "env": (
+        "commands.env",
+        "this machine and its versions, to paste into a bug report",
     ),
     "compare": (
         "commands.compare",
@@ -78,14 +83,17 @@ COMMANDS = {
         "what this machine's device reaches in each class of kernel, for plans",
     ),
 }
+MORE = (
+    "lbaccel COMMAND --help says more.",
+    "lbaccel --print-completion SHELL prints completions for bash, zsh or tcsh.",
+)
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def usage() -> str:
     """The help of `lbaccel` itself."""
     table = columns([(f"  {name}", line) for name, (_, line) in COMMANDS.items()])
-    return "\n".join(
-        ["usage: lbaccel COMMAND ...", "", *table, "", "lbaccel COMMAND --help says more.", ""]
-    )
+    return "\n".join(["usage: lbaccel COMMAND ...", "", *table, "", *MORE, ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"lbaccel {__version__}")
         return 0
-    near = nearest_word(command, COMMANDS)
+    if command.partition("=")[0] == "--print-completion":
+        return ending(lambda: _print_completion([*command.split("=")[1:], *arguments]))
+    near = nearest_name(command, COMMANDS)
     print(f"error: no command {brief(command)}.{near} lbaccel --help lists them.", file=sys.stderr)
     return 2
 
@@ -116,6 +126,45 @@ def parser_of(name: str) -> CommandParser:
     parser = CommandParser(prog=f"lbaccel {name}")
     _module(name).add_arguments(parser)
     return parser
+
+
+def completion(shell: str) -> str:
+    """The script that completes `lbaccel` in a shell: all commands, their flags and choices.
+
+    Raises:
+        InputError: another shell, or shtab is not installed.
+    """
+    check_choice("--print-completion", shell, choices=SHELLS)
+    from lbaccel.recipe.settings import add_options, add_recipe
+
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError(
+            "completions are made by shtab, which is not installed: pip install shtab"
+        ) from error
+    whole = CommandParser(prog="lbaccel")
+    commands = whole.add_subparsers(metavar="COMMAND")
+    for name, (_, line) in COMMANDS.items():
+        parser = commands.add_parser(name, help=line)
+        if name == "train":
+            add_recipe(parser)
+        else:
+            _module(name).add_arguments(parser)
+        if parser.get_default("recipe_flags") is not None:
+            taken = {action.dest for action in parser._actions}
+            add_options(parser, without=taken)
+        for action in parser._actions:
+            if action.type is Path or action.metavar == "FILE":
+                setattr(action, "complete", shtab.FILE)  # noqa: B010 - not an attribute of argparse
+    return shtab.complete(whole, shell=shell)
+
+
+def _print_completion(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1:
+        raise InputError(f"--print-completion takes one of {', '.join(SHELLS)}.")
+    print(completion(arguments[0]))
+    return 0
 
 
 def _module(name: str) -> Any:

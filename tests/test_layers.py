@@ -57,6 +57,9 @@ NO_TORCH = (  # those without numpy first
     "recipe.growth",
     "recipe.values",
     "recipe.bounds",
+    "recipe.other_names",
+    "configs.shipped",
+    "recipe.presets",
     "recipe.command_line",
     "recipe.options",
     "recipe.options_batch",
@@ -70,6 +73,8 @@ NO_TORCH = (  # those without numpy first
     "recipe.schedule_table",
     "stability.limit",
     "runs.folder",
+    "runs.environment",
+    "runs.bug_report",
     "runs.outputs",
     "runs.length",
     "runs.lock",
@@ -90,6 +95,7 @@ NO_TORCH = (  # those without numpy first
     "commands.advise",
     "commands.compare",
     "commands.lr_find",
+    "commands.env",
     "cli",
 )
 

@@ -29,6 +29,43 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
     ),
+    "a hint names flags that the command does not have": (
+        "recipe.other_names",
+        "return row if row is not None and row.needs <= set(known) else None",
+        "return row",
+        "tests/recipe/test_other_names.py::"
+        "test_a_hint_is_given_only_where_the_command_has_its_flags",
+    ),
+    "the rate of timm is taken for the rate at 256 samples": (
+        "recipe.other_names",
+        '    "lr": differs(_RATE),',
+        '    "lr": same("--base-lr"),',
+        "tests/recipe/test_other_names.py::test_the_difference_is_said_in_numbers",
+    ),
+    "a value of a flag that looks like key=value becomes a setting": (
+        "recipe.command_line",
+        "values = 0 if equals or action is None else _values_of(action)",
+        "values = 0",
+        "tests/recipe/test_other_names.py::test_a_word_that_a_flag_takes_stays_its_value",
+    ),
+    "a guess is made at half a likeness": (
+        "recipe.values",
+        "_NEAR = 0.8 ",
+        "_NEAR = 0.6 ",
+        "tests/recipe/test_other_names.py::test_a_word_of_another_world_gets_no_guess",
+    ),
+    "what an earlier file asked for stays asked for": (
+        "recipe.settings",
+        "given=(below.given - {*options, *added}) | asked",
+        "given=below.given | asked",
+        "tests/recipe/test_settings.py::test_a_later_file_takes_back_what_one_before_asked_for",
+    ),
+    "a secret under a harmless name is shown": (
+        "runs.bug_report",
+        " or _RANDOM.fullmatch(text)",
+        "",
+        "tests/runs/test_bug_report.py::test_no_key_no_token_no_password_no_user_is_shown",
+    ),
     "going back to an older state counts as the user's step": (
         "update.plain_loop",
         "count > self._moved:",

@@ -16,6 +16,7 @@ from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
 from lbaccel.recipe import bounds
+from lbaccel.recipe.presets import listed, recipes
 from lbaccel.runs.columns import columns
 from lbaccel.text import printable
 
@@ -25,7 +26,7 @@ MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Four actions."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|cp|validate|make")
-    actions.add_parser("ls", help="each config and when to use it", allow_abbrev=False)
+    actions.add_parser("ls", help="each config and recipe, and when to use it", allow_abbrev=False)
 
     copying = actions.add_parser("cp", help="copy YAML and JSON", allow_abbrev=False)
     copying.add_argument("names", nargs="+", metavar="NAME", help="see ls")
@@ -84,14 +85,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(_: argparse.Namespace) -> int:
     print("\n".join(columns([(config.name, config.use) for config in shipped()])))
+    print(listed(), end="")
     return 0
 
 
 def _copy(a: argparse.Namespace) -> int:
-    configs = [find(name) for name in dict.fromkeys(a.names)]
-    for path in copy(configs, a.to, force=a.force):
+    known, names = recipes(), dict.fromkeys(a.names)
+    configs = [find(name) for name in names if name not in known]
+    chosen = [known[name] for name in names if name in known]
+    for path in copy(configs, a.to, recipes=chosen, force=a.force):
         print(printable(str(path)))
-    print(printable("\n".join(launch_lines(configs, a.to))))
+    lines = [f"lbaccel train --config {shlex.quote(str(a.to / path.name))}" for path in chosen]
+    print(printable("\n".join([*launch_lines(configs, a.to), *lines])))
     return 0
 
 

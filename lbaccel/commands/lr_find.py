@@ -83,6 +83,8 @@ def run(own: argparse.Namespace) -> int:
     if show:
         print(printable(show_settings(settings)))
         return 0
+    for note in settings.notes if rank() == 0 else ():
+        print(printable(note), file=sys.stderr)
     check_plot(own.plot)
     try:
         found = _measure(own, settings)

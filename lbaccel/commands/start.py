@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from lbaccel.errors import InputError
 from lbaccel.recipe import bounds
-from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import (
     add_options,
+    from_configs,
     layered,
+    show_settings,
     typed_options,
     under_a_batch_schedule,
 )
@@ -46,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path(CONFIG), metavar="F", help="(default: %(default)s)"
     )
     parser.add_argument("--run", action="store_true", help="train at once")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="a YAML file of settings, or a recipe by its name: what it names is pinned; may be "
+        "given again, later ones win, and flags",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print what is pinned, and stop"
+    )
     add_options(parser, without=["data"])
 
 
@@ -56,15 +67,19 @@ def run(own: argparse.Namespace) -> int:
         InputError: images, weights, flags or a file of no use.
     """
     given = {**typed_options(vars(own)), "data": spec_of(own.data)}
-    settings = under_a_batch_schedule(layered(Settings(), given, origin="flag"))
+    of_files = from_configs(own.config or (), defaults_too=True)
+    settings = under_a_batch_schedule(layered(of_files, given, origin="flag"))
     if settings.run.resume is not None:
         raise InputError(f"--resume {settings.run.resume}: go on with lbaccel train --resume.")
+    for note in settings.notes:
+        _say(note)
+    if own.print_config:
+        _say(show_settings(settings))
+        return 0
     writable(own.out, "--out", own=Own("recipe of lbaccel start", _is_ours))
     from lbaccel.product.start import start
 
-    found = start(
-        settings, minutes=own.minutes, say=lambda text: print(printable(text), flush=True)
-    )
+    found = start(settings, minutes=own.minutes, say=_say)
     atomic_write_text(own.out, found.yaml())
     _show(found, own.out)
     if not own.run:
@@ -72,6 +87,10 @@ def run(own: argparse.Namespace) -> int:
     from lbaccel import train
 
     return train.main(found.flags())
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def _is_ours(path: Path) -> bool:

@@ -84,8 +84,12 @@ def find(name: str) -> Shipped:
     return known[name]
 
 
-def copy(configs: Sequence[Shipped], to: Path, *, force: bool = False) -> list[Path]:
-    """Copy configs into `to/accelerate_configs` and `to/ds_configs`; the files written.
+def copy(
+    configs: Sequence[Shipped], to: Path, *, recipes: Sequence[Path] = (), force: bool = False
+) -> list[Path]:
+    """Copy configs into `to/accelerate_configs` and `to/ds_configs`, recipes into `to`.
+
+    Returns the files written.
 
     The folders are kept because a YAML names its JSON from where it is launched: from `to`.
 
@@ -93,6 +97,7 @@ def copy(configs: Sequence[Shipped], to: Path, *, force: bool = False) -> list[P
         InputError: a file that is there already, unless `force`; a place that can't be written.
     """
     files = {path: to / path.parent.name / path.name for c in configs for path in c.files}
+    files |= {path: to / path.name for path in recipes}
     return write({target: path.read_bytes() for path, target in files.items()}, force=force)
 
 

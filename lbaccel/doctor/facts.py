@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from lbaccel.doctor.script import Script
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, reading
 from lbaccel.launch import variables
+from lbaccel.runs.environment import version
 
 PACKAGES = ("accelerate", "deepspeed", "transformers", "timm", "torch", "torchvision", "ninja")
 VARIABLES = ("ACCELERATE_", "FSDP_", "DS_", "WANDB_", "CXX", "CUDA_HOME", "TORCH_EXTENSIONS_DIR")
@@ -123,12 +123,7 @@ def _line(path: str, start: str) -> str:
 
 def this_environment() -> Environment:
     """Versions, compilers and variables of this machine; deepspeed is not imported."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found = {package: version(package) for package in PACKAGES}
     if found["ninja"] is None and shutil.which("ninja"):
         found["ninja"] = "on the path"
     known = variables(*VARIABLES)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from lbaccel.optim.optimizers import create_optimizer
 from lbaccel.planning.cost.devices import GIB, device_at_hand
 from lbaccel.planning.cost.update import MakeBatch, classification_loss
 from lbaccel.planning.plan import Plan
+from lbaccel.runs.environment import processor
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.engine import LargeBatch
@@ -381,9 +379,4 @@ def hardware_name(device: torch.device) -> str:
     """The card, or the processor's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*: (.*)$", text, re.M)
-    return found[1] if found else platform.processor() or platform.machine()
+    return processor()

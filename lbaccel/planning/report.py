@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lbaccel.planning.measure import (
 )
 from lbaccel.planning.network import image_shape, random_images
 from lbaccel.planning.plan import Plan
-from lbaccel.runs.environment import versions
+from lbaccel.runs.environment import driver, versions
 from lbaccel.runs.folder import atomic_write_text, strict_json
 from lbaccel.runs.outputs import writable
 
@@ -29,11 +28,6 @@ from lbaccel.runs.outputs import writable
 def environment() -> dict[str, Any]:
     """Versions that a measurement depends on; None for what is not there."""
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        text = ""
-    driver = re.search(r"Kernel Module.*?(\d+\.\d[\d.]*)", text)
     return {
         "python": platform.python_version(),
         **versions(),
@@ -41,7 +35,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": cudnn,
-        "driver": driver[1] if driver else None,
+        "driver": driver(),
     }
 
 

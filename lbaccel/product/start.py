@@ -104,7 +104,10 @@ class Start:
             # flow style for the value alone: a mapping in braces would be no line of its own
             text = yaml.safe_dump([value], default_flow_style=True, width=2**20, allow_unicode=True)
             line = f"{name}: {text.strip()[1:-1]}"
-            lines.append(f"{line:<32}  # {' '.join(reasons.get(name, 'yours').split())}")
+            origin = self.settings.origin(name)
+            yours = "yours" if origin == "flag" else f"yours, of {origin}"
+            reason = reasons.get(name, yours)
+            lines.append(f"{line:<32}  # {' '.join(reason.split())}")
         return "\n".join([*lines, ""])
 
     def _named(self) -> list[str]:

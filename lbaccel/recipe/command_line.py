@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from lbaccel.errors import InputError, brief
-from lbaccel.recipe.values import nearest_word
+from lbaccel.recipe.other_names import other_name
+from lbaccel.recipe.values import nearest_name, nearest_word
 
 # No flag looks so: -inf, -1e3 and -3GiB are values, which a rule then refuses by their flag.
 _NEGATIVE = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+_OPEN = {None: 1, "+": sys.maxsize, "*": sys.maxsize}  # nargs: words that follow a flag
+ALL = "all"  # `--help all`
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -24,7 +29,10 @@ class CommandParser(argparse.ArgumentParser):
         beside: flags of the same command that another parser reads; the nearest is looked for
             among them too.
         lists: who lists all flags, where that is not this parser's own --help alone.
-        hints: unknown flag -> the sentence in place of the nearest one, with a space before it.
+
+    Attributes:
+        rare: names of arguments that --help leaves out and --help all has.
+        below: a text under the help, made where that is shown.
 
     >>> parser = CommandParser(prog="lbaccel plan")
     >>> _ = parser.add_argument("--model", required=True)
@@ -35,34 +43,95 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        beside: Iterable[str] = (),
-        lists: str = "",
-        hints: Mapping[str, str] | None = None,
-        **options: Any,
+        self, *args: Any, beside: Iterable[str] = (), lists: str = "", **options: Any
     ) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
         self._negative_number_matcher = _NEGATIVE
-        self._beside, self._hints = tuple(beside), hints or {}
-        self._lists = lists or f"{self.prog} --help lists all of its flags."
+        self._beside, self._lists = tuple(beside), lists
         self._typed: list[str] = []
+        self.rare: set[str] = set()
+        self.below: Callable[[], str] = str
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's, for flags in the spellings of other tools too.
 
-        `--a_b` is --a-b, and `--no-x` is --x=false where x is a switch. The words are kept, so that
-        an error can look at them.
+        `--a_b` is --a-b, `--no-x` is --x=false where x is a switch, `a=b` is --a=b where no
+        argument takes it, and a name of `other_names` with the meaning of one of ours is ours. The
+        words are kept, so that an error can look at them.
         """
         typed = list(sys.argv[1:] if args is None else args)
         end = typed.index("--") if "--" in typed else len(typed)
-        self._typed = [self._as_declared(word) for word in typed[:end]] + typed[end:]
+        words = typed[:end]
+        if self.rare and _asks_for_all(words):
+            self._print_message(self.format_help(), sys.stdout)
+            self.exit()
+        self._typed = [*self._as_declared(self._with_pairs(words)), *typed[end:]]
         return super().parse_known_args(self._typed, namespace)
 
-    def _as_declared(self, word: str) -> str:
+    def print_help(self, file: Any = None) -> None:
+        """The help without what is rare, and who has it all."""
+        with self._without_rare():
+            text = super().format_help()
+        if self.rare:
+            more = f"{self.prog} --help {ALL} lists {len(self.rare)} more settings, by group."
+            text += f"\n{more}\n"
+        self._print_message(text + self.below(), file or sys.stdout)
+
+    def format_help(self) -> str:
+        """The whole help."""
+        return super().format_help() + self.below()
+
+    @contextmanager
+    def _without_rare(self) -> Iterator[None]:
+        kept = {action: action.help for action in self._actions if action.dest in self.rare}
+        try:
+            for action in kept:
+                action.help = argparse.SUPPRESS
+            yield
+        finally:
+            for action, text in kept.items():
+                action.help = text
+
+    def _with_pairs(self, words: Sequence[str]) -> Iterator[str]:
+        """`epochs=3` as --epochs=3, where it is neither a flag's value nor a positional one's."""
+        free = [action.nargs for action in self._actions if not action.option_strings]
+        if any(nargs is not None for nargs in free):
+            yield from words
+            return
+        positional, values = len(free), 0
+        for word in words:
+            key, equals, _ = word.partition("=")
+            if word.startswith("-") and not _NEGATIVE.match(word):
+                action = self._option_string_actions.get(key)
+                values = 0 if equals or action is None else _values_of(action)
+            elif values:
+                values -= 1
+            elif positional:
+                positional -= 1
+            elif equals and self._has(f"--{key}"):
+                word = f"--{word}"
+            yield word
+
+    def _has(self, flag: str) -> bool:
+        known, declared = self._known(), flag.replace("_", "-") in self._option_string_actions
+        means_else = other_name(f"{flag}=", known=known) is not None
+        return not means_else and (declared or other_name(flag, known=known) is not None)
+
+    def _as_declared(self, words: Iterable[str]) -> Iterator[str]:
+        """Hugging Face has --bf16, --bf16 True and --bf16 False, of which the last is refused."""
+        after_switch = False
+        for word, following in pairwise([*words, ""]):
+            if after_switch and word.lower() == "true":
+                after_switch = False
+                continue
+            other = other_name(word, known=self._option_string_actions)
+            after_switch = other is not None and bool(other.value)
+            yield word if after_switch and following.lower() == "false" else self._declared(word)
+
+    def _declared(self, word: str) -> str:
         flag, equals, value = word.partition("=")
         declared = self._option_string_actions
-        if not flag.startswith("--") or flag in declared:
+        if not flag.startswith("-") or flag in declared:
             return word
         dashed = flag.replace("_", "-")
         if dashed in declared:
@@ -71,7 +140,12 @@ class CommandParser(argparse.ArgumentParser):
             on = f"--{dashed.removeprefix('--no-')}"
             if on in declared and declared[on].nargs == "?" and declared[on].const is True:
                 return f"{on}=false"
-        return word
+        other = other_name(flag, known=declared)
+        if other is None or not other.ours:
+            return word
+        if not other.value:
+            return other.ours + equals + value
+        return f"{other.ours}={other.value}" if value.lower() in ("", "true") else word
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The values of the arguments.
@@ -97,8 +171,11 @@ class CommandParser(argparse.ArgumentParser):
         flag = next((word for word in rest if word.startswith("-")), None)
         if flag is not None:
             raise InputError(self._unknown(flag))
+        key, equals, value = rest[0].partition("=")
+        near = self._meant(key + equals, value) if equals else ""
         raise InputError(
-            f"{self.prog} does not read {brief(rest[0])}. {self.prog} --help says what it reads."
+            f"{self.prog} does not read {brief(rest[0])}.{near} {self.prog} --help says what it "
+            "reads."
         )
 
     def error(self, message: str) -> NoReturn:
@@ -133,9 +210,23 @@ class CommandParser(argparse.ArgumentParser):
         return f"{name}={what}."
 
     def _unknown(self, word: str) -> str:
-        flag = word.partition("=")[0]
-        near = self._hints.get(flag) or nearest_word(flag, [*self._flags(), *self._beside])
-        return f"unknown flag {_plain(flag)}.{near} {self._lists}"
+        flag, _, value = word.partition("=")
+        near = self._meant(flag, value or self._after(word))
+        whole = f" {ALL}" if self.rare else ""
+        lists = self._lists or f"{self.prog} --help{whole} lists all of its flags."
+        return f"unknown flag {_plain(flag)}.{near} {lists}"
+
+    def _meant(self, name: str, value: str) -> str:
+        """A sentence on a name that is not ours, with a space before it, or ""."""
+        other = other_name(name, known=self._known())
+        if other is None:
+            return nearest_name(name.removesuffix("="), self._known())
+        return f" {other.said(_plain(value) if value else value)}"
+
+    def _after(self, word: str) -> str:
+        """The value that follows a flag which no argument has."""
+        following = self._typed[self._typed.index(word) + 1 :] if word in self._typed else []
+        return following[0] if following and not following[0].startswith("-") else ""
 
     def _missing(self, names: Sequence[str]) -> str:
         """A required flag that is there with a slip of the pen is named as what was typed."""
@@ -169,12 +260,26 @@ class CommandParser(argparse.ArgumentParser):
                 return f"{_name(action)} {action.metavar or values or action.dest.upper()}"
         return name
 
+    def _known(self) -> list[str]:
+        return [*self._flags(), *self._beside]
+
     def _flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
 
     def _subcommands(self) -> list[str]:
         kind = argparse._SubParsersAction
         return [name for a in self._actions if isinstance(a, kind) for name in a.choices]
+
+
+def _values_of(action: argparse.Action) -> int:
+    if action.dest == "config":  # --config FILE epochs=3: a word of that kind is no file
+        return 1
+    return action.nargs if isinstance(action.nargs, int) else _OPEN.get(action.nargs, 0)
+
+
+def _asks_for_all(words: Sequence[str]) -> bool:
+    asked = [after for word, after in pairwise([*words, ""]) if word in ("-h", "--help")]
+    return "--help-all" in words or ALL in asked
 
 
 def _name(action: argparse.Action) -> str:

@@ -33,6 +33,7 @@ class BatchOptions:
         bounds.samples_or_auto,
         "samples an update, over all ranks; experimental: auto grows it with the critical batch, "
         "from --min-batch-size to --max-batch-size",
+        common=True,
     )
     min_batch_size: int | None = option(
         None,
@@ -57,6 +58,7 @@ class BatchOptions:
         shown="64, or what is near it and a multiple of --norm-batch-size",
         contract=False,
         plan=True,
+        common=True,
     )
     val_batch_size: int | None = option(
         None,
@@ -73,6 +75,7 @@ class BatchOptions:
         shown="what is free, less a margin, on a GPU and for auto",
         contract=False,
         plan=True,
+        common=True,
     )
     norm_batch_size: int | Literal["frozen"] | None = option(
         None,
@@ -199,6 +202,7 @@ class BatchOptions:
         "of the forward pass; fp64 proves a plan",
         choices=("fp32", "bf16", "fp16", "fp64"),
         shown="the launcher's, else fp32",
+        common=True,
     )
 
     @property

@@ -32,9 +32,13 @@ def _is_from_outside(data: str) -> bool:
 class ModelOptions:
     """The backbone, and the weights it starts from."""
 
-    model: str = option("resnet10t", str, "any timm model")
-    pretrained: bool = option(False, switch, "start from timm's weights, or from --checkpoint")
-    checkpoint: str | None = option(None, str, "weights file (.safetensors, .pth) to start from")
+    model: str = option("resnet10t", str, "any timm model", common=True)
+    pretrained: bool = option(
+        False, switch, "start from timm's weights, or from --checkpoint", common=True
+    )
+    checkpoint: str | None = option(
+        None, str, "weights file (.safetensors, .pth) to start from", common=True
+    )
     head_init: str = option(
         "zero",
         str,
@@ -49,6 +53,7 @@ class ModelOptions:
         "classifier and biases; the rest is frozen, and BatchNorm too except under full and "
         "head+norms",
         choices=("full", "head", "head+norms", "bias+head"),
+        common=True,
     )
     num_classes: int | None = option(None, bounds.classes, "outputs", shown="the data's classes")
     drop_rate: float = option(0.0, bounds.below_one, "dropout before the classifier, probability")
@@ -64,6 +69,7 @@ class DataOptions:
         str,
         "digits, cifar10, cifar100, folder:PATH, parquet:PATH, csv:FILE, hf:OWNER/NAME[:split], "
         "timm:PATH or synthetic[:CLASSESxSIZE]",
+        common=True,
     )
     data_digest: str = option(
         "sizes",
@@ -126,7 +132,11 @@ class DataOptions:
         2, bounds.workers, "processes that load image files, per rank", contract=False
     )
     img_size: int | None = option(
-        None, bounds.pixels, "pixels a side", shown="small images: their own; else the model's"
+        None,
+        bounds.pixels,
+        "pixels a side",
+        shown="small images: their own; else the model's",
+        common=True,
     )
     stem: str = option(
         "auto", str, "small: stride 1 for images below 64 px", choices=("auto", "small", "native")

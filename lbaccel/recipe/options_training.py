@@ -42,7 +42,12 @@ class RateOptions:
     """How fast, and for how long."""
 
     epochs: float = option(
-        20.0, bounds.epochs, "passes over the training set", contract=False, length=True
+        20.0,
+        bounds.epochs,
+        "passes over the training set",
+        contract=False,
+        length=True,
+        common=True,
     )
     max_updates: int | None = option(
         None,
@@ -57,6 +62,7 @@ class RateOptions:
         bounds.positive,
         "learning rate at --base-batch-size",
         shown="0.1 (SGD) or 0.001; pretrained 0.01 or 0.0001; frozen BatchNorm 0.003 or 0.0003",
+        common=True,
     )
     base_batch_size: int = option(
         256,
@@ -140,7 +146,7 @@ class RateOptions:
 class OptimizerOptions:
     """How a gradient becomes a step."""
 
-    optimizer: str = option("sgd", str, "any name of timm.optim (sgd is Nesterov's)")
+    optimizer: str = option("sgd", str, "any name of timm.optim (sgd is Nesterov's)", common=True)
     fused_optimizer: str = option(
         "auto",
         str,
@@ -221,6 +227,7 @@ class RunOptions:
         contract=False,
         of_run=False,
         private=True,
+        common=True,
     )
     extend: str | None = option(
         None,
@@ -270,7 +277,13 @@ class RunOptions:
     )
     seed: int = option(0, bounds.recipe_seed, "of weights, order, augmentation and split")
     output: str = option(
-        "runs", str, "folder of run folders", contract=False, of_run=False, private=True
+        "runs",
+        str,
+        "folder of run folders",
+        contract=False,
+        of_run=False,
+        private=True,
+        common=True,
     )
     log_every: int = option(1, bounds.count, "updates a line of metrics.jsonl", contract=False)
     eval_every: float = option(

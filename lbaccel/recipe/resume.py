@@ -89,7 +89,7 @@ def resolve(settings: Settings) -> Settings:
         asked={**saved.asked, **typed},
         contract=contract,
         changes=(*saved.changes, *changes),
-        notes=_notes(checkpoint, contract, changes),
+        notes=(*settings.notes, *_notes(checkpoint, contract, changes)),
         given=frozenset(),  # it began with what a new run is refused for
         extensions=extensions,
         identity=None if "data" in allowed else saved.identity,

@@ -14,8 +14,11 @@ from lbaccel.optim.scaling import find_rule
 from lbaccel.recipe.bounds import Bounded, BoundedList
 from lbaccel.recipe.command_line import CommandParser
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES, Settings, is_read
+from lbaccel.recipe.other_names import other_name
+from lbaccel.recipe.presets import find_config, listed
 from lbaccel.recipe.values import (
     Option,
+    nearest_name,
     nearest_word,
     numbers,
     shown,
@@ -36,8 +39,6 @@ ADDED = (
     CHANGES,
 )  # to the settings, in config.yaml of a run folder
 
-# timm's --batch-size holds the samples of one GPU
-TIMMS = " Did you mean --global-batch-size, or --micro-batch-size?"
 EPILOG = """examples:
   lbaccel train
       a small ResNet on handwritten digits at global batch 512, in two minutes on a CPU
@@ -58,16 +59,26 @@ def make_parser(prog: str = "lbaccel train", *, beside: Iterable[str] = ()) -> C
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         beside=beside,
-        lists=f"{prog} --help and lbaccel train --help list all of its flags." if beside else "",
-        hints=dict.fromkeys(("--batch-size", "-b"), TIMMS),
+        lists=f"{prog} --help and lbaccel train --help all list its flags." if beside else "",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="YAML", help="a file of these settings; flags win")
+    add_recipe(parser)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Declare all that `lbaccel train` takes: files of settings, and the settings."""
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="YAML files of these settings, or names of recipes; later ones win, and flags",
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print each value and its origin, and stop"
     )
     add_options(parser)
-    return parser
 
 
 def add_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
@@ -77,6 +88,9 @@ def add_options(parser: argparse.ArgumentParser, *, without: Collection[str] = (
         for row in rows:
             if row.name not in without:
                 _add_option(group, row)
+    if isinstance(parser, CommandParser):
+        parser.rare = {n for n, row in OPTIONS.items() if not (row.common or n in without)}
+        parser.below = listed
 
 
 def typed_options(typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,31 +129,71 @@ def read_settings(
         InputError: an unknown flag or key (with the nearest that exists), or a value of no use.
     """
     typed = vars(make_parser(prog, beside=beside).parse_args(argv))
-    config, show = typed.pop("config", None), typed.pop("print_config", False)
-    settings = Settings()
-    if config is not None:
-        settings = from_file(Path(config))
+    configs, show = typed.pop("config", ()), typed.pop("print_config", False)
+    settings = from_configs(configs)
     return under_a_batch_schedule(layered(settings, typed, origin="flag")), show
 
 
-def from_file(path: Path, *, of_a_run: bool = False) -> Settings:
-    """The defaults, and on them the settings of a YAML file; of a run, where it is so or says it.
+def from_configs(texts: Sequence[str], *, defaults_too: bool = False) -> Settings:
+    """The settings of the files that --config names, a later one on top of those before.
+
+    Args:
+        texts: paths, or names of recipes.
+        defaults_too: a file asks for a default that it names (null and [] apart); else it does not.
+
+    Raises:
+        InputError: see `find_config` and `from_file`.
+    """
+    settings = Settings()
+    for text in texts:
+        found = find_config(text)
+        settings = from_file(
+            found.path, under=settings, origin=found.origin, defaults_too=defaults_too
+        )
+        if found.note:
+            settings = replace(settings, notes=(*settings.notes, found.note))
+    return settings
+
+
+def from_file(
+    path: Path,
+    *,
+    of_a_run: bool = False,
+    under: Settings | None = None,
+    origin: str | None = None,
+    defaults_too: bool = False,
+) -> Settings:
+    """The settings of a YAML file on top of others; of a run, where it is so or says it.
 
     A file that names a default, as a run folder's config.yaml does, asks for nothing by it.
+
+    Args:
+        path: the file.
+        of_a_run: it is a run folder's.
+        under: the other settings; None are the defaults.
+        origin: of its values, in place of the path.
+        defaults_too: see `from_configs`.
     """
-    content = read_file(path)
+    content, where, below = read_file(path), origin or str(path), under or Settings()
     options = options_in(content, path)
-    settings = layered(Settings(), options, origin=str(path))
+    settings = layered(below, options, origin=where)
+    added = {}
     if of_a_run or PLAN in content:  # what a run of before did not name has its own value
         added = {n: v for n, v in BEFORE.items() if n not in options}
         if not of_a_run:  # a new run would refuse what nothing reads
             added = {n: v for n, v in added.items() if is_read(OPTIONS[n], settings)}
-        settings = layered(settings, added, origin=str(path))
+        settings = layered(settings, added, origin=where)
     before = content.get(ORIGIN)
     origins = before.items() if isinstance(before, Mapping) else ()
-    by_default = {name for name, origin in origins if origin == "default"}
-    asked = {n for n in settings.given if settings.value(n) != OPTIONS[n].default}
-    return replace(settings, given=frozenset(asked - by_default))
+    by_default = {name for name, said in origins if said == "default"}
+    nothing = (None, ())
+    asked = {
+        name
+        for name in {*options, *added} - by_default
+        if (value := settings.value(name)) != OPTIONS[name].default
+        or (defaults_too and value not in nothing)
+    }
+    return replace(settings, given=(below.given - {*options, *added}) | asked)
 
 
 def layered(settings: Settings, layer: Mapping[str, Any], *, origin: str) -> Settings:
@@ -219,7 +273,11 @@ def read_file(path: Path) -> dict[Any, Any]:
 
 
 def options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
-    """The options of such a mapping, unparsed, by their names."""
+    """The options of such a mapping, unparsed, by their names.
+
+    Raises:
+        InputError: a name that is none; the text says what it is here, or the nearest one.
+    """
     layer = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -227,11 +285,20 @@ def options_in(content: Mapping[Any, Any], path: Path) -> dict[str, Any]:
             continue
         if name not in OPTIONS:
             raise InputError(
-                f"--config {path}: unknown key {brief(key)}.{nearest_word(name, OPTIONS)} "
-                "lbaccel train --help lists them all."
+                f"--config {path}: unknown key {brief(key)}.{_meant(name, value)} "
+                "lbaccel train --help all lists them all."
             )
         layer[name] = value
     return layer
+
+
+def _meant(name: str, value: Any) -> str:
+    """A sentence on an unknown key: ours for it, or the nearest; with a space before it."""
+    other = other_name(name, known=[row.flag for row in OPTIONS.values()])
+    if other is None:
+        return nearest_name(name, OPTIONS)
+    shown = brief(value).strip("'")
+    return f" {other.said(shown)}"
 
 
 def parse(option: Option, raw: Any, origin: str) -> Any:

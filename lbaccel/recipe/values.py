@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_NEAR = 0.8  # share of two short names that is alike, where one is a slip of the other
+
 
 def switch(text: Any) -> bool:
     """True or False, from text or YAML."""
@@ -65,13 +67,41 @@ def spec_of(data: str | os.PathLike[str]) -> str:
 
 
 def nearest_word(word: str, words: Iterable[str]) -> str:
-    """' Did you mean ...?', or nothing where no word is near.
+    """' Did you mean ...?' for a value that is one of a few words, or nothing where none is near.
 
     >>> nearest_word("cosin", ["cosine", "step"])
     ' Did you mean cosine?'
     """
     found = difflib.get_close_matches(word, list(words), n=1)
     return f" Did you mean {found[0]}?" if found else ""
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """' Did you mean ...?' for a flag, a key or a command, or nothing where none is near.
+
+    A name may be one of another tool, of which a wrong guess is worse than none: only its first
+    letters, or what is one or two slips of the pen away, is taken for one of ours.
+
+    >>> nearest_name("--gobal-batch-size", ["--global-batch-size", "--val-batch-size"])
+    ' Did you mean --global-batch-size?'
+    >>> nearest_name("--train-batch-size", ["--min-batch-size", "--val-batch-size"])
+    ''
+    """
+    plain = {other.lstrip("-").replace("_", "-"): other for other in names}
+    name = name.lstrip("-").replace("_", "-")
+    begun = [other for other in plain if len(name) > 1 and other.startswith(name)]
+    near = difflib.get_close_matches(name, plain, n=3)
+    found = begun if len(begun) == 1 else [other for other in near if _is_slip(name, other)]
+    return f" Did you mean {plain[found[0]]}?" if found else ""
+
+
+def _is_slip(name: str, other: str) -> bool:
+    """Whether one may be the other with letters out of place, or one in five to seven wrong."""
+    if sorted(name) == sorted(other):
+        return True
+    likeness = difflib.SequenceMatcher(None, name, other).ratio()
+    near = likeness >= (_NEAR if len(name) < 9 else _NEAR + 0.07)
+    return near and abs(len(name) - len(other)) <= max(1, len(name) // 5)
 
 
 def shown(value: Any) -> str:
@@ -156,6 +186,7 @@ class Option:
         reads_with: what makes it read; one of several is enough.
         neutral: values that ask for nothing, so that they may be given where nothing reads them.
         repeatable: its flag may be typed several times, for a word each.
+        common: one of the fifteen that most people need, which --help shows; --help all has all.
         before: its value in a run that does not name it, since the option is younger than the run;
             the default where it is not given.
     """
@@ -174,6 +205,7 @@ class Option:
     reads_with: tuple[ReadWith, ...] = ()
     neutral: tuple[Any, ...] = ()
     repeatable: bool = False
+    common: bool = False
     before: Any = None
     name: str = ""
     group: str = ""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import inspect
+import re
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +27,7 @@ HELP = """usage: lbaccel COMMAND ...
   plan       does a batch fit, what is the fastest way to fit it, what would each lever buy
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
+  env        this machine and its versions, to paste into a bug report
   compare    finished runs side by side: what differed, and what came of it
   eval       a trained model judged on images with labels: figures, intervals, pictures
   predict    a trained model used on images without labels: classes and probabilities as CSV
@@ -34,6 +39,7 @@ HELP = """usage: lbaccel COMMAND ...
   calibrate  what this machine's device reaches in each class of kernel, for plans
 
 lbaccel COMMAND --help says more.
+lbaccel --print-completion SHELL prints completions for bash, zsh or tcsh.
 """
 NEEDED_FIRST = {
     "schedule": "--batch-schedule RULE and --global-batch-size B and --num-samples N and "
@@ -84,7 +90,8 @@ def test_a_flag_that_a_command_does_not_have_is_refused(name, capsys):
     assert cli.main([name, *NEEDED.get(name, []), "--no-such-flag"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unknown flag --no-such-flag.")
-    assert line.endswith(" --help lists all of its flags.")
+    whole = " --help all " if name == "start" else " --help "
+    assert line.endswith(f"{whole}lists all of its flags.")
 
 
 @pytest.mark.parametrize("name", list(NEEDED_FIRST))
@@ -186,3 +193,72 @@ def test_every_command_ends_there(name, capsys, monkeypatch):
         assert cli.main([name, *NEEDED.get(name, [])]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert "Free some space" in line or line == "interrupted."
+
+
+# -- completions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+@pytest.mark.parametrize("typed", ["--print-completion {}", "--print-completion={}"])
+def test_a_shell_is_told_all_commands_and_flags(shell, typed, capsys):
+    assert cli.main(typed.format(shell).split()) == 0
+    script = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert name in script
+    for flag in ("global-batch-size", "print-config", "fail-below", "num-updates", "curvature"):
+        assert flag in script
+    assert "channels_last" in script  # a choice
+
+
+def test_bash_completes_a_command_a_flag_and_a_choice(tmp_path):
+    script = tmp_path / "lbaccel.bash"
+    script.write_text(cli.completion("bash"))
+
+    def completed(*words):
+        lines = (
+            f"source {script}",
+            f"COMP_WORDS=(lbaccel {' '.join(words)} ''); COMP_CWORD={len(words) + 1}",
+            f"COMP_WORDS[{len(words)}]={words[-1]!r}; COMP_CWORD={len(words)}",
+            "_shtab_lbaccel; printf '%s\\n' \"${COMPREPLY[@]}\"",
+        )
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+        )
+        return done.stdout.split()
+
+    assert completed("pred") == ["predict"]
+    assert "--global-batch-size" in completed("train", "--glo")
+    assert completed("lr-find", "--curv") == ["--curvature-samples"]
+    assert "--img-size" in completed("lr-find", "--img")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fish"], ["bash", "zsh"]])
+def test_another_shell_is_refused(arguments, capsys):
+    assert cli.main(["--print-completion", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bash" in line and "zsh" in line and "tcsh" in line
+
+
+def test_without_shtab_the_line_to_type_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr().err.endswith("pip install shtab\n")
+
+
+def test_the_help_imports_no_command_and_nothing_heavy():
+    code = (
+        "import sys; from lbaccel import cli; cli.main(['--help']); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'timm', 'shtab'}"
+        " | {m for m in sys.modules if m.startswith('lbaccel.commands')}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# -- the README -----------------------------------------------------------------------------------
+
+
+def test_the_readme_lists_every_command_once_and_no_other():
+    readme = Path(__file__).parents[2] / "README.md"
+    listed = re.findall(r"^\| `lbaccel ([a-z-]+)` \|", readme.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(cli.COMMANDS)

@@ -32,8 +32,10 @@ def configs(*arguments) -> int:
 
 def test_ls_has_a_line_for_each(capsys):
     assert configs("ls") == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, recipes = capsys.readouterr().out.split("\n\nrecipes that --config takes by name:\n")
+    lines = out.splitlines()
     assert len(lines) == len(list((ROOT / "accelerate_configs").glob("*.yaml")))
+    assert len(recipes.splitlines()) == len(list((ROOT / "recipes").glob("*.yaml")))
     assert any(line.startswith("zero2_offload  ZeRO-2 with the optimizer's") for line in lines)
     assert all(line.endswith(".") for line in lines)
 
@@ -50,6 +52,20 @@ def test_cp_copies_a_pair_and_says_how_to_launch_it(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert configs("cp", "zero2", "--to", tmp_path / "file") == 2
     assert "can't write" in capsys.readouterr().err
+
+
+def test_cp_copies_a_recipe_and_says_how_to_use_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert configs("cp", "finetune-small", "zero2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "lbaccel train --config finetune-small.yaml"
+    assert "accelerate_configs/zero2.yaml" in lines
+    copied, shipped = (
+        Path(f, "finetune-small.yaml").read_text() for f in (tmp_path, ROOT / "recipes")
+    )
+    assert copied == shipped
+    assert configs("cp", "finetune-small") == 2
+    assert "finetune-small.yaml: there already. Use --force" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=str)

@@ -21,6 +21,7 @@ from setuptools import find_packages
 from lbaccel.configs import shipped as module
 from lbaccel.configs.shipped import copy, find, folder, shipped
 from lbaccel.errors import InputError
+from lbaccel.recipe.presets import find_config
 
 ROOT = Path(__file__).parents[2]
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -163,7 +164,11 @@ def test_a_wheel_carries_them_and_every_package(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     installed = tmp_path / "site" / "lbaccel"
-    for name, pattern in (("accelerate_configs", "*.yaml"), ("ds_configs", "*.json")):
+    for name, pattern in (
+        ("accelerate_configs", "*.yaml"),
+        ("ds_configs", "*.json"),
+        ("recipes", "*.yaml"),
+    ):
         ours = {p.name: p.read_bytes() for p in (ROOT / name).glob(pattern)}
         assert {p.name: p.read_bytes() for p in (installed / name).iterdir()} == ours
     packages = {p.parent.relative_to(tmp_path / "site") for p in installed.rglob("__init__.py")}
@@ -171,6 +176,7 @@ def test_a_wheel_carries_them_and_every_package(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "site").iterdir() if not p.name.startswith("lbaccel")]
     monkeypatch.setattr(module, "PACKAGE", installed)
     assert folder("ds_configs") == installed / "ds_configs"
+    assert find_config("finetune-small").path == installed / "recipes" / "finetune-small.yaml"
     assert {c.name for c in shipped()} == set(TYPES)
 
 

@@ -78,6 +78,53 @@ def test_each_pin_is_kept_and_told_as_the_users(photos):
     assert any("large batches do not help here" in line for line in said)  # 72 / 48 x 3 updates
 
 
+def test_a_file_pins_what_it_names_a_default_too_and_is_named_as_the_reason(photos, capsys):
+    Path("a.yaml").write_text("epochs: 3\nseed: 4\n")
+    Path("b.yaml").write_text("epochs: 20\nbase_lr: null\nnorm_batch_size: 16\n")
+    files = ["--config", "a.yaml", "--config", "b.yaml"]
+    line = ["start", *files, "photos", "--checkpoint", str(photos), *SMALL, "--out", "o.yaml"]
+    assert cli.main(line) == 0
+    settings, _ = read_settings(["--config", "o.yaml"])
+    assert (settings.rate.epochs, settings.run.seed) == (20.0, 4)  # 20 is the default, and pinned
+    assert settings.batch.norm_batch_size == 16
+    assert settings.rate.base_lr is not None, "null asks for nothing, so it is chosen"
+    rows = {
+        row.split(":")[0]: row.split("  # ")[-1] for row in Path("o.yaml").read_text().splitlines()
+    }
+    assert rows["epochs"] == rows["norm_batch_size"] == "yours, of b.yaml"
+    assert rows["seed"] == "yours, of a.yaml" and rows["img_size"] == "yours"
+    (typed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("lbaccel train ")]
+    assert read_settings(shlex.split(typed)[2:])[0].values() == settings.values()
+
+
+def test_what_is_pinned_can_be_looked_at_before_anything_else(photos, capsys):
+    Path("a.yaml").write_text("epochs: 3\n")
+    flags = ["--config", "a.yaml", "--seed", "2", "--print-config"]
+    assert cli.main(["start", "absent", *flags]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["epochs"] == ["3.0", "a.yaml"] and rows["seed"] == ["2", "flag"]
+    assert rows["data"] == ["folder:absent", "flag"] and rows["base_lr"] == ["None", "default"]
+    assert not Path("config.yaml").exists()
+
+
+def test_a_recipe_by_name_pins_too(capsys):
+    assert cli.main(["start", "absent", "--config", "finetune-small", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.split() == [
+        "optimizer", "adamw", "recipe", "finetune-small"
+    ]]  # fmt: skip
+
+
+def test_the_config_of_a_run_pins_what_was_asked_for_there_alone(photos):
+    Path("c.yaml").write_text(
+        "data: digits\nepochs: 20\nseed: 3\nplan: {}\norigin: {epochs: default, seed: flag}\n"
+    )
+    from lbaccel.recipe.settings import from_configs
+
+    pinned = from_configs(["c.yaml"], defaults_too=True).given
+    assert "seed" in pinned and "data" in pinned and "epochs" not in pinned
+
+
 def test_a_network_without_batch_norm_takes_adamw(photos):
     found, _ = started("--checkpoint", make_weights("test_vit"))
     assert found.settings.optimizer.optimizer == "adamw"

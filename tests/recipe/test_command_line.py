@@ -9,6 +9,7 @@ import pytest
 from lbaccel.errors import InputError
 from lbaccel.recipe import bounds
 from lbaccel.recipe.command_line import CommandParser
+from lbaccel.recipe.other_names import NAMES
 
 
 @pytest.fixture
@@ -157,13 +158,12 @@ def test_a_subcommand_speaks_for_itself(family, arguments, text):
 def test_the_nearest_flag_may_be_one_that_another_parser_reads():
     parser = CommandParser(
         prog="lbaccel lr-find",
-        beside=["--num-updates"],
+        beside=["--num-updates", "--base-lr", "--lr-scaling", "--base-batch-size"],
         lists="Two lists have them.",
-        hints={"-b": " Did you mean something else?"},
     )
     for typed, text in (
         ("--num-update", "Did you mean --num-updates? Two lists have them."),
-        ("-b", "Did you mean something else? Two lists have them."),
+        ("--lr", f"{NAMES['lr'].said('3')} Two lists have them."),
     ):
         with pytest.raises(InputError) as caught:
             parser.parse_args([typed, "3"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lbaccel import cli
 from lbaccel.errors import InputError
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES
 from lbaccel.recipe.settings import make_parser, read_settings, show_settings
@@ -211,3 +212,87 @@ def test_a_yaml_of_no_use_is_refused_by_name(text, words):
 
 def test_an_empty_yaml_changes_nothing():
     assert read("", "")[0] == read()[0]
+
+
+# -- several files --------------------------------------------------------------------------------
+
+
+def test_of_several_files_the_later_one_wins_and_origins_name_it():
+    Path("a.yaml").write_text("epochs: 7\nmomentum: 0.5\nseed: 1\n")
+    Path("b.yaml").write_text("momentum: 0.6\nseed: 2\n")
+    for flags in ("--config a.yaml b.yaml", "--config a.yaml --config b.yaml"):
+        values, origins, _ = read(f"{flags} --seed 3")
+        assert (values["epochs"], origins["epochs"]) == (7.0, "a.yaml")
+        assert (values["momentum"], origins["momentum"]) == (0.6, "b.yaml")
+        assert (values["seed"], origins["seed"]) == (3, "flag")
+    values, origins, _ = read("--config b.yaml a.yaml")
+    assert (values["momentum"], origins["momentum"]) == (0.5, "a.yaml")
+
+
+def test_a_later_file_takes_back_what_one_before_asked_for():
+    Path("a.yaml").write_text("gamma: 0.5\nschedule: step\nmilestones: [2]\n")
+    Path("b.yaml").write_text("gamma: 0.1\nschedule: cosine\nmilestones: []\n")
+    settings, _ = read_settings(["--config", "a.yaml", "b.yaml"])
+    assert settings.given == frozenset()  # gamma 0.1 is the default: a cosine need not refuse it
+    settings, _ = read_settings(["--config", "b.yaml", "a.yaml"])
+    assert settings.given == {"gamma", "schedule", "milestones"}
+
+
+def test_a_file_of_no_use_among_several_is_named():
+    Path("a.yaml").write_text("epochs: 7\n")
+    Path("b.yaml").write_text("epoch: 7\n")
+    with pytest.raises(InputError, match=r"--config b\.yaml: unknown key 'epoch'"):
+        read_settings(["--config", "a.yaml", "b.yaml"])
+    with pytest.raises(InputError, match=r"--config has no value\. Type --config FILE\."):
+        read_settings(["--config"])
+
+
+def test_a_run_of_before_among_several_files_keeps_its_own_value_of_what_it_does_not_name():
+    Path("run.yaml").write_text("data: folder:x\nplan: {}\n")
+    Path("b.yaml").write_text("seed: 2\n")
+    for order in ("run.yaml b.yaml", "b.yaml run.yaml"):
+        values, origins, _ = read(f"--config {order}")
+        assert values["test_split"] == "val" and origins["test_split"] == "run.yaml"
+        assert values["seed"] == 2
+    Path("b.yaml").write_text("test_split: test\n")
+    assert read("--config run.yaml b.yaml")[0]["test_split"] == "test"
+
+
+# -- the two helps --------------------------------------------------------------------------------
+
+
+def test_the_settings_that_most_people_need_are_fifteen():
+    assert len([row for row in OPTIONS.values() if row.common]) == 15
+    asked = {"model", "pretrained", "data", "epochs", "global_batch_size", "base_lr", "optimizer"}
+    assert all(OPTIONS[name].common for name in asked | {"memory", "precision", "resume", "output"})
+
+
+@pytest.mark.parametrize("command", ["train", "start"])
+def test_the_short_help_has_those_and_names_the_long_one(command, capsys):
+    shown = {}
+    for ask in (["--help"], ["-h"], ["--help", "all"], ["-h", "all"], ["--help-all"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, *ask])
+        assert stop.value.code == 0
+        shown[" ".join(ask)] = capsys.readouterr().out
+    short, whole = shown["--help"], shown["--help all"]
+    assert shown["-h"] == short and shown["-h all"] == shown["--help-all"] == whole
+    left_out = [row for row in OPTIONS.values() if not row.common]
+    for row in OPTIONS.values():
+        if command == "start" and row.name == "data":
+            continue
+        described = re.compile(rf"^  {row.flag} ", re.M)
+        assert described.search(whole)
+        assert bool(described.search(short)) is row.common, row.name
+    assert f"lbaccel {command} --help all lists {len(left_out)} more settings, by group." in short
+    assert "--help all" not in whole and len(short.splitlines()) < 90
+    for title in ("model:", "batch:", "learning rate:", "run:"):
+        assert f"\n{title}\n" in short and f"\n{title}\n" in whole
+    assert "\nusage: " in f"\n{short}" and "--gamma" not in short.split("options:")[0]
+
+
+def test_the_help_is_whole_again_after_the_short_one(capsys):
+    parser = make_parser()
+    whole = parser.format_help()
+    parser.print_help()
+    assert capsys.readouterr().out != whole and parser.format_help() == whole
