@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 _FLAG = re.compile(r"--[a-z][a-z-]*")
 _VISIBLE = (
-    "A device is chosen outside: CUDA_VISIBLE_DEVICES=1 in front of the command takes the second GPU "
+    "A device is chosen outside: CUDA_VISIBLE_DEVICES=1 before the command takes the second GPU "
     "alone, and CUDA_VISIBLE_DEVICES= the CPU. Several GPUs need accelerate launch."
 )
 _PER_GPU = (
