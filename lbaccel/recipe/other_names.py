@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 _FLAG = re.compile(r"--[a-z][a-z-]*")
 _VISIBLE = (
-    "A device is chosen outside: CUDA_VISIBLE_DEVICES=1 in front of the command takes the second "
-    "GPU alone, and CUDA_VISIBLE_DEVICES= the CPU. Several GPUs need accelerate launch."
+    "A device is chosen outside: CUDA_VISIBLE_DEVICES=1 before the command takes the second GPU "
+    "alone, and CUDA_VISIBLE_DEVICES= the CPU. Several GPUs need accelerate launch."
 )
 _PER_GPU = (
     "In timm, Hugging Face and torchvision it is the batch of one GPU: {value} on 4 GPUs without "
