@@ -25,7 +25,7 @@ from lbaccel.recipe.values import (
 )
 
 PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
-IDENTITY, CHANGES = "data_identity", "changes"
+IDENTITY, CHANGES, TEACHER = "data_identity", "changes", "teacher_weights"
 BEFORE = {name: row.before for name, row in OPTIONS.items() if row.before is not None}
 ADDED = (
     PLAN,
@@ -34,6 +34,7 @@ ADDED = (
     EXTENSIONS,
     IDENTITY,
     CHANGES,
+    TEACHER,
 )  # to the settings, in config.yaml of a run folder
 
 # timm's --batch-size holds the samples of one GPU

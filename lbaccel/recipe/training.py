@@ -34,7 +34,15 @@ from lbaccel.recipe.measured import (
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
 from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
 from lbaccel.recipe.saving import twice_at_most
-from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, PLAN
+from lbaccel.recipe.settings import (
+    ASKED,
+    CHANGES,
+    EXTENSIONS,
+    IDENTITY,
+    ORIGIN,
+    PLAN,
+    TEACHER,
+)
 from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
 from lbaccel.runs.alike import check_alike, digest_of
 from lbaccel.runs.folder import DECISIONS, MANIFEST, atomic_write_text
@@ -125,6 +133,8 @@ class Training:
             IDENTITY: _identity(s, task),
             CHANGES: [dict(change) for change in s.changes],
         }
+        if task.teacher is not None:
+            history[TEACHER] = task.teacher.digest
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
 
     def config(self, taken: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
