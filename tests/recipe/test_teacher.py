@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from lbaccel import BatchPlan, InputError, LargeBatch, train
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.cli import main
 from lbaccel.data.loader import Update
+from lbaccel.recipe import auto_plan
 from lbaccel.recipe.loss import HITS, Distillation, loss_of
 from lbaccel.recipe.task import build_task, large_batch_of
 from lbaccel.recipe.teacher import Teacher, check_answers, conversion, digest_of_weights
@@ -300,6 +302,59 @@ def test_a_taught_run_depends_on_no_micro_batch_and_logs_its_hits(photos):
     alone = run_on(data, *flags, "--micro-batch-size", "12", output="alone")
     assert lines(alone)[0]["train/top1"] == lines(whole)[0]["train/top1"]  # the same first weights
     assert lines(alone)[0]["train/loss"] != lines(whole)[0]["train/loss"]
+
+
+def on_ranks(rank, data, teacher):
+    """One rank of a taught run in float64."""
+    run_on(data, "--precision", "fp64", "--max-updates", "4", "--teacher", teacher, output="ranks")
+
+
+def test_two_ranks_of_a_taught_run_end_where_one_does(photos):
+    data, teacher = map(str, photos)
+    forks.values(forks.run_forked(on_ranks, data, teacher, world_size=2))
+    (two,) = Path("ranks").iterdir()
+    one = taught(data, teacher, "--precision", "fp64", "--max-updates", "4")
+    weights = [load_file(f / "checkpoints/last/model.safetensors") for f in (one, two)]
+    assert all(torch.allclose(*(w[k] for w in weights), rtol=1e-9, atol=1e-12) for k in weights[0])
+    for key in ("train/loss", "train/top1"):
+        assert [row[key] for row in lines(two)] == pytest.approx(
+            [row[key] for row in lines(one)], rel=1e-10
+        )
+
+
+def test_ranks_whose_teachers_differ_are_refused(photos):
+    data, teacher = map(str, photos)
+    other = str(run_on(data, "--seed", "9", output="another"))
+    outcomes = forks.run_forked(on_other_ranks, data, [teacher, other], world_size=2)
+    found = forks.values(outcomes)
+    assert [code for code, _ in found] == [2, 2]
+    told = found[0][1]  # rank 0 speaks for all
+    assert "the ranks were not started alike" in told and "weights of --teacher is" in told
+
+
+def on_other_ranks(rank, data, teachers):
+    told = io.StringIO()
+    given = ["--data", f"folder:{data}", "--model", "lbaccel_tiny", "--img-size", "8"]
+    given += ["--global-batch-size", "12", "--norm-batch-size", "6", "--workers", "0"]
+    with redirect_stderr(told):
+        code = train.main([*given, "--teacher", teachers[rank], "--output", "ranks"])
+    return code, told.getvalue()
+
+
+def test_an_automatic_micro_batch_counts_the_teacher(photos, monkeypatch, capsys):
+    data, teacher = photos
+    found, plain = [], auto_plan.plan
+
+    def plan(*args, **options):
+        found.append(plain(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(auto_plan, "plan", plan)
+    taught(data, teacher, "--micro-batch-size", "auto", "--max-updates", "1")
+    (one,) = found
+    trained = read_trained(teacher).model
+    own = sum(t.nbytes for t in (*trained.parameters(), *trained.buffers()))
+    assert round(one.breakdown["teacher"] * 2**30) == own
 
 
 # -- the contract ----------------------------------------------------------------------------------
