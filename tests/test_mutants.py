@@ -90,8 +90,8 @@ MUTANTS = {
     ),
     "class weights count in the part of the labels alone": (
         "recipe.loss",
-        "mean = _mean(apart, counts, len(targets) if weight is None else weight)",
-        "mean = _mean(apart, None, len(targets))",
+        "mean = _mean(apart, targets, class_weights)",
+        "mean = _mean(apart, targets, None)",
         "tests/recipe/test_teacher.py::"
         "test_random_partitions_give_the_loss_and_the_gradient_of_the_whole_batch",
     ),

@@ -85,14 +85,13 @@ def loss_of(
         if is_soft:
             targets = targets.to(dtype)
         loss = _loss(name, logits, targets, class_weights, 0.0 if is_soft else label_smoothing)
-        weight, counts = None, None
-        if class_weights is not None:
-            counts = targets @ class_weights if is_soft else class_weights[targets]
-            weight = None if is_soft else counts.sum()
+        weight = None
+        if class_weights is not None and not is_soft:
+            weight = class_weights[targets].sum()
         if distillation is not None and answers is not None:
             alpha, temperature = distillation.alpha, distillation.temperature
             apart = distance_to_teacher(logits, answers, temperature=temperature)
-            mean = _mean(apart, counts, len(targets) if weight is None else weight)
+            mean = _mean(apart, targets, class_weights)
             loss = (1 - alpha) * loss + alpha * mean
         if is_soft:
             return loss
@@ -102,9 +101,15 @@ def loss_of(
     return loss_fn
 
 
-def _mean(values: Tensor, counts: Tensor | None, weight: Tensor | int) -> Tensor:
-    """sum_i a_i x_i / W; `counts` None is 1 each."""
-    return (values if counts is None else counts.to(values.dtype) * values).sum() / weight
+def _mean(values: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_i a_i x_i / W of values [n], where a sample counts as its label does in `ce`."""
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype)
+    if targets.is_floating_point():
+        return (targets.to(values.dtype) @ weights * values).mean()
+    counts = weights[targets]
+    return (counts * values).sum() / counts.sum()
 
 
 def _loss(

@@ -228,6 +228,7 @@ def _plan(
             growth=sizes,
         )
     )
+    _check_copies(s.data.aug_repeats, plan.capped(num_samples), num_samples, sizes, say=say)
     if not (s.model.pretrained or s.model.checkpoint):
         if s.model.train != "full":
             say(
@@ -242,6 +243,17 @@ def _plan(
     return plan.capped(num_samples)
 
 
+def _check_copies(repeats: int, plan: BatchPlan, num_samples: int, sizes: Any, *, say: Say) -> None:
+    first = plan.global_batch_size
+    updates = [first, *(min(size, num_samples) for _, size in sizes)]
+    check_repeats(repeats, updates, asked=f"--aug-repeats {repeats}")
+    if repeats > 1:
+        say(
+            f"copies: an update of {first} samples has {first // repeats} images, {repeats} times "
+            f"each; an epoch shows {-(-num_samples // repeats)} of {num_samples} images"
+        )
+
+
 def _loader(
     s: Checked,
     source: Source,
@@ -252,8 +264,6 @@ def _loader(
     accelerator: Any,
 ) -> UpdateLoader:
     data, seed, mix = s.data, s.run.seed, None
-    updates = [plan.global_batch_size, *(min(size, len(source.train)) for _, size in sizes)]
-    check_repeats(data.aug_repeats, updates, asked=f"--aug-repeats {data.aug_repeats}")
     if data.mixup or data.cutmix:
         mix = GroupMix(num_classes, data.mixup, data.cutmix, data.label_smoothing, seed)
     return UpdateLoader(

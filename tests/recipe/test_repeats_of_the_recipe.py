@@ -28,7 +28,10 @@ def test_an_update_of_the_recipe_shows_each_image_as_often_as_asked():
 
 def test_a_run_with_copies_depends_on_no_plan_and_ends_the_same_after_a_break(capsys):
     truth = whole(*REPEATED)
-    assert "noise scale: not measured, as copies of one image" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "noise scale: not measured, as copies of one image" in said
+    assert "an update of 256 samples has 64 images, 4 times each" in said
+    assert "an epoch shows 360 of 1438 images" in said
     assert [row["samples_seen"] for row in rows(truth) if "train/loss" in row][:2] == [256, 512]
     folder = stopped_at(5, *REPEATED)
     assert differences(run("--resume", folder, output=folder.parent), truth) == []

@@ -10,9 +10,11 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
+import timm
 import torch
 import yaml
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from lbaccel.batch.plan import MicroBatch
 from lbaccel.cli import main
 from lbaccel.data.loader import Update
 from lbaccel.recipe import auto_plan
+from lbaccel.recipe.exported import _usual_names, imagenet_ids
 from lbaccel.recipe.loss import HITS, Distillation, loss_of
 from lbaccel.recipe.task import build_task, large_batch_of
 from lbaccel.recipe.teacher import Teacher, check_answers, conversion, digest_of_weights
@@ -221,6 +224,22 @@ def test_it_answers_without_a_gradient_in_evaluation_mode_under_the_context_of_t
     first, second = teacher(x), teacher(x)
     assert torch.equal(first, second) and not first.requires_grad
     assert torch.equal(model[0].running_mean, before) and entered == [False, "out"] * 2
+
+
+def test_a_model_of_the_hub_goes_with_images_in_folders_of_imagenets_identifiers():
+    model = timm.create_model("test_resnet", num_classes=1000)
+    words = _usual_names(model)
+    ids = imagenet_ids(model, words)
+    assert words[0] == "tench" and (len(ids), ids[0]) == (1000, "n01440764")
+    assert imagenet_ids(model, ["own", *words[1:]]) is None  # names of somebody's own training
+    assert imagenet_ids(timm.create_model("test_resnet", num_classes=10), []) is None
+    pre = {"num_channels": 3, "img_size": 160, "num_classes": 1000}
+    trained = SimpleNamespace(
+        model=model, classes=tuple(words), num_named=1000, preprocessing=pre, path="hf-hub:x"
+    )
+    check_answers(trained, classes=tuple(ids), preprocessing=pre)
+    with pytest.raises(InputError, match="output 0 is 'tench' there and 'n01443537' here"):
+        check_answers(trained, classes=(ids[1], ids[0], *ids[2:]), preprocessing=pre)
 
 
 def taught(data, teacher, *flags, output="taught"):
