@@ -679,3 +679,15 @@ def test_a_plan_for_the_contract_follows_it(capsys):
     assert main(["replicate", *shlex.split(flags), "--memory", "1GiB", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "global batch 64 = " in shown and "lr 0.3" in shown
+
+
+def test_the_plan_of_a_contract_with_a_teacher_counts_it(capsys):
+    args = TIMM | {"model": "lbaccel_tiny", "batch_size": 16, "img_size": 8}
+    said = []
+    for more in ({}, {"kd_model_name": "resnet18"}):
+        Path("args.yaml").write_text(yaml.safe_dump(args | more))
+        flags = ["args.yaml", "--gpus", "4", "--memory", "1GiB", "--device", "cpu"]
+        assert main(["replicate", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert " teacher 0.04" in said[1] and "teacher" not in said[0]  # 11.7 M weights
+    assert "teacher: hf-hub:timm/resnet18.a1_in1k" in said[1]
