@@ -1190,16 +1190,15 @@ MUTANTS = {
     ),
     "a micro-batch with class weights counts by its samples": (
         "recipe.loss",
-        "weight = None if class_weights is None else class_weights[targets].sum()",
+        "weight = class_weights[targets].sum()",
         "weight = None",
         "tests/recipe/test_loss.py::"
         "test_random_partitions_give_the_loss_and_the_gradient_of_the_whole_batch",
     ),
     "soft targets count by the weights of their largest class": (
         "recipe.loss",
-        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0)",
-        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0), "
-        "class_weights[targets.argmax(1)].sum()",
+        "            return loss\n",
+        "            return loss, class_weights[targets.argmax(1)].sum()\n",
         "tests/recipe/test_loss.py::test_two_ranks_with_class_weights_give_the_whole_batch",
     ),
     "balanced weights are not divided by the number of classes": (
@@ -1366,8 +1365,8 @@ MUTANTS = {
     ),
     "order depends on the rank": (
         "data.loader",
-        "start + micro_batch.start,",
-        "start + micro_batch.start + self.rank,",
+        "within, count = micro_batch.start, micro_batch.num_samples",
+        "within, count = micro_batch.start + self.rank, micro_batch.num_samples",
         "tests/data/test_loader.py::test_no_plan_changes_samples_order_or_random_numbers",
     ),
     "augmentation keyed without the epoch": (
