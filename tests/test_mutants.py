@@ -111,6 +111,81 @@ MUTANTS = {
         "tests/update/test_ghost_layers.py::"
         "test_rows_that_are_not_known_to_lie_sample_by_sample_are_refused",
     ),
+    "the gradients of the soft targets shrink with the temperature": (
+        "update.distillation",
+        "return distance * temperature**2",
+        "return distance",
+        "tests/update/test_distillation.py::"
+        "test_its_gradient_is_t_times_the_difference_of_the_probabilities",
+    ),
+    "the divergence is taken from the network to the teacher": (
+        "update.distillation",
+        "F.kl_div(ours, theirs,",
+        "F.kl_div(theirs, ours,",
+        "tests/update/test_distillation.py::"
+        "test_it_is_the_divergence_of_the_softened_answers_times_the_squared_temperature",
+    ),
+    "class weights count in the part of the labels alone": (
+        "recipe.loss",
+        "mean = _mean(apart, targets, class_weights)",
+        "mean = _mean(apart, targets, None)",
+        "tests/recipe/test_teacher.py::"
+        "test_random_partitions_give_the_loss_and_the_gradient_of_the_whole_batch",
+    ),
+    "the teacher sees images that are normalised for the student": (
+        "recipe.teacher",
+        "given = torch.addcmul(self.shift, images, self.scale)",
+        "given = images",
+        "tests/recipe/test_teacher.py::"
+        "test_the_update_of_the_recipe_is_that_of_a_plain_loop_on_the_very_images",
+    ),
+    "the teacher's answers carry gradients": (
+        "recipe.teacher",
+        "    @torch.no_grad()\n",
+        "",
+        "tests/recipe/test_teacher.py::"
+        "test_it_answers_without_a_gradient_in_evaluation_mode_under_the_context_of_the_run",
+    ),
+    "a resume takes a teacher of other weights": (
+        "recipe.teacher",
+        "if before not in (None, digest) and",
+        "if False and",
+        "tests/recipe/test_teacher.py::"
+        "test_a_resume_takes_the_same_teacher_anywhere_and_no_other_weights",
+    ),
+    "a plan of the recipe forgets the teacher": (
+        "recipe.auto_plan",
+        "teacher=work.teacher,",
+        "teacher=None,",
+        "tests/recipe/test_teacher.py::test_an_automatic_micro_batch_counts_the_teacher",
+    ),
+    "a plan under ZeRO forgets the teacher": (
+        "planning.estimate",
+        "own |= self._of_teacher",
+        "own |= {}",
+        "tests/planning/test_plan_with_teacher.py::"
+        "test_each_rank_holds_the_whole_teacher_under_zero",
+    ),
+    "copies of an image are augmented alike": (
+        "data.order",
+        "return indices, epochs * repeats + copies",
+        "return indices, epochs",
+        "tests/data/test_repeats.py::"
+        "test_copies_of_an_image_in_memory_are_augmented_and_mixed_differently",
+    ),
+    "copies of an image lie in one ghost batch": (
+        "data.order",
+        "copies, places = np.divmod(np.arange(start, start + count), -(-size // repeats))",
+        "places, copies = np.divmod(np.arange(start, start + count), repeats)",
+        "tests/data/test_repeats.py::test_an_epoch_is_that_of_timms_sampler",
+    ),
+    "the noise is measured between copies of an image": (
+        "recipe.measured",
+        "if loader.repeats > 1:",
+        "if False:",
+        "tests/recipe/test_repeats_of_the_recipe.py::"
+        "test_a_run_with_copies_depends_on_no_plan_and_ends_the_same_after_a_break",
+    ),
     "a seed of more than 64 bits is taken": (
         "errors",
         "if not 0 <= seed < 2**64:",
@@ -1244,16 +1319,15 @@ MUTANTS = {
     ),
     "a micro-batch with class weights counts by its samples": (
         "recipe.loss",
-        "weight = None if class_weights is None else class_weights[targets].sum()",
+        "weight = class_weights[targets].sum()",
         "weight = None",
         "tests/recipe/test_loss.py::"
         "test_random_partitions_give_the_loss_and_the_gradient_of_the_whole_batch",
     ),
     "soft targets count by the weights of their largest class": (
         "recipe.loss",
-        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0)",
-        "return _loss(name, logits, targets.to(dtype), class_weights, 0.0), "
-        "class_weights[targets.argmax(1)].sum()",
+        "            return loss\n",
+        "            return loss, class_weights[targets.argmax(1)].sum()\n",
         "tests/recipe/test_loss.py::test_two_ranks_with_class_weights_give_the_whole_batch",
     ),
     "balanced weights are not divided by the number of classes": (
@@ -1420,8 +1494,8 @@ MUTANTS = {
     ),
     "order depends on the rank": (
         "data.loader",
-        "start + micro_batch.start,",
-        "start + micro_batch.start + self.rank,",
+        "within, count = micro_batch.start, micro_batch.num_samples",
+        "within, count = micro_batch.start + self.rank, micro_batch.num_samples",
         "tests/data/test_loader.py::test_no_plan_changes_samples_order_or_random_numbers",
     ),
     "augmentation keyed without the epoch": (

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lbaccel.errors import InputError
 from lbaccel.planning.plan import Plan
 from lbaccel.planning.planner import IMAGENET, plan
@@ -46,6 +48,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     contract.add_argument("--num-classes", type=bounds.classes, default=1000, metavar="C")
     contract.add_argument("--num-samples", type=bounds.count, default=IMAGENET, help="for hours")
     contract.add_argument("--epochs", type=bounds.epochs, default=90.0, help="for hours")
+    contract.add_argument(
+        "--teacher",
+        metavar="PATH",
+        help="as for lbaccel train: its weights and its forward are counted",
+    )
     device = parser.add_argument_group("the device")
     device.add_argument("--memory", metavar="SIZE", help="such as 8GiB; default: the device's")
     device.add_argument("--device", metavar="NAME", help="such as 'RTX 4090' or cpu")
@@ -81,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     if a.plot is not None and not a.sweep:
         raise InputError("--plot draws a sweep. Add --sweep, or leave it out.")
     check_plot(a.plot, parents=True)
+    if a.report is not None and a.teacher is not None:
+        raise InputError("--report measures a network without a teacher. Leave one of them out.")
     if a.report is not None:
         from lbaccel.planning.report import check_report  # it needs accelerate
 
@@ -121,6 +130,7 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
         device=a.device,
         precision=a.precision,
         optimizer=a.optimizer,
+        teacher=None if a.teacher is None else _teacher(a.teacher),
         norm_batch_size=a.norm_batch_size,
         num_classes=a.num_classes,
         micro_batch_size=asked(a.micro_batch_size),
@@ -132,3 +142,9 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
         epochs=a.epochs,
         sweeps=sweeps,
     )
+
+
+def _teacher(path: str) -> nn.Module:
+    from lbaccel.recipe.trained_model import read_trained
+
+    return read_trained(path).model.float()

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from lbaccel.product.prediction import predictions, temperature_of
     from lbaccel.product.prediction_table import PREDICTIONS, header, row
     from lbaccel.product.sorting import Sorter
-    from lbaccel.product.trained_model import read_trained
+    from lbaccel.recipe.trained_model import read_trained
     from lbaccel.runs.folder import atomic_write_text
     from lbaccel.runs.outputs import writable
 

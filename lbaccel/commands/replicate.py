@@ -7,8 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
+
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
+from lbaccel.models import create_backbone
 from lbaccel.optim.optimizers import check_known
 from lbaccel.optim.scaling import scale_lr
 from lbaccel.planning.cost.devices import find_device
@@ -148,6 +152,18 @@ def _is_recipe(path: Path) -> bool:
 RECIPE = Own("recipe of lbaccel train", _is_recipe)
 
 
+def _teacher(s: Settings) -> nn.Module | None:
+    """The network of timm's teacher, without its weights, which a plan does not need."""
+    if s.data.teacher is None:
+        return None
+    with torch.device("meta"):
+        return create_backbone(
+            s.data.teacher.rpartition("/")[2],
+            num_classes=s.model.num_classes or 1000,
+            img_size=s.data.img_size,
+        )
+
+
 def _plan(contract: Contract, a: argparse.Namespace) -> int:
     print()
     if "model" not in contract.settings:
@@ -162,6 +178,7 @@ def _plan(contract: Contract, a: argparse.Namespace) -> int:
         num_classes=s.model.num_classes or 1000,
         optimizer=s.optimizer.optimizer,
         precision=cast(Any, s.batch.precision or "fp32"),
+        teacher=_teacher(s),
         mix_pairs=bool(s.data.mixup or s.data.cutmix),
         clip_grad_norm=s.optimizer.clip_grad_norm is not None,
         num_samples=a.num_samples or IMAGENET,

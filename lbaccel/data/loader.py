@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, default_collate
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.data.as_data_loader import check_options, check_parts, is_unpacking, taken_apart
-from lbaccel.data.order import samples_at
+from lbaccel.data.order import check_repeats, repeated_at, samples_at
 from lbaccel.data.workers import let_the_parent_decide
-from lbaccel.errors import InputError, check_seed
+from lbaccel.errors import InputError, check_seed, check_whole
 from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
@@ -73,6 +73,11 @@ class UpdateLoader:
         last_update: what becomes of an epoch's remainder: "wrap", "keep" or "drop".
         growth: where the number of samples an update changes, see `UpdateStream`; sizes above the
             data set become the whole of it.
+        repeats: how many samples of an update are one image, each with an augmentation of its own
+            (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335; Berman et al. 2019, arXiv
+            1902.05509); see `repeated_at`. An epoch keeps its number of samples, so it shows that
+            many times fewer images. `epochs` of `fetch` and `transform` are then the numbers of
+            draws, epoch x repeats + copy.
         num_workers: processes that load a map-style data set.
         collate_fn: makes a micro-batch of a list of samples.
         transform: (data, micro_batch, indices, epochs) -> data, in the main process.
@@ -92,6 +97,7 @@ class UpdateLoader:
         seed: int = 0,
         last_update: LastUpdate = "wrap",
         growth: Sequence[tuple[int, int]] = (),
+        repeats: int = 1,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         transform: Transform | None = None,
@@ -127,6 +133,10 @@ class UpdateLoader:
             last_update,
             tuple((epoch, self._checked_size(size)) for epoch, size in growth),
         )
+        check_whole("repeats", repeats)
+        self.repeats = repeats
+        sizes = (self.stream.global_batch_size, *(size for _, size in self.stream.growth))
+        check_repeats(repeats, sizes)
         self._asked_growth = self.stream.growth
         self.num_workers = num_workers
         self.collate_fn = collate_fn or default_collate
@@ -178,6 +188,7 @@ class UpdateLoader:
                 "begins. Call it after a pass of `for update in loader`, or give the first size "
                 "in the plan."
             )
+        check_repeats(self.repeats, [size])
         growth = (*self.stream.growth, (self.epoch, size))
         self.stream = replace(self.stream, growth=growth)
         self._batches = None  # the workers load ahead in the old size
@@ -235,14 +246,17 @@ class UpdateLoader:
         self, index: int, plan: BatchPlan
     ) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
+        of_set = {"num_samples": len(self.dataset), "seed": self.seed}
         for micro_batch in plan.partition(self.rank, num_samples):
-            indices, epochs = samples_at(
-                start + micro_batch.start,
-                micro_batch.num_samples,
-                num_samples=len(self.dataset),
-                seed=self.seed,
-            )
-            yield micro_batch, indices, epochs
+            within, count = micro_batch.start, micro_batch.num_samples
+            if self.repeats == 1:
+                yield micro_batch, *samples_at(start + within, count, **of_set)
+            else:
+                update = start, num_samples
+                yield (
+                    micro_batch,
+                    *repeated_at(update, within, count, repeats=self.repeats, **of_set),
+                )
 
     def _micro_batches(
         self, index: int, micro_batch_size: int | None = None

@@ -22,8 +22,10 @@ def without_folders(text: str) -> str:
     ('folder:flowers', 'resnet50.a1_in1k')
     >>> without_folders("hf:owner/flowers"), without_folders("hf:/home/me/flowers")
     ('hf:owner/flowers', 'hf:flowers')
+    >>> without_folders("hf-hub:timm/resnet18.a1_in1k"), without_folders("/home/me/runs/teacher")
+    ('hf-hub:timm/resnet18.a1_in1k', 'teacher')
     """
-    if re.match(r"(hf:|timm:hfds/)[\w-]+/[\w.-]+(:[\w-]+)?$", text):  # a name of the hub's
+    if re.match(r"(hf:|hf-hub:|timm:hfds/)[\w-]+/[\w.-]+(:[\w-]+)?$", text):  # a name of the hub's
         return text
     form, colon, path = text.partition(":")
     if not colon or len(form) < 2:  # C:\\data is a path

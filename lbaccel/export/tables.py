@@ -83,6 +83,7 @@ def contract(run: Run) -> str:
     if "ema_decay" in config:
         decay = config["ema_decay"]
         rows.append(("EMA", "none" if decay is None else f"decay {decay:g} an update"))
+    rows += _known("teacher", _teacher(config))
     rows += _known("augmentation", _augmentation(config))
     rows += _given(config, "last_update", "an epoch's remainder")
     rows += _given(config, "seed", "seed") + _given(config, "epochs", "epochs")
@@ -256,6 +257,14 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
     return f"timm's {in_markdown(name)}" + (f", momentum {config['momentum']:g}" if shown else "")
 
 
+def _teacher(config: Mapping[str, Any]) -> str | None:
+    if not config.get("teacher"):
+        return None
+    where = in_code_span(without_folders(str(config["teacher"])))
+    share, temperature = config.get("distill_alpha"), config.get("distill_temperature")
+    return f"{where}, alpha {in_markdown(str(share))}, temperature {in_markdown(str(temperature))}"
+
+
 def _augmentation(config: Mapping[str, Any]) -> str | None:
     """The settings that add to the recipe's crops and mirror images, which follow from the data."""
     names = ("mixup", "cutmix", "label_smoothing", "drop_rate", "drop_path", "auto_augment")
@@ -263,6 +272,8 @@ def _augmentation(config: Mapping[str, Any]) -> str | None:
     if not any(name in config for name in names):
         return None
     used = [f"{name} {in_markdown(str(config[name]))}" for name in names if config.get(name)]
+    if config.get("aug_repeats", 1) != 1:
+        used.append(f"aug_repeats {in_markdown(str(config['aug_repeats']))}")
     return ", ".join(["that of `lbaccel train` for these data", *used])
 
 

@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from lbaccel.errors import InputError, RunFailed, reading, way_out
 from lbaccel.export import shareable
 from lbaccel.export.model_card import Exported
-from lbaccel.export.read import dtype_of
-from lbaccel.models import STEM_MARK, adapt_stem, create_backbone, load_exactly
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MODEL, weights_file, written_beside
+from lbaccel.models import STEM_MARK, adapt_stem
+from lbaccel.runs.folder import (
+    ARCHITECTURE,
+    CHECKPOINTS,
+    CONFIG,
+    MODEL,
+    weights_file,
+    written_beside,
+)
+from lbaccel.runs.saved_weights import network_of
 
-CARD, ARCHITECTURE = "README.md", "config.json"  # the names that the hub looks for
+CARD = "README.md"  # the name that the hub looks for
 FILES = (CARD, ARCHITECTURE, CONFIG, weights_file(MODEL))
 # of timm's description of its own weights: where they are and how they were made
 _OF_OTHER_WEIGHTS = (
@@ -82,25 +89,6 @@ def build(exported: Exported, weights: Mapping[str, Tensor]) -> nn.Module:
         InputError: timm here does not know the model, or builds another one.
     """
     return network_of(exported.preprocessing, weights)
-
-
-def network_of(pre: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    """The network that a checkpoint's `preprocessing.json` names, with these weights, to evaluate.
-
-    Raises:
-        InputError: timm here does not know the model, or builds another one.
-    """
-    model = create_backbone(
-        pre["model"],
-        num_classes=pre["num_classes"],
-        num_channels=pre["num_channels"],
-        img_size=pre["img_size"],
-    )
-    if pre["stem"] == "small":
-        adapt_stem(model)
-    model.to(dtype_of(weights))
-    load_exactly(model, weights, pre["model"], None)
-    return model.eval()
 
 
 def write_folder(

@@ -86,6 +86,8 @@ class Estimator:
         self.cpu_workspaces = CpuWorkspaces()
         parameters = [p for p in network.model.parameters() if p.requires_grad]
         self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
+        teacher = network.teacher
+        self.teacher_bytes = 0 if teacher is None else sum(t.nbytes for t in _tensors(teacher))
         self.gradient_bytes = sum(p.nbytes for p in parameters)
         self._parameter_bytes = sum(p.nbytes for p in network.model.parameters())
         optimizer = network.optimizer
@@ -108,6 +110,11 @@ class Estimator:
     @property
     def _margin(self) -> int:
         return 0 if self.device.kind == "cuda" else self.cpu_workspaces.margin
+
+    @property
+    def _of_teacher(self) -> dict[str, int]:
+        """Its part of a breakdown; none without one."""
+        return {"teacher": self.teacher_bytes} if self.teacher_bytes else {}
 
     def workspaces(self) -> Workspaces | None:
         """Where a CPU's workspaces come from; None for a GPU, and where nothing is traced."""
@@ -183,7 +190,9 @@ class Estimator:
         )
         empty = dict.fromkeys(found.breakdown, 0)
         own = {key: found.breakdown.get(key, 0) for key in ("allocator", "context")}
-        breakdown = empty | held(zero, sizes, found.accumulating, world_size=world) | own
+        own |= self._of_teacher  # whole on each rank
+        traced = {key: value for key, value in found.accumulating.items() if key != "teacher"}
+        breakdown = empty | held(zero, sizes, traced, world_size=world) | own
         if device.kind == "cuda":  # the host's memory is not the device's
             breakdown["workspace"] += device.library_workspace
             breakdown.pop("host", None)
@@ -273,7 +282,7 @@ class Estimator:
         found = trace.breakdown()
         held = sum(found.values())
         # The step has its own temporaries, at a time when the activations are gone.
-        step = self.weight_bytes + self.gradient_bytes + self.state_bytes
+        step = self.weight_bytes + self.gradient_bytes + self.state_bytes + self.teacher_bytes
         if not self.steps_fused:
             step += self.gradient_bytes if self.device.kind == "cuda" else 2 * self._largest
         if step > held:
@@ -282,7 +291,9 @@ class Estimator:
                 "gradients": self.gradient_bytes,
                 "optimizer": self.state_bytes,
                 "activations": 0,
-                "workspace": step - self.weight_bytes - self.gradient_bytes - self.state_bytes,
+                "workspace": step
+                - (self.weight_bytes + self.gradient_bytes + self.state_bytes + self.teacher_bytes),
+                **self._of_teacher,
             }
         found |= {"allocator": 0, "context": 0}
         if self.device.kind == "cuda":

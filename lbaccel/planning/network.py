@@ -26,6 +26,7 @@ class Trained:
     optimizer: str | torch.optim.Optimizer
     make_batch: MakeBatch | None
     loss_fn: LossFn
+    teacher: nn.Module | None = None
     clips: bool
     precision: Precision
 
@@ -67,6 +68,7 @@ def network_of(trained: Trained, device: Device) -> Network:
         model=model,
         make_batch=make_batch,
         loss_fn=trained.loss_fn,
+        teacher=trained.teacher,
         optimizer=optimizer,
         clips=trained.clips,
     )

@@ -47,6 +47,7 @@ def observer(
         "weights": estimator.weight_bytes,
         "gradients": estimator.gradient_bytes,
         "optimizer": estimator.state_bytes,
+        **({"teacher": estimator.teacher_bytes} if estimator.teacher_bytes else {}),
     }
     held = sum(fixed.values())
     per_sample: dict[str, float] = {}  # of each way of recompute

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, brief, check_whole
@@ -16,11 +17,13 @@ from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
 from lbaccel.planning.cost.devices import GIB, Device
 from lbaccel.planning.cost.update import (
+    AUTOCAST,
     LossFn,
     MakeBatch,
     Network,
     Precision,
     classification_loss,
+    taught_loss,
 )
 from lbaccel.planning.cost.zero_memory import BUCKET, Offload
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
@@ -60,6 +63,7 @@ def plan(
     reduce_bucket_size: int = BUCKET,
     make_batch: MakeBatch | None = None,
     loss_fn: LossFn | None = None,
+    teacher: nn.Module | None = None,
     num_samples: int = IMAGENET,
     epochs: float = 90.0,
     observes: bool = True,
@@ -94,6 +98,8 @@ def plan(
         reduce_bucket_size: elements of DeepSpeed's bucket; default: that of the shipped configs.
         make_batch: number of samples -> a micro-batch, for what is no image classification.
         loss_fn: (model, micro-batch) -> loss, as `LargeBatch.update` takes it.
+        teacher: a network that answers each micro-batch of images without a gradient, as in
+            distillation; its weights, its forward and the loss between the two are counted.
         num_samples: of the training set, for hours; default: ImageNet-1k.
         epochs: of the run, for hours.
         observes: where the model can't be traced, run real micro-batches on the device at hand.
@@ -109,6 +115,11 @@ def plan(
     >>> found.fits, found.micro_batch_size % 32, found.batch.global_batch_size
     (True, 0, 256)
     """
+    if teacher is not None and loss_fn is not None:
+        raise InputError(
+            "teacher= with loss_fn=: with a teacher the loss is that of distillation. Call the "
+            "teacher in loss_fn, or leave loss_fn out."
+        )
     check_whole("global_batch_size", global_batch_size)
     if global_batch_size > MOST_SAMPLES:
         raise InputError(
@@ -128,6 +139,7 @@ def plan(
         optimizer=optimizer,
         make_batch=make_batch,
         loss_fn=loss_fn or classification_loss,
+        teacher=teacher,
         clips=clip_grad_norm,
         precision=precision,
     )
@@ -188,10 +200,12 @@ def _search(
     estimator = Estimator(network, batch, machine.device, trained.precision)
     if machine.zero is not None:
         estimator = estimator.under(machine.zero)
-    if estimator.weight_bytes > machine.budget:
+    weight_bytes = estimator.weight_bytes + estimator.teacher_bytes
+    if weight_bytes > machine.budget:
+        both = " and its teacher" if estimator.teacher_bytes else ""
         raise InputError(
-            f"memory={machine.budget / GIB:.2f} GiB is below the weights of {trained.name} alone, "
-            f"{estimator.weight_bytes / GIB:.2f} GiB. Use more memory or a smaller model."
+            f"memory={machine.budget / GIB:.2f} GiB is below the weights of {trained.name}{both} "
+            f"alone, {weight_bytes / GIB:.2f} GiB. Use more memory or a smaller model."
         )
     return Search(estimator, machine.budget, pinned)
 
@@ -211,12 +225,27 @@ def _chosen(search: Search, trained: Trained, *, observes: bool) -> tuple[Choice
             estimator,
             model,
             trained.make_batch or random_images(*image_shape(model, trained.img_size)),
-            loss_fn=trained.loss_fn,
+            loss_fn=_real_loss(trained),
             optimizer=optimizer,
             clip_grad_norm=trained.clips,
         )
         name = estimator.device.name
         return search.run(), [f"{error.reason} Real micro-batches on {name} measured this plan."]
+
+
+def _real_loss(trained: Trained) -> LossFn:
+    """The loss on real tensors: a teacher goes where the images are, under the same autocast."""
+    if trained.teacher is None:
+        return trained.loss_fn
+    teacher, dtype = copy.deepcopy(trained.teacher).eval(), AUTOCAST.get(trained.precision)
+
+    @torch.no_grad()
+    def answers(images: Tensor) -> Tensor:
+        there = teacher.to(images.device)
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+            return there(images)
+
+    return taught_loss(answers)
 
 
 def _plan(search: Search, trained: Trained, wanted: Wanted) -> Plan:
@@ -274,7 +303,8 @@ def _notes(estimator: Estimator, how: Checkpointing) -> Iterator[str]:
 
 def _why(search: Search, choice: Choice) -> str:
     parts = choice.estimate.breakdown
-    fixed = sum(parts[key] for key in ("weights", "gradients", "optimizer", "context"))
+    whole = ("weights", "gradients", "optimizer", "context", "teacher")
+    fixed = sum(parts.get(key, 0) for key in whole)
     size = choice.candidate.micro_batch_size
     what = f"{size} samples" if search.unit == 1 else f"one group of {size} samples"
     return (

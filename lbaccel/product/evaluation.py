@@ -13,7 +13,7 @@ from scipy.special import softmax
 from lbaccel.product.judged import Judged
 from lbaccel.product.logits import Outputs
 from lbaccel.product.metrics import TOP_K, Figures, Floats, Ints, McNemar
-from lbaccel.product.trained_model import TrainedModel
+from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.runs.environment import versions
 
 MADE_BY = "lbaccel eval"

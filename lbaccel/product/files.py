@@ -14,7 +14,7 @@ from lbaccel.errors import InputError, RunFailed, way_out
 from lbaccel.product.evaluation import MADE_BY, Evaluation
 from lbaccel.product.judged import Judged
 from lbaccel.product.pictures import draw_confusion, draw_mistakes
-from lbaccel.product.trained_model import TrainedModel
+from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.runs.folder import checkpoint_name, strict_json, written_beside
 from lbaccel.runs.outputs import writable
 from lbaccel.text import one_line

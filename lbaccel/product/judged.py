@@ -15,8 +15,8 @@ from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
-from lbaccel.product.trained_model import TrainedModel
 from lbaccel.recipe.images import open_data, read_skipped
+from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.text import one_line
 
 SPLITS = ("val", "test")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lbaccel.data.images import ImageArray, ImageFiles, taken
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product.metrics import Floats, Ints
-from lbaccel.product.trained_model import TrainedModel
 from lbaccel.recipe.evaluation import NotEvaluated, evaluate
+from lbaccel.recipe.trained_model import TrainedModel
 
 Images = ImageArray | ImageFiles
 FLIP = "flip"

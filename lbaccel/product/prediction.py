@@ -22,7 +22,7 @@ from lbaccel.product.evaluation import MADE_BY
 from lbaccel.product.files import EVALUATIONS, FIGURES
 from lbaccel.product.inputs import files_named
 from lbaccel.product.metrics import COLDEST, HOTTEST
-from lbaccel.product.trained_model import TrainedModel, read_trained
+from lbaccel.recipe.trained_model import TrainedModel, read_trained
 from lbaccel.text import one_line
 
 BATCH = 16  # images that are decoded at once, and go through the network together

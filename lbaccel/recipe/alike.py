@@ -13,7 +13,10 @@ from lbaccel.runs.alike import check_alike, software
 from lbaccel.runs.ranks import on_each_rank
 
 # of each machine: its paths, its memory; which images lie at the path is compared when it is open
-_OWN = ("data", "output", "memory", "workers", "resume", "batch_decisions", "checkpoint")
+_OWN = (
+    *("data", "output", "memory", "workers", "resume", "batch_decisions", "checkpoint"),
+    "teacher",
+)
 
 
 def check_started_alike(accelerator: Any, settings: Settings) -> None:

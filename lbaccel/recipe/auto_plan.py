@@ -64,6 +64,7 @@ class Workload:
     image_shape: tuple[int, int, int]
     dtype: torch.dtype
     precision: str
+    teacher: nn.Module | None = None  # that answers each micro-batch too
 
     def make_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Images and labels of so many samples, without content."""
@@ -110,6 +111,7 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
             memory_format=_asked(batch.memory_format),
             **_sharding(accelerator),
             make_batch=work.make_batch,
+            teacher=work.teacher,
             observes=False,
             compare=False,
         )

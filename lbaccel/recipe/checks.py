@@ -14,6 +14,7 @@ from lbaccel.optim.trained import FREEZES_NORM
 from lbaccel.recipe.artifacts import check_artifacts
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
+from lbaccel.recipe.measured import follows_noise
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
 from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.options_training import RateOptions
@@ -36,6 +37,7 @@ def checked(settings: Settings) -> Checked:
     _check_ranges(settings)
     _check_schedule(settings.rate)
     check_scaling(settings.rate, settings.batch, noise_scale=settings.run.noise_scale)
+    _check_repeats(settings)
     if settings.batch.memory is not None:
         parse_memory(settings.batch.memory)
     for tracker in settings.run.log_with:
@@ -46,6 +48,23 @@ def checked(settings: Settings) -> Checked:
     if settings.run.resume is None:  # a run of before may hold what is refused now
         check_read(settings)
     return Checked(settings)
+
+
+def _check_repeats(s: Settings) -> None:
+    """Stop where the noise is to be measured, and the samples of an update are not independent."""
+    if s.data.aug_repeats == 1:
+        return
+    asked = follows_noise(s.batch, s.rate)
+    if asked is None and s.batch.follows_noise:
+        asked = "--global-batch-size auto"
+    if asked is None and s.run.noise_scale not in ("auto", "none"):
+        asked = f"--noise-scale {s.run.noise_scale}"
+    if asked is not None:
+        raise InputError(
+            f"--aug-repeats {s.data.aug_repeats} with {asked}: the noise is measured between "
+            "micro-batches of independent samples, and copies of an image are none. Leave one of "
+            "them out."
+        )
 
 
 def check_read(settings: Settings) -> None:

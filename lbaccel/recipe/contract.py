@@ -11,7 +11,16 @@ from typing import Any
 from lbaccel.errors import InputError, reading
 from lbaccel.optim.scaling import is_measured
 from lbaccel.recipe.options import OPTIONS, Settings
-from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, options_in, parse
+from lbaccel.recipe.settings import (
+    ASKED,
+    CHANGES,
+    EXTENSIONS,
+    IDENTITY,
+    ORIGIN,
+    TEACHER,
+    options_in,
+    parse,
+)
 from lbaccel.recipe.values import flag_of, nearest_word, shown
 from lbaccel.runs.folder import CHECKPOINTS, CONTRACT, MANIFEST, checkpoints_in, plain
 
@@ -23,7 +32,7 @@ CHANGEABLE = frozenset(
         *("data", "mean", "std", "interpolation", "crop_pct", "auto_augment"),
         *("scale", "ratio", "hflip", "color_jitter", "random_erasing", "crop_padding_mode"),
         *("label_smoothing", "mixup", "cutmix", "drop_rate", "drop_path", "clip_grad_norm"),
-        "loss",
+        *("loss", "teacher", "distill_alpha", "distill_temperature"),
         *("norm_batch_size", "bn_statistics", "bn_momentum"),
         *("warmup", "warmup_epochs", "warmup_start"),
         *("schedule", "milestones", "gamma", "final_lr"),
@@ -42,7 +51,8 @@ def contract_of(settings: Settings, taken: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name, row in OPTIONS.items() if row.contract or name == "epochs"]
     names += ["micro_batch_size", "noise_scale"] if measured else []
     origins = {name: settings.origin(name) for name in OPTIONS}
-    history = {key: taken[key] for key in (ASKED, EXTENSIONS, IDENTITY, CHANGES)}
+    kept = (ASKED, EXTENSIONS, IDENTITY, CHANGES, *((TEACHER,) if TEACHER in taken else ()))
+    history = {key: taken[key] for key in kept}
     return plain({VALUES: {n: taken[n] for n in names}, ORIGIN: origins, **history})
 
 
@@ -133,8 +143,8 @@ def against(
             merged[name] = raw
             continue
         after = parse(OPTIONS[name], lines[name], str(path))
-        same_images = name == "data" and same_kind(before, after)
-        if after == before or name in allowed or same_images or (name == "epochs" and extended):
+        elsewhere = (name == "data" and same_kind(before, after)) or is_moved(name, before, after)
+        if after == before or name in allowed or elsewhere or (name == "epochs" and extended):
             continue
         told[name] = f"{name}: {shown(after)} in place of {shown(before)}"
     if told:
@@ -155,7 +165,7 @@ def changes_of(
     return tuple(
         {"name": n, "before": before.value(n), "after": after.value(n), "update": update}
         for n in sorted(allowed)
-        if n == "data" or before.value(n) != after.value(n)
+        if n in ("data", "teacher") or before.value(n) != after.value(n)
     )
 
 
@@ -176,6 +186,11 @@ def same_kind(one: str, other: str) -> bool:
     """Whether two sources are both folders, or both parquet files."""
     (kind, colon, _), (other_kind, _, _) = one.partition(":"), other.partition(":")
     return bool(colon) and kind == other_kind
+
+
+def is_moved(name: str, before: Any, after: Any) -> bool:
+    """Whether a setting names another place of a teacher, whose weights are compared by digest."""
+    return name == "teacher" and None not in (before, after)
 
 
 def _goes_on(contract: Mapping[str, Any], content: Mapping[Any, Any]) -> bool:

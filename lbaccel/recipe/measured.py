@@ -87,6 +87,9 @@ def build_noise_scale(
     if kind == "none":
         return None
     needed = follows_noise(s.batch, s.rate)
+    if loader.repeats > 1:
+        say("noise scale: not measured, as copies of one image are no independent samples")
+        return None
     if kind == "auto":
         plugin = accelerator.deepspeed_plugin
         stage = plugin.zero_stage if plugin is not None else 0

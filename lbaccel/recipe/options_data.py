@@ -17,6 +17,7 @@ from lbaccel.recipe.values import (
 )
 
 _MEMORY = ("digits", "cifar10", "cifar100")
+_TAUGHT = ReadWith("teacher", is_set, "Use --teacher, such as runs/NAME")
 # timm's training transform is for files, and for images in memory where it has a policy
 _TRANSFORMED = (
     ReadWith("data", none_of(*_MEMORY), "Use images in files, such as folder:PATH"),
@@ -174,9 +175,35 @@ class DataOptions:
         shown="all 1",
         reads_with=(ReadWith("loss", one_of("ce"), "Use --loss ce"),),
     )
+    teacher: str | None = option(
+        None,
+        str,
+        "learn from a trained network beside the labels: a run, a checkpoint, an export or "
+        "hf-hub:OWNER/NAME, of the same classes and image size",
+        shown="none",
+        reads_with=(ReadWith("loss", one_of("ce"), "Use --loss ce"),),
+    )
+    distill_alpha: float = option(
+        0.5,
+        bounds.share,
+        "share of the teacher in the loss; the labels have the rest",
+        reads_with=(_TAUGHT,),
+    )
+    distill_temperature: float = option(
+        4.0,
+        bounds.positive,
+        "T that the logits of teacher and network are divided by",
+        reads_with=(_TAUGHT,),
+    )
     label_smoothing: float = option(0.0, bounds.below_one, "0..1")
     mixup: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
     cutmix: float = option(0.0, bounds.not_negative, "alpha; 0 is off")
+    aug_repeats: int = option(
+        1,
+        bounds.count,
+        "samples of an update that are one image, each augmented by draws of its own; an epoch "
+        "keeps its number of samples",
+    )
     auto_augment: str | None = option(
         None, str, "timm's policy, such as rand-m9-mstd0.5", shown="none"
     )

@@ -28,7 +28,7 @@ from lbaccel.recipe.values import (
 )
 
 PLAN, ORIGIN, ASKED, EXTENSIONS = "plan", "origin", "asked", "extensions"
-IDENTITY, CHANGES = "data_identity", "changes"
+IDENTITY, CHANGES, TEACHER = "data_identity", "changes", "teacher_weights"
 BEFORE = {name: row.before for name, row in OPTIONS.items() if row.before is not None}
 ADDED = (
     PLAN,
@@ -37,6 +37,7 @@ ADDED = (
     EXTENSIONS,
     IDENTITY,
     CHANGES,
+    TEACHER,
 )  # to the settings, in config.yaml of a run folder
 
 EPILOG = """examples:

@@ -17,6 +17,7 @@ from lbaccel.data.augment import GroupMix
 from lbaccel.data.broken import Broken
 from lbaccel.data.identity import check_identity, identity_of
 from lbaccel.data.loader import UpdateLoader
+from lbaccel.data.order import check_repeats
 from lbaccel.data.pipelines import training_set
 from lbaccel.data.same_files import shared_files
 from lbaccel.data.sources import Source
@@ -27,9 +28,10 @@ from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_d
 from lbaccel.recipe.class_weights import check_unchanged, in_words, weights_of
 from lbaccel.recipe.contract import VALUES
 from lbaccel.recipe.images import sound_images
-from lbaccel.recipe.loss import loss_of
+from lbaccel.recipe.loss import Distillation, loss_of
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
+from lbaccel.recipe.teacher import Teacher, read_teacher
 from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import decided, on_each_rank
 from lbaccel.text import one_line, printable
@@ -58,6 +60,7 @@ class Task:
     loader: UpdateLoader
     loss_fn: LossFn
     class_weights: tuple[float, ...] | None = None  # of the loss, one an output
+    teacher: Teacher | None = None  # whose answers are a part of the loss
 
 
 def build_task(
@@ -98,6 +101,14 @@ def build_task(
         load_weights=load_weights,
     )
     model, num_samples = model.to(dtype), len(source.train)
+    teacher = read_teacher(
+        s,
+        accelerator,
+        classes=source.train.classes,
+        preprocessing=preprocessing,
+        dtype=dtype,
+        say=say,
+    )
     normed = has_batch_norm(model)
     check_read_by_norm(s, normed)
     norm_batch_size = choose_norm_batch_size(
@@ -116,9 +127,12 @@ def build_task(
             image_shape=(source.num_channels, size, size),
             dtype=dtype,
             precision=precision,
+            teacher=None if teacher is None else teacher.model,
         )
         chosen = auto_plan.choose(s.batch, work, accelerator, say=say)
     model = auto_plan.apply(model, chosen, say=say)
+    if teacher is not None:  # not before: the plan counts it among what is still to come
+        teacher = teacher.placed(accelerator.device, memory_format=chosen.memory_format)
     world_size = accelerator.num_processes
     plan = _plan(s, chosen, norm_batch_size, num_samples, growth_of(phases), world_size, say=say)
     loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator)
@@ -143,9 +157,17 @@ def build_task(
             class_weights=None
             if weights is None
             else torch.tensor(weights, dtype=dtype, device=accelerator.device),
+            distillation=_distillation(s, teacher),
         ),
         class_weights=weights,
+        teacher=teacher,
     )
+
+
+def _distillation(s: Checked, teacher: Teacher | None) -> Distillation | None:
+    if teacher is None:
+        return None
+    return Distillation(teacher, s.data.distill_alpha, s.data.distill_temperature)
 
 
 def _warn_of_shared_files(source: Source, *, say: Say) -> None:
@@ -206,6 +228,7 @@ def _plan(
             growth=sizes,
         )
     )
+    _check_copies(s.data.aug_repeats, plan.capped(num_samples), num_samples, sizes, say=say)
     if not (s.model.pretrained or s.model.checkpoint):
         if s.model.train != "full":
             say(
@@ -218,6 +241,17 @@ def _plan(
                 "not normalise at all. Use --norm-batch-size 32, or --pretrained."
             )
     return plan.capped(num_samples)
+
+
+def _check_copies(repeats: int, plan: BatchPlan, num_samples: int, sizes: Any, *, say: Say) -> None:
+    first = plan.global_batch_size
+    updates = [first, *(min(size, num_samples) for _, size in sizes)]
+    check_repeats(repeats, updates, asked=f"--aug-repeats {repeats}")
+    if repeats > 1:
+        say(
+            f"copies: an update of {first} samples has {first // repeats} images, {repeats} times "
+            f"each; an epoch shows {-(-num_samples // repeats)} of {num_samples} images"
+        )
 
 
 def _loader(
@@ -251,6 +285,7 @@ def _loader(
         seed=seed,
         last_update=s.batch.last_update,
         growth=sizes,
+        repeats=data.aug_repeats,
         num_workers=data.workers,
         transform=mix,
     )

@@ -32,9 +32,18 @@ from lbaccel.recipe.measured import (
     rate_factor,
 )
 from lbaccel.recipe.optimizer import build_optimizer, build_schedule, takes_fused_step
+from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.rate import PeakRate, lines_of, rate_of
 from lbaccel.recipe.saving import twice_at_most
-from lbaccel.recipe.settings import ASKED, CHANGES, EXTENSIONS, IDENTITY, ORIGIN, PLAN
+from lbaccel.recipe.settings import (
+    ASKED,
+    CHANGES,
+    EXTENSIONS,
+    IDENTITY,
+    ORIGIN,
+    PLAN,
+    TEACHER,
+)
 from lbaccel.recipe.task import Task, build_task, find_micro_batch, large_batch_of
 from lbaccel.runs.alike import check_alike, digest_of
 from lbaccel.runs.folder import DECISIONS, MANIFEST, atomic_write_text
@@ -125,6 +134,8 @@ class Training:
             IDENTITY: _identity(s, task),
             CHANGES: [dict(change) for change in s.changes],
         }
+        if task.teacher is not None:
+            history[TEACHER] = task.teacher.digest
         return {**s.values(), **self.rate.as_asked(), **taken, **history}, described
 
     def config(self, taken: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +268,12 @@ def circumstances(s: Checked, task: Task, rate: PeakRate) -> Circumstances:
         given_normalisation=s.data.mean is not None or s.data.std is not None,
         base_lr=s.rate.base_lr if s.rate.base_lr is not None else rate.lr,
         loss=s.data.loss,
+        times_chance=1.0 if s.data.teacher is None else _times_chance(s.data),
     )
+
+
+def _times_chance(data: DataOptions) -> float:
+    return 1 - data.distill_alpha + data.distill_alpha * data.distill_temperature**2
 
 
 def _average(model: nn.Module, decay: float | None) -> Any:

@@ -32,6 +32,7 @@ ABANDONED, ABANDONED_METRICS = "abandoned-", "metrics_abandoned.jsonl"  # past a
 MANIFEST, STATE, CLASSES = "manifest.json", "state.pt", "classes.json"
 CONTRACT = "contract.json"
 PREPROCESSING, MODEL, MODEL_EMA = "preprocessing.json", "model", "model_ema"
+ARCHITECTURE = "config.json"  # of an export: timm's description, which the hub looks for
 # beside a folder that is being written: the new one until it is whole, the old one while it goes
 WRITING, REPLACED = ".writing-", ".replaced-"
 

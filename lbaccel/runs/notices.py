@@ -24,6 +24,7 @@ class Circumstances:
     given_normalisation: bool  # --mean or --std was given
     base_lr: float
     loss: str = "ce"
+    times_chance: float = 1.0  # with a teacher: 1 - alpha + alpha T^2, as its part has T^2 ln(C)
 
 
 class LossNotices:
@@ -52,8 +53,12 @@ class LossNotices:
 
     @property
     def chance(self) -> float:
-        """The loss of a network that knows nothing: ln(classes), or ln 2 for each class alone."""
-        return math.log(2 if self.facts.loss == "bce" else max(2, self.facts.num_classes))
+        """The loss of a network that knows nothing: ln(classes), or ln 2 for each class alone.
+
+        With a teacher it is the most that this can be: KL(p || 1 / C) = ln(C) - H(p).
+        """
+        alone = math.log(2 if self.facts.loss == "bce" else max(2, self.facts.num_classes))
+        return self.facts.times_chance * alone
 
     def after_update(self, loss: float, num_samples: int, *, lr: float) -> str | None:
         """Take the loss of an update in, which its step of rate `lr` followed.
@@ -95,8 +100,9 @@ class LossNotices:
         if f.given_normalisation:
             causes.append("--mean and --std were given, and the weights may have others")
         causes.append("timm starts the new classifier of some families with large weights")
+        most = "" if f.times_chance == 1 else "at most "
         return (
-            f"the first loss is {loss:.3g}, and guessing among {f.num_classes} classes has "
+            f"the first loss is {loss:.3g}, and guessing among {f.num_classes} classes has {most}"
             f"{self.chance:.3g}. Likely: {'; '.join(causes)}. A warmup helps: the loss should fall "
             "within it."
         )

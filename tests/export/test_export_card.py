@@ -230,6 +230,17 @@ def test_the_card_says_whether_photographs_were_turned():
     assert "photographs" not in tables.data({}, pre, num_classes=2)  # of before
 
 
+def test_the_card_names_the_teacher_without_its_folders_and_the_copies_of_an_image():
+    config = {"teacher": "/home/me/runs/big", "distill_alpha": 0.7, "distill_temperature": 4.0}
+    config |= {"mixup": 0.0, "aug_repeats": 3}
+    text = tables.contract(Run("r", config, {}, {}, "folder"))
+    assert "| teacher | `big`, alpha 0.7, temperature 4.0 |" in text
+    assert "aug_repeats 3" in text
+    plain = {"teacher": None, "distill_alpha": 0.5, "mixup": 0.0, "aug_repeats": 1}
+    text = tables.contract(Run("r", plain, {}, {}, "folder"))
+    assert "teacher" not in text and "aug_repeats" not in text
+
+
 def test_the_learning_rate_stands_with_its_equation_or_alone():
     config = {
         "plan/lr": 0.001 * math.sqrt(1438 / 256), "base_lr": 0.001, "base_batch_size": 256,

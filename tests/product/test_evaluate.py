@@ -19,7 +19,7 @@ from lbaccel import InputError, RunFailed, evaluate
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.product import files
 from lbaccel.product import logits as logits_module
-from lbaccel.product.trained_model import read_trained
+from lbaccel.recipe.trained_model import read_trained
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from lbaccel import InputError, evaluate, predict
 from lbaccel.product import files
 from lbaccel.product.inputs import files_named
 from lbaccel.product.prediction import BATCH, predictions, temperature_of
-from lbaccel.product.trained_model import read_trained
+from lbaccel.recipe.trained_model import read_trained
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ OTHERS = {
     "warmup": list(OPTIONS["warmup"].choices),
     "optimizer": ["sgd", "adamw", "lamb", "lars", "rmsprop", "no such optimizer"],
     "loss": ["ce", "bce"],
+    "teacher": [None, "runs/teacher"],
     "patience": [None, 3],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
@@ -40,6 +41,9 @@ READ_AT = {
     },
     **{(name, "auto_augment"): {"rand-m9"} for name in ("scale", "ratio", "random_erasing")},
     ("class_weights", "loss"): {"ce"},
+    ("teacher", "loss"): {"ce"},
+    ("distill_alpha", "teacher"): {"runs/teacher"},
+    ("distill_temperature", "teacher"): {"runs/teacher"},
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
     ("test_split", "data"): {"folder:images", "parquet:images"},

@@ -18,6 +18,7 @@ from lbaccel.batch.duration import Duration
 from lbaccel.cli import main
 from lbaccel.errors import InputError
 from lbaccel.optim.schedules import make_schedule
+from lbaccel.recipe.loss import Distillation, loss_of
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import read_settings
 from lbaccel.replication.contract import Norms, contract_of, largest_gap
@@ -326,6 +327,79 @@ def test_timms_crops_colours_erasing_and_binary_loss_are_carried_over():
     assert not wanted.keys() & timm_contract().settings.keys()  # at timm's defaults
 
 
+def test_repeated_augmentation_is_carried_over_where_an_update_holds_whole_sets_of_copies():
+    contract = timm_contract(aug_repeats=4.0)  # timm's flag is a float
+    assert contract.settings["aug_repeats"] == 4 and gaps(contract) == gaps(timm_contract())
+    assert "aug_repeats" not in timm_contract(aug_repeats=0).settings
+    for number, words in (
+        (3.0, "1024, which is no multiple of 3"),
+        (1.5, "repeats each image the same number of times"),
+    ):
+        cut = timm_contract(aug_repeats=number)
+        text = gaps(cut).replace("1024 samples, which", "1024, which")
+        assert f"aug_repeats {number:g}" in text and words in text
+        assert "aug_repeats" not in cut.settings
+    assert "global_batch_size 1023 or 1026" in gaps(timm_contract(aug_repeats=3))
+    one = torchvision_contract("--batch-size 8 --ra-sampler", gpus=2)
+    assert "--ra-sampler --ra-reps 3" in gaps(one) and "aug_repeats" not in one.settings
+    two = torchvision_contract("--batch-size 9 --ra-sampler", gpus=2)
+    assert two.settings["aug_repeats"] == 3 and "--ra-sampler" not in gaps(two)
+
+
+@pytest.mark.parametrize(
+    ("weights", "alpha", "scale"),
+    [
+        ({}, 0.5, 2.0),
+        ({"task_loss_weight": 0.3}, 0.7, 1.0),
+        ({"distill_loss_weight": 3.0}, 0.75, 4.0),
+        ({"distill_loss_weight": 0.4, "task_loss_weight": 0.6}, 0.4, 1.0),
+    ],
+)
+def test_timms_teacher_is_carried_over_with_the_proportion_of_its_losses(weights, alpha, scale):
+    """timm's own task, run on the same logits, is the contract's loss times a number."""
+    from timm.task import LogitDistillationTask
+
+    contract = timm_contract(kd_model_name="resnet18", kd_temperature=3.0, **weights)
+    s = contract.settings
+    assert s["teacher"] == "hf-hub:timm/resnet18.a1_in1k"
+    assert (s["distill_alpha"], s["distill_temperature"]) == (pytest.approx(alpha), 3.0)
+    assert ("weights of the loss that add up to" in gaps(contract)) == (scale != 1)
+
+    class Net(torch.nn.Linear):
+        pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # noqa: RUF012
+        num_classes, in_chans = 5, 3
+
+    torch.manual_seed(0)
+    student, teacher = Net(6, 5), Net(6, 5)
+    task = LogitDistillationTask(student, teacher, temperature=3.0, verbose=False, **weights)
+    x, y = torch.randn(7, 6), torch.randint(5, (7,))
+    ours = loss_of(
+        "ce",
+        dtype=torch.float32,
+        memory_format="contiguous",
+        label_smoothing=0.0,
+        distillation=Distillation(
+            lambda images: teacher(images).detach(), s["distill_alpha"], s["distill_temperature"]
+        ),
+    )
+    theirs = task(x, y)["loss"].item()
+    assert theirs == pytest.approx(scale * ours(student, (x, y))[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"kd_distill_type": "feature"}, "kd_distill_type feature compares more than logits"),
+        ({"kd_model_name": "no_such"}, "timm has no weights of no_such"),
+        ({"bce_loss": True}, "lbaccel teaches beside cross-entropy"),
+        ({"distill_loss_weight": 0.0}, "are no proportion"),
+    ],
+)
+def test_a_teacher_that_can_not_be_carried_over_is_said(changed, words):
+    contract = timm_contract(**{"kd_model_name": "resnet18"} | changed)
+    assert words in gaps(contract) and "teacher" not in contract.settings
+
+
 def test_a_policy_takes_timms_colour_jitter_away():
     assert "color_jitter" not in timm_contract(aa="rand-m9", color_jitter=0.1).settings
     assert timm_contract(color_jitter=None).settings["color_jitter"] == 0.0
@@ -366,7 +440,8 @@ def test_torchvisions_resnet50_recipe():
         "random_erasing": 0.1,
     }
     assert {key: s[key] for key in wanted} == wanted
-    left = ("--auto-augment ta_wide", "--random-erase 0.1", "--ra-sampler --ra-reps 4")
+    assert s["aug_repeats"] == 4
+    left = ("--auto-augment ta_wide", "--random-erase 0.1")
     for flag in (*left, "--val-crop-size 224"):
         assert f"not carried over: {flag}" in gaps(contract)
 
@@ -608,3 +683,15 @@ def test_a_plan_for_the_contract_follows_it(capsys):
     assert main(["replicate", *shlex.split(flags), "--memory", "1GiB", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "global batch 64 = " in shown and "lr 0.3" in shown
+
+
+def test_the_plan_of_a_contract_with_a_teacher_counts_it(capsys):
+    args = TIMM | {"model": "lbaccel_tiny", "batch_size": 16, "img_size": 8}
+    said = []
+    for more in ({}, {"kd_model_name": "resnet18"}):
+        Path("args.yaml").write_text(yaml.safe_dump(args | more))
+        flags = ["args.yaml", "--gpus", "4", "--memory", "1GiB", "--device", "cpu"]
+        assert main(["replicate", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert " teacher 0.04" in said[1] and "teacher" not in said[0]  # 11.7 M weights
+    assert "teacher: hf-hub:timm/resnet18.a1_in1k" in said[1]

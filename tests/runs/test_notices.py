@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from runs_of_recipe import run
@@ -107,3 +108,33 @@ def test_chance_under_bce_is_that_of_one_class_alone():
     assert not any(
         said([0.69, 0.05, 0.01, 7.0, 7.5], Circumstances(1000, 224, None, False, False, 1))
     )
+
+
+def test_chance_beside_a_teacher_is_the_most_that_guessing_has():
+    """Guessing answers a teacher of one class alone with ln(5), of T^2 times that in the loss."""
+    alpha, temperature = 0.5, 4.0
+    most = (1 - alpha) * math.log(5) + alpha * temperature**2 * math.log(5)
+    facts = Circumstances(5, 224, None, False, False, 0.1, times_chance=0.5 + 0.5 * 16)
+    assert said([most + 1.4], facts) == [None]
+    (text,) = said([most + 1.6], facts)
+    assert f"5 classes has at most {most:.3g}" in text
+    assert said([most + 1.4]) != [None]  # without a teacher
+
+
+def test_a_taught_run_tells_its_notices_of_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from recipes import settings_of
+
+    from lbaccel.recipe.training import circumstances
+
+    seen = []
+    for flags in ((), ("--teacher", "x", "--distill-alpha", 0.25, "--distill-temperature", 2)):
+        s = settings_of(*flags)
+        task = SimpleNamespace(
+            model=None,
+            num_classes=10,
+            preprocessing={"img_size": 8},
+            plan=SimpleNamespace(norm_batch_size=32),
+        )
+        seen.append(circumstances(s, task, SimpleNamespace(lr=0.1)).times_chance)
+    assert seen == [1.0, 0.75 + 0.25 * 4]

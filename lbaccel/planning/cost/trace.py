@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-Role = Literal["weights", "gradients", "optimizer", "activations"]
+Role = Literal["weights", "gradients", "optimizer", "activations", "teacher"]
 
 Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""

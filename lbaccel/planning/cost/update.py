@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from lbaccel.planning.cost.trace import Recorder, Trace, Workspace, fake_tensors
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn
+from lbaccel.update.distillation import distance_to_teacher
 from lbaccel.update.memory.reserve import state_tensors
 from lbaccel.update.normalization import convert_batch_norm
 
@@ -47,6 +48,23 @@ def classification_loss(model: Any, micro_batch: tuple[Tensor, Tensor]) -> Tenso
     return F.cross_entropy(model(images), targets)
 
 
+def taught_loss(answers: Callable[[Tensor], Tensor]) -> LossFn:
+    """`classification_loss` beside the distance to a teacher, as the recipe's loss has it.
+
+    Args:
+        answers: images to the logits of the teacher, without a gradient.
+    """
+
+    def loss_fn(model: Any, micro_batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = micro_batch
+        of_teacher = answers(images)
+        logits = model(images)
+        apart = distance_to_teacher(logits, of_teacher, temperature=4.0)
+        return 0.5 * F.cross_entropy(logits, targets) + 0.5 * apart.mean()
+
+    return loss_fn
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """The trained network and its loss, for the tracer, which neither runs nor changes them."""
@@ -54,6 +72,7 @@ class Network:
     model: nn.Module  # on any device, "meta" included
     make_batch: MakeBatch
     loss_fn: LossFn = classification_loss
+    teacher: nn.Module | None = None  # answers the images too; the loss is then `taught_loss`
     optimizer: torch.optim.Optimizer | None = None  # over the parameters of `model`
     clips: bool = False
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
@@ -90,6 +109,7 @@ def trace_update(
         if torch.get_default_device().type != "cpu":
             around.enter_context(torch.device("cpu"))
         model = _fake_copy(network.model, network.memory_format)
+        taught = _with_teacher(network, recorder, precision)
         norm = convert_batch_norm(model, plan.norm_batch_size)
         randomness = KeyedRandomness(0, torch.device("cpu"))
         randomness.call_number = _outside(randomness.call_number)
@@ -116,7 +136,7 @@ def trace_update(
             accumulation.accumulate(
                 model,
                 _batches(network.make_batch, plan, recorder),
-                _loss_in_layout(network),
+                _loss_in_layout(taught),
                 num_samples=plan.global_batch_size,
                 scopes=(norm, randomness),
             )
@@ -130,6 +150,23 @@ def trace_update(
             accumulation.clip_gradients(parameters, total, 1.0)
         norm.commit()
     return recorder.trace
+
+
+def _with_teacher(network: Network, recorder: Recorder, precision: str) -> Network:
+    """The network with the loss of its teacher, where it has one: a fake copy, and recorded."""
+    if network.teacher is None:
+        return network
+    teacher = _fake_copy(network.teacher, network.memory_format).eval().requires_grad_(False)
+    if precision in AUTOCAST:
+        _autocast_forward(teacher, AUTOCAST[precision])
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        recorder.watch(tensor, "teacher")
+
+    @torch.no_grad()
+    def answers(images: Tensor) -> Tensor:
+        return teacher(images)
+
+    return replace(network, loss_fn=taught_loss(answers))
 
 
 def _loss_in_layout(network: Network) -> LossFn:

@@ -22,6 +22,7 @@ from lbaccel.replication.many_gpus import (
     check_most_epochs,
     one_number_of_gpus,
 )
+from lbaccel.replication.readers.repeats import put, repeats
 from lbaccel.replication.readers.timm_keys import (
     ALIKE,
     AT_DEFAULT,
@@ -30,6 +31,7 @@ from lbaccel.replication.readers.timm_keys import (
     READ,
     REQUIRED,
 )
+from lbaccel.replication.readers.timm_teacher import teacher_of
 
 MOST_DROPS = 10_000  # of a rate in steps, each a milestone
 WHY_LAST = {
@@ -69,6 +71,19 @@ def read_timm_args(content: Mapping[str, Any], *, gpus: int | None, origin: str)
     last = "keep" if _whole(a, "grad_accum_steps", origin) > 1 else "drop"
     number = one_number_of_gpus(gpus, {}, origin=origin)
     rows, gaps = _rows(a), _gaps(a, content)
+    batch = Batch(
+        per_gpu=_whole(a, "batch_size", origin),
+        gpus=number,
+        accumulation=max(1, _whole(a, "grad_accum_steps", origin)),
+        sync_bn=bool(a["sync_bn"]),
+        said=f"batch_size {a['batch_size']}, grad_accum_steps {a['grad_accum_steps']}",
+        last=last,
+        last_why=WHY_LAST[last],
+    )
+    of_teacher = teacher_of(a)
+    rows += of_teacher[0]
+    gaps += of_teacher[1]
+    put(repeats(f"aug_repeats {shown(a['aug_repeats'])}", a["aug_repeats"] or 0, batch), rows, gaps)
     if last == "keep":
         gaps.append(
             Gap(
@@ -82,15 +97,7 @@ def read_timm_args(content: Mapping[str, Any], *, gpus: int | None, origin: str)
         origin=f"timm, {origin}",
         model=str(a["model"]),
         said_model=f"model {a['model']}",
-        batch=Batch(
-            per_gpu=_whole(a, "batch_size", origin),
-            gpus=number,
-            accumulation=max(1, _whole(a, "grad_accum_steps", origin)),
-            sync_bn=bool(a["sync_bn"]),
-            said=f"batch_size {a['batch_size']}, grad_accum_steps {a['grad_accum_steps']}",
-            last=last,
-            last_why=WHY_LAST[last],
-        ),
+        batch=batch,
         rate=_rate(a),
         curve=_curve(a, gaps),
         average=_average(a, gaps),

@@ -21,6 +21,13 @@ ALIKE: dict[str, Any] = {
     "reprob": 0.0,
     "remode": "pixel",
     "recount": 1,
+    "aug_repeats": 0,
+    "kd_model_name": None,
+    "kd_distill_type": "logit",
+    "kd_loss_type": "kl",
+    "kd_temperature": 4.0,
+    "task_loss_weight": None,
+    "distill_loss_weight": None,
 }
 
 # The keys that the contract needs, with the script's default where a file leaves one out.
@@ -101,7 +108,6 @@ AT_DEFAULT: dict[str, Any] = {
     "color_jitter_prob": None,
     "grayscale_prob": None,
     "gaussian_blur_prob": None,
-    "aug_repeats": 0,
     "aug_splits": 0,
     "split_bn": False,
     "jsd_loss": False,
@@ -127,7 +133,6 @@ AT_DEFAULT: dict[str, Any] = {
     "train_batch_sizes": None,
     "train_batches_per_epoch": None,
     "naflex_loader": False,
-    "kd_model_name": None,
     "class_map": "",
     "tta": 0,
 }
@@ -138,13 +143,13 @@ NEUTRAL = frozenset(
         """
     aa_magnitude amp_impl batch_split bn_tf checkpoint_interval config dataset_download
     dataset_trust_remote_code decay_epochs_min device device_modules dist_backend dist_url
-    distributed distill_loss_weight eval_metric experiment fast_norm fuser input_img_mode input_key
-    jit kd_distill_type kd_loss_type kd_student_feature_dim kd_teacher_feature_dim kd_temperature
+    distributed eval_metric experiment fast_norm fuser input_img_mode input_key
+    jit kd_student_feature_dim kd_teacher_feature_dim
     kd_token_distill_type local_rank log_interval log_wandb lr_cycle_decay lr_noise_pct lr_noise_std
     model_ema_force_cpu naflex_loss_scale naflex_max_seq_len naflex_patch_size_probs
     naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens native_amp no_ddp_bb
     no_prefetcher no_resume_opt output patience_epochs pin_mem prefetcher
-    recovery_interval save_images synchronize_step target_key task_loss_weight
+    recovery_interval save_images synchronize_step target_key
     torchcompile torchcompile_mode torchscript train_size_probs train_size_random_mix
     train_size_schedule train_size_schedule_spread train_split use_multi_epochs_loader val_interval
     val_num_samples val_split validation_batch_size variable_batch_loss_scale wandb_project
@@ -154,10 +159,6 @@ NEUTRAL = frozenset(
 )
 
 OWN_REASONS = {
-    "aug_repeats": (
-        "lbaccel's order takes each sample once an epoch",
-        "no repeats: an epoch has aug_repeats times as many images",
-    ),
     "resume": (
         "a run of timm's can't be gone on with",
         "--checkpoint FILE starts from its weights, with a fresh optimizer and schedule",

@@ -24,6 +24,7 @@ from lbaccel.replication.many_gpus import (
     Translation,
     one_number_of_gpus,
 )
+from lbaccel.replication.readers.repeats import put, repeats
 from lbaccel.replication.readers.torchvision_gaps import gaps_of
 from lbaccel.replication.readers.torchvision_names import (
     ALIASES,
@@ -79,6 +80,10 @@ def read_torchvision_flags(
             "at most norm_batch_size, where each GPU saw its share",
         )
     )
+    rows = _rows(a)
+    if a["ra_sampler"]:
+        said = f"--ra-sampler --ra-reps {a['ra_reps']}"
+        put(repeats(said, a["ra_reps"], batch), rows, gaps)
     timm_name = model or MODELS.get(a["model"], a["model"])
     if not model and timm_name != a["model"]:
         said_model = f"--model {a['model']}, timm's {timm_name}"
@@ -92,7 +97,7 @@ def read_torchvision_flags(
         rate=Rate(said=f"--lr {shown(a['lr'])}", lr=a["lr"]),
         curve=_curve(a),
         average=_average(a, batch, gaps),
-        rows=tuple(_rows(a)),
+        rows=tuple(rows),
         gaps=tuple(gaps),
         assumed=_assumed(a, given),
     )

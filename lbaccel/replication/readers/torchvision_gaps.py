@@ -79,15 +79,6 @@ def gaps_of(a: dict[str, Any]) -> list[Gap]:
                 "random_erasing of the same probability and sizes",
             )
         )
-    if a["ra_sampler"]:
-        gaps.append(
-            Gap(
-                f"--ra-sampler --ra-reps {a['ra_reps']}",
-                "lbaccel's order takes each sample once an epoch",
-                f"each image once: torchvision's epoch has {a['ra_reps']} versions of about "
-                f"1/{a['ra_reps']} of the images, and as many samples",
-            )
-        )
     if a["val_crop_size"] != a["train_crop_size"]:
         gaps.append(
             Gap(

@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 
 from lbaccel.errors import InputError
-from lbaccel.export.read import SavedWeights, checkpoint_of, read_checkpoint
-from lbaccel.export.write import ARCHITECTURE, network_of
-from lbaccel.product.exported import HUB, from_hub, read_export
+from lbaccel.recipe.exported import HUB, from_hub, read_export
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import read_run
 from lbaccel.runs.checkpoints import fingerprint
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, MANIFEST, MODEL, weights_file
+from lbaccel.runs.folder import ARCHITECTURE, CHECKPOINTS, CONFIG, MANIFEST, MODEL, weights_file
 from lbaccel.runs.read import read_mapping
+from lbaccel.runs.saved_weights import SavedWeights, checkpoint_of, network_of, read_checkpoint
 from lbaccel.text import one_line
 
 

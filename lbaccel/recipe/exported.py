@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError, RunFailed, brief
-from lbaccel.export.kinds import NAMES, check_kinds, check_preprocessing
-from lbaccel.export.read import dtype_of
-from lbaccel.export.write import ARCHITECTURE
 from lbaccel.models import adapt_stem, load_exactly, model_options, read_tensors
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import from_file
-from lbaccel.runs.folder import CONFIG, MODEL, weights_file
+from lbaccel.runs.folder import ARCHITECTURE, CONFIG, MODEL, weights_file
+from lbaccel.runs.kinds import NAMES, check_kinds, check_preprocessing
+from lbaccel.runs.saved_weights import dtype_of
 from lbaccel.text import printable, without_tokens
 
 HUB = "hf-hub:"
@@ -201,3 +200,11 @@ def _usual_names(model: nn.Module) -> list[str]:
         name if often[name] == 1 else f"{name} ({label})"
         for name, label in zip(names, info.label_names(), strict=True)
     ]
+
+
+def imagenet_ids(model: nn.Module, names: list[str]) -> list[str] | None:
+    """ImageNet's identifiers of the outputs, such as n01440764, where `names` are its words."""
+    subset = infer_imagenet_subset(model)
+    if subset is None or names != _usual_names(model):
+        return None
+    return ImageNetInfo(subset).label_names()

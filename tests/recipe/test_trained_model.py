@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from lbaccel import InputError, RunFailed
 from lbaccel.cli import main
-from lbaccel.product import exported
-from lbaccel.product.trained_model import read_trained
+from lbaccel.recipe import exported
+from lbaccel.recipe.trained_model import read_trained
 
 
 @pytest.fixture(scope="module")
