@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -135,18 +134,15 @@ class CifarResNet(nn.Module):
             elif zero_init_last and isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
 
-    @torch.jit.ignore  # as timm's own have it
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Layers for layer-wise rates: stem, then stages or blocks."""
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^conv1|bn1", "blocks": blocks}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear layer."""
         return self.head.fc
@@ -161,7 +157,7 @@ class CifarResNet(nn.Module):
         x = self.act1(self.bn1(self.conv1(x)))
         stages = [getattr(self, info["module"]) for info in self.feature_info]
         for stage in stages:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint_seq(stage, x)
             else:
                 x = stage(x)
