@@ -349,6 +349,11 @@ def test_ranks_whose_teachers_differ_are_refused(photos):
     assert [code for code, _ in found] == [2, 2]
     told = found[0][1]  # rank 0 speaks for all
     assert "the ranks were not started alike" in told and "weights of --teacher is" in told
+    found = forks.values(forks.run_forked(on_other_ranks, data, [teacher, "none"], world_size=2))
+    assert [code for code, _ in found] == [2, 2] and "--teacher is true on rank 0" in found[0][1]
+    wrong = str(run_on(make_photos("two", classes=("a", "b")), output="of_two"))
+    found = forks.values(forks.run_forked(on_other_ranks, data, [teacher, wrong], world_size=2))
+    assert [code for code, _ in found] == [2, 2] and "has 2 classes, 'a', 'b'" in found[0][1]
 
 
 def on_other_ranks(rank, data, teachers):
@@ -432,7 +437,7 @@ def test_a_resume_takes_the_same_teacher_anywhere_and_no_other_weights(photos, c
         ("--distill-temperature 2", "does not read --distill-temperature 2. Use --teacher"),
         ("--teacher RUN --distill-alpha 0", "--distill-alpha='0' is not a number above 0"),
         ("--teacher RUN --distill-temperature 0", "is not a finite number above 0"),
-        ("--teacher RUN --img-size 16", "takes images of 8 pixels a side, and this run trains on"),
+        ("--teacher RUN --img-size 16", "takes images of 8 px, and this run trains on 16 px"),
         ("--teacher RUN --num-classes 7", "has 3 outputs, and the network that is trained has 7"),
     ],
 )
