@@ -29,6 +29,7 @@ from lbaccel.batch.plan import MicroBatch
 from lbaccel.cli import main
 from lbaccel.data.loader import Update
 from lbaccel.recipe import auto_plan
+from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.recipe.exported import _usual_names, imagenet_ids
 from lbaccel.recipe.loss import HITS, Distillation, loss_of
 from lbaccel.recipe.task import build_task, large_batch_of
@@ -224,6 +225,32 @@ def test_it_answers_without_a_gradient_in_evaluation_mode_under_the_context_of_t
     first, second = teacher(x), teacher(x)
     assert torch.equal(first, second) and not first.requires_grad
     assert torch.equal(model[0].running_mean, before) and entered == [False, "out"] * 2
+
+
+def in_precision(rank, data, teacher, precision):
+    """The dtypes that the teacher's convolution gives, and its answers have, in such a run."""
+    flags = ["--data", f"folder:{data}", "--model", "lbaccel_tiny", "--img-size", "8"]
+    settings = settings_of(*flags, "--workers", "0", "--teacher", teacher, "--precision", precision)
+    accelerator, precision = make_accelerator(precision)
+    task = build_task(settings, accelerator, precision, say=lambda _: None)
+    seen = []
+    task.teacher.model.conv.register_forward_hook(lambda _, __, out: seen.append(str(out.dtype)))
+    answers = task.teacher(torch.zeros(2, 3, 8, 8, dtype=task.dtype))
+    return [*seen, str(answers.dtype)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside", "outside"),
+    [
+        ("bf16", "torch.bfloat16", "torch.float32"),
+        ("fp32", "torch.float32", "torch.float32"),
+        ("fp64", "torch.float64", "torch.float64"),
+    ],
+)
+def test_the_teacher_runs_in_the_precision_of_the_run(precision, inside, outside, photos):
+    data, teacher = map(str, photos)
+    (found,) = forks.values(forks.run_forked(in_precision, data, teacher, precision))
+    assert found == [inside, outside]
 
 
 def test_a_model_of_the_hub_goes_with_images_in_folders_of_imagenets_identifiers():
