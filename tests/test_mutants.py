@@ -146,6 +146,12 @@ MUTANTS = {
         "tests/recipe/test_teacher.py::"
         "test_it_answers_without_a_gradient_in_evaluation_mode_under_the_context_of_the_run",
     ),
+    "the teacher runs outside of the run's autocast": (
+        "recipe.teacher",
+        "lambda: autocast(accelerator),",
+        "lambda: torch.autocast('cpu', enabled=False),",
+        "tests/recipe/test_teacher.py::test_the_teacher_runs_in_the_precision_of_the_run",
+    ),
     "a resume takes a teacher of other weights": (
         "recipe.teacher",
         "if before not in (None, digest) and",

@@ -31,6 +31,7 @@ def check_started_alike(accelerator: Any, settings: Settings) -> None:
     compared = (row for row in OPTIONS.values() if row.name not in _OWN)
     facts = {row.flag: settings.value(row.name) for row in compared}
     facts["--resume"] = settings.run.resume is not None
+    facts["--teacher"] = settings.data.teacher is not None
     facts["extensions of the run"] = settings.extensions
     facts["data that the run began with"] = settings.identity
     check_alike(accelerator, {**facts, **software()})

@@ -95,8 +95,13 @@ def read_teacher(
     path = s.data.teacher
     if path is None:
         return None
-    trained = on_each_rank(accelerator, lambda: _read(path))
-    check_answers(trained, classes=classes, preprocessing=preprocessing)
+
+    def read() -> TrainedModel:
+        found = _read(path)
+        check_answers(found, classes=classes, preprocessing=preprocessing)
+        return found
+
+    trained = on_each_rank(accelerator, read)
     digest = digest_of_weights(trained)
     check_alike(accelerator, {f"weights of {FLAG}": digest})
     before = (s.contract or {}).get(TEACHER)
@@ -141,18 +146,19 @@ def check_answers(
             size or number of channels.
     """
     pre, where = trained.preprocessing, f"{FLAG} {one_line(trained.path)}"
-    for key, name, unit in (("num_channels", "channels", ""), ("img_size", "pixels a side", " px")):
-        if pre[key] != preprocessing[key]:
-            raise InputError(
-                f"{where} takes images of {pre[key]} {name}, and this run trains on "
-                f"{preprocessing[key]}{unit}: the teacher sees the very images of the update. "
-                + (
-                    f"Use --img-size {pre[key]}, or a teacher that was trained at "
-                    f"{preprocessing[key]} px."
-                    if key == "img_size"
-                    else "Use a teacher for images of as many channels."
-                )
-            )
+    size, channels = pre["img_size"], pre["num_channels"]
+    if channels != preprocessing["num_channels"]:
+        raise InputError(
+            f"{where} takes images of {channels} channels, and this run trains on "
+            f"{preprocessing['num_channels']}. Use a teacher for images of as many."
+        )
+    if size != preprocessing["img_size"]:
+        raise InputError(
+            f"{where} takes images of {size} px, and this run trains on "
+            f"{preprocessing['img_size']} px: the teacher sees the very images of the update, and "
+            f"a resized one would be another. Use --img-size {size}, or a teacher that was trained "
+            f"at {preprocessing['img_size']} px."
+        )
     named = list(trained.classes[: trained.num_named])
     if list(classes) not in (named, imagenet_ids(trained.model, named)):
         raise InputError(

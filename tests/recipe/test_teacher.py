@@ -29,6 +29,7 @@ from lbaccel.batch.plan import MicroBatch
 from lbaccel.cli import main
 from lbaccel.data.loader import Update
 from lbaccel.recipe import auto_plan
+from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.recipe.exported import _usual_names, imagenet_ids
 from lbaccel.recipe.loss import HITS, Distillation, loss_of
 from lbaccel.recipe.task import build_task, large_batch_of
@@ -226,6 +227,32 @@ def test_it_answers_without_a_gradient_in_evaluation_mode_under_the_context_of_t
     assert torch.equal(model[0].running_mean, before) and entered == [False, "out"] * 2
 
 
+def in_precision(rank, data, teacher, precision):
+    """The dtypes that the teacher's convolution gives, and its answers have, in such a run."""
+    flags = ["--data", f"folder:{data}", "--model", "lbaccel_tiny", "--img-size", "8"]
+    settings = settings_of(*flags, "--workers", "0", "--teacher", teacher, "--precision", precision)
+    accelerator, precision = make_accelerator(precision)
+    task = build_task(settings, accelerator, precision, say=lambda _: None)
+    seen = []
+    task.teacher.model.conv.register_forward_hook(lambda _, __, out: seen.append(str(out.dtype)))
+    answers = task.teacher(torch.zeros(2, 3, 8, 8, dtype=task.dtype))
+    return [*seen, str(answers.dtype)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside", "outside"),
+    [
+        ("bf16", "torch.bfloat16", "torch.float32"),
+        ("fp32", "torch.float32", "torch.float32"),
+        ("fp64", "torch.float64", "torch.float64"),
+    ],
+)
+def test_the_teacher_runs_in_the_precision_of_the_run(precision, inside, outside, photos):
+    data, teacher = map(str, photos)
+    (found,) = forks.values(forks.run_forked(in_precision, data, teacher, precision))
+    assert found == [inside, outside]
+
+
 def test_a_model_of_the_hub_goes_with_images_in_folders_of_imagenets_identifiers():
     model = timm.create_model("test_resnet", num_classes=1000)
     words = _usual_names(model)
@@ -349,6 +376,11 @@ def test_ranks_whose_teachers_differ_are_refused(photos):
     assert [code for code, _ in found] == [2, 2]
     told = found[0][1]  # rank 0 speaks for all
     assert "the ranks were not started alike" in told and "weights of --teacher is" in told
+    found = forks.values(forks.run_forked(on_other_ranks, data, [teacher, "none"], world_size=2))
+    assert [code for code, _ in found] == [2, 2] and "--teacher is true on rank 0" in found[0][1]
+    wrong = str(run_on(make_photos("two", classes=("a", "b")), output="of_two"))
+    found = forks.values(forks.run_forked(on_other_ranks, data, [teacher, wrong], world_size=2))
+    assert [code for code, _ in found] == [2, 2] and "has 2 classes, 'a', 'b'" in found[0][1]
 
 
 def on_other_ranks(rank, data, teachers):
@@ -432,7 +464,7 @@ def test_a_resume_takes_the_same_teacher_anywhere_and_no_other_weights(photos, c
         ("--distill-temperature 2", "does not read --distill-temperature 2. Use --teacher"),
         ("--teacher RUN --distill-alpha 0", "--distill-alpha='0' is not a number above 0"),
         ("--teacher RUN --distill-temperature 0", "is not a finite number above 0"),
-        ("--teacher RUN --img-size 16", "takes images of 8 pixels a side, and this run trains on"),
+        ("--teacher RUN --img-size 16", "takes images of 8 px, and this run trains on 16 px"),
         ("--teacher RUN --num-classes 7", "has 3 outputs, and the network that is trained has 7"),
     ],
 )
