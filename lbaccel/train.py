@@ -11,7 +11,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +196,7 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
     run = t.settings.run
     counted = result.applied or result.dropped
     evaluates = counted and t.log.evaluates(result) and not run.dry_run
-    improved = evaluates and evaluated(t)
+    improved = evaluated(t) if evaluates else ()
     if t.log.early:
         write_line(t, result, t.log.rest())
     every, last = run.checkpoint_every, result.num_updates == t.length.stop_at
@@ -205,8 +205,8 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
         save(t, best=improved)
 
 
-def save(t: Training, *, best: bool) -> None:
-    """Write a checkpoint of the run as it stands."""
+def save(t: Training, *, best: Collection[str]) -> None:
+    """Write a checkpoint of the run as it stands; `best` are the links that name it."""
     t.session.save(
         update=t.large_batch.num_updates,
         best=best,
@@ -216,8 +216,8 @@ def save(t: Training, *, best: bool) -> None:
     )
 
 
-def evaluated(t: Training) -> bool:
-    """Evaluate and log it, where it fails save first; whether the top-1 is the best so far."""
+def evaluated(t: Training) -> Collection[str]:
+    """Evaluate and log it, where it fails save first; the links to a checkpoint of now."""
     from lbaccel.recipe.evaluation import NotEvaluated
 
     now = t.large_batch
@@ -227,7 +227,7 @@ def evaluated(t: Training) -> bool:
         t.log.evaluation_due = True
         # the first failure is the one to be told
         with contextlib.suppress(RunFailed), workers_may_end():
-            save(t, best=False)
+            save(t, best=())
         raise failed.error from None
     t.accelerator.log({**t.log.where(now), **metrics}, step=now.num_updates)
     return t.log.after_evaluation(now, metrics)

@@ -30,6 +30,7 @@ from lbaccel.recipe.settings import parse
 from lbaccel.runs.checkpoints import check_files
 from lbaccel.runs.folder import (
     BEST,
+    BEST_EMA,
     CHECKPOINTS,
     CLASSES,
     CONFIG,
@@ -57,7 +58,7 @@ def read_exported(
     """
     if not (run / CONFIG).is_file():
         raise InputError(_no_run(run))
-    found = read_checkpoint(checkpoint_of(run, checkpoint), ema=ema)
+    found = read_checkpoint(checkpoint_of(run, checkpoint, ema=ema), ema=ema)
     pre, weights = found.preprocessing, found.weights
     resumes = run / RESUMES
     lines = read_metrics(resumes) if resumes.is_file() else []
@@ -162,20 +163,25 @@ def _no_run(path: Path) -> str:
     return f"{path} is no run folder: it holds no {CONFIG}. {hint}"
 
 
-def checkpoint_of(run: Path, name: str | None = None) -> Path:
+def checkpoint_of(run: Path, name: str | None = None, *, ema: bool = False) -> Path:
     """The folder of the run's checkpoint of this name; None is the best, or else the last.
+
+    Args:
+        run: its folder.
+        name: of a checkpoint, or of a link to one.
+        ema: the best is that of the averaged weights; a run of before has one best alone.
 
     Raises:
         InputError: there is none.
     """
     folder = run / CHECKPOINTS
     there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    if name not in (None, BEST, LAST) and not re.fullmatch(r"update_\d+", name):
+    if name not in (None, BEST, BEST_EMA, LAST) and not re.fullmatch(r"update_\d+", name):
         raise InputError(
-            f"--checkpoint {name} is not best, last or one such as update_000500. "
+            f"--checkpoint {name} is not best, best-ema, last or one such as update_000500. "
             f"Here are: {', '.join(there) or 'none'}."
         )
-    for chosen in [name] if name is not None else [BEST, LAST]:
+    for chosen in [name] if name is not None else [*[BEST_EMA] * ema, BEST, LAST]:
         if chosen in there:
             return folder / chosen
     if not there:

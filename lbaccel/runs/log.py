@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lbaccel.batch.stream import UpdateStream
+from lbaccel.runs.folder import BEST, BEST_EMA
 from lbaccel.runs.length import Length
 from lbaccel.runs.notices import LossNotices
 from lbaccel.runs.patience import Patience
@@ -49,6 +50,7 @@ class RunLog:
         self._line: Callable[[], dict[str, float]] = dict  # of the updates since the last one
         self.window: list[Counted] = []
         self.best: dict[str, float] = {}
+        self.best_ema: dict[str, float] = {}  # of the averaged weights, by their own top-1
         self.latest: dict[str, float] = {}
         self.early = ""  # why the run ends before its length
         self.evaluation_due = False  # that of the newest update failed: a resume does it first
@@ -120,16 +122,24 @@ class RunLog:
             result.num_updates == self.length.stop_at
         )
 
-    def after_evaluation(self, result: Any, metrics: dict[str, float]) -> bool:
-        """Take the metrics of an evaluation in; whether its top-1 is the best so far."""
+    def after_evaluation(self, result: Any, metrics: dict[str, float]) -> frozenset[str]:
+        """Take the metrics of an evaluation in; the links that name its checkpoint from now on.
+
+        `best` is among them where the top-1 of the weights is the best so far, and `best-ema`
+        where that of their average is.
+        """
         self.latest |= metrics
         self.evaluation_due = False
         self.patience.after_evaluation(metrics)
         self.end_early(result.num_updates)
-        improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
-        if improved:
+        links = set()
+        if _better(metrics, self.best, "val/top1"):
             self.best = {"update": result.num_updates, **metrics}
-        return improved
+            links.add(BEST)
+        if _better(metrics, self.best_ema, "val/top1_ema"):
+            self.best_ema = {"update": result.num_updates, **metrics}
+            links.add(BEST_EMA)
+        return frozenset(links)
 
     def end_early(self, num_updates: int) -> None:
         """Make this update the last one where patience is over before that."""
@@ -148,14 +158,22 @@ class RunLog:
             "samples_per_second": large_batch.samples_seen / max(self.training_seconds, 1e-9),
             "best_val_top1": self.best.get("val/top1"),
             "best_update": self.best.get("update"),
+            **self._of_average(),
             **kept,
         }
+
+    def _of_average(self) -> dict[str, float]:
+        if not self.best_ema:
+            return {}
+        top1, update = (self.best_ema[key] for key in ("val/top1_ema", "update"))
+        return {"best_val_top1_ema": top1, "best_update_ema": update}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "window": [list(counted) for counted in self.window],
             "best": dict(self.best),
+            "best_ema": dict(self.best_ema),
             "latest": dict(self.latest),
             "evaluation_due": self.evaluation_due,
             "training_seconds": self.training_seconds,
@@ -169,6 +187,9 @@ class RunLog:
         """Go on from a saved state."""
         self.window = [_counted(*entry) for entry in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
+        # a run of before kept the checkpoint of the best weights alone, with their average
+        kept = state["best"] if "val/top1_ema" in state["best"] else {}
+        self.best_ema = dict(state.get("best_ema", kept))
         self.evaluation_due = bool(state.get("evaluation_due", False))  # none before 0.2
         self.training_seconds = float(state["training_seconds"])
         self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2
@@ -178,6 +199,10 @@ class RunLog:
         if "patience" in state:  # none before there was one
             self.patience.load_state_dict(state["patience"])
         self._started = time.perf_counter()
+
+
+def _better(metrics: Mapping[str, float], best: Mapping[str, float], key: str) -> bool:
+    return key in metrics and metrics[key] > best.get(key, -math.inf)
 
 
 def _counted(loss: float, num_samples: int, right: float | None = None) -> Counted:
