@@ -61,6 +61,7 @@ def run(settings: Settings) -> Path | None:
 
 
 def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
+    from lbaccel.recipe import fitting
     from lbaccel.recipe.accelerator import make_accelerator
     from lbaccel.recipe.alike import check_started_alike, checked_on_each_rank
     from lbaccel.recipe.contract import check_chosen
@@ -71,6 +72,7 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     from lbaccel.runs.progress import Progress
     from lbaccel.runs.session import find_checkpoint
 
+    begun = fitting.clock()
     s = checked_on_each_rank(settings)
     accelerator, precision = make_accelerator(s.batch.precision)
     check_started_alike(accelerator, settings)
@@ -85,7 +87,10 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say, locks=locks)
     if resume_from is not None:
         check_chosen(resume_from, s.contract)
-    t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
+    opened = None
+    if s.rate.max_minutes is not None and resume_from is None:
+        s, opened = fitting.fitted(s, accelerator, begun=begun, say=say)
+    t = build_training(s, accelerator, precision, resume_from=resume_from, say=say, opened=opened)
     if t.large_batch.num_updates >= t.length.stop_at and t.session.was_closed():
         done, stop_at = t.large_batch.num_updates, t.length.stop_at
         why = f" ({t.log.early}; a larger --patience goes on)" if t.log.early else ""
@@ -238,28 +243,23 @@ def validate(t: Training) -> dict[str, float]:
 
     Of the weights, and of their average.
     """
-    from lbaccel.data.pipelines import evaluation_batches
-    from lbaccel.data.sources import ImageArray
-    from lbaccel.recipe.evaluation import evaluate
+    from lbaccel.recipe.evaluation import evaluate, validation_batches
 
-    metrics, images = {}, t.task.source.val
+    metrics = {}
     size = t.settings.batch.val_batch_size or t.large_batch.plan.micro_batch_size
 
-    def batches(start: int, size: int) -> Any:
-        return evaluation_batches(
-            images,
-            preprocessing=t.task.preprocessing,
-            batch_size=size,
-            rank=t.accelerator.process_index,
-            world_size=t.accelerator.num_processes,
-            num_workers=0 if isinstance(images, ImageArray) else t.settings.data.workers,
-            start=start,
-        )
-
+    batches = validation_batches(
+        t.task.source.val,
+        t.accelerator,
+        preprocessing=t.task.preprocessing,
+        workers=t.settings.data.workers,
+    )
     with t.large_batch.whole_model() as whole:
         for suffix, network in (("", whole), ("_ema", t.ema.module if t.ema else None)):
             if network is None:
                 continue
+            if suffix and t.norm_of_average is not None:
+                t.norm_of_average.measure()
             found = evaluate(
                 network,
                 batches,

@@ -210,6 +210,8 @@ def _choose_by_updates(
     tested, each = _range_test(found, seconds=_RANGE_TEST * share, say=say)
     if tested is not None:
         _lower_the_rate(found, tested, say=say)
+    if found.settings.rate.max_minutes is not None:  # `train` finds the epochs
+        return 60 * found.settings.rate.max_minutes
     num_train, num_val = len(source.train), len(source.val)
     first = found.first
     evaluation = first.seconds_per_image if first is not None else each / 3

@@ -49,6 +49,14 @@ class RateOptions:
         shown="no limit",
         contract=False,
     )
+    max_minutes: float | None = option(
+        None,
+        bounds.minutes,
+        "in place of --epochs: as many as fit in so many minutes, by updates that are timed before "
+        "the first; the schedule is fitted to them",
+        shown="--epochs",
+        over_time=True,
+    )
     base_lr: float | None = option(
         None,
         bounds.positive,
@@ -195,6 +203,15 @@ class OptimizerOptions:
     )
     ema_decay: float | None = option(
         None, bounds.below_one, "of an average of the weights, per update", shown="no average"
+    )
+    ema_norm: str = option(
+        "recalibrated",
+        str,
+        "BatchNorm's statistics in the average of the weights: measured on training images before "
+        "each evaluation, or averages of the model's own",
+        choices=("recalibrated", "average"),
+        before="average",
+        reads_with=(ReadWith("ema_decay", is_set, "Add --ema-decay, such as 0.999"),),
     )
 
 

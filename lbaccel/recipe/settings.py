@@ -129,6 +129,8 @@ def from_file(path: Path, *, of_a_run: bool = False) -> Settings:
     """
     content = read_file(path)
     options = options_in(content, path)
+    if PLAN in content:  # a run: its epochs are those that were fitted
+        options.pop("max_minutes", None)
     settings = layered(Settings(), options, origin=str(path))
     if of_a_run or PLAN in content:  # what a run of before did not name has its own value
         added = {n: v for n, v in BEFORE.items() if n not in options}

@@ -28,6 +28,7 @@ OTHERS = {
     "optimizer": ["sgd", "adamw", "lamb", "lars", "rmsprop", "no such optimizer"],
     "loss": ["ce", "bce"],
     "patience": [None, 3],
+    "ema_decay": [None, 0.9],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
 # by the documentation, in other words than the table's: (option, other): values that read it
@@ -42,6 +43,7 @@ READ_AT = {
     ("class_weights", "loss"): {"ce"},
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
+    ("ema_norm", "ema_decay"): {0.9},
     ("test_split", "data"): {"folder:images", "parquet:images"},
     ("crop_padding_mode", "auto_augment"): {None},
     ("skip_corrupt", "data"): {"folder:images"},

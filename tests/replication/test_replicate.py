@@ -341,6 +341,7 @@ def test_torchvisions_resnet50_recipe():
     s = contract.settings
     alpha = (1 - 0.99998) * 8 * 128 * 32 / 600
     assert s["ema_decay"] == pytest.approx((1 - alpha) ** (1 / 32), rel=1e-11)
+    assert s["ema_norm"] == "average"  # its buffers are averaged with the weights
     assert s["warmup_start"] == 0.01 * 0.5
     assert s["crop_pct"] == pytest.approx(224 / 232, rel=1e-5)
     wanted = {
@@ -368,6 +369,12 @@ def test_torchvisions_resnet50_recipe():
     left = ("--auto-augment ta_wide", "--random-erase 0.1", "--ra-sampler --ra-reps 4")
     for flag in (*left, "--val-crop-size 224"):
         assert f"not carried over: {flag}" in gaps(contract)
+
+
+def test_the_statistics_of_an_average_are_averages_where_there_is_batchnorm():
+    assert timm_contract(model_ema=True).settings["ema_norm"] == "average"
+    assert "ema_norm" not in timm_contract(model_ema=True, norms=Norms(0)).settings
+    assert "ema_norm" not in timm_contract().settings
 
 
 def test_torchvisions_average_never_has_a_negative_decay_and_its_optimizers_are_timms():
