@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,48 @@ from lbaccel.update.sharding.precision import autocast
 MOST_IMAGES = 2048  # of the training set, in whole groups
 
 
-def average_of(model: nn.Module, decay: float | None) -> Any:
-    """timm's average of the weights of `model`, as they are now; None without a decay."""
+@dataclass(frozen=True, eq=False)
+class BegunAverage:
+    """An average that begins with the weights of update 1, as timm's training script has it.
+
+    Args:
+        average: timm's; its decay is 0 at the first update.
+        num_updates: says how many updates are done, the one that moves it included.
+    """
+
+    average: Any
+    num_updates: Callable[[], int]
+
+    @property
+    def module(self) -> nn.Module:
+        """The network with the averaged weights."""
+        return self.average.module
+
+    def update(self, model: nn.Module) -> None:
+        """Move it by the weights of `model`."""
+        self.average.update(model, step=self.num_updates())
+
+
+def average_of(
+    model: nn.Module, decay: float | None, *, warmup: str, num_updates: Callable[[], int]
+) -> Any:
+    """timm's average of the weights of `model`, as they are now; None without a decay D.
+
+    After update u it is e <- d e + (1 - d) w.
+
+    Args:
+        model: with the weights w.
+        decay: D.
+        warmup: "none": d = D at each update; "first": d = 0 at u = 1, and D later; "power":
+            d = min(D, 1 - u^(-2/3)).
+        num_updates: says u at update u.
+    """
     if decay is None:
         return None
     from timm.utils.model_ema import ModelEmaV3
 
-    return ModelEmaV3(model, decay=decay)
+    average = ModelEmaV3(model, decay=decay, use_warmup=warmup == "power")
+    return average if warmup == "none" else BegunAverage(average, num_updates)
 
 
 @dataclass(frozen=True, eq=False)

@@ -196,7 +196,11 @@ def _timed(s: Checked, opened: Opened, *, begun: float) -> tuple[Timing, UpdateS
     )
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-    return Timing(*slowest.tolist(), max(1, len(updates) - 1)), stream
+    update, evaluation, spent = slowest.tolist()
+    timing = Timing(
+        update=update, evaluation=evaluation, spent=spent, num_timed=max(1, len(updates) - 1)
+    )
+    return timing, stream
 
 
 def _seconds_of_updates(trial: Training, *, most: float) -> list[float]:

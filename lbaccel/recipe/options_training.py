@@ -204,6 +204,14 @@ class OptimizerOptions:
     ema_decay: float | None = option(
         None, bounds.below_one, "of an average of the weights, per update", shown="no average"
     )
+    ema_warmup: str = option(
+        "none",
+        str,
+        "start of the average: none (the initial weights), first (those of update 1), power (the "
+        "same, with decay 1 - u^(-2/3) after update u until that is --ema-decay)",
+        choices=("none", "first", "power"),
+        reads_with=(ReadWith("ema_decay", is_set, "Add --ema-decay, such as 0.999"),),
+    )
     ema_norm: str = option(
         "recalibrated",
         str,

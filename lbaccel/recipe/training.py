@@ -173,7 +173,12 @@ def build_training(
         s.rate, optimizer, schedule, loader=task.loader, noise_scale=noise_scale
     )
     task.model.to(accelerator.device)
-    ema = average_of(task.model, s.optimizer.ema_decay)
+    ema = average_of(
+        task.model,
+        s.optimizer.ema_decay,
+        warmup=s.optimizer.ema_warmup,
+        num_updates=lambda: large_batch.num_updates,
+    )
     if resume_from is not None:
         on_each_rank(accelerator, lambda: load_weights(resume_from, task.model, ema=ema))
         manifest = digest_of((resume_from / MANIFEST).read_text(encoding="utf-8"))

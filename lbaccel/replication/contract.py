@@ -346,6 +346,11 @@ def _average(average: Average, norms: Norms | None, draft: _Draft) -> None:
     if average.every > 1:
         why += f"; an update: (1 - alpha)^(1/{average.every}) = {each:.8g}"
     draft.say(average.said, "ema_decay", value, why)
+    if average.warmup != "none":
+        why = "the average begins with the weights of update 1"
+        if average.warmup == "power":
+            why += ", and after update u its decay is at most 1 - u^(-2/3)"
+        draft.say(average.said, "ema_warmup", average.warmup, why)
     if norms is None or norms.num_layers:
         why = "its BatchNorm has averages of the running statistics"
         draft.say(average.said, "ema_norm", "average", why)

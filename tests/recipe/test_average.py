@@ -233,6 +233,32 @@ def test_where_nothing_reads_it_it_is_refused(flags, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("warmup", ["first", "power"])
+def test_the_average_begins_as_timms_does(warmup):
+    flags = ("--ema-decay", 0.4, "--ema-warmup", warmup, "--precision", "fp64", "--keep", 9)
+    folder = run(*flags, "--max-updates", 4, "--checkpoint-every", 1, "--ema-norm", "average")
+    files = sorted((folder / "checkpoints").glob("update_*"))
+    truth: dict[str, torch.Tensor] = {}
+    for u, file in enumerate(files, 1):
+        decay = min(0.4, 1 - u ** (-2 / 3)) if warmup == "power" else 0.4
+        decay = 0.0 if u == 1 else decay
+        for key, value in load_file(file / "model.safetensors").items():
+            if value.is_floating_point():
+                truth[key] = decay * truth.get(key, value) + (1 - decay) * value
+        found = load_file(file / "model_ema.safetensors")
+        for key, value in truth.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12)
+    assert len(files) == 4
+
+
+def test_a_resumed_average_goes_on_at_its_own_update():
+    flags = (*EMA, "--ema-decay", 0.9, "--ema-warmup", "power")
+    truth = run(*flags, output="whole")
+    folder = stopped_at(3, *flags)
+    run("--resume", folder, *flags)
+    assert differences(folder, truth) == []
+
+
 def on_ranks(rank, output):
     import tiny  # noqa: F401
 

@@ -44,6 +44,7 @@ READ_AT = {
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
     ("ema_norm", "ema_decay"): {0.9},
+    ("ema_warmup", "ema_decay"): {0.9},
     ("test_split", "data"): {"folder:images", "parquet:images"},
     ("crop_padding_mode", "auto_augment"): {None},
     ("skip_corrupt", "data"): {"folder:images"},

@@ -290,7 +290,6 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
         ({"clip_mode": "agc"}, "clip_grad 5 with clip_mode agc"),
         ({"sched": "poly"}, "the decay poly"),
         ({"cooldown_epochs": 10}, "--epochs 115 --extend constant"),
-        ({"model_ema": True, "model_ema_warmup": True}, "model_ema_warmup true"),
         ({"mixup": 0.2}, "mixup_mode batch"),
         ({"opt_betas": [0.9, 0.95]}, "opt_betas 0.9 0.95"),
         ({"lr_k_decay": 2.0}, "lr_k_decay 2"),
@@ -369,6 +368,13 @@ def test_torchvisions_resnet50_recipe():
     left = ("--auto-augment ta_wide", "--random-erase 0.1", "--ra-sampler --ra-reps 4")
     for flag in (*left, "--val-crop-size 224"):
         assert f"not carried over: {flag}" in gaps(contract)
+
+
+@pytest.mark.parametrize(("warmup", "ours"), [(False, "first"), (True, "power")])
+def test_timms_average_begins_as_it_does_there(warmup, ours):
+    contract = timm_contract(model_ema=True, model_ema_warmup=warmup)
+    assert contract.settings["ema_warmup"] == ours
+    assert "average" not in gaps(contract) and "ema" not in gaps(contract)
 
 
 def test_the_statistics_of_an_average_are_averages_where_there_is_batchnorm():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from lbaccel.update.recalibration import measuring, write_statistics
 
@@ -57,6 +61,25 @@ def test_a_groups_statistics_are_those_of_its_samples_and_the_network_is_as_befo
             torch.testing.assert_close(taken(), by_hand(net, images(seed)), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert [m.training for m in net.modules()] == modes and net[1].momentum == 0.3
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_050", "levit_128s"])
+def test_a_network_of_timms_has_the_statistics_of_torchs_update_bn(name):
+    torch.manual_seed(0)
+    size = 224 if name.startswith("levit") else 32
+    net = timm.create_model(name, num_classes=3).double().eval()
+    truth = copy.deepcopy(net)
+    groups = [torch.randn(2, 3, size, size).double() for _ in range(2)]
+    update_bn(groups, truth)
+    with torch.no_grad(), measuring(net) as taken:
+        total = torch.zeros(())
+        for group in groups:
+            net(group)
+            total = total + taken()
+    write_statistics(net, total / 2)
+    found, wanted = net.state_dict(), truth.state_dict()
+    for key in (k for k in wanted if "running" in k):
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-10, atol=1e-10)
 
 
 def test_an_error_leaves_the_network_as_before():
