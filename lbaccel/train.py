@@ -11,7 +11,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ def run(settings: Settings) -> Path | None:
 
 
 def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
+    from lbaccel.recipe import fitting
     from lbaccel.recipe.accelerator import make_accelerator
     from lbaccel.recipe.alike import check_started_alike, checked_on_each_rank
     from lbaccel.recipe.contract import check_chosen
@@ -71,6 +72,7 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     from lbaccel.runs.progress import Progress
     from lbaccel.runs.session import find_checkpoint
 
+    begun = fitting.clock()
     s = checked_on_each_rank(settings)
     accelerator, precision = make_accelerator(s.batch.precision)
     check_started_alike(accelerator, settings)
@@ -85,7 +87,10 @@ def _run(settings: Settings, locks: contextlib.ExitStack) -> Path | None:
     resume_from = find_checkpoint(accelerator, s.run.resume, auto=auto, say=say, locks=locks)
     if resume_from is not None:
         check_chosen(resume_from, s.contract)
-    t = build_training(s, accelerator, precision, resume_from=resume_from, say=say)
+    opened = None
+    if s.rate.max_minutes is not None and resume_from is None:
+        s, opened = fitting.fitted(s, accelerator, begun=begun, say=say)
+    t = build_training(s, accelerator, precision, resume_from=resume_from, say=say, opened=opened)
     if t.large_batch.num_updates >= t.length.stop_at and t.session.was_closed():
         done, stop_at = t.large_batch.num_updates, t.length.stop_at
         why = f" ({t.log.early}; a larger --patience goes on)" if t.log.early else ""
@@ -199,7 +204,7 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
     run = t.settings.run
     counted = result.applied or result.dropped
     evaluates = counted and t.log.evaluates(result) and not run.dry_run
-    improved = evaluates and evaluated(t)
+    improved = evaluated(t) if evaluates else ()
     if t.log.early:
         write_line(t, result, t.log.rest())
     every, last = run.checkpoint_every, result.num_updates == t.length.stop_at
@@ -208,8 +213,8 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
         save(t, best=improved)
 
 
-def save(t: Training, *, best: bool) -> None:
-    """Write a checkpoint of the run as it stands."""
+def save(t: Training, *, best: Collection[str]) -> None:
+    """Write a checkpoint of the run as it stands; `best` are the links that name it."""
     t.session.save(
         update=t.large_batch.num_updates,
         best=best,
@@ -219,8 +224,8 @@ def save(t: Training, *, best: bool) -> None:
     )
 
 
-def evaluated(t: Training) -> bool:
-    """Evaluate and log it, where it fails save first; whether the top-1 is the best so far."""
+def evaluated(t: Training) -> Collection[str]:
+    """Evaluate and log it, where it fails save first; the links to a checkpoint of now."""
     from lbaccel.recipe.evaluation import NotEvaluated
     from lbaccel.runs.wandb_tracker import summarize
 
@@ -231,7 +236,7 @@ def evaluated(t: Training) -> bool:
         t.log.evaluation_due = True
         # the first failure is the one to be told
         with contextlib.suppress(RunFailed), workers_may_end():
-            save(t, best=False)
+            save(t, best=())
         raise failed.error from None
     t.accelerator.log({**t.log.where(now), **metrics}, step=now.num_updates)
     improved = t.log.after_evaluation(now, metrics)
@@ -245,28 +250,23 @@ def validate(t: Training) -> dict[str, float]:
 
     Of the weights, and of their average.
     """
-    from lbaccel.data.pipelines import evaluation_batches
-    from lbaccel.data.sources import ImageArray
-    from lbaccel.recipe.evaluation import evaluate
+    from lbaccel.recipe.evaluation import evaluate, validation_batches
 
-    metrics, images = {}, t.task.source.val
+    metrics = {}
     size = t.settings.batch.val_batch_size or t.large_batch.plan.micro_batch_size
 
-    def batches(start: int, size: int) -> Any:
-        return evaluation_batches(
-            images,
-            preprocessing=t.task.preprocessing,
-            batch_size=size,
-            rank=t.accelerator.process_index,
-            world_size=t.accelerator.num_processes,
-            num_workers=0 if isinstance(images, ImageArray) else t.settings.data.workers,
-            start=start,
-        )
-
+    batches = validation_batches(
+        t.task.source.val,
+        t.accelerator,
+        preprocessing=t.task.preprocessing,
+        workers=t.settings.data.workers,
+    )
     with t.large_batch.whole_model() as whole:
         for suffix, network in (("", whole), ("_ema", t.ema.module if t.ema else None)):
             if network is None:
                 continue
+            if suffix and t.norm_of_average is not None:
+                t.norm_of_average.measure()
             found = evaluate(
                 network,
                 batches,

@@ -192,6 +192,63 @@ MUTANTS = {
         "tests/recipe/test_repeats_of_the_recipe.py::"
         "test_a_run_with_copies_depends_on_no_plan_and_ends_the_same_after_a_break",
     ),
+    "the checkpoint of the best averaged weights is pruned": (
+        "runs.checkpoints",
+        "for name in (LAST, BEST, BEST_EMA)}",
+        "for name in (LAST, BEST)}",
+        "tests/runs/test_log.py::test_the_best_of_each_is_kept_and_named",
+    ),
+    "a kill before the link of the best averaged weights leaves it behind": (
+        "runs.abandoned",
+        "((LAST, update), (BEST, best), (BEST_EMA, best_ema))",
+        "((LAST, update), (BEST, best))",
+        "tests/runs/test_log.py::test_a_kill_before_the_second_link_loses_nothing",
+    ),
+    "the average is taken from the best checkpoint of the weights": (
+        "runs.saved_weights",
+        "[*[BEST_EMA] * ema, BEST, LAST]",
+        "[BEST, LAST]",
+        "tests/runs/test_log.py::test_eval_predict_and_export_take_the_average_of_its_own_best",
+    ),
+    "the averaged weights keep statistics of other weights": (
+        "train",
+        "if suffix and t.norm_of_average is not None:",
+        "if False:",
+        "tests/recipe/test_average.py::"
+        "test_the_saved_average_has_the_statistics_of_its_own_weights",
+    ),
+    "groups that fill the last round of the ranks count too": (
+        "recipe.average",
+        "in rows[: self.num_groups - first]:",
+        "in rows:",
+        "tests/recipe/test_average.py::test_ranks_and_micro_batches_change_no_bit",
+    ),
+    "a group's statistics are mixed with those of the one before": (
+        "update.recalibration",
+        "layer.training, layer.momentum = True, None",
+        "layer.training = True",
+        "tests/update/test_recalibration.py::"
+        "test_a_groups_statistics_are_those_of_its_samples_and_the_network_is_as_before",
+    ),
+    "the length is fitted to the fastest rank": (
+        "recipe.fitting",
+        "torch.distributed.ReduceOp.MAX",
+        "torch.distributed.ReduceOp.MIN",
+        "tests/recipe/test_fitting.py::test_all_ranks_take_the_length_of_the_slowest",
+    ),
+    "a resume measures the length again": (
+        "train",
+        "if s.rate.max_minutes is not None and resume_from is None:",
+        "if s.rate.max_minutes is not None:",
+        "tests/recipe/test_fitting.py::test_a_resume_takes_the_length_and_measures_nothing",
+    ),
+    "the evaluations of a fitted run take no time": (
+        "recipe.fitting",
+        "updates * of_update + evaluations * of_evaluation",
+        "updates * of_update",
+        "tests/recipe/test_fitting.py::"
+        "test_no_run_that_fits_is_longer_and_the_one_that_is_given_fits",
+    ),
     "a seed of more than 64 bits is taken": (
         "errors",
         "if not 0 <= seed < 2**64:",

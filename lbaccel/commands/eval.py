@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta", metavar="flip", help="mean of the probabilities of image and mirror image"
     )
-    parser.add_argument("--ema", action="store_true", help="the average of the weights")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (of a run: the best one)"
+    )
     parser.add_argument(
         "--against", metavar="RUN2", help="another model on the same images, with McNemar's test"
     )

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="best, last or update_000500 (default: best, or last)"
     )
-    parser.add_argument("--ema", action="store_true", help="the average of the weights")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (of a run: the best one)"
+    )
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder (default: RUN/export)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--license", metavar="ID", help="for the card, such as apache-2.0")

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sort-into", type=Path, metavar="FOLDER", help="copy each image to FOLDER/CLASS"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the CSV to a file")
-    parser.add_argument("--ema", action="store_true", help="the average of the weights")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (of a run: the best one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

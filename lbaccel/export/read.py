@@ -33,7 +33,7 @@ def read_exported(
     """
     if not (run / CONFIG).is_file():
         raise InputError(_no_run(run))
-    found = read_checkpoint(checkpoint_of(run, checkpoint), ema=ema)
+    found = read_checkpoint(checkpoint_of(run, checkpoint, ema=ema), ema=ema)
     pre, weights = found.preprocessing, found.weights
     resumes = run / RESUMES
     lines = read_metrics(resumes) if resumes.is_file() else []

@@ -83,6 +83,8 @@ def contract(run: Run) -> str:
     if "ema_decay" in config:
         decay = config["ema_decay"]
         rows.append(("EMA", "none" if decay is None else f"decay {decay:g} an update"))
+        if decay is not None and isinstance(config.get("norm_batch_size"), int):
+            rows += _given(config, "ema_norm", "statistics of BatchNorm in the EMA")
     rows += _known("teacher", _teacher(config))
     rows += _known("augmentation", _augmentation(config))
     rows += _given(config, "last_update", "an epoch's remainder")

@@ -210,6 +210,8 @@ def _choose_by_updates(
     tested, each = _range_test(found, seconds=_RANGE_TEST * share, say=say)
     if tested is not None:
         _lower_the_rate(found, tested, say=say)
+    if found.settings.rate.max_minutes is not None:  # `train` finds the epochs
+        return 60 * found.settings.rate.max_minutes
     num_train, num_val = len(source.train), len(source.val)
     first = found.first
     evaluation = first.seconds_per_image if first is not None else each / 3
@@ -284,9 +286,8 @@ def _lower_the_rate(found: Start, tested: LrRange, *, say: Say) -> None:
 def _warn_of_large_batch(found: Start, *, say: Say) -> None:
     size = min(found.settings.batch.first_size, found.scan.num_train)
     updates = math.ceil(found.scan.num_train / size * found.settings.rate.epochs)
-    if "global_batch_size" not in {choice.name for choice in found.choices} and (
-        updates < FEW_UPDATES
-    ):
+    pinned = "global_batch_size" not in {choice.name for choice in found.choices}
+    if pinned and found.settings.rate.max_minutes is None and updates < FEW_UPDATES:
         say(
             f"a batch of {size} leaves {updates} updates: large batches do not help here, with "
             f"{found.scan.num_train} images. Leave out --global-batch-size for more updates."

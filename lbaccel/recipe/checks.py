@@ -10,6 +10,7 @@ import torch
 from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError
+from lbaccel.optim.scaling import is_measured
 from lbaccel.optim.trained import FREEZES_NORM
 from lbaccel.recipe.artifacts import check_artifacts
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
@@ -35,7 +36,8 @@ def checked(settings: Settings) -> Checked:
     """
     check_growth(settings.batch, settings.rate, noise_scale=settings.run.noise_scale)
     _check_ranges(settings)
-    _check_schedule(settings.rate)
+    unfitted = settings.rate.max_minutes is not None and settings.origin("epochs") == "default"
+    _check_schedule(settings.rate, ends=not unfitted)
     check_scaling(settings.rate, settings.batch, noise_scale=settings.run.noise_scale)
     _check_repeats(settings)
     if settings.batch.memory is not None:
@@ -46,6 +48,7 @@ def checked(settings: Settings) -> Checked:
     if settings.batch.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
     if settings.run.resume is None:  # a run of before may hold what is refused now
+        _check_length(settings)
         check_read(settings)
     return Checked(settings)
 
@@ -118,13 +121,18 @@ def check_read_by_norm(settings: Settings, has_batch_norm: bool) -> None:
     """Stop at what is given on BatchNorm's statistics where none move.
 
     Raises:
-        InputError: it was, or BatchNorm is frozen.
+        InputError: it was, and there is no BatchNorm, or it is frozen.
     """
     if "bn_statistics" in settings.given and not has_batch_norm:
         raise InputError(
             f"--bn-statistics {settings.batch.bn_statistics}: {settings.model.model} has no "
             "BatchNorm. Leave it out."
         )
+    measured = settings.optimizer.ema_norm
+    frozen = settings.batch.norm_batch_size == "frozen" or settings.model.train in FREEZES_NORM
+    if "ema_norm" in settings.given and measured != "average" and (frozen or not has_batch_norm):
+        reason = "BatchNorm is frozen" if has_batch_norm else "there is no BatchNorm"
+        raise InputError(f"--ema-norm {measured}: {reason}, so nothing is measured. Leave it out.")
     if settings.model.train in FREEZES_NORM:
         for name in {"bn_statistics", "bn_momentum"} & settings.given:
             raise InputError(
@@ -169,6 +177,31 @@ def _check_ranges(s: Settings) -> None:
         )
 
 
+def _check_length(s: Settings) -> None:
+    """Stop at two lengths, and at a length that a measurement in the middle of the run decides."""
+    if s.rate.max_minutes is None:
+        return
+    flag = f"--max-minutes {s.rate.max_minutes:g}"
+    for name in ("epochs", "max_updates"):
+        if name in s.given:
+            raise InputError(
+                f"{flag} finds the number of epochs that fit in the time, and {flag_of(name)} "
+                f"{shown(s.value(name))} states the length. Leave one of them out; --max-hours "
+                "stops a run of --epochs in time."
+            )
+    moving = {
+        f"--batch-schedule {s.batch.batch_schedule}": s.batch.batch_schedule is not None,
+        "--global-batch-size auto": s.batch.follows_noise,
+        f"--lr-scaling {s.rate.lr_scaling}": is_measured(s.rate.lr_scaling),
+    }
+    for other, holds in moving.items():
+        if holds:
+            raise InputError(
+                f"{flag} times the first updates, and under {other} later ones take another time. "
+                "Use --epochs, and --max-hours to stop in time."
+            )
+
+
 def _check_crops(data: DataOptions) -> None:
     for name, value, most in (("scale", data.scale, 1.0), ("ratio", data.ratio, math.inf)):
         if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
@@ -193,9 +226,9 @@ def _check_normalisation(name: str, value: tuple[float, ...]) -> None:
     )
 
 
-def _check_schedule(rate: RateOptions) -> None:
+def _check_schedule(rate: RateOptions, *, ends: bool) -> None:
     """The same that `make_schedule` would refuse, in the names of the flags."""
-    if rate.warmup_epochs is not None and rate.warmup_epochs > rate.epochs:
+    if ends and rate.warmup_epochs is not None and rate.warmup_epochs > rate.epochs:
         raise InputError(
             f"--warmup-epochs {rate.warmup_epochs:g} is longer than the run of --epochs "
             f"{rate.epochs:g}: the warmup must end within it. Use --warmup-epochs <= "

@@ -22,6 +22,9 @@ from lbaccel.runs.ranks import decided, on_each_rank
 from lbaccel.text import printable
 
 Say = Callable[[str], object]
+Opened = tuple[Source, tuple[Broken, ...]]
+"""The images of a run, and the files that are left out of them."""
+
 MOST_THREADS = 8
 
 
@@ -41,9 +44,7 @@ def open_data(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -
     return without(source, skipped)
 
 
-def sound_images(
-    s: Settings, accelerator: Any, *, say: Say, fresh: bool
-) -> tuple[Source, tuple[Broken, ...]]:
+def sound_images(s: Settings, accelerator: Any, *, say: Say, fresh: bool) -> Opened:
     """The images of a run whose files can be read, and those that are left out; a collective.
 
     Args:

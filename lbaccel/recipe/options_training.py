@@ -57,6 +57,14 @@ class RateOptions:
         contract=False,
         length=True,
     )
+    max_minutes: float | None = option(
+        None,
+        bounds.minutes,
+        "in place of --epochs: as many as fit in so many minutes, by updates that are timed before "
+        "the first; the schedule is fitted to them",
+        shown="--epochs",
+        over_time=True,
+    )
     base_lr: float | None = option(
         None,
         bounds.positive,
@@ -204,6 +212,23 @@ class OptimizerOptions:
     )
     ema_decay: float | None = option(
         None, bounds.below_one, "of an average of the weights, per update", shown="no average"
+    )
+    ema_warmup: str = option(
+        "none",
+        str,
+        "start of the average: none (the initial weights), first (those of update 1), power (the "
+        "same, with decay 1 - u^(-2/3) after update u until that is --ema-decay)",
+        choices=("none", "first", "power"),
+        reads_with=(ReadWith("ema_decay", is_set, "Add --ema-decay, such as 0.999"),),
+    )
+    ema_norm: str = option(
+        "recalibrated",
+        str,
+        "BatchNorm's statistics in the average of the weights: measured on training images before "
+        "each evaluation, or averages of the model's own",
+        choices=("recalibrated", "average"),
+        before="average",
+        reads_with=(ReadWith("ema_decay", is_set, "Add --ema-decay, such as 0.999"),),
     )
 
 

@@ -177,6 +177,8 @@ def from_file(
     """
     content, where, below = read_file(path), origin or str(path), under or Settings()
     options = options_in(content, path)
+    if PLAN in content:  # a run: its epochs are those that were fitted
+        options.pop("max_minutes", None)
     settings = layered(below, options, origin=where)
     added = {}
     if of_a_run or PLAN in content:  # what a run of before did not name has its own value

@@ -27,7 +27,7 @@ from lbaccel.recipe.auto_plan import Chosen, Workload
 from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_data
 from lbaccel.recipe.class_weights import check_unchanged, in_words, weights_of
 from lbaccel.recipe.contract import VALUES
-from lbaccel.recipe.images import sound_images
+from lbaccel.recipe.images import Opened, sound_images
 from lbaccel.recipe.loss import Distillation, loss_of
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
@@ -64,7 +64,13 @@ class Task:
 
 
 def build_task(
-    s: Checked, accelerator: Any, precision: str, *, say: Say, load_weights: bool = True
+    s: Checked,
+    accelerator: Any,
+    precision: str,
+    *,
+    say: Say,
+    load_weights: bool = True,
+    opened: Opened | None = None,
 ) -> Task:
     """Data, model, batch and loss of the settings, seeded by them.
 
@@ -74,13 +80,14 @@ def build_task(
         precision: of the forward pass.
         say: prints a line.
         load_weights: False where a resume brings its own.
+        opened: the images, where they were opened before.
 
     Raises:
         InputError: settings that can't be used.
     """
     set_seed(s.run.seed)
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    source, skipped = sound_images(s, accelerator, say=say, fresh=load_weights)
+    source, skipped = opened or sound_images(s, accelerator, say=say, fresh=load_weights)
     on_each_rank(accelerator, lambda: check_identity(source, s.identity, data=s.data.data))
     if accelerator.num_processes > 1:
         same = identity_of(source)

@@ -76,7 +76,7 @@ def read_trained(path: str | Path, *, ema: bool = False) -> TrainedModel:
     Args:
         path: a run folder, whose best checkpoint is taken; a checkpoint, such as
             RUN/checkpoints/last; a folder of `lbaccel export`; or `hf-hub:OWNER/NAME`.
-        ema: the average of the weights of a run that has one.
+        ema: the average of the weights; of a run, that of its best averaged evaluation.
 
     Raises:
         InputError: it is none of these, or it is damaged.
@@ -94,7 +94,7 @@ def read_trained(path: str | Path, *, ema: bool = False) -> TrainedModel:
         found = read_checkpoint(folder, ema=ema)
         return _of_run(text, found, beside if in_run else None, ema=ema)
     if (folder / CONFIG).is_file():
-        found = read_checkpoint(checkpoint_of(folder), ema=ema)
+        found = read_checkpoint(checkpoint_of(folder, ema=ema), ema=ema)
         return _of_run(text, found, folder, ema=ema)
     raise InputError(_neither(folder))
 

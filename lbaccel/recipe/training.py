@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lbaccel.data.identity import identity_of
@@ -19,9 +18,11 @@ from lbaccel.optim.scheduler import AdaScaleLR, refresh
 from lbaccel.optim.schedules import Schedule, product
 from lbaccel.recipe import growth
 from lbaccel.recipe.accelerator import zero_stage
+from lbaccel.recipe.average import AverageNorm, average_of, norm_of_average
 from lbaccel.recipe.checks import Checked
 from lbaccel.recipe.class_weights import BALANCED
 from lbaccel.recipe.evaluation import Room
+from lbaccel.recipe.images import Opened
 from lbaccel.recipe.measured import (
     build_auto_batch,
     build_noise_scale,
@@ -79,6 +80,7 @@ class Training:
     loader: UpdateLoader
     scheduler: Any
     ema: Any  # of timm, or None
+    norm_of_average: AverageNorm | None
     noise_scale: NoiseScale | None
     drops: LossDropout | None
     length: Length
@@ -147,14 +149,29 @@ class Training:
 
 
 def build_training(
-    s: Checked, accelerator: Any, precision: str, *, resume_from: Path | None, say: Say
+    s: Checked,
+    accelerator: Any,
+    precision: str,
+    *,
+    resume_from: Path | None,
+    say: Say,
+    opened: Opened | None = None,
 ) -> Training:
     """All parts of the run that the settings ask for, with the state of a checkpoint in them.
+
+    Args:
+        s: all settings.
+        accelerator: of all ranks.
+        precision: of the forward pass.
+        resume_from: a checkpoint to go on from.
+        say: prints a line.
+        opened: the images, where they were opened before.
 
     Raises:
         InputError: settings that can't be used.
     """
-    task = build_task(s, accelerator, precision, say=say, load_weights=resume_from is None)
+    new = resume_from is None
+    task = build_task(s, accelerator, precision, say=say, load_weights=new, opened=opened)
     rate = rate_of(s, global_batch_size=task.plan.global_batch_size)
     factor = rate_factor(s.batch, rate, phases=task.phases, loader=task.loader)
     optimizer, schedule = _optimizer(s, task, rate, accelerator, factor=factor, say=say)
@@ -167,7 +184,12 @@ def build_training(
         s.rate, optimizer, schedule, loader=task.loader, noise_scale=noise_scale
     )
     task.model.to(accelerator.device)
-    ema = _average(task.model, s.optimizer.ema_decay)
+    ema = average_of(
+        task.model,
+        s.optimizer.ema_decay,
+        warmup=s.optimizer.ema_warmup,
+        num_updates=lambda: large_batch.num_updates,
+    )
     if resume_from is not None:
         on_each_rank(accelerator, lambda: load_weights(resume_from, task.model, ema=ema))
         manifest = digest_of((resume_from / MANIFEST).read_text(encoding="utf-8"))
@@ -178,6 +200,9 @@ def build_training(
     _, optimizer, loader, scheduler = large_batch.prepare(
         task.model, optimizer, loader, scheduler, ema=ema
     )
+    norm = norm_of_average(s.optimizer.ema_norm, ema, loader, accelerator, dtype=task.dtype)
+    if norm is not None:
+        say(str(norm))
     length = Length(
         loader,
         epochs=s.rate.epochs,
@@ -213,8 +238,8 @@ def build_training(
     )
     hooks = [] if auto_batch is None else [GrowsWithNoise(auto_batch, scheduler, session)]
     training = Training(
-        s, accelerator, task, rate, large_batch, loader, scheduler, ema, noise_scale, drops, length,
-        log, session, tuple(hooks),
+        s, accelerator, task, rate, large_batch, loader, scheduler, ema, norm,
+        noise_scale, drops, length, log, session, tuple(hooks),
     )  # fmt: skip
     if resume_from is not None:
         done = session.restore(resume_from, say=say)
@@ -274,14 +299,6 @@ def circumstances(s: Checked, task: Task, rate: PeakRate) -> Circumstances:
 
 def _times_chance(data: DataOptions) -> float:
     return 1 - data.distill_alpha + data.distill_alpha * data.distill_temperature**2
-
-
-def _average(model: nn.Module, decay: float | None) -> Any:
-    if decay is None:
-        return None
-    from timm.utils.model_ema import ModelEmaV3
-
-    return ModelEmaV3(model, decay=decay)
 
 
 def _present(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def contract_of(recipe: Recipe, norms: Norms | None) -> Contract:
         _warmup(recipe.curve, peak, draft)
         _decay(recipe.curve, peak, draft)
     if recipe.average is not None:
-        _average(recipe.average, draft)
+        _average(recipe.average, norms, draft)
     return Contract(
         origin=recipe.origin,
         rows=(*draft.rows, *recipe.rows),
@@ -337,7 +337,7 @@ def _milestones(curve: Curve, peak: float | None, draft: _Draft) -> None:
     draft.say(curve.said, "gamma", curve.gamma, "factor at each milestone")
 
 
-def _average(average: Average, draft: _Draft) -> None:
+def _average(average: Average, norms: Norms | None, draft: _Draft) -> None:
     each = average.decay ** (1 / average.every) if average.decay else 0.0
     value = float(f"{each:.12g}")
     if value >= 1:
@@ -346,3 +346,11 @@ def _average(average: Average, draft: _Draft) -> None:
     if average.every > 1:
         why += f"; an update: (1 - alpha)^(1/{average.every}) = {each:.8g}"
     draft.say(average.said, "ema_decay", value, why)
+    if average.warmup != "none":
+        why = "the average begins with the weights of update 1"
+        if average.warmup == "power":
+            why += ", and after update u its decay is at most 1 - u^(-2/3)"
+        draft.say(average.said, "ema_warmup", average.warmup, why)
+    if norms is None or norms.num_layers:
+        why = "its BatchNorm has averages of the running statistics"
+        draft.say(average.said, "ema_norm", "average", why)

@@ -125,10 +125,19 @@ def check_most_epochs(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """An average of the weights: avg <- decay avg + (1 - decay) w at every `every`-th update."""
+    """An average of the weights: avg <- decay avg + (1 - decay) w at every `every`-th update.
+
+    Attributes:
+        said: by the source.
+        decay: at one of its moves.
+        warmup: how it begins, as `--ema-warmup` has it.
+        every: updates a move.
+        formula: of the decay.
+    """
 
     said: str
     decay: float
+    warmup: str = "none"
     every: int = 1
     formula: str
 

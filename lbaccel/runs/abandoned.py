@@ -11,6 +11,7 @@ from lbaccel.runs.folder import (
     ABANDONED,
     ABANDONED_METRICS,
     BEST,
+    BEST_EMA,
     CHECKPOINTS,
     DECISIONS,
     LAST,
@@ -26,19 +27,26 @@ from lbaccel.runs.metric_lines import read_lines
 
 
 def put_aside(
-    run: Path, update: int, *, best: int | None, say: Callable[[str], object]
+    run: Path,
+    update: int,
+    *,
+    best: int | None,
+    best_ema: int | None = None,
+    say: Callable[[str], object],
 ) -> Path | None:
     """Make `run` end at `update`: what lies behind it moves aside, and `say` hears where to.
 
-    Later checkpoints, whole or damaged, move to `checkpoints/abandoned-N/`, with the link `best`
-    where it names one of them. `last` names the checkpoint of `update`, `best` that of the best
-    update so far, where it is still there. Later lines of `metrics.jsonl` are copied to
-    `metrics_abandoned.jsonl`; `keep_updates_until` takes them out of the file itself.
+    Later checkpoints, whole or damaged, move to `checkpoints/abandoned-N/`, with the links `best`
+    and `best-ema` where they name one of them. `last` names the checkpoint of `update`, `best` and
+    `best-ema` those of the best updates so far, where they are still there. Later lines of
+    `metrics.jsonl` are copied to `metrics_abandoned.jsonl`; `keep_updates_until` takes them out of
+    the file itself.
 
     Args:
         run: a run folder.
         update: which the run goes on from.
         best: the update of the best evaluation up to there.
+        best_ema: the same of the averaged weights.
         say: prints a line.
 
     Returns:
@@ -54,7 +62,8 @@ def put_aside(
     aside = None
     if later:
         aside = _new_folder(folder)
-        _move_best(folder, aside, moved={path.name for path in later})
+        for name in (BEST, BEST_EMA):
+            _move_link(folder, aside, name, moved={path.name for path in later})
         if (run / DECISIONS).exists():  # the run writes its own again
             shutil.copy2(run / DECISIONS, aside)
         for path, name in sorted(later.items()):
@@ -64,7 +73,7 @@ def put_aside(
             f"resume: moved {names} to {aside}: the run goes on from update {update}. "
             "Delete that folder when you need it no more."
         )
-    for name, kept in ((LAST, update), (BEST, best)):
+    for name, kept in ((LAST, update), (BEST, best), (BEST_EMA, best_ema)):
         if kept is not None and (folder / checkpoint_name(kept)).is_dir():
             point_link(folder / name, checkpoint_name(kept))
     for path in folder.glob(f"{WRITING}*"):  # a part of a checkpoint, of a process that was killed
@@ -97,10 +106,10 @@ def _new_folder(folder: Path) -> Path:
     raise AssertionError("a million resumes")
 
 
-def _move_best(folder: Path, aside: Path, *, moved: set[str]) -> None:
-    link = folder / BEST
+def _move_link(folder: Path, aside: Path, name: str, *, moved: set[str]) -> None:
+    link = folder / name
     if link.is_symlink() and link.readlink().name in moved:
-        point_link(aside / BEST, link.readlink().name)
+        point_link(aside / name, link.readlink().name)
         link.unlink()
 
 

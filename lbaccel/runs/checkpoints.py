@@ -17,6 +17,7 @@ from lbaccel.errors import CannotRead, InputError, RunFailed, reading, way_out
 from lbaccel.models import read_torch
 from lbaccel.runs.folder import (
     BEST,
+    BEST_EMA,
     CLASSES,
     CONTRACT,
     LAST,
@@ -42,12 +43,13 @@ def save_checkpoint(
     state: Mapping[str, Any] | None = None,
     contract: Mapping[str, Any] | None = None,
     best: bool = False,
+    best_ema: bool = False,
     keep: int = 2,
 ) -> Path:
-    """Write `folder/update_<update>`, then turn the links `last` (and `best`) to it.
+    """Write `folder/update_<update>`, then turn the link `last` to it.
 
     Everything is written to a folder beside, with a manifest of checksums, and renamed when it is
-    whole (`written_beside`). The newest `keep` stay, and the one that `best` names.
+    whole (`written_beside`). The newest `keep` stay, and those that `best` and `best-ema` name.
 
     Args:
         weights: file stem to state_dict, such as {"model": ..., "model_ema": ...}.
@@ -55,6 +57,9 @@ def save_checkpoint(
         preprocessing: what evaluation needs: sizes, mean, std, interpolation, stem.
         state: what a resume needs besides, tensors and plain values; see `read_state`.
         contract: what decided the weights, as plain values.
+        best, best_ema: turn the link of that name too: the weights, or their average, have never
+            been better.
+        keep: the newest checkpoints that stay, besides those that have a link.
 
     Raises:
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
@@ -73,7 +78,8 @@ def save_checkpoint(
                 _write_json(beside / CONTRACT, dict(contract))
             files = {path.name: fingerprint(path) for path in sorted(beside.iterdir())}
             _write_json(beside / MANIFEST, {"update": update, "files": files})
-        for name in (LAST, *([BEST] if best else [])):
+        links = (LAST, *[BEST] * best, *[BEST_EMA] * best_ema)
+        for name in links:
             point_link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
         before = folder / LAST
@@ -178,7 +184,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    linked = {(folder / name).resolve().name for name in (LAST, BEST)}
+    linked = {(folder / name).resolve().name for name in (LAST, BEST, BEST_EMA)}
     for path in checkpoints_in(folder)[max(1, keep) :]:
         if path.name not in linked:
             shutil.rmtree(path, ignore_errors=True)

@@ -27,6 +27,7 @@ SKIPPED = "skipped.json"  # image files that the run leaves out
 LOCK, WRITER = ".writer.lock", ".writer.json"
 RUN_NAME = "run"  # key of the environment: the name that the folder was made with
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+BEST_EMA = "best-ema"  # the best evaluation of the averaged weights
 ABANDONED, ABANDONED_METRICS = "abandoned-", "metrics_abandoned.jsonl"  # past a resume's update
 # of a checkpoint
 MANIFEST, STATE, CLASSES = "manifest.json", "state.pt", "classes.json"

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lbaccel.batch.stream import UpdateStream
+from lbaccel.runs.folder import BEST, BEST_EMA
 from lbaccel.runs.length import Length
 from lbaccel.runs.notices import LossNotices
 from lbaccel.runs.patience import Patience
@@ -51,6 +52,7 @@ class RunLog:
         self.window: list[Counted] = []
         self.best: dict[str, float] = {}
         self.evaluated: dict[str, float] = {}  # the newest evaluation
+        self.best_ema: dict[str, float] = {}  # of the averaged weights, by their own top-1
         self.latest: dict[str, float] = {}
         self.early = ""  # why the run ends before its length
         self.evaluation_due = False  # that of the newest update failed: a resume does it first
@@ -125,17 +127,25 @@ class RunLog:
             result.num_updates == self.length.stop_at
         )
 
-    def after_evaluation(self, result: Any, metrics: dict[str, float]) -> bool:
-        """Take the metrics of an evaluation in; whether its top-1 is the best so far."""
+    def after_evaluation(self, result: Any, metrics: dict[str, float]) -> frozenset[str]:
+        """Take the metrics of an evaluation in; the links that name its checkpoint from now on.
+
+        `best` is among them where the top-1 of the weights is the best so far, and `best-ema`
+        where that of their average is.
+        """
         self.latest |= metrics
         self.evaluation_due = False
         self.patience.after_evaluation(metrics)
         self.end_early(result.num_updates)
-        improved = metrics["val/top1"] > self.best.get("val/top1", -math.inf)
         self.evaluated = {"update": result.num_updates, "epoch": self._epoch(result), **metrics}
-        if improved:
+        links = set()
+        if _better(metrics, self.best, "val/top1"):
             self.best = dict(self.evaluated)
-        return improved
+            links.add(BEST)
+        if _better(metrics, self.best_ema, "val/top1_ema"):
+            self.best_ema = dict(self.evaluated)
+            links.add(BEST_EMA)
+        return frozenset(links)
 
     def end_early(self, num_updates: int) -> None:
         """Make this update the last one where patience is over before that."""
@@ -159,13 +169,18 @@ class RunLog:
     def best_so_far(self) -> dict[str, float | None]:
         """The best evaluation as summary.json has it; None before the first one.
 
-        A run of before 0.2 that was resumed does not know the epoch of a best from before.
+        That of the averaged weights stands beside it where there are any. A run of before 0.2 that
+        was resumed does not know the epoch of a best from before.
         """
-        return {f"best_{name}": self.best.get(key) for name, key in _BEST.items()}
+        found = {f"best_{name}": self.best.get(key) for name, key in _BEST.items()}
+        if self.best_ema:
+            top1, update = (self.best_ema[key] for key in ("val/top1_ema", "update"))
+            found |= {"best_val_top1_ema": top1, "best_update_ema": update}
+        return found
 
     def known_at(self, update: int, large_batch: Any) -> dict[str, float]:
         """Update, epoch and metrics of the evaluation after an update, as far as they are known."""
-        kept = (self.best, self.evaluated)
+        kept = (self.best, self.best_ema, self.evaluated)
         known = next((one for one in kept if one.get("update") == update), {})
         if update == large_batch.num_updates:
             known = {"epoch": self._epoch(large_batch), **known}
@@ -177,6 +192,7 @@ class RunLog:
             "window": [list(counted) for counted in self.window],
             "best": dict(self.best),
             "evaluated": dict(self.evaluated),
+            "best_ema": dict(self.best_ema),
             "latest": dict(self.latest),
             "evaluation_due": self.evaluation_due,
             "training_seconds": self.training_seconds,
@@ -191,6 +207,9 @@ class RunLog:
         self.window = [_counted(*entry) for entry in state["window"]]
         self.best, self.latest = dict(state["best"]), dict(state["latest"])
         self.evaluated = dict(state.get("evaluated", {}))  # none before 0.2
+        # a run of before kept the checkpoint of the best weights alone, with their average
+        kept = state["best"] if "val/top1_ema" in state["best"] else {}
+        self.best_ema = dict(state.get("best_ema", kept))
         self.evaluation_due = bool(state.get("evaluation_due", False))  # none before 0.2
         self.training_seconds = float(state["training_seconds"])
         self.window_seconds = float(state.get("window_seconds", 0.0))  # none before 0.2
@@ -200,6 +219,10 @@ class RunLog:
         if "patience" in state:  # none before there was one
             self.patience.load_state_dict(state["patience"])
         self._started = time.perf_counter()
+
+
+def _better(metrics: Mapping[str, float], best: Mapping[str, float], key: str) -> bool:
+    return key in metrics and metrics[key] > best.get(key, -math.inf)
 
 
 def _counted(loss: float, num_samples: int, right: float | None = None) -> Counted:

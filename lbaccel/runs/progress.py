@@ -90,6 +90,9 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if "val_top1_ema" in summary:
         rows.insert(1, ("validation top-1, EMA", _percent(summary["val_top1_ema"])))
+    if "best_val_top1_ema" in summary:
+        best = f"{_percent(summary['best_val_top1_ema'])} (update {summary['best_update_ema']})"
+        rows.insert(3, ("best validation top-1, EMA", best))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

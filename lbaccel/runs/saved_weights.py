@@ -17,6 +17,7 @@ from lbaccel.models import adapt_stem, create_backbone, load_exactly, read_tenso
 from lbaccel.runs.checkpoints import check_files
 from lbaccel.runs.folder import (
     BEST,
+    BEST_EMA,
     CHECKPOINTS,
     CLASSES,
     LAST,
@@ -90,20 +91,25 @@ def network_of(pre: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modu
     return model.eval()
 
 
-def checkpoint_of(run: Path, name: str | None = None) -> Path:
+def checkpoint_of(run: Path, name: str | None = None, *, ema: bool = False) -> Path:
     """The folder of the run's checkpoint of this name; None is the best, or else the last.
+
+    Args:
+        run: its folder.
+        name: of a checkpoint, or of a link to one.
+        ema: the best is that of the averaged weights; a run of before has one best alone.
 
     Raises:
         InputError: there is none.
     """
     folder = run / CHECKPOINTS
     there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    if name not in (None, BEST, LAST) and not re.fullmatch(r"update_\d+", name):
+    if name not in (None, BEST, BEST_EMA, LAST) and not re.fullmatch(r"update_\d+", name):
         raise InputError(
-            f"--checkpoint {name} is not best, last or one such as update_000500. "
+            f"--checkpoint {name} is not best, best-ema, last or one such as update_000500. "
             f"Here are: {', '.join(there) or 'none'}."
         )
-    for chosen in [name] if name is not None else [BEST, LAST]:
+    for chosen in [name] if name is not None else [*[BEST_EMA] * ema, BEST, LAST]:
         if chosen in there:
             return folder / chosen
     if not there:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from lbaccel.runs.checkpoints import (
 from lbaccel.runs.environment import versions, write_env
 from lbaccel.runs.figures import plot_run
 from lbaccel.runs.folder import (
+    BEST,
+    BEST_EMA,
     CHECKPOINTS,
     METRICS,
     MODEL,
@@ -88,8 +90,14 @@ class Session:
             weights[MODEL_EMA] = self.ema.module.state_dict()
         return weights
 
-    def save(self, *, update: int, best: bool, keep: int, **described: Any) -> None:
+    def save(self, *, update: int, best: Collection[str], keep: int, **described: Any) -> None:
         """Write a checkpoint from the main process; the others wait, and hear where it fails.
+
+        Args:
+            update: that it is of.
+            best: the links that name it from now on, of `best` and `best-ema`.
+            keep: newest checkpoints that stay.
+            described: further arguments of `save_checkpoint`.
 
         Raises:
             RunFailed: it could not be written; on every rank.
@@ -108,7 +116,8 @@ class Session:
                     weights=self.weights(whole),
                     state=state,
                     contract=self.contract,
-                    best=best,
+                    best=BEST in best,
+                    best_ema=BEST_EMA in best,
                     keep=keep,
                     **described,
                 )
@@ -175,8 +184,9 @@ class Session:
 
     def _go_on(self, folder: Path, config: Mapping[str, Any]) -> None:
         update = self.parts["counters"].num_updates
-        best = getattr(self.parts.get("log"), "best", {}).get("update")
-        put_aside(folder, update, best=best, say=self.accelerator.print)
+        log, say = self.parts.get("log"), self.accelerator.print
+        best, best_ema = (getattr(log, name, {}).get("update") for name in ("best", "best_ema"))
+        put_aside(folder, update, best=best, best_ema=best_ema, say=say)
         for fault in (*keep_updates_until(folder, update), *self._missing_end(folder, update)):
             self.accelerator.print(f"resume: {folder / METRICS}: {fault}")
         write_config(folder, config)

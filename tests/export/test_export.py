@@ -171,7 +171,7 @@ def test_a_run_that_is_not_whole_is_refused_by_what_is_wrong(plain, tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--checkpoint", "newest"], "is not best, last or one such as update_000500"),
+        (["--checkpoint", "newest"], "is not best, best-ema, last or one such as update_000500"),
         (["--private"], "--push-to-hub OWNER/NAME"),
         (["--push-to-hub", "nobody"], "has no owner"),
         (["--license", "my own words"], "no identifier"),

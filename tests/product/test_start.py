@@ -212,6 +212,13 @@ def test_the_epochs_fill_the_time_and_not_more(monkeypatch):
     assert choice.value == 1 and "more than the time given" in choice.reason
 
 
+def test_minutes_that_were_pinned_leave_the_epochs_to_the_training(monkeypatch):
+    flags = ("--max-minutes", "5", "--global-batch-size", "800")
+    found, said = measured(monkeypatch, num_train=800, seconds_an_image=0.1, flags=flags)
+    assert found.seconds == 300 and "--epochs" not in found.flags()
+    assert said == []  # how many updates there will be is not known here
+
+
 def range_up_to(largest):
     """A range test whose smoothed loss came down until the rate `largest`."""
     lrs = tuple(largest * 2.0**k for k in range(-4, 3))

@@ -260,7 +260,8 @@ def test_twenty_updates_in_fp64_agree_within_a_control_run_under_every_plan():
 
 
 def test_the_average_of_the_weights_is_the_recursion_and_is_evaluated_beside():
-    folder = finish("--epochs", 1, "--checkpoint-every", 1, "--keep", 9, "--ema-decay", 0.75)
+    flags = ("--keep", 9, "--ema-decay", 0.75, "--ema-norm", "average")
+    folder = finish("--epochs", 1, "--checkpoint-every", 1, *flags)
     files = sorted((folder / "checkpoints").glob("update_*"))
     assert len(files) == 3
     weights, averages = (

@@ -29,6 +29,7 @@ OTHERS = {
     "loss": ["ce", "bce"],
     "teacher": [None, "runs/teacher"],
     "patience": [None, 3],
+    "ema_decay": [None, 0.9],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
 # by the documentation, in other words than the table's: (option, other): values that read it
@@ -46,6 +47,8 @@ READ_AT = {
     ("distill_temperature", "teacher"): {"runs/teacher"},
     ("head_init", "pretrained"): {True},
     ("monitor", "patience"): {3},
+    ("ema_norm", "ema_decay"): {0.9},
+    ("ema_warmup", "ema_decay"): {0.9},
     ("test_split", "data"): {"folder:images", "parquet:images"},
     ("crop_padding_mode", "auto_augment"): {None},
     ("skip_corrupt", "data"): {"folder:images", "parquet:images"},

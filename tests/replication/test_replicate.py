@@ -292,7 +292,6 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
         ({"clip_mode": "agc"}, "clip_grad 5 with clip_mode agc"),
         ({"sched": "poly"}, "the decay poly"),
         ({"cooldown_epochs": 10}, "--epochs 115 --extend constant"),
-        ({"model_ema": True, "model_ema_warmup": True}, "model_ema_warmup true"),
         ({"mixup": 0.2}, "mixup_mode batch"),
         ({"opt_betas": [0.9, 0.95]}, "opt_betas 0.9 0.95"),
         ({"lr_k_decay": 2.0}, "lr_k_decay 2"),
@@ -416,6 +415,7 @@ def test_torchvisions_resnet50_recipe():
     s = contract.settings
     alpha = (1 - 0.99998) * 8 * 128 * 32 / 600
     assert s["ema_decay"] == pytest.approx((1 - alpha) ** (1 / 32), rel=1e-11)
+    assert s["ema_norm"] == "average"  # its buffers are averaged with the weights
     assert s["warmup_start"] == 0.01 * 0.5
     assert s["crop_pct"] == pytest.approx(224 / 232, rel=1e-5)
     wanted = {
@@ -444,6 +444,19 @@ def test_torchvisions_resnet50_recipe():
     left = ("--auto-augment ta_wide", "--random-erase 0.1")
     for flag in (*left, "--val-crop-size 224"):
         assert f"not carried over: {flag}" in gaps(contract)
+
+
+@pytest.mark.parametrize(("warmup", "ours"), [(False, "first"), (True, "power")])
+def test_timms_average_begins_as_it_does_there(warmup, ours):
+    contract = timm_contract(model_ema=True, model_ema_warmup=warmup)
+    assert contract.settings["ema_warmup"] == ours
+    assert "average" not in gaps(contract) and "ema" not in gaps(contract)
+
+
+def test_the_statistics_of_an_average_are_averages_where_there_is_batchnorm():
+    assert timm_contract(model_ema=True).settings["ema_norm"] == "average"
+    assert "ema_norm" not in timm_contract(model_ema=True, norms=Norms(0)).settings
+    assert "ema_norm" not in timm_contract().settings
 
 
 def test_torchvisions_average_never_has_a_negative_decay_and_its_optimizers_are_timms():

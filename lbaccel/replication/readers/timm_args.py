@@ -100,7 +100,7 @@ def read_timm_args(content: Mapping[str, Any], *, gpus: int | None, origin: str)
         batch=batch,
         rate=_rate(a),
         curve=_curve(a, gaps),
-        average=_average(a, gaps),
+        average=_average(a),
         rows=tuple(rows),
         gaps=tuple(gaps),
         unknown=tuple(f"{k}: {shown(content[k])}" for k in content if k not in known),
@@ -185,31 +185,15 @@ def _curve(a: Mapping[str, Any], gaps: list[Gap]) -> Curve:
     )
 
 
-def _average(a: Mapping[str, Any], gaps: list[Gap]) -> Average | None:
+def _average(a: Mapping[str, Any]) -> Average | None:
     if not a["model_ema"]:
         return None
     decay = float(a["model_ema_decay"])
-    if a["model_ema_warmup"]:
-        updates = (1 - decay) ** (-3 / 2)
-        gaps.append(
-            Gap(
-                "model_ema_warmup true",
-                "timm's ModelEmaV3 then has decay min(d, 1 - (1 + s)^(-2/3)) after update s + 1, "
-                "and the contract one decay",
-                f"ema_decay {decay:g} from the start; the warmup ends after about {updates:,.0f} "
-                "updates",
-            )
-        )
-    gaps.append(
-        Gap(
-            "the average's first update",
-            "timm copies the weights at update 1, and lbaccel averages the initial ones in",
-            "the initial weights keep the share ema_decay^updates of the average",
-        )
-    )
     return Average(
-        said=f"model_ema true, model_ema_decay {decay:g}",
+        said=f"model_ema true, model_ema_decay {decay:g}"
+        + ", model_ema_warmup true" * bool(a["model_ema_warmup"]),
         decay=decay,
+        warmup="power" if a["model_ema_warmup"] else "first",
         formula="timm moves it once an update, and so does lbaccel",
     )
 
