@@ -210,6 +210,12 @@ MUTANTS = {
         "[BEST, LAST]",
         "tests/runs/test_log.py::test_eval_predict_and_export_take_the_average_of_its_own_best",
     ),
+    "an average that is to begin with the first update begins with the initial weights": (
+        "recipe.average",
+        "self.average.update(model, step=self.num_updates())",
+        "self.average.update(model)",
+        "tests/recipe/test_average.py::test_the_average_begins_as_timms_does",
+    ),
     "the averaged weights keep statistics of other weights": (
         "train",
         "if suffix and t.norm_of_average is not None:",

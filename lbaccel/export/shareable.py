@@ -39,12 +39,15 @@ def without_folders(text: str) -> str:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run's `config.yaml` that another machine can use; paths lose their folders.
 
-    A setting that nothing reads beside the others is left out: a new run would refuse it.
+    A setting that nothing reads beside the others is left out: a new run would refuse it. So is
+    `max_minutes` beside the epochs that were fitted to it.
 
     >>> settings({"data": "folder:/data/flowers", "output": "runs", "seed": 3, "wandb_name": "a"})
     {'data': 'folder:flowers', 'seed': 3}
     """
     of_recipe = {name: value for name, value in config.items() if name in OPTIONS}
+    if "epochs" in of_recipe:  # those that were fitted to the minutes
+        of_recipe.pop("max_minutes", None)
     whole = Settings().with_values(of_recipe)
     return {
         name: without_folders(value) if isinstance(value, str) else value

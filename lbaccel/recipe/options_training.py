@@ -226,7 +226,8 @@ class OptimizerOptions:
         str,
         "BatchNorm's statistics in the average of the weights: measured on training images before "
         "each evaluation, or averages of the model's own",
-        choices=("recalibrated", "average"),
+        choices=("average", "recalibrated"),
+        neutral=("average",),
         before="average",
         reads_with=(ReadWith("ema_decay", is_set, "Add --ema-decay, such as 0.999"),),
     )

@@ -25,8 +25,10 @@ from lbaccel.data.pipelines import training_set
 from lbaccel.data.sources import open_source
 from lbaccel.recipe import average
 from lbaccel.recipe.average import norm_of_average
+from lbaccel.recipe.checks import checked
 from lbaccel.recipe.evaluation import NotEvaluated
 from lbaccel.recipe.resume import read_run
+from lbaccel.recipe.settings import read_settings
 
 COUNT, SIZE, SEED = 47, 4, 5
 
@@ -217,6 +219,12 @@ def test_it_is_part_of_the_contract_and_a_run_of_before_has_averages(capsys):
     assert config.pop("ema_norm") == "recalibrated"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert read_run(folder).optimizer.ema_norm == "average"
+
+
+def test_averages_may_be_stated_where_there_is_nothing_to_measure():
+    """As the file of a run of before does that was gone on with."""
+    Path("config.yaml").write_text("ema_norm: average\n")
+    assert checked(read_settings(["--config", "config.yaml"])[0]).optimizer.ema_decay is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import yaml
 from forks import run_forked, values
 from runs_of_recipe import BASE, at_update, differences, interrupt
 
-from lbaccel import LargeBatch, train
+from lbaccel import LargeBatch, cli, train
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.recipe import fitting
 from lbaccel.recipe.checks import checked
@@ -181,6 +181,10 @@ def test_the_config_of_a_fitted_run_states_its_epochs(clock):
     settings = from_file(folder / "config.yaml")
     assert (settings.rate.epochs, settings.rate.max_minutes) == (2.31, None)
     checked(settings)
+    assert cli.main(["export", str(folder), "--to", "out"]) == 0
+    exported = from_file(Path("out/config.yaml"))
+    assert (exported.rate.epochs, exported.rate.max_minutes) == (2.31, None)
+    checked(exported)
 
 
 @pytest.mark.parametrize(
