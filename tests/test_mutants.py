@@ -55,6 +55,40 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_a_number_of_accumulation_steps_that_is_set_later_does_not_swallow_the_step",
     ),
+    "a schedule of another optimizer never moves this one": (
+        "update.arguments",
+        "    if isinstance(moves, Optimizer) and moves.param_groups is not optimizer.param_groups:\n",
+        "    if False:\n",
+        "tests/update/test_arguments.py::"
+        "test_other_objects_to_prepare_are_one_sentence_and_leave_it_ready[a scheduler of another]",
+    ),
+    "an optimizer of a copy moves nothing": (
+        "update.arguments",
+        "    if not foreign:\n",
+        "    if True:\n",
+        "tests/update/test_arguments.py::"
+        "test_other_objects_to_prepare_are_one_sentence_and_leave_it_ready[an optimizer of a copy]",
+    ),
+    "BatchNorm left in eval mode takes no statistic": (
+        "update.arguments",
+        "or any(m.training for m in norm.layers):",
+        "or True:",
+        "tests/update/test_arguments.py::"
+        "test_a_model_left_in_eval_mode_by_an_evaluation_is_one_sentence",
+    ),
+    "an update made by hand is scaled by samples that it does not hold": (
+        "update.arguments",
+        "    if not agreement.own_weights and agreement.weight != update.num_samples:\n",
+        "    if False:\n",
+        "tests/update/test_arguments.py::"
+        "test_an_update_made_by_hand_says_how_many_samples_it_holds",
+    ),
+    "a loader of another plan is passed over": (
+        "update.arguments",
+        "        if here != there:\n",
+        "        if False:\n",
+        "tests/update/test_arguments.py::test_a_loader_of_another_plan_is_refused",
+    ),
     "an update of two micro-batches is taken apart into images and labels": (
         "data.loader",
         "if is_unpacking(sys._getframe(1)):",
