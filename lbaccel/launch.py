@@ -62,6 +62,15 @@ def deepspeed_config_file() -> str | None:
     return None if named == "none" else named
 
 
+def keeps_all_output() -> bool:
+    """Whether a notebook or a continuous integration reads this: it keeps each state of a bar.
+
+    A notebook's `!command` runs on a terminal of its own, so that `isatty` does not tell.
+    """
+    marks = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "CI")
+    return os.environ.get("TERM") == "dumb" or any(os.environ.get(name) for name in marks)
+
+
 def extensions_folder() -> Path | None:
     """Where torch builds its extensions, if a variable says so; None is a folder of caches."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -72,6 +72,7 @@ NO_TORCH = (  # those without numpy first
     "runs.folder",
     "runs.outputs",
     "runs.length",
+    "runs.pace",
     "runs.lock",
     "runs.own_name",
     "runs.read",

@@ -57,8 +57,8 @@ MUTANTS = {
     ),
     "a schedule of another optimizer never moves this one": (
         "update.arguments",
-        "    if isinstance(moves, Optimizer) and moves.param_groups is not optimizer.param_groups:\n",
-        "    if False:\n",
+        "and moves.param_groups is not optimizer.param_groups:",
+        "and False:",
         "tests/update/test_arguments.py::"
         "test_other_objects_to_prepare_are_one_sentence_and_leave_it_ready[a scheduler of another]",
     ),
@@ -245,6 +245,30 @@ MUTANTS = {
         "            if decoded > most:\n",
         "            if False:\n",
         "tests/data/test_bounds.py::test_a_dictionary_that_gives_each_row_a_long_image_is_refused",
+    ),
+    "a time left of updates where the batch grows": (
+        "runs.pace",
+        "done = self._clock(), self._length.samples_before(update)",
+        "done = self._clock(), update * 10",
+        "tests/runs/test_pace.py::test_where_the_batch_grows_samples_are_counted",
+    ),
+    "the time left counts what came before a resume": (
+        "runs.pace",
+        "done - self._first[1]",
+        "done",
+        "tests/runs/test_pace.py::test_after_a_resume_only_this_process_s_pace_counts",
+    ),
+    "a line every five seconds of a run of days": (
+        "runs.pace",
+        "GROWTH * (now - self._started)",
+        "0.0",
+        "tests/runs/test_pace.py::test_lines_are_limited_by_time_and_not_by_updates",
+    ),
+    "a notebook keeps each state of a bar": (
+        "runs.progress",
+        " and not keeps_all_output():",
+        ":",
+        "tests/runs/test_pace.py::test_a_notebook_and_a_continuous_integration_keep_no_bar",
     ),
     "a terminal takes orders from an error": (
         "recipe.ending",
