@@ -246,6 +246,25 @@ MUTANTS = {
         "            if False:\n",
         "tests/data/test_bounds.py::test_a_dictionary_that_gives_each_row_a_long_image_is_refused",
     ),
+    "a file in the place of a link leads anywhere": (
+        "runs.folder",
+        "return name.name if update_of(name) is not None else None",
+        "return name.name",
+        "tests/runs/test_without_links.py::test_a_file_leads_to_no_other_place",
+    ),
+    "a drive without links keeps no checkpoint": (
+        "runs.folder",
+        "        if error.errno not in _NO_LINKS:\n",
+        "        if True:\n",
+        "tests/runs/test_without_links.py::test_a_file_leads_to_no_other_place",
+    ),
+    "a notebook's way to draw ends a command of another environment": (
+        "launch",
+        "    if module != named and find_spec(",
+        "    if False and find_spec(",
+        "tests/runs/test_figures.py::"
+        "test_a_figure_is_drawn_under_a_notebook_of_another_environment",
+    ),
     "a time left of updates where the batch grows": (
         "runs.pace",
         "done = self._clock(), self._length.samples_before(update)",

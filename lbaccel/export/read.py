@@ -42,6 +42,7 @@ from lbaccel.runs.folder import (
     PREPROCESSING,
     RESUMES,
     SUMMARY,
+    follow_link,
     weights_file,
 )
 from lbaccel.runs.read import Run, flatten, history_of, read_mapping, read_metrics
@@ -169,7 +170,7 @@ def checkpoint_of(run: Path, name: str | None = None) -> Path:
         InputError: there is none.
     """
     folder = run / CHECKPOINTS
-    there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    there = sorted(path.name for path in folder.glob("[!.]*") if follow_link(path).is_dir())
     if name not in (None, BEST, LAST) and not re.fullmatch(r"update_\d+", name):
         raise InputError(
             f"--checkpoint {name} is not best, last or one such as update_000500. "
@@ -177,7 +178,7 @@ def checkpoint_of(run: Path, name: str | None = None) -> Path:
         )
     for chosen in [name] if name is not None else [BEST, LAST]:
         if chosen in there:
-            return folder / chosen
+            return follow_link(folder / chosen)
     if not there:
         raise InputError(
             f"{run} has no checkpoint: the run ended before its first. Go on with it: "

@@ -19,6 +19,7 @@ from lbaccel.runs.folder import (
     REPLACED,
     WRITING,
     checkpoint_name,
+    linked_name,
     point_link,
     update_of,
 )
@@ -99,8 +100,9 @@ def _new_folder(folder: Path) -> Path:
 
 def _move_best(folder: Path, aside: Path, *, moved: set[str]) -> None:
     link = folder / BEST
-    if link.is_symlink() and link.readlink().name in moved:
-        point_link(aside / BEST, link.readlink().name)
+    name = linked_name(link)
+    if name in moved:
+        point_link(aside / BEST, name)
         link.unlink()
 
 
