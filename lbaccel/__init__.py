@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lbaccel.product.evaluate import evaluate
     from lbaccel.product.evaluation import Evaluation
     from lbaccel.product.prediction import Prediction, predict
+    from lbaccel.runs.read import Run, load_run
     from lbaccel.stability.curvature import largest_curvature
     from lbaccel.stability.limit import stable_rate
     from lbaccel.stability.range_test import LrRange, lr_find
@@ -82,6 +83,8 @@ _HOME = {
     "Evaluation": "product.evaluation",
     "Prediction": "product.prediction",
     "predict": "product.prediction",
+    "Run": "runs.read",
+    "load_run": "runs.read",
     "apply_segments": "update.checkpointing",
     "correct_momentum": "optim.momentum",
     "scale_optimizer": "optim.groups",
@@ -120,6 +123,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Prediction",
+    "Run",
     "RunFailed",
     "Update",
     "UpdateLoader",
@@ -135,6 +139,7 @@ __all__ = [
     "largest_curvature",
     "legw",
     "linear_scaling",
+    "load_run",
     "lr_find",
     "lr_scheduler",
     "make_schedule",

@@ -7,7 +7,7 @@ import errno
 import math
 import operator
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,32 @@ def brief(value: object) -> str:
     """
     text = _Short().repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+class _Missing:
+    """The default of an argument that must be given, so that its absence is a sentence."""
+
+    def __repr__(self) -> str:
+        return "<required>"
+
+
+MISSING: Any = _Missing()
+
+
+def kind_of(value: object) -> str:
+    """A value of the wrong kind in a sentence: plain values as they are, objects by their class.
+
+    >>> kind_of("cpu"), kind_of([1]), kind_of(list), kind_of(MISSING)
+    ("'cpu'", 'a list', 'the class list', 'nothing')
+    """
+    if value is MISSING:
+        return "nothing"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return brief(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def check_whole(name: str, value: object) -> None:
@@ -136,6 +162,25 @@ def check_number(name: str, value: float, *, zero: bool = False, at_most: float 
             rule += f" and at most {at_most:.6g}"
             hint += f", {name} <= {at_most:.6g}"
         raise InputError(f"{name}={brief(value)} is not a finite number {rule}. Use {hint}.")
+
+
+def check_state(whose: str, state: Any, *names: str) -> None:
+    """Stop at a state to load that is not one of `whose` own.
+
+    Raises:
+        InputError: no mapping, or one without these names.
+
+    >>> check_state("loader", {"epoch": 3}, "next_update")
+    Traceback (most recent call last):
+    lbaccel.errors.InputError: loader.load_state_dict() got a dict without 'next_update'. Give what
+    loader.state_dict() returned.
+    """
+    missing = [name for name in names if not isinstance(state, Mapping) or name not in state]
+    if missing:
+        raise InputError(
+            f"{whose}.load_state_dict() got {kind_of(state)} without {missing[0]!r}. Give what "
+            f"{whose}.state_dict() returned."
+        )
 
 
 def told(error: Exception) -> Exception:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 PARENT = os.getppid()  # of this process as it started: a launcher, where there is one
@@ -60,6 +61,27 @@ def deepspeed_config_file() -> str | None:
     """The DeepSpeed JSON that a launcher names: a path, or the text itself in base64."""
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     return None if named == "none" else named
+
+
+def keeps_all_output() -> bool:
+    """Whether a notebook or a continuous integration reads this: it keeps each state of a bar.
+
+    A notebook's `!command` runs on a terminal of its own, so that `isatty` does not tell.
+    """
+    marks = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "CI")
+    return os.environ.get("TERM") == "dumb" or any(os.environ.get(name) for name in marks)
+
+
+def drop_foreign_plot_backend() -> None:
+    """Forget a notebook's way to draw that this interpreter lacks, before matplotlib is imported.
+
+    A notebook hands MPLBACKEND on to its `!command`. Where that command runs in another environment
+    that lacks the module named there, importing matplotlib would fail.
+    """
+    named = os.environ.get("MPLBACKEND", "")
+    module = named.removeprefix("module://")
+    if module != named and find_spec(module.partition(".")[0]) is None:
+        del os.environ["MPLBACKEND"]
 
 
 def extensions_folder() -> Path | None:

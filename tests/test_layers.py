@@ -77,6 +77,7 @@ NO_TORCH = (  # those without numpy first
     "runs.bug_report",
     "runs.outputs",
     "runs.length",
+    "runs.pace",
     "runs.lock",
     "runs.own_name",
     "runs.read",

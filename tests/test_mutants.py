@@ -92,6 +92,40 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_a_number_of_accumulation_steps_that_is_set_later_does_not_swallow_the_step",
     ),
+    "a schedule of another optimizer never moves this one": (
+        "update.arguments",
+        "and moves.param_groups is not optimizer.param_groups:",
+        "and False:",
+        "tests/update/test_arguments.py::"
+        "test_other_objects_to_prepare_are_one_sentence_and_leave_it_ready[a scheduler of another]",
+    ),
+    "an optimizer of a copy moves nothing": (
+        "update.arguments",
+        "    if not foreign:\n",
+        "    if True:\n",
+        "tests/update/test_arguments.py::"
+        "test_other_objects_to_prepare_are_one_sentence_and_leave_it_ready[an optimizer of a copy]",
+    ),
+    "BatchNorm left in eval mode takes no statistic": (
+        "update.arguments",
+        "or any(m.training for m in norm.layers):",
+        "or True:",
+        "tests/update/test_arguments.py::"
+        "test_a_model_left_in_eval_mode_by_an_evaluation_is_one_sentence",
+    ),
+    "an update made by hand is scaled by samples that it does not hold": (
+        "update.arguments",
+        "    if not agreement.own_weights and agreement.weight != update.num_samples:\n",
+        "    if False:\n",
+        "tests/update/test_arguments.py::"
+        "test_an_update_made_by_hand_says_how_many_samples_it_holds",
+    ),
+    "a loader of another plan is passed over": (
+        "update.arguments",
+        "        if here != there:\n",
+        "        if False:\n",
+        "tests/update/test_arguments.py::test_a_loader_of_another_plan_is_refused",
+    ),
     "an update of two micro-batches is taken apart into images and labels": (
         "data.loader",
         "if is_unpacking(sys._getframe(1)):",
@@ -405,6 +439,49 @@ MUTANTS = {
         "            if decoded > most:\n",
         "            if False:\n",
         "tests/data/test_bounds.py::test_a_dictionary_that_gives_each_row_a_long_image_is_refused",
+    ),
+    "a file in the place of a link leads anywhere": (
+        "runs.folder",
+        "return name.name if update_of(name) is not None else None",
+        "return name.name",
+        "tests/runs/test_without_links.py::test_a_file_leads_to_no_other_place",
+    ),
+    "a drive without links keeps no checkpoint": (
+        "runs.folder",
+        "        if error.errno not in _NO_LINKS:\n",
+        "        if True:\n",
+        "tests/runs/test_without_links.py::test_a_file_leads_to_no_other_place",
+    ),
+    "a notebook's way to draw ends a command of another environment": (
+        "launch",
+        "    if module != named and find_spec(",
+        "    if False and find_spec(",
+        "tests/runs/test_figures.py::"
+        "test_a_figure_is_drawn_under_a_notebook_of_another_environment",
+    ),
+    "a time left of updates where the batch grows": (
+        "runs.pace",
+        "done = self._clock(), self._length.samples_before(update)",
+        "done = self._clock(), update * 10",
+        "tests/runs/test_pace.py::test_where_the_batch_grows_samples_are_counted",
+    ),
+    "the time left counts what came before a resume": (
+        "runs.pace",
+        "done - self._first[1]",
+        "done",
+        "tests/runs/test_pace.py::test_after_a_resume_only_this_process_s_pace_counts",
+    ),
+    "a line every five seconds of a run of days": (
+        "runs.pace",
+        "GROWTH * (now - self._started)",
+        "0.0",
+        "tests/runs/test_pace.py::test_lines_are_limited_by_time_and_not_by_updates",
+    ),
+    "a notebook keeps each state of a bar": (
+        "runs.progress",
+        " and not keeps_all_output():",
+        ":",
+        "tests/runs/test_pace.py::test_a_notebook_and_a_continuous_integration_keep_no_bar",
     ),
     "a terminal takes orders from an error": (
         "recipe.ending",

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.errors import InputError
+from lbaccel.errors import MISSING, InputError, brief, kind_of
 
 LOOP = (
     "Write: for update in loader: result = large_batch.update(update, loss_fn), where "
@@ -43,24 +45,76 @@ def check_options(options: Mapping[str, Any]) -> None:
             "known are rank, seed, last_update, growth, num_workers, collate_fn and transform. "
             "Leave it out",
         )
-        raise InputError(f"UpdateLoader({name}={value!r}): {instead}.")
+        raise InputError(f"UpdateLoader({name}={kind_of(value)}): {instead}.")
 
 
 def check_parts(dataset: Any, plan: Any) -> None:
-    """Stop at a data set without a length, and at a plan that is none.
+    """Stop at a data set that can't be read by number, and at a plan that is none.
 
     Raises:
         InputError: either of them.
     """
     if not isinstance(plan, BatchPlan):
+        shown = ", ".join(kind_of(value) for value in (dataset, plan) if value is not MISSING)
+        size = plan if type(plan) is int and plan > 0 else "..."
         raise InputError(
-            f"UpdateLoader(dataset, {plan!r}): the second argument is the plan. Use "
-            "BatchPlan(global_batch_size=..., micro_batch_size=...)."
+            f"UpdateLoader({shown}): the first argument is the data set, and the second argument "
+            f"is the plan. Use BatchPlan(global_batch_size={size}, micro_batch_size=...)."
+        )
+    if isinstance(dataset, DataLoader):
+        raise InputError(
+            f"UpdateLoader({kind_of(dataset)}, plan): it takes the place of a DataLoader, "
+            "and reads the data set itself. Use UpdateLoader(loader.dataset, plan), with "
+            "num_workers and collate_fn as there."
+        )
+    if isinstance(dataset, (type, str, Mapping)) or dataset is MISSING or dataset is None:
+        raise InputError(
+            f"UpdateLoader({kind_of(dataset)}, plan): the first argument is a map-style data set, "
+            "with __len__ and __getitem__(index), such as "
+            "torchvision.datasets.ImageFolder(path, transform)."
         )
     if not hasattr(dataset, "__len__"):
         raise InputError(
             f"the training set, a {type(dataset).__name__}, has no length: which samples an update "
             "holds is computed from it. Use a map-style data set with __len__ and __getitem__."
+        )
+
+
+def _are_two_numbers(*values: Any) -> bool:
+    return len(values) == 2 and all(isinstance(v, int) and v is not True for v in values)
+
+
+def check_how(*, rank: Any, num_workers: Any, growth: Any, world_size: int, **called: Any) -> None:
+    """Stop at arguments by name that are of another kind.
+
+    Args:
+        rank: of the loader.
+        num_workers: processes that load.
+        growth: pairs (epoch, size).
+        world_size: of the plan.
+        called: functions, by the name of the argument, or None.
+
+    Raises:
+        InputError: any of them.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world_size:
+        raise InputError(
+            f"rank={kind_of(rank)} is not in 0..{world_size - 1} (world_size). Use "
+            "rank=accelerator.process_index."
+        )
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
+        raise InputError(
+            f"num_workers={kind_of(num_workers)} is not a whole number of at least 0. Use "
+            "num_workers=0, which loads in this process, or 4."
+        )
+    for name, function in called.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name}={kind_of(function)} can't be called. Give a function.")
+    pairs = list(growth) if isinstance(growth, (list, tuple)) else [growth]
+    if not all(isinstance(p, (list, tuple)) and _are_two_numbers(*p) for p in pairs):
+        raise InputError(
+            f"growth={brief(growth)}: give pairs of an epoch, from 1 on, and the samples of an "
+            "update from its start on, such as growth=[(30, 512), (60, 1024)]."
         )
 
 

@@ -17,10 +17,16 @@ from torch.utils.data import DataLoader, default_collate
 
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.batch.stream import LastUpdate, UpdateStream
-from lbaccel.data.as_data_loader import check_options, check_parts, is_unpacking, taken_apart
+from lbaccel.data.as_data_loader import (
+    check_how,
+    check_options,
+    check_parts,
+    is_unpacking,
+    taken_apart,
+)
 from lbaccel.data.order import check_repeats, repeated_at, samples_at
 from lbaccel.data.workers import let_the_parent_decide
-from lbaccel.errors import InputError, check_seed, check_whole
+from lbaccel.errors import MISSING, InputError, check_seed, check_state, check_whole
 from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
@@ -90,8 +96,8 @@ class UpdateLoader:
 
     def __init__(
         self,
-        dataset: Any,
-        plan: BatchPlan,
+        dataset: Any = MISSING,
+        plan: BatchPlan = MISSING,
         *,
         rank: int = 0,
         seed: int = 0,
@@ -114,8 +120,14 @@ class UpdateLoader:
                 "(indices, epochs) that returns a whole micro-batch (a method named fetch was "
                 "called so before)."
             )
-        if not 0 <= rank < plan.world_size:
-            raise InputError(f"rank={rank} is not in 0..{plan.world_size - 1} (world_size).")
+        check_how(
+            rank=rank,
+            num_workers=num_workers,
+            growth=growth,
+            world_size=plan.world_size,
+            collate_fn=collate_fn,
+            transform=transform,
+        )
         if plan.global_batch_size > len(dataset):
             warnings.warn(
                 f"global_batch_size={plan.global_batch_size} is above the training set's "
@@ -227,6 +239,7 @@ class UpdateLoader:
         How updates grew up to there is the state's; from there on it is this loader's own
         `growth`, where it was given one (a run made longer may have more of it than the state).
         """
+        check_state("loader", state, "next_update")
         self.next_update, self._batches = int(state["next_update"]), None
         if "growth" in state:  # not in those of lbaccel before batch-size schedules
             growth = tuple((int(epoch), int(size)) for epoch, size in state["growth"])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lbaccel.data.images import ImageArray
+from lbaccel.launch import drop_foreign_plot_backend
 from lbaccel.product.evaluation import Evaluation
 from lbaccel.runs.figures import new_figure, save
 from lbaccel.text import in_figure, one_line
@@ -162,6 +163,7 @@ def drawn(names: Iterable[str]) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _has_picture(char: str) -> bool:
+    drop_foreign_plot_backend()
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lbaccel.errors import InputError
 from lbaccel.recipe.options_training import RunOptions
-from lbaccel.runs.folder import CHECKPOINTS, MANIFEST
+from lbaccel.runs.folder import CHECKPOINTS, MANIFEST, follow_link
 from lbaccel.runs.wandb_login import wandb_mode
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def log_artifact(t: Training, status: str) -> None:
     which, folder = t.settings.run.wandb_artifacts, t.session.folder
     if which == NONE or folder is None or status not in _ENDS or not t.accelerator.is_main_process:
         return
-    checkpoint = folder / CHECKPOINTS / which
+    checkpoint = follow_link(folder / CHECKPOINTS / which)
     try:
         update = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["update"]
         known = {"model": t.settings.model.model, **t.log.known_at(update, t.large_batch)}

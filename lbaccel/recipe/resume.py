@@ -30,7 +30,15 @@ from lbaccel.recipe.settings import (
     read_file,
 )
 from lbaccel.recipe.values import flag_of, shown
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, CONTRACT, MANIFEST, run_of, update_of
+from lbaccel.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    CONTRACT,
+    MANIFEST,
+    follow_link,
+    run_of,
+    update_of,
+)
 from lbaccel.runs.own_name import own_runs
 
 AUTO = "auto"
@@ -64,6 +72,7 @@ def resolve(settings: Settings) -> Settings:
         if run is None:
             return fresh.with_values({"resume": None})
         target = str(run)
+    target = str(follow_link(Path(target)))
     run = run_of(Path(target))
     checkpoint, contract = contract_for(Path(target), run)
     saved = read_run(run, contract=contract, allowed=allowed)

@@ -14,7 +14,15 @@ from lbaccel.recipe.exported import HUB, from_hub, read_export
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.resume import read_run
 from lbaccel.runs.checkpoints import fingerprint
-from lbaccel.runs.folder import ARCHITECTURE, CHECKPOINTS, CONFIG, MANIFEST, MODEL, weights_file
+from lbaccel.runs.folder import (
+    ARCHITECTURE,
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    follow_link,
+    weights_file,
+)
 from lbaccel.runs.read import read_mapping
 from lbaccel.runs.saved_weights import SavedWeights, checkpoint_of, network_of, read_checkpoint
 from lbaccel.text import one_line
@@ -85,7 +93,7 @@ def read_trained(path: str | Path, *, ema: bool = False) -> TrainedModel:
     text = str(path)
     if text.startswith(HUB):
         return _exported(text, from_hub(text.removeprefix(HUB)), ema=ema)
-    folder = Path(text)
+    folder = follow_link(Path(text))
     if (folder / ARCHITECTURE).is_file():
         return _exported(text, folder, ema=ema)
     if (folder / MANIFEST).is_file():

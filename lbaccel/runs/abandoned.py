@@ -20,6 +20,7 @@ from lbaccel.runs.folder import (
     REPLACED,
     WRITING,
     checkpoint_name,
+    linked_name,
     point_link,
     update_of,
 )
@@ -108,8 +109,9 @@ def _new_folder(folder: Path) -> Path:
 
 def _move_link(folder: Path, aside: Path, name: str, *, moved: set[str]) -> None:
     link = folder / name
-    if link.is_symlink() and link.readlink().name in moved:
-        point_link(aside / name, link.readlink().name)
+    target = linked_name(link)
+    if target in moved:
+        point_link(aside / name, target)
         link.unlink()
 
 

@@ -27,6 +27,7 @@ from lbaccel.runs.folder import (
     STATE,
     checkpoint_name,
     checkpoints_in,
+    follow_link,
     point_link,
     weights_file,
     written_beside,
@@ -83,7 +84,11 @@ def save_checkpoint(
             point_link(folder / name, target.name)
     except (OSError, safetensors.SafetensorError) as error:
         before = folder / LAST
-        kept = f"{before.resolve()} is kept" if before.exists() else "there was none before"
+        kept = (
+            f"{follow_link(before).resolve()} is kept"
+            if before.exists()
+            else "there was none before"
+        )
         raise RunFailed(
             f"the checkpoint of update {update} could not be saved in {folder}: {error}. "
             f"The previous checkpoint: {kept}. {way_out(error, 'give another --output')}"
@@ -184,7 +189,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    linked = {(folder / name).resolve().name for name in (LAST, BEST, BEST_EMA)}
+    linked = {follow_link(folder / name).resolve().name for name in (LAST, BEST, BEST_EMA)}
     for path in checkpoints_in(folder)[max(1, keep) :]:
         if path.name not in linked:
             shutil.rmtree(path, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbaccel.errors import InputError
+from lbaccel.launch import drop_foreign_plot_backend
 from lbaccel.runs.folder import PLOTS, atomic_write_bytes
 from lbaccel.runs.outputs import Own, ends_of, writable
 from lbaccel.runs.read import load_run_folder
@@ -34,6 +35,7 @@ _MARKS = {
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, drawn without a window and without pyplot's state."""
+    drop_foreign_plot_backend()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,6 +73,7 @@ def drawable(path: Path, flag: str = "--plot") -> Path:
     Raises:
         InputError: another ending.
     """
+    drop_foreign_plot_backend()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if path.suffix.removeprefix(".") not in FigureCanvasAgg.filetypes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -36,6 +37,7 @@ PREPROCESSING, MODEL, MODEL_EMA = "preprocessing.json", "model", "model_ema"
 ARCHITECTURE = "config.json"  # of an export: timm's description, which the hub looks for
 # beside a folder that is being written: the new one until it is whole, the old one while it goes
 WRITING, REPLACED = ".writing-", ".replaced-"
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def new_run_folder(root: Path, name: str) -> Path:
@@ -131,11 +133,45 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 
 def point_link(link: Path, target: str) -> None:
-    """Turn a symbolic link to `target` in one step."""
+    """Turn a symbolic link to the checkpoint `target` beside it, in one step.
+
+    Where the file system has no links (Google Drive, FAT), a file holds the name in its place:
+    see `follow_link`.
+    """
     beside = link.with_name(f".{link.name}-{os.getpid()}")
     beside.unlink(missing_ok=True)
-    beside.symlink_to(target)
+    try:
+        beside.symlink_to(target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        atomic_write_text(link, f"{target}\n")
+        return
     beside.replace(link)
+
+
+def linked_name(link: Path) -> str | None:
+    """The name of the checkpoint that `point_link` wrote there; None where there is no link."""
+    if link.is_symlink():
+        return link.readlink().name
+    if not link.is_file():
+        return None
+    name = Path(link.read_text(encoding="utf-8", errors="replace").strip()[:100])
+    return name.name if update_of(name) is not None else None
+
+
+def follow_link(link: Path) -> Path:
+    """The checkpoint that a link leads to; any other path as it is.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "last").write_text("update_000020\\n")
+    ...     follow_link(Path(folder, "last")).name, follow_link(Path(folder, "best")).name
+    ('update_000020', 'best')
+    """
+    if link.is_symlink() or not link.is_file():
+        return link
+    name = linked_name(link)
+    return link if name is None else link.with_name(name)
 
 
 def _open_to_others(folder: Path) -> None:

@@ -67,6 +67,10 @@ class Length:
         """The last update."""
         return int(min(self.planned, self._limit))
 
+    def samples_before(self, update: int) -> int:
+        """Samples of the first `update` updates."""
+        return self._loader.stream.samples_seen(update)
+
     def limit(self, num_updates: int) -> None:
         """End the run after so many updates, if not before."""
         self._limit = min(self._limit, num_updates)

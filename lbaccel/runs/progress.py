@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from lbaccel.launch import keeps_all_output
 from lbaccel.runs.length import Length
+from lbaccel.runs.pace import Pace, clock_time
 from lbaccel.text import printable
-
-PLAIN_LINES = 20  # progress lines of a run where there is no terminal
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; silent on all ranks but the first."""
+    """A bar on a terminal, plain lines elsewhere; silent on all ranks but the first.
 
-    def __init__(self, length: Length, is_main_process: bool) -> None:
+    A notebook and a continuous integration keep every state of a bar, so they get lines too, which
+    are seldom (`Pace.is_due`).
+    """
+
+    def __init__(
+        self,
+        length: Length,
+        is_main_process: bool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.length, self.is_main_process = length, is_main_process
-        self.every = max(1, length.stop_at // PLAIN_LINES)
+        self.pace = Pace(length, clock=clock)
         self.bar: Any = None
-        if is_main_process and sys.stderr.isatty():
+        if is_main_process and sys.stderr.isatty() and not keeps_all_output():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=length.stop_at, unit="update", dynamic_ncols=True)
+            # its own time left counts updates, and those before a resume
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self.bar = tqdm(total=length.stop_at, dynamic_ncols=True, bar_format=form)
 
     def show(self, update: int, metrics: dict[str, Any]) -> None:
         """Say where the run stands after `update`."""
@@ -37,17 +50,18 @@ class Progress:
                 shown[name] = format(metrics[key], spec)
         if "val/top1" in metrics:
             shown["val/top1"] = f"{metrics['val/top1']:.2f}"
-        total = self.length.stop_at
+        total, place = self.length.stop_at, self.pace.after_update(update)
         if self.bar is not None:
             self.bar.total = total
             self.bar.update(update - self.bar.n)
-            self.bar.set_postfix(shown)
-        elif self.is_main_process and (update % self.every == 0 or update == total):
+            left = place.seconds_left
+            self.bar.set_postfix({**({} if left is None else {"left": clock_time(left)}), **shown})
+        elif self.is_main_process and self.pace.is_due(update):
             if "perf/samples_per_second" in metrics:
                 shown["samples/s"] = f"{metrics['perf/samples_per_second']:,.0f}"
                 shown["peak"] = _gib(metrics["memory/peak_gib"])
             line = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"update {update}/{total}  {line}", flush=True)
+            print(f"update {update}/{total}, {place}  {line}", flush=True)
 
     def note(self, text: str) -> None:
         """Print a line that is not part of the progress."""

@@ -272,12 +272,19 @@ def in_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _number(v) if _is_metric(v) else v for k, v in summary.items()}
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path | str) -> Run:
     """Read a run folder, or else wandb's offline log: whichever `path` is.
+
+    A run that still goes on, or that crashed, can be read too; `Run.notes` says what is damaged.
 
     Raises:
         InputError: it is neither.
+
+    >>> run = load_run("runs/20261128-220927-test_resnet-gbs96")  # doctest: +SKIP
+    >>> [(p.samples_seen, p.value) for p in run.history["val/top1"]]  # doctest: +SKIP
+    [(2880, 91.2), ...]
     """
+    path = Path(path)
     if not (path / METRICS).is_file() and _wandb_files(path):
         return load_wandb_offline(path)
     return load_run_folder(path)

@@ -25,6 +25,7 @@ from lbaccel.runs.folder import (
     MODEL,
     MODEL_EMA,
     PREPROCESSING,
+    follow_link,
     weights_file,
 )
 from lbaccel.runs.kinds import NAMES, WHOLE, check_kinds, check_preprocessing
@@ -103,7 +104,7 @@ def checkpoint_of(run: Path, name: str | None = None, *, ema: bool = False) -> P
         InputError: there is none.
     """
     folder = run / CHECKPOINTS
-    there = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    there = sorted(path.name for path in folder.glob("[!.]*") if follow_link(path).is_dir())
     if name not in (None, BEST, BEST_EMA, LAST) and not re.fullmatch(r"update_\d+", name):
         raise InputError(
             f"--checkpoint {name} is not best, best-ema, last or one such as update_000500. "
@@ -111,7 +112,7 @@ def checkpoint_of(run: Path, name: str | None = None, *, ema: bool = False) -> P
         )
     for chosen in [name] if name is not None else [*[BEST_EMA] * ema, BEST, LAST]:
         if chosen in there:
-            return folder / chosen
+            return follow_link(folder / chosen)
     if not there:
         raise InputError(
             f"{run} has no checkpoint: the run ended before its first. Go on with it: "

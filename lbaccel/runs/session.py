@@ -36,6 +36,7 @@ from lbaccel.runs.folder import (
     SUMMARY,
     atomic_write_text,
     checkpoints_in,
+    follow_link,
     new_run_folder,
     run_of,
     weights_file,
@@ -333,7 +334,7 @@ def find_checkpoint(
 
 
 def _choose(target: Path, say: Say) -> Path:
-    run = run_of(target)
+    run, target = run_of(target), follow_link(target)
     if target != run:
         check_checkpoint(target)
         return target

@@ -12,12 +12,18 @@ from lbaccel.optim.scaling import is_sgd
 from lbaccel.recipe.built import built
 from lbaccel.recipe.options import OPTIONS, Settings
 from lbaccel.recipe.resume import read_run
-from lbaccel.runs.folder import CHECKPOINTS, CONFIG, LAST, MODEL, PREPROCESSING, weights_file
+from lbaccel.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    LAST,
+    MODEL,
+    PREPROCESSING,
+    follow_link,
+    weights_file,
+)
 from lbaccel.runs.read import Run
 from lbaccel.stability.curvature import largest_curvature, sgd_momentum
 from lbaccel.stability.limit import limits, rate_advice, rate_sentence, stable_rate
-
-WEIGHTS = Path(CHECKPOINTS, LAST, weights_file(MODEL))
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,9 @@ def recipe_of(folder: Path, *, global_batch_size: int) -> Settings:
     """
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds no {CONFIG}, so its recipe is not known.")
-    weights = folder / WEIGHTS
+    weights = follow_link(folder / CHECKPOINTS / LAST) / weights_file(MODEL)
     if not weights.is_file():
-        raise InputError(f"{folder} holds no {WEIGHTS}.")
+        raise InputError(f"{folder} holds no {weights.relative_to(folder)}.")
     settings = read_run(folder)
     # neither growth of batch and rate nor the machine that trained enters the loss at given weights
     left_out = [row for row in OPTIONS.values() if row.over_time or row.plan or not row.of_run]

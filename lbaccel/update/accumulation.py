@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,8 @@ LossFn = Callable[
 
 Stop = Literal["time limit", "interrupt"]
 """Why a run ends after an update, before its time; an interrupt outweighs a time limit."""
+
+STOPS: tuple[Stop, ...] = get_args(Stop)
 
 BUCKET_BYTES = 25 * 2**20
 

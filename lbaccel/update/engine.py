@@ -8,25 +8,25 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from torch import nn
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
-from lbaccel.errors import InputError
+from lbaccel.errors import MISSING, check_choice, check_state
 from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update import failures
-from lbaccel.update.accumulation import Agreement, LossFn, Stop
+from lbaccel.update import arguments, failures
+from lbaccel.update.accumulation import STOPS, Agreement, LossFn, Stop
 from lbaccel.update.agreement import check_ranks_alike
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
 from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
-from lbaccel.update.plain_loop import LoopGuard, check_prepared
+from lbaccel.update.plain_loop import LoopGuard
 from lbaccel.update.preflight import check_accelerator
 from lbaccel.update.result import UpdateResult
 from lbaccel.update.sharding.optimizer_state import OptimizerState
@@ -87,9 +87,9 @@ class LargeBatch:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        plan: BatchPlan,
-        *,
+        accelerator: Accelerator = MISSING,
+        plan: BatchPlan = MISSING,
+        *rest: NoReturn,
         clip_grad_norm: float | None = None,
         bn_statistics: BatchNormStatistics = "per_ghost",
         seed: int = 0,
@@ -97,10 +97,11 @@ class LargeBatch:
         noise_scale: NoiseScale | None = None,
         averages: Sequence[str] = (),
         allow_writes: Sequence[str] = (),
+        **unknown: NoReturn,
     ) -> None:
+        arguments.check_built(accelerator, plan, rest=rest, unknown=unknown)
+        arguments.check_options(clip_grad_norm, drops, noise_scale, averages, allow_writes)
         check_accelerator(accelerator, plan)
-        if clip_grad_norm is not None and not clip_grad_norm > 0:
-            raise InputError(f"clip_grad_norm={clip_grad_norm}: give a norm above 0, or None.")
         self.accelerator = accelerator
         self._adaptive = AdaptivePlan(plan)
         self.clip_grad_norm = clip_grad_norm
@@ -126,9 +127,9 @@ class LargeBatch:
 
     def prepare(
         self,
-        model: nn.Module,
-        optimizer: Any,
-        loader: Any,
+        model: nn.Module = MISSING,
+        optimizer: Any = MISSING,
+        loader: Any = MISSING,
         scheduler: Any = None,
         *,
         ema: Any = None,
@@ -151,7 +152,7 @@ class LargeBatch:
         """
         if self._transaction is not None:
             raise failures.prepared_before()
-        check_prepared(loader, scheduler)
+        arguments.check_objects(model, optimizer, loader, scheduler, ema=ema, plan=self.plan)
         given = optimizer
         if self.accelerator.num_processes > 1:
             objects = (model, optimizer, loader, scheduler)
@@ -211,7 +212,7 @@ class LargeBatch:
             world_size=self.accelerator.num_processes,
         )
 
-    def update(self, update: Update, loss_fn: LossFn) -> UpdateResult:
+    def update(self, update: Update = MISSING, loss_fn: LossFn = MISSING) -> UpdateResult:
         """One optimizer update over all micro-batches of all ranks.
 
         Args:
@@ -229,6 +230,8 @@ class LargeBatch:
         transaction, guard = self._ready(), self._guard
         assert guard is not None
         guard.before_update(update)
+        arguments.check_loss_fn(loss_fn)
+        arguments.check_mode(self.norm, self.plan)
         transaction.sharding.reserve()
         for num_retries in range(self.plan.micro_batch_size + 1):
             try:
@@ -238,6 +241,7 @@ class LargeBatch:
                 if agreement.out_of_memory:
                     self._shrink(update)
                     continue
+                arguments.check_samples(agreement, update)
                 dropped = self._drops is not None and self._drops(agreement.loss, update.index)
                 with guard.stepping():
                     step = transaction.finish(
@@ -255,7 +259,9 @@ class LargeBatch:
                 raise
         raise AssertionError("each retry halves the micro-batch")
 
-    def find_micro_batch_size(self, loader: UpdateLoader, loss_fn: LossFn) -> int:
+    def find_micro_batch_size(
+        self, loader: UpdateLoader = MISSING, loss_fn: LossFn = MISSING
+    ) -> int:
         """Search the largest micro-batch that fits, and take it; all else stays as it was.
 
         Each trial runs two micro-batches of the next update, with the room for the optimizer's
@@ -271,6 +277,8 @@ class LargeBatch:
             RunFailed: not even one group fits.
         """
         transaction = self._ready()
+        arguments.check_search(loader)
+        arguments.check_loss_fn(loss_fn)
         if not transaction.sharding.droppable:
             raise failures.not_searched()
         transaction.sharding.reserve()
@@ -326,6 +334,7 @@ class LargeBatch:
 
     def request_stop(self, reason: Stop = "interrupt") -> None:
         """Ask for the run's end from any rank: `UpdateResult.stop` then tells all of them."""
+        check_choice("reason", reason, choices=STOPS)
         if self._stop_requested != "interrupt":
             self._stop_requested = reason
 
@@ -390,6 +399,7 @@ class LargeBatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters, and the noise scale's averages where both have them."""
+        check_state("large_batch", state, "num_updates", "samples_seen")
         self.num_updates = int(state["num_updates"])
         self.samples_seen = int(state["samples_seen"])
         if self.noise_scale is not None and "noise_scale" in state:

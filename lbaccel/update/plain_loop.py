@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lbaccel.data.as_data_loader import LOOP
 from lbaccel.data.loader import Update
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, kind_of
 from lbaccel.optim.scheduler import updates_counted
 
 _WATCHES: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
@@ -78,7 +78,7 @@ def check_update(update: Any) -> None:
     """
     if not isinstance(update, Update):
         raise InputError(
-            f"update() got a {type(update).__name__}, and takes an item of an UpdateLoader. {LOOP}."
+            f"update() got {kind_of(update)}, and takes an item of an UpdateLoader. {LOOP}."
         )
 
 

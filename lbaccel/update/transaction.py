@@ -24,6 +24,7 @@ from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.arguments import pairs_of
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.mask_layouts import MaskLayouts
 from lbaccel.update.memory.host_limit import Watch
@@ -135,7 +136,7 @@ class Transaction:
         device = self.accelerator.device
         on_device = (
             (m, self._host_limit.look_at(send_to_device(data, device, non_blocking=True)))
-            for m, data in self.sharding.micro_steps(micro_batches)
+            for m, data in self.sharding.micro_steps(pairs_of(micro_batches))
         )
         pairs = self._learning(on_device, loss_fn)
         if self.watch is not None and not self.watch.done:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lbaccel.errors import InputError
+from lbaccel.launch import drop_foreign_plot_backend
 from lbaccel.runs.columns import columns
 from lbaccel.runs.figures import new_figure, save
 from lbaccel.runs.outputs import writable
@@ -58,3 +63,22 @@ def test_columns_are_as_wide_as_their_widest_cell():
     assert columns(rows, "lrl") == ["a     bb  c", "dddd   e"]
     assert columns(rows, at_least=(6, 0)) == ["a       bb  c", "dddd    e"]
     assert columns([]) == []
+
+
+@pytest.mark.parametrize(
+    ("named", "stays"),
+    [("module://no_such_module.backend", False), ("module://json.decoder", True), ("agg", True)],
+)
+def test_a_notebooks_way_to_draw_is_kept_where_it_can_be_imported(named, stays, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", named)
+    drop_foreign_plot_backend()
+    assert os.environ.get("MPLBACKEND") == (named if stays else None)
+
+
+def test_a_figure_is_drawn_under_a_notebook_of_another_environment():
+    code = "from lbaccel.runs.figures import new_figure; print(new_figure(2, 1).get_figwidth())"
+    env = {**os.environ, "MPLBACKEND": "module://no_such_module.backend"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "2.0\n", done.stderr

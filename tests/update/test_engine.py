@@ -154,7 +154,9 @@ def test_a_prepare_that_was_refused_can_be_called_again():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match="norm_batch_size"):
         large_batch.prepare(model, optimizer, [])
-    large_batch.prepare(make_network(), optimizer, [])
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    large_batch.prepare(model, optimizer, [])
 
 
 def snapshot(large_batch, model, optimizer, scheduler, ema):

@@ -436,7 +436,7 @@ def test_a_model_that_was_restored_evaluates_as_before_and_its_updates_are_refus
         large_batch.update(update, cross_entropy)
     assert large_batch.num_updates == 1
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    trained(model)  # converted anew
+    trained(model.train())  # converted anew
     assert type(model[1]) is not BatchNormAct2d
     copied = restore_batch_norm(copy.deepcopy(model))
     assert type(copied[1]) is BatchNormAct2d and type(model[1]) is not BatchNormAct2d
