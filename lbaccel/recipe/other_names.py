@@ -41,6 +41,9 @@ _PROBABILITY = (
     "{name} of ultralytics is a probability, --{name} is alpha of Beta(alpha, alpha) and acts on "
     "every sample: type --{name} 0.2, say."
 )
+_SHARE_OF_TEACHER = (
+    "--distill-alpha = d / (t + d), of distill_loss_weight d and task_loss_weight t."
+)
 _OF_LAUNCHER = "The launcher has it: accelerate launch with a file that lbaccel configs ls names."
 _UPDATES_OF_WARMUP = (
     "The warmup is given in epochs: --warmup-epochs = updates x --global-batch-size / training "
@@ -134,6 +137,14 @@ NAMES: Mapping[str, OtherName] = {
     "smoothing": same("--label-smoothing"),
     "label-smoothing-factor": same("--label-smoothing"),
     "bce-loss": same("--loss", "bce"),
+    "kd-model-name": differs(
+        "--teacher takes a trained network: a run, a checkpoint, an export or hf-hub:OWNER/NAME."
+    ),
+    "kd-temperature": same("--distill-temperature"),
+    "kd-distill-type": differs("--teacher compares logits, by the Kullback-Leibler divergence."),
+    "kd-loss-type": differs("--teacher compares logits, by the Kullback-Leibler divergence."),
+    "task-loss-weight": differs(_SHARE_OF_TEACHER),
+    "distill-loss-weight": differs(_SHARE_OF_TEACHER),
     "aa": same("--auto-augment"),
     "reprob": same("--random-erasing"),
     "random-erase": same("--random-erasing"),

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lbaccel.product.trained_model import read_trained
 from runs_of_recipe import BASE, run, stopped_at
 from safetensors.torch import load_file
 
 from lbaccel import train
-from lbaccel.product.trained_model import read_trained
 from lbaccel.runs import wandb_artifact
 from lbaccel.runs.read import _inspect
 
