@@ -457,7 +457,7 @@ MUTANTS = {
         "    if module != named and find_spec(",
         "    if False and find_spec(",
         "tests/runs/test_figures.py::"
-        "test_a_figure_is_drawn_under_a_notebook_of_another_environment",
+        "test_a_notebooks_way_to_draw_is_kept_where_it_can_be_imported",
     ),
     "a time left of updates where the batch grows": (
         "runs.pace",
