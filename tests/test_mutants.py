@@ -456,8 +456,7 @@ MUTANTS = {
         "launch",
         "    if module != named and find_spec(",
         "    if False and find_spec(",
-        "tests/runs/test_figures.py::"
-        "test_a_notebooks_way_to_draw_is_kept_where_it_can_be_imported",
+        "tests/runs/test_figures.py::test_a_notebooks_way_to_draw_is_kept_where_it_can_be_imported",
     ),
     "a time left of updates where the batch grows": (
         "runs.pace",

@@ -11,12 +11,12 @@ import faults
 import pytest
 import torch
 from forks import run_forked, values
-from lbaccel.product.trained_model import read_trained
 from runs_of_recipe import BASE, differences, newest, run
 from safetensors.torch import load_file
 
 from lbaccel import train
 from lbaccel.cli import main
+from lbaccel.recipe.trained_model import read_trained
 from lbaccel.runs.abandoned import put_aside
 from lbaccel.runs.checkpoints import fingerprint
 

@@ -9,29 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from lbaccel.product.trained_model import read_trained
+from offline_wandb import WITH_WANDB, fix_tops, keep_to
 from runs_of_recipe import BASE, run, stopped_at
 from safetensors.torch import load_file
 
 from lbaccel import train
+from lbaccel.recipe.trained_model import read_trained
 from lbaccel.runs import wandb_artifact
 from lbaccel.runs.read import _inspect
-
-WITH_WANDB = ("--log-with", "run_folder", "wandb", "--wandb-mode", "offline", "--eval-every", 0.5)
 
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
-    for name in ("CACHE", "DATA", "CONFIG"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
-    monkeypatch.chdir(tmp_path)
+    keep_to(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def tops(monkeypatch):
-    """The top-1 of the evaluations to come, in turn: the best one is not the last one."""
-    left = [50.0, 80.0, 60.0, 70.0]
-    monkeypatch.setattr(train, "validate", lambda _: {"val/top1": left.pop(0), "val/loss": 1.0})
+    return fix_tops(monkeypatch)
 
 
 def artifacts(folder):

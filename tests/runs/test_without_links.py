@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from lbaccel.product.trained_model import read_trained
 from runs_of_recipe import differences, run, stopped_at
 
 from lbaccel.export.read import checkpoint_of
+from lbaccel.recipe.trained_model import read_trained
 from lbaccel.runs.folder import follow_link, linked_name, point_link
 
 
