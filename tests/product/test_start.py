@@ -185,7 +185,7 @@ def measured(monkeypatch, *, num_train, seconds_an_image, tested=None, flags=())
     said: list[str] = []
     monkeypatch.setattr(module, "_range_test", lambda *_, **__: (tested, seconds_an_image))
     monkeypatch.setattr(module, "has_batch_norm", lambda _: True)
-    module._choose_recipe(found, None, module._device())
+    module._choose_recipe(found, None, module.one_device())
     source = type("S", (), {"train": range(num_train), "val": range(100)})
     found.seconds = module._choose_by_updates(
         found, source, seconds=600.0, share=900.0, say=said.append
