@@ -257,6 +257,13 @@ MUTANTS = {
         "tests/recipe/test_average.py::"
         "test_the_saved_average_has_the_statistics_of_its_own_weights",
     ),
+    "the workers of a measurement of the average outlive it": (
+        "recipe.average",
+        "with measuring(self.network) as taken, closing(loader):",
+        "with measuring(self.network) as taken:",
+        "tests/recipe/test_average.py::"
+        "test_its_workers_end_with_it_and_are_not_left_to_the_collector",
+    ),
     "groups that fill the last round of the ranks count too": (
         "recipe.average",
         "in rows[: self.num_groups - first]:",

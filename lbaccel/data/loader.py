@@ -206,6 +206,14 @@ class UpdateLoader:
         self._batches = None  # the workers load ahead in the old size
         return size
 
+    def close(self) -> None:
+        """End the workers now; the next update, if any, starts others.
+
+        Without it they end where Python's collector finds the loader, which can be inside a worker
+        of another loader.
+        """
+        self._batches = None
+
     def peek(self) -> Update:
         """The next update, which stays the next one."""
         return self._update(self.next_update)

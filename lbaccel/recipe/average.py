@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +116,9 @@ class AverageNorm:
         """
         world_size, total = self.accelerator.num_processes, None
         failed: BaseException | None = None
-        updates = self._groups()
-        with measuring(self.network) as taken:
+        loader = self._groups()
+        updates = iter(loader)
+        with measuring(self.network) as taken, closing(loader):
             for first in range(0, self.num_groups, world_size):
                 row = None
                 try:
@@ -137,10 +139,10 @@ class AverageNorm:
         assert total is not None
         write_statistics(self.network, total / self.num_groups)
 
-    def _groups(self) -> Iterator[Update]:
+    def _groups(self) -> UpdateLoader:
         """Rounds of a group a rank; the last round may hold groups past the last that counts."""
         of_all, n = self.accelerator.num_processes, self.group_size
-        loader = UpdateLoader(
+        return UpdateLoader(
             self.loader.dataset,
             BatchPlan(
                 global_batch_size=of_all * n,
@@ -153,7 +155,6 @@ class AverageNorm:
             num_workers=self.loader.num_workers,
             transform=self.loader.transform,
         )
-        return iter(loader)
 
     def _statistics(self, update: Update, taken: Taken) -> Tensor:
         ((_, (images, _)),) = update

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -48,14 +50,16 @@ def network():
     return tiny.Tiny(drop_rate=0.5, drop_path_rate=0.5).double()
 
 
-def norm_of(net, *, micro=4, dataset=None):
+def norm_of(net, *, micro=4, dataset=None, workers=0):
     accelerator = Accelerator(cpu=True)
     ranks = accelerator.num_processes
     plan = BatchPlan(
         global_batch_size=24, micro_batch_size=micro, world_size=ranks, norm_batch_size=SIZE
     )
     data = dataset or TensorDataset(samples(), torch.zeros(COUNT))
-    loader = UpdateLoader(data, plan, rank=accelerator.process_index, seed=SEED)
+    loader = UpdateLoader(
+        data, plan, rank=accelerator.process_index, seed=SEED, num_workers=workers
+    )
     ema = torch.nn.Module()
     ema.module = net
     return norm_of_average("recalibrated", ema, loader, accelerator, dtype=torch.float64)
@@ -111,6 +115,19 @@ def test_nothing_is_measured_where_batchnorm_is_frozen_or_absent_or_its_averages
         loader = UpdateLoader(data, plan)
         assert norm_of_average(how, ema, loader, accelerator, dtype=torch.float64) is None
     assert norm_of_average("recalibrated", None, loader, accelerator, dtype=torch.float64) is None
+
+
+def test_its_workers_end_with_it_and_are_not_left_to_the_collector():
+    before = set(multiprocessing.active_children())
+    net = network()
+    gc.disable()
+    try:
+        norm_of(net, workers=1).measure()
+        assert set(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
+    truth, _, _ = measured(0, 4)
+    assert all(torch.equal(statistics(net)[key], value) for key, value in truth.items())
 
 
 def test_the_number_of_images_is_bounded(monkeypatch):
