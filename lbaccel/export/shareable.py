@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
-from lbaccel.recipe.settings import BEFORE
 
 _PROGRAMS = {"__main__.py": "lbaccel", "train.py": "lbaccel train"}
 
@@ -52,7 +51,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: without_folders(value) if isinstance(value, str) else value
         for name, value in of_recipe.items()
-        if not OPTIONS[name].private and (is_read(OPTIONS[name], whole) or name in BEFORE)
+        if not OPTIONS[name].private and is_read(OPTIONS[name], whole)
     }
 
 

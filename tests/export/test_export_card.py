@@ -27,9 +27,11 @@ from torchvision.datasets import ImageFolder
 from lbaccel import cli
 from lbaccel import train as recipe
 from lbaccel.data.sources import open_source
-from lbaccel.export import hub, tables
+from lbaccel.export import hub, shareable, tables
 from lbaccel.export.write import FILES
 from lbaccel.models import adapt_stem
+from lbaccel.recipe.checks import checked
+from lbaccel.recipe.settings import read_settings
 from lbaccel.runs.read import Run
 
 NATIVE = ("--model", "resnet10t", "--stem", "native", "--max-updates", "2")
@@ -119,6 +121,20 @@ def test_the_cards_code_runs_in_the_folder_and_timm_evaluates_as_the_run_did(
         "test_vit", num_classes=2, img_size=32, checkpoint_path="model.safetensors"
     )
     assert torch.equal(by_name.eval()(images), own(images))
+
+
+@pytest.mark.parametrize("data", ["digits", "folder:photos"])
+def test_an_export_of_a_run_of_before_states_nothing_that_a_new_run_refuses(data, tmp_path):
+    of_before = {
+        "data": data,
+        "exif_orientation": False,
+        "test_split": "val",
+        "ema_norm": "average",
+    }
+    (tmp_path / "config.yaml").write_text(shareable.settings_yaml(of_before))
+    found, _ = read_settings(["--config", str(tmp_path / "config.yaml")], prog="lbaccel train")
+    checked(found)
+    assert found.data.exif_orientation is (data == "digits")  # the images of digits have no EXIF
 
 
 def test_the_cards_code_builds_a_network_that_timm_has_not(tmp_path):
