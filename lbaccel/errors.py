@@ -103,6 +103,14 @@ def check_whole(name: str, value: object) -> None:
         )
 
 
+def whole_number(value: Any) -> int | None:
+    """A whole number of Python, numpy or torch as an int; None for all else, True and False too."""
+    try:
+        return None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_seed(name: str, value: Any) -> int:
     """Stop at anything but a whole number from 0 to 2^64 - 1: a draw is a hash of these 64 bits.
 
@@ -113,11 +121,8 @@ def check_seed(name: str, value: Any) -> int:
     Traceback (most recent call last):
     lbaccel.errors.InputError: seed=0.5 is not a whole number from 0 to 2^64 - 1. Use seed=0.
     """
-    try:
-        seed = -1 if type(value).__name__ in ("bool", "bool_") else operator.index(value)
-    except TypeError:
-        seed = -1
-    if not 0 <= seed < 2**64:
+    seed = whole_number(value)
+    if seed is None or not 0 <= seed < 2**64:
         raise InputError(
             f"{name}={value!r} is not a whole number from 0 to 2^64 - 1. Use {name}=0."
         )

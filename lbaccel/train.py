@@ -210,7 +210,10 @@ def evaluate_and_save(t: Training, result: UpdateResult) -> None:
         write_line(t, result, t.log.rest())
     every, last = run.checkpoint_every, result.num_updates == t.length.stop_at
     saves = result.num_updates % every == 0 if every else evaluates
-    if saves or improved or last or result.stop is not None:
+    stops = result.stop is not None
+    if (saves or last) and not evaluates and not stops and not run.dry_run:
+        measure_average(t)
+    if saves or improved or last or stops:
         save(t, best=improved)
 
 
@@ -223,6 +226,22 @@ def save(t: Training, *, best: Collection[str]) -> None:
         classes=t.task.source.train.classes,
         preprocessing=t.task.preprocessing,
     )
+
+
+def measure_average(t: Training) -> None:
+    """Give the average that is saved now the statistics of its own weights, as an evaluation does.
+
+    A checkpoint of a stop has those of the last evaluation or save: who stops a run waits for none.
+    """
+    from lbaccel.recipe.evaluation import NotEvaluated
+
+    if t.norm_of_average is not None:
+        try:
+            t.norm_of_average.measure()
+        except NotEvaluated as failed:  # on every rank
+            with contextlib.suppress(RunFailed), workers_may_end():
+                save(t, best=())
+            raise failed.error from None
 
 
 def evaluated(t: Training) -> Collection[str]:

@@ -419,8 +419,8 @@ MUTANTS = {
     ),
     "a look at rows keeps their bytes": (
         "data.broken",
-        "            reader = copy.copy(reader)",
-        "            reader = reader",
+        "copy.copy(images.read)",
+        "images.read",
         "tests/data/test_broken.py::test_a_look_leaves_nothing_in_the_memory_of_the_reader",
     ),
     "a resume reads all files again": (

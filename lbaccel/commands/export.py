@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lbaccel export`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of lbaccel train")
     parser.add_argument(
-        "--checkpoint", metavar="NAME", help="best, last or update_000500 (default: best, or last)"
+        "--checkpoint",
+        metavar="NAME",
+        help="best, best-ema, last or update_000500 (default: best, or last)",
     )
     parser.add_argument(
         "--ema", action="store_true", help="the average of the weights (of a run: the best one)"

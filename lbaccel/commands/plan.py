@@ -130,7 +130,7 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
         device=a.device,
         precision=a.precision,
         optimizer=a.optimizer,
-        teacher=None if a.teacher is None else _teacher(a.teacher),
+        teacher=None if a.teacher is None else _teacher(a.teacher, img_size=a.img_size),
         norm_batch_size=a.norm_batch_size,
         num_classes=a.num_classes,
         micro_batch_size=asked(a.micro_batch_size),
@@ -144,7 +144,14 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
     )
 
 
-def _teacher(path: str) -> nn.Module:
+def _teacher(path: str, *, img_size: int | None) -> nn.Module:
     from lbaccel.recipe.trained_model import read_trained
 
-    return read_trained(path).model.float()
+    trained = read_trained(path)
+    size = trained.preprocessing["img_size"]
+    if img_size not in (None, size):
+        raise InputError(
+            f"--teacher {path} takes images of {size} px, and --img-size is {img_size}: it sees "
+            f"those of the network. Use --img-size {size}."
+        )
+    return trained.model.float()

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.errors import MISSING, InputError, brief, kind_of
+from lbaccel.errors import MISSING, InputError, brief, kind_of, whole_number
 
 LOOP = (
     "Write: for update in loader: result = large_batch.update(update, loss_fn), where "
@@ -81,7 +81,12 @@ def check_parts(dataset: Any, plan: Any) -> None:
 
 
 def _are_two_numbers(*values: Any) -> bool:
-    return len(values) == 2 and all(isinstance(v, int) and v is not True for v in values)
+    return len(values) == 2 and None not in map(whole_number, values)
+
+
+def _number(value: Any) -> int:
+    number = whole_number(value)
+    return -1 if number is None else number
 
 
 def check_how(*, rank: Any, num_workers: Any, growth: Any, world_size: int, **called: Any) -> None:
@@ -97,12 +102,12 @@ def check_how(*, rank: Any, num_workers: Any, growth: Any, world_size: int, **ca
     Raises:
         InputError: any of them.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world_size:
+    if not 0 <= _number(rank) < world_size:
         raise InputError(
             f"rank={kind_of(rank)} is not in 0..{world_size - 1} (world_size). Use "
             "rank=accelerator.process_index."
         )
-    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
+    if _number(num_workers) < 0:
         raise InputError(
             f"num_workers={kind_of(num_workers)} is not a whole number of at least 0. Use "
             "num_workers=0, which loads in this process, or 4."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from lbaccel.data.images import EncodedImages, ImageArray, ImageFiles, decode_image, folder_of
+from lbaccel.data.images import EncodedImages, ImageFiles, decode_image, folder_of
 from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import CannotRead, InputError, is_of_the_disk
@@ -86,14 +87,14 @@ def broken_images(
         CannotRead: the system refuses to read a file, which may be whole.
     """
     share = share or Share()
-    entries = _entries(source)
-    if not whole and len(entries) > MOST_FILES:
-        entries = _spread(entries, MOST_FILES)
-    ends = [rank * len(entries) // share.world_size for rank in (share.rank, share.rank + 1)]
+    rows: Sequence[int] = range(num_entries(source))
+    if not whole and len(rows) > MOST_FILES:
+        rows = _spread(len(rows), MOST_FILES, run=1 if folder_of(source.train) else _RUN)
+    ends = [rank * len(rows) // share.world_size for rank in (share.rank, share.rank + 1)]
     found: list[Broken] = []
     told, done = time.monotonic(), 0
     with ThreadPoolExecutor(share.threads) as pool:
-        for some_entries in _cut(entries[slice(*ends)]):
+        for some_entries in _cut(_entries(source, rows[slice(*ends)])):
             in_files = isinstance(some_entries[0].place, Path)
             looks = (pool.map if in_files else map)(lambda e: e.fault(whole=whole), some_entries)
             for (split, name, _), reason in zip(some_entries, looks, strict=True):
@@ -102,13 +103,13 @@ def broken_images(
             done += len(some_entries)
             if time.monotonic() - told >= LINE_EVERY_SECONDS:
                 told = time.monotonic()
-                say(f"scan: {done * share.world_size:,} of {len(entries):,} images read")
+                say(f"scan: {done * share.world_size:,} of {len(rows):,} images read")
     return found
 
 
 def num_entries(source: Source) -> int:
     """The number of images that `broken_images` would read."""
-    return len(_entries(source))
+    return sum(len(images) for _, images in _readable(source))
 
 
 def fault_of(path: Path, *, whole: bool = True) -> str | None:
@@ -190,19 +191,27 @@ def listed(broken: Sequence[Broken], source: Source, *, most: int = 3) -> str:
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def _entries(source: Source) -> list[_Entry]:
-    found = []
+def _readable(source: Source) -> Iterator[tuple[str, ImageFiles]]:
     for split, images in (("train", source.train), ("val", source.val)):
-        if isinstance(images, ImageArray):
-            continue
-        root, reader = folder_of(images), images.read
-        if root is not None:
-            found += [_Entry(split, name, root / name) for name in images.samples]
-        elif isinstance(reader, EncodedImages):
-            reader = copy.copy(reader)  # what it keeps in memory goes with the look
-            named = zip(_names(images), images.samples, strict=True)
-            found += [_Entry(split, name, (reader, sample)) for name, sample in named]
-    return found
+        if isinstance(images, ImageFiles) and (
+            folder_of(images) is not None or isinstance(images.read, EncodedImages)
+        ):
+            yield split, images
+
+
+def _entries(source: Source, rows: Sequence[int]) -> Iterator[_Entry]:
+    """Those in these rows, ascending, of both sets after each other."""
+    first = 0
+    for split, images in _readable(source):
+        inside = rows[bisect_left(rows, first) : bisect_left(rows, first + len(images))]
+        root, reader = folder_of(images), copy.copy(images.read)  # what it keeps goes with the look
+        for row in inside:
+            sample = images.samples[row - first]
+            if root is not None:
+                yield _Entry(split, sample, root / sample)
+            elif isinstance(reader, EncodedImages):
+                yield _Entry(split, reader.name_of(sample), (reader, sample))
+        first += len(images)
 
 
 def _names(images: ImageFiles) -> Sequence[str]:
@@ -212,16 +221,15 @@ def _names(images: ImageFiles) -> Sequence[str]:
     return images.names
 
 
-def _spread(entries: Sequence[_Entry], most: int) -> list[_Entry]:
-    """So many of them from all over: single files, or runs of images whose bytes lie together."""
-    run = 1 if isinstance(entries[0].place, Path) else min(_RUN, most)
-    starts = [i * len(entries) * run // most for i in range(most // run)]
-    return [entry for start in starts for entry in entries[start : start + run]]
+def _spread(count: int, most: int, *, run: int) -> list[int]:
+    """So many rows from all over, in runs of rows whose bytes lie together."""
+    run = min(run, most)
+    starts = [i * count * run // most for i in range(most // run)]
+    return [row for start in starts for row in range(start, min(start + run, count))]
 
 
-def _cut(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
-    rest = iter(entries)
-    while part := list(islice(rest, _AT_ONCE)):
+def _cut(entries: Iterator[_Entry]) -> Iterator[list[_Entry]]:
+    while part := list(islice(entries, _AT_ONCE)):
         yield part
 
 

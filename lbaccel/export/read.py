@@ -10,7 +10,7 @@ from lbaccel.errors import InputError
 from lbaccel.export.model_card import Exported
 from lbaccel.models import model_options
 from lbaccel.recipe.options import OPTIONS
-from lbaccel.recipe.settings import parse
+from lbaccel.recipe.settings import BEFORE, parse
 from lbaccel.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESUMES, SUMMARY
 from lbaccel.runs.kinds import MACHINE, RESUMED, SETTINGS, SUMMED, check_kinds
 from lbaccel.runs.read import Run, flatten, history_of, read_mapping, read_metrics
@@ -64,6 +64,7 @@ def _run(folder: Path) -> Run:
     """As `load_run_folder`, but settings are parsed, and metrics need not be there."""
     raw = read_mapping(folder / CONFIG)
     where = str(folder / CONFIG)
+    raw = {**BEFORE, **raw}  # of a run of before, the values that it had without a name for them
     settings = {key: parse(OPTIONS[key], raw[key], where) for key in raw if key in OPTIONS}
     added = {key: raw[key] for key in ("plan", "extensions") if key in raw}
     config, summary = flatten({**settings, **added}), read_mapping(folder / SUMMARY)

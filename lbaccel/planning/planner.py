@@ -120,6 +120,12 @@ def plan(
             "teacher= with loss_fn=: with a teacher the loss is that of distillation. Call the "
             "teacher in loss_fn, or leave loss_fn out."
         )
+    outputs = getattr(teacher, "num_classes", num_classes)
+    if outputs != num_classes:
+        raise InputError(
+            f"the teacher has {outputs} outputs and the network {num_classes}: both answer for the "
+            f"same classes. Use num_classes={outputs} (--num-classes {outputs})."
+        )
     check_whole("global_batch_size", global_batch_size)
     if global_batch_size > MOST_SAMPLES:
         raise InputError(

@@ -95,6 +95,12 @@ class AverageNorm:
     num_groups: int
 
     @property
+    def world_size(self) -> int:
+        """Ranks that share the groups; 1, each rank for itself, where there are fewer groups."""
+        ranks = self.accelerator.num_processes
+        return ranks if ranks * self.group_size <= len(self.loader.dataset) else 1
+
+    @property
     def num_images(self) -> int:
         """Of the training set that are taken, K n."""
         return self.group_size * self.num_groups
@@ -114,7 +120,7 @@ class AverageNorm:
                 InputError where an image of some rank can't be read, and a RunFailed where a group
                 does not fit in memory.
         """
-        world_size, total = self.accelerator.num_processes, None
+        world_size, total = self.world_size, None
         failed: BaseException | None = None
         loader = self._groups()
         updates = iter(loader)
@@ -131,7 +137,7 @@ class AverageNorm:
                     break
                 for statistics in rows[: self.num_groups - first]:
                     total = statistics.clone() if total is None else total + statistics
-        if total is None:
+        if total is None or self.world_size < self.accelerator.num_processes:
             try:
                 on_each_rank(self.accelerator, lambda: _raise(failed))
             except Exception as error:
@@ -141,7 +147,9 @@ class AverageNorm:
 
     def _groups(self) -> UpdateLoader:
         """Rounds of a group a rank; the last round may hold groups past the last that counts."""
-        of_all, n = self.accelerator.num_processes, self.group_size
+        n, of_all, rank = self.group_size, self.world_size, 0
+        if of_all > 1:
+            rank = self.accelerator.process_index
         return UpdateLoader(
             self.loader.dataset,
             BatchPlan(
@@ -150,7 +158,7 @@ class AverageNorm:
                 world_size=of_all,
                 norm_batch_size=n,
             ),
-            rank=self.accelerator.process_index,
+            rank=rank,
             seed=self.loader.seed,
             num_workers=self.loader.num_workers,
             transform=self.loader.transform,
@@ -175,7 +183,7 @@ class AverageNorm:
 
     def _of_all_ranks(self, row: Tensor | None) -> Tensor | None:
         """[world_size, statistics] in the order of the ranks; None where one has none."""
-        if self.accelerator.num_processes == 1:
+        if self.world_size == 1:
             return None if row is None else row[None]
         size = 2 * sum(layer.num_features for layer in tracked_norms(self.network))
         vector = torch.zeros(1 + size, dtype=torch.float64, device=self.accelerator.device)
@@ -203,6 +211,7 @@ def norm_of_average(
     if not has_batch_norm(ema.module):
         return None
     images = min(MOST_IMAGES, len(loader.dataset))
+    size = min(size, len(loader.dataset))
     return AverageNorm(ema.module, loader, accelerator, dtype, size, max(1, images // size))
 
 

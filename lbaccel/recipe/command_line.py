@@ -102,8 +102,9 @@ class CommandParser(argparse.ArgumentParser):
         for word in words:
             key, equals, _ = word.partition("=")
             if word.startswith("-") and not _NEGATIVE.match(word):
-                action = self._option_string_actions.get(key)
-                values = 0 if equals or action is None else _values_of(action)
+                flag, has_value, _ = self._declared(word).partition("=")
+                action = self._option_string_actions.get(flag)
+                values = 0 if has_value or action is None else _values_of(action)
             elif values:
                 values -= 1
             elif positional:
@@ -124,7 +125,8 @@ class CommandParser(argparse.ArgumentParser):
             if after_switch and word.lower() == "true":
                 after_switch = False
                 continue
-            other = other_name(word, known=self._option_string_actions)
+            is_flag = word.startswith("-")
+            other = other_name(word, known=self._option_string_actions) if is_flag else None
             after_switch = other is not None and bool(other.value)
             yield word if after_switch and following.lower() == "false" else self._declared(word)
 

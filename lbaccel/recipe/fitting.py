@@ -26,6 +26,7 @@ from lbaccel.recipe.images import Opened, sound_images
 from lbaccel.recipe.options import default_of
 from lbaccel.recipe.sizes import limit_for
 from lbaccel.recipe.training import Training, build_training
+from lbaccel.recipe.values import flag_of, shown
 from lbaccel.runs.ranks import decided
 
 Say = Callable[[str], object]
@@ -80,6 +81,9 @@ def fitted(s: Checked, accelerator: Any, *, begun: float, say: Say) -> tuple[Che
         )
     opened = sound_images(s, accelerator, say=say, fresh=True)
     timing, stream = _timed(s, opened, begun=begun)
+    gc.collect()  # the trial is in circles with what was prepared, which no frame holds any more
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     budget = 60 * minutes * (1 - RESERVE) - timing.spent
     epochs = decided(
         accelerator,
@@ -97,10 +101,29 @@ def fitted(s: Checked, accelerator: Any, *, begun: float, say: Say) -> tuple[Che
             f"them takes {timing.update:.3g} s and an evaluation {timing.evaluation:.3g} s. Use "
             "more minutes, a smaller model or image, or a smaller --global-batch-size."
         )
+    _check_length(s, epochs)
     said = _in_words(timing, epochs, stream, minutes=minutes, eval_every=s.run.eval_every)
     say(f"epochs: {said}")
     origins = {**s.origins, "epochs": said}
     return checked(replace(s.with_values({"epochs": epochs}), origins=origins)), opened
+
+
+def _least_epochs(s: Checked) -> dict[str, float]:
+    """The epochs that a run must have for a setting to be of use, by the name of the setting."""
+    found = {"warmup_epochs": s.rate.warmup_epochs or 0.0}
+    if s.optimizer.loss_dropout:
+        found["loss_dropout"] = float(s.optimizer.loss_dropout[0])
+    return found
+
+
+def _check_length(s: Checked, epochs: float) -> None:
+    for name, least in _least_epochs(s).items():
+        if least > math.ceil(epochs) or (name == "warmup_epochs" and least > epochs):
+            raise InputError(
+                f"--max-minutes {s.rate.max_minutes:g} has time for {epochs:g} epochs, and "
+                f"{flag_of(name)} {shown(s.value(name))} needs at least {least:g}. Use more "
+                "minutes, or a smaller number there."
+            )
 
 
 def epochs_within(
@@ -169,7 +192,7 @@ def _timed(s: Checked, opened: Opened, *, begun: float) -> tuple[Timing, UpdateS
     """Seconds of the parts of a run, from one that is built and thrown away."""
     assert s.rate.max_minutes is not None
     start = clock()
-    longest = max(float(default_of("epochs")), s.rate.warmup_epochs or 0.0)
+    longest = max(float(default_of("epochs")), *_least_epochs(s).values())
     accelerator, precision = make_accelerator(s.batch.precision)  # one of its own
     trial = build_training(
         Checked(s.with_values({"epochs": longest})),
@@ -185,9 +208,8 @@ def _timed(s: Checked, opened: Opened, *, begun: float) -> tuple[Timing, UpdateS
         updates = _seconds_of_updates(trial, most=_SHARE * 60 * s.rate.max_minutes)
         evaluation = _seconds_of_evaluation(trial)
     stream = trial.loader.stream
-    del trial
+    trial.loader.close()
     accelerator.free_memory()
-    gc.collect()
     of_update = median(updates[1:] or updates)
     slowest = torch.tensor(
         [of_update, evaluation, clock() - begun + built],
@@ -223,7 +245,7 @@ def _without_end(loader: Any) -> Iterator[Any]:
 
 
 def _seconds_of_evaluation(trial: Training) -> float:
-    """Of a whole one, from its first batches on this rank and the number of all images."""
+    """Of a whole one: its first batch, and the others by the time of a few on this rank."""
     ranks = trial.accelerator.num_processes
     size = trial.settings.batch.val_batch_size or trial.large_batch.plan.micro_batch_size
     of_rank = -(-len(trial.task.source.val) // ranks)
@@ -239,20 +261,28 @@ def _seconds_of_evaluation(trial: Training) -> float:
         images *= 2
     if trial.norm_of_average is not None:
         images += -(-trial.norm_of_average.num_images // ranks)
-    before = clock()
-    try:
-        with trial.large_batch.whole_model() as whole:
-            evaluate(
-                whole,
-                lambda start, size: islice(batches(start, size), _BATCHES),
-                trial.accelerator,
-                dtype=trial.task.dtype,
-                batch_size=size,
-            )
-    except NotEvaluated as failed:
-        raise failed.error from None
-    _wait(trial.accelerator.device)
-    return (clock() - before) * images / timed
+
+    def takes(count: int) -> float:
+        before = clock()
+        try:
+            with trial.large_batch.whole_model() as whole:
+                evaluate(
+                    whole,
+                    lambda start, size: islice(batches(start, size), count),
+                    trial.accelerator,
+                    dtype=trial.task.dtype,
+                    batch_size=size,
+                )
+        except NotEvaluated as failed:
+            raise failed.error from None
+        _wait(trial.accelerator.device)
+        return clock() - before
+
+    first = takes(1)  # with the start of its workers, which each evaluation has once
+    if timed <= size:
+        return first * images / timed
+    each = max(0.0, takes(_BATCHES) - first) / (timed - size)  # of an image
+    return first + each * max(0, images - size)
 
 
 def _wait(device: torch.device) -> None:

@@ -114,9 +114,10 @@ NAMES: Mapping[str, OtherName] = {
     "freeze-backbone": differs(_FROZEN),
     "model-ema": differs(_AVERAGED),
     "model-ema-decay": differs(
-        "--ema-decay {value} averages the weights with this decay an update."
+        "--ema-decay {value} averages the weights with this decay an update. timm's average begins "
+        "at update 1: --ema-warmup first."
     ),
-    "model-ema-warmup": differs("--ema-decay holds from the first update on."),
+    "model-ema-warmup": same("--ema-warmup", "power"),
     "ema": differs(_AVERAGED),
     # the data
     "data-dir": differs("Type --data folder:{value}."),

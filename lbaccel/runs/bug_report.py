@@ -1,4 +1,4 @@
-"""This machine as a bug report shows it: no key, no token, no name of a user or a host.
+"""This machine as a bug report shows it: no key, no token, no name of the user.
 
 Packages are asked for their versions and not imported. torch and accelerate, which know more, may
 be broken: their errors are part of the report.
@@ -67,8 +67,12 @@ def safe(name: str, value: object) -> str:
 
 
 def _short(text: str) -> str:
-    home = str(Path("~").expanduser())
-    return text.replace(home, "~") if len(home) > 1 else text
+    home = Path("~").expanduser()
+    text = text.replace(str(home), "~") if len(str(home)) > 1 else text
+    names = {home.name, os.environ.get("USER", ""), os.environ.get("LOGNAME", "")} - {"", "root"}
+    for name in names:  # in other folders of the same person
+        text = re.sub(rf"(?<=/){re.escape(name)}(?=/|:|$)", "USER", text)
+    return text
 
 
 def _packages() -> list[str]:

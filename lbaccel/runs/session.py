@@ -224,7 +224,7 @@ class Session:
             if self.accelerator.is_main_process:
                 write_summary(self.folder, summary)
         finally:
-            self._tell_wandb(summary)
+            summarize(self.accelerator, summary)
             self.accelerator.end_training()
         if self.accelerator.is_main_process and not failed and (self.folder / METRICS).exists():
             try:
@@ -235,14 +235,6 @@ class Session:
                     f"note: the plots were not drawn ({reason}). The run is whole without them; "
                     f"lbaccel compare {os.fspath(self.folder)} --plot FILE draws its curves."
                 )
-
-    def _tell_wandb(self, summary: Mapping[str, Any]) -> None:
-        """Mirror the summary; where that fails, the run folder has it all the same."""
-        try:
-            summarize(self.accelerator, summary)
-        except Exception as error:  # of the network, or of wandb's own process
-            reason = f"{type(error).__name__}: {error}"
-            self.accelerator.print(f"note: wandb was not told how the run ended ({reason})")
 
     def was_closed(self) -> bool:
         """Whether the run came to its end before, summary and plots included."""

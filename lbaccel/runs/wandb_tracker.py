@@ -47,13 +47,19 @@ class WandB(WandBTracker):
 def summarize(accelerator: Any, values: Mapping[str, Any]) -> None:
     """Tell the trackers that have a summary, which is wandb alone, what summary.json says.
 
+    Where that fails, a note says so, and the run goes on: its folder has it all the same.
+
     Args:
         accelerator: with its trackers; only those of the main process are asked.
         values: entries under the names of summary.json; wandb has them under `metric_name`.
     """
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandB):
-            tracker.summarize({metric_name(key): value for key, value in values.items()})
+            try:
+                tracker.summarize({metric_name(key): value for key, value in values.items()})
+            except Exception as error:  # of the network, or of wandb's own process
+                reason = f"{type(error).__name__}: {error}"
+                accelerator.print(f"note: the summary of wandb was not written ({reason})")
 
 
 def metric_name(key: str) -> str:

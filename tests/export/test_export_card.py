@@ -137,6 +137,18 @@ def test_an_export_of_a_run_of_before_states_nothing_that_a_new_run_refuses(data
     assert found.data.exif_orientation is (data == "digits")  # the images of digits have no EXIF
 
 
+def test_an_export_of_a_run_of_before_states_what_it_had_without_a_name(of_a_person, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(of_a_person, run, symlinks=True)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("exif_orientation", "test_split"):
+        del config[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    export(run, "--to", tmp_path / "out")
+    said = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (said["exif_orientation"], said["test_split"]) == (False, "val")
+
+
 def test_the_cards_code_builds_a_network_that_timm_has_not(tmp_path):
     folder = train("--model", "cifar_resnet8", "--max-updates", "2", output=tmp_path / "runs")
     export(folder, "--to", tmp_path / "out")

@@ -97,6 +97,12 @@ def test_a_teacher_beside_a_loss_of_ones_own_is_refused(teacher):
         plan("resnet10t", teacher=teacher, loss_fn=lambda m, b: m(b[0]).mean(), **FIXED)
 
 
+def test_a_teacher_of_other_outputs_is_refused(teacher):
+    other = teacher.num_classes + 3
+    with pytest.raises(InputError, match=f"Use num_classes={teacher.num_classes} "):
+        plan("resnet10t", teacher=teacher, **{**FIXED, "num_classes": other})
+
+
 def test_the_model_and_the_teacher_stay_as_they_are(teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     teacher.train()

@@ -93,6 +93,45 @@ def test_the_statistics_are_torchs_update_bn_over_groups_of_the_first_epoch():
     assert all(torch.equal(p, parameters[n]) for n, p in net.named_parameters())
 
 
+def measured_of_few(rank, broken):
+    """20 images in groups of 8: three ranks together would take more than there are."""
+    net, accelerator, ema = network(), Accelerator(cpu=True), torch.nn.Module()
+    ema.module = net
+    data = TensorDataset(samples()[:20], torch.zeros(20))
+    if broken:
+        data = NoSuchImage() if rank == 1 else data
+    plan = BatchPlan(
+        global_batch_size=20,
+        micro_batch_size=8,
+        world_size=accelerator.num_processes,
+        norm_batch_size=8,
+    )
+    loader = UpdateLoader(data, plan, rank=accelerator.process_index, seed=SEED)
+    norm = norm_of_average("recalibrated", ema, loader, accelerator, dtype=torch.float64)
+    try:
+        norm.measure()
+    except NotEvaluated as failed:
+        return str(failed.error)
+    return statistics(net)
+
+
+class NoSuchImage(TensorDataset):
+    def __init__(self):
+        super().__init__(samples()[:20], torch.zeros(20))
+
+    def __getitem__(self, index):
+        raise InputError("no such image.")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_more_ranks_than_groups_change_no_bit_and_hear_of_a_failure(world_size):
+    truth = measured_of_few(0, False)
+    for found in values(run_forked(measured_of_few, False, world_size=world_size)):
+        assert all(torch.equal(found[key], value) for key, value in truth.items())
+    said = values(run_forked(measured_of_few, True, world_size=world_size))
+    assert len(set(said)) == 1 and "no such image" in said[0]
+
+
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 24), (2, 4), (3, 8)])
 def test_ranks_and_micro_batches_change_no_bit(world_size, micro):
     truth, _, _ = measured(0, 4)
@@ -191,13 +230,21 @@ def test_memory_that_runs_out_once_changes_nothing_and_twice_is_one_sentence(mon
 EMA = ("--ema-decay", 0.5, "--precision", "fp64", "--max-updates", 6, "--mixup", 0.2)
 
 
-def test_the_saved_average_has_the_statistics_of_its_own_weights():
-    folder = run(*EMA)
-    saved = load_file(newest(folder) / "model_ema.safetensors")
+@pytest.mark.parametrize(
+    ("flags", "update"),
+    [
+        ((), 6),
+        (("--checkpoint-every", 2, "--eval-every", 3, "--keep", 9), 2),
+        (("--eval-every", 99), 6),
+    ],
+)
+def test_the_saved_average_has_the_statistics_of_its_own_weights(flags, update):
+    folder = run(*EMA, *flags)
+    checkpoint = folder / "checkpoints" / f"update_{update:06d}"
     net = tiny.Tiny(in_chans=1).double()
-    net.load_state_dict(saved)
+    net.load_state_dict(load_file(checkpoint / "model_ema.safetensors"))
     truth = copy.deepcopy(net)
-    pre = json.loads((newest(folder) / "preprocessing.json").read_text())
+    pre = json.loads((checkpoint / "preprocessing.json").read_text())
     source = open_source("digits", seed=4)
     data = training_set(source.train, preprocessing=pre, seed=4, mirror=False)
     mix, groups = GroupMix(10, mixup=0.2, seed=4), []

@@ -203,6 +203,17 @@ def test_underscores_and_no_are_read_as_other_tools_have_them():
             parser.parse_args([wrong])
 
 
+@pytest.mark.parametrize("flag", ["--wandb-tags", "--wandb_tags"])
+@pytest.mark.parametrize("word", ["seed=1", "bf16", "true"])
+def test_a_value_that_looks_like_a_setting_is_a_value(flag, word):
+    from lbaccel.recipe.settings import read_settings
+
+    for words in (["trial", word], [word, "true"], [word]):
+        settings, _ = read_settings([flag, *words, "--epochs", "3"])
+        assert settings.run.wandb_tags == tuple(words)
+        assert settings.run.seed == 0 and settings.rate.epochs == 3
+
+
 def test_the_recipe_takes_them_too():
     from lbaccel.recipe.settings import read_settings
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,7 +29,7 @@ MINUTES = ["--max-minutes", "0.9"]
 UPDATES = [1.5, 2.0, 3.0, 2.0, 2.0, 2.0]  # seconds
 TIMED = 3  # after which a tenth of the minutes is over
 EVALUATION = 2.0
-SPENT = sum(UPDATES[:TIMED]) + EVALUATION
+SPENT = sum(UPDATES[:TIMED]) + 2 * EVALUATION  # its start alone, and a part of it
 TRAIN, BATCH = 1438, 256
 
 
@@ -39,9 +41,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 class Clock:
     """Moves where updates and evaluations of the trial say so, and never by itself."""
 
-    def __init__(self, updates=UPDATES, evaluation=EVALUATION):
+    def __init__(self, updates=UPDATES, evaluation=EVALUATION, batch=0.0):
         self.now, self.updates, self.evaluation = 0.0, itertools.chain(updates), evaluation
-        self.timed = 0
+        self.timed, self.batch = 0, batch
 
     def __call__(self):
         return self.now
@@ -63,9 +65,14 @@ class Clock:
             finally:
                 LargeBatch.update = plain
 
-        def evaluated(*args, **options):
+        def evaluated(network, batches, *args, **options):
+            def slow(start, size):
+                for batch in batches(start, size):
+                    self.now += self.batch
+                    yield batch
+
             self.now += self.evaluation
-            return evaluate(*args, **options)
+            return evaluate(network, slow, *args, **options)
 
         fitting.clock, fitting.evaluate, fitting._seconds_of_updates = self, evaluated, updates
 
@@ -77,6 +84,38 @@ def clock(monkeypatch):
     clock = Clock()
     clock.install()
     return clock
+
+
+def test_the_start_of_an_evaluation_counts_once_and_its_images_by_their_number(clock, capsys):
+    clock.batch = 0.5
+    trained("--max-minutes", "3", "--val-batch-size", "16", "--dry-run")
+    seconds = re.search(r"evaluations? of ([\d.]+) s", capsys.readouterr().out)[1]
+    assert float(seconds) == pytest.approx(EVALUATION + 0.5 * 359 / 16, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [(["--loss-dropout", "30", "50"], "--loss-dropout 30 50 needs at least 30"),
+     (["--warmup", "gradual", "--warmup-epochs", "25"], "--warmup-epochs 25 needs at least 25")],
+)  # fmt: skip
+def test_a_setting_for_more_epochs_than_fit_is_refused_by_the_minutes(clock, flags, needs, capsys):
+    assert trained(*MINUTES, *flags, code=2) is None
+    said = capsys.readouterr().err
+    assert said.startswith("error: --max-minutes 0.9 has time for ") and needs in said
+
+
+def test_the_trial_is_gone_before_the_run_is_built(clock, monkeypatch):
+    plain, alive = fitting._check_length, []
+
+    def count(*given):
+        alive.append(sum(type(x) is LargeBatch for x in gc.get_objects()))
+        plain(*given)
+
+    gc.collect()
+    before = sum(type(x) is LargeBatch for x in gc.get_objects())
+    monkeypatch.setattr(fitting, "_check_length", count)
+    trained(*MINUTES, "--ema-decay", "0.9", "--dry-run")
+    assert alive == [before]
 
 
 def trained(*flags, code=0, output="runs"):
@@ -138,16 +177,16 @@ def test_a_run_is_fitted_says_so_and_is_that_of_as_many_epochs_to_the_bit(clock,
     out, summary = capsys.readouterr().out, json.loads((folder / "summary.json").read_text())
     assert clock.timed == TIMED
     updates = most_updates(54 * (1 - fitting.RESERVE) - SPENT, 2.5, EVALUATION)
-    assert summary["num_updates"] == updates == 13
+    assert summary["num_updates"] == updates == 12
     config = settings_of(folder)
-    assert (config["max_minutes"], config["epochs"]) == (0.9, 2.31)
-    assert config["warmup_epochs"] == 2.31 / 4  # in proportion
+    assert (config["max_minutes"], config["epochs"]) == (0.9, 2.13)
+    assert config["warmup_epochs"] == 2.13 / 4  # in proportion
     said = (
-        "2.31, fitted to --max-minutes 0.9: 13 updates of 2.5 s (the median of 2 updates, slowest "
-        "rank) and 3 evaluations of 2 s, after 8.5 s; 10% of the time is kept back"
+        "2.13, fitted to --max-minutes 0.9: 12 updates of 2.5 s (the median of 2 updates, slowest "
+        "rank) and 2 evaluations of 2 s, after 10.5 s; 10% of the time is kept back"
     )
     assert f"epochs: {said}" in out and config["origin"]["epochs"] == said
-    truth = trained("--epochs", 2.31, output="whole")
+    truth = trained("--epochs", 2.13, output="whole")
     assert differences(folder, truth) == []
 
 
@@ -179,11 +218,11 @@ def test_another_number_of_minutes_is_another_run_and_more_epochs_an_extension(c
 def test_the_config_of_a_fitted_run_states_its_epochs(clock):
     folder = trained(*MINUTES)
     settings = from_file(folder / "config.yaml")
-    assert (settings.rate.epochs, settings.rate.max_minutes) == (2.31, None)
+    assert (settings.rate.epochs, settings.rate.max_minutes) == (2.13, None)
     checked(settings)
     assert cli.main(["export", str(folder), "--to", "out"]) == 0
     exported = from_file(Path("out/config.yaml"))
-    assert (exported.rate.epochs, exported.rate.max_minutes) == (2.31, None)
+    assert (exported.rate.epochs, exported.rate.max_minutes) == (2.13, None)
     checked(exported)
 
 
@@ -214,7 +253,8 @@ def test_minutes_that_hold_no_update_are_refused_before_anything_is_written(cloc
 
 def test_a_warmup_that_was_asked_for_is_compared_with_the_length_that_was_found(clock, capsys):
     assert trained(*MINUTES, "--warmup-epochs", 25, code=2) is None
-    assert "--warmup-epochs 25 is longer than the run of --epochs 2.31" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has time for 2.13 epochs, and --warmup-epochs 25 needs at least 25" in said
     clock.updates, clock.now = itertools.chain(UPDATES), 0.0
     assert settings_of(trained(*MINUTES, "--warmup-epochs", 2))["warmup_epochs"] == 2.0
 

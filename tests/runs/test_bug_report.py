@@ -87,6 +87,13 @@ def test_the_home_folder_is_shortened_and_a_value_takes_one_line(monkeypatch, tm
     assert safe("WANDB_API_KEY", "") == ""
 
 
+def test_the_users_name_is_in_no_other_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "jdoe"))
+    monkeypatch.setenv("USER", "jane.doe")
+    assert safe("HF_HOME", "/scratch/jdoe/hf:/mnt/jane.doe") == "/scratch/USER/hf:/mnt/USER"
+    assert safe("HF_HOME", "/scratch/jdoes/hf") == "/scratch/jdoes/hf"
+
+
 def test_variables_of_others_are_left_out(capsys, monkeypatch):
     monkeypatch.setenv("MY_OWN_VARIABLE", "private")
     assert "MY_OWN_VARIABLE" not in reported(capsys)["variables"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import timm.loss
 import torch
@@ -386,6 +387,12 @@ LOADERS = {
     "a seed": (lambda: UpdateLoader(DATA, PLAN, seed=0.5), ["seed=0.5"]),
     "a large list": (lambda: UpdateLoader(DATA, list(range(10**5))), ["a list"]),
 }
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    number = np.int64
+    loader = UpdateLoader(DATA, PLAN, rank=number(0), num_workers=number(0), seed=number(1))
+    assert next(iter(loader)).num_samples == PLAN.global_batch_size
 
 
 @pytest.mark.parametrize("case", LOADERS)
