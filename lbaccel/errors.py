@@ -169,20 +169,24 @@ def check_number(name: str, value: float, *, zero: bool = False, at_most: float 
         raise InputError(f"{name}={brief(value)} is not a finite number {rule}. Use {hint}.")
 
 
+class ForeignState(InputError):
+    """A state to load that is of something else."""
+
+
 def check_state(whose: str, state: Any, *names: str) -> None:
     """Stop at a state to load that is not one of `whose` own.
 
     Raises:
-        InputError: no mapping, or one without these names.
+        ForeignState: no mapping, or one without these names.
 
     >>> check_state("loader", {"epoch": 3}, "next_update")
     Traceback (most recent call last):
-    lbaccel.errors.InputError: loader.load_state_dict() got a dict without 'next_update'. Give what
-    loader.state_dict() returned.
+    lbaccel.errors.ForeignState: loader.load_state_dict() got a dict without 'next_update'. Give
+    what loader.state_dict() returned.
     """
     missing = [name for name in names if not isinstance(state, Mapping) or name not in state]
     if missing:
-        raise InputError(
+        raise ForeignState(
             f"{whose}.load_state_dict() got {kind_of(state)} without {missing[0]!r}. Give what "
             f"{whose}.state_dict() returned."
         )

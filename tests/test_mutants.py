@@ -412,7 +412,7 @@ MUTANTS = {
     ),
     "rows of parquet files are known by a name that several have": (
         "data.broken",
-        "        return [images.read.name_of(sample) for sample in images.samples]",
+        "        return [_name(images, images.read, row) for row in range(len(images))]",
         "        return list(images.names)",
         "tests/data/test_broken.py::"
         "test_images_in_no_files_of_their_own_are_looked_at[in_rows-True]",
@@ -1217,19 +1217,19 @@ MUTANTS = {
         "runs.groups",
         "if best is not None and best.value is not None and ended(one):",
         "if best is not None and best.value is not None:",
-        "tests/runs/test_groups.py::test_a_run_that_did_not_end_is_in_no_mean_and_is_named[failed]",
+        "tests/runs/test_groups_of_runs.py::test_a_run_that_did_not_end_is_in_no_mean_and_is_named[failed]",
     ),
     "runs of one seed are independent draws": (
         "runs.groups",
         "found.setdefault(one.config.get(SEED), [])",
         "found.setdefault(one.name, [])",
-        "tests/runs/test_groups.py::test_the_best_of_each_seed_counts_once",
+        "tests/runs/test_groups_of_runs.py::test_the_best_of_each_seed_counts_once",
     ),
     "an interval is a standard error": (
         "runs.groups",
         "return float(stdtrit(self.n - 1, (1 + LEVEL) / 2)) * math.sqrt",
         "return math.sqrt",
-        "tests/runs/test_groups.py::test_the_interval_is_students[values0]",
+        "tests/runs/test_groups_of_runs.py::test_the_interval_is_students[values0]",
     ),
     "where the output goes is a setting of the experiment": (
         "recipe.experiment",

@@ -178,7 +178,10 @@ def without(source: Source, broken: Collection[Broken]) -> Source:
     if empty or not len(val):
         lost = f"training image of class {some(empty)}" if empty else "validation image"
         raise InputError(f"--skip-corrupt leaves no {lost}. Mend files, or add some.")
-    lines = f"{source.description}; {len(broken)} of them can't be read and are left out"
+    lines = (
+        f"{source.description}; {len(broken)} can't be read and are left out, so {len(train)} "
+        f"training and {len(val)} validation images are used"
+    )
     return replace(source, train=train, val=val, description=lines)
 
 
@@ -210,15 +213,21 @@ def _entries(source: Source, rows: Sequence[int]) -> Iterator[_Entry]:
             if root is not None:
                 yield _Entry(split, sample, root / sample)
             elif isinstance(reader, EncodedImages):
-                yield _Entry(split, reader.name_of(sample), (reader, sample))
+                yield _Entry(split, _name(images, reader, row - first), (reader, sample))
         first += len(images)
 
 
 def _names(images: ImageFiles) -> Sequence[str]:
     """A name that no other image of the set has."""
     if folder_of(images) is None and isinstance(images.read, EncodedImages):
-        return [images.read.name_of(sample) for sample in images.samples]
+        return [_name(images, images.read, row) for row in range(len(images))]
     return images.names
+
+
+def _name(images: ImageFiles, reader: EncodedImages, row: int) -> str:
+    """The place of the bytes, and the name that the image has in its archive, if it has one."""
+    place, name = reader.name_of(images.samples[row]), images.names[row]
+    return place if name.isdigit() else f"{place}: {name}"
 
 
 def _spread(count: int, most: int, *, run: int) -> list[int]:

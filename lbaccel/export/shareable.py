@@ -49,7 +49,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         of_recipe.pop("max_minutes", None)
     whole = Settings().with_values(of_recipe)
     return {
-        name: without_folders(value) if isinstance(value, str) else value
+        name: _portable(name, value) if isinstance(value, str) else value
         for name, value in of_recipe.items()
         if not OPTIONS[name].private and is_read(OPTIONS[name], whole)
     }
@@ -77,17 +77,23 @@ def command(line: str) -> str:
     return shlex.join([*kept, *_kept(words[1:])])
 
 
+def _portable(name: str, value: str) -> str:
+    """A value of an option without the folders of a path; one of its choices is none."""
+    of_choice = name in OPTIONS and value in (OPTIONS[name].choices or ())
+    return value if of_choice else without_folders(value)
+
+
 def _kept(words: Iterable[str]) -> list[str]:
     kept: list[str] = []
-    private = False
+    private, name = False, ""
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             name = flag[2:].replace("-", "_")
             private = name in OPTIONS and OPTIONS[name].private
-            word = flag + equals + without_folders(value)
+            word = flag + equals + _portable(name, value)
         else:
-            word = without_folders(word)
+            word = _portable(name, word)
         if not private:
             kept.append(word)
     return kept

@@ -121,7 +121,7 @@ def plan(
             "teacher in loss_fn, or leave loss_fn out."
         )
     outputs = getattr(teacher, "num_classes", num_classes)
-    if outputs != num_classes:
+    if isinstance(model, str) and outputs != num_classes:
         raise InputError(
             f"the teacher has {outputs} outputs and the network {num_classes}: both answer for the "
             f"same classes. Use num_classes={outputs} (--num-classes {outputs})."

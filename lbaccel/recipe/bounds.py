@@ -108,6 +108,9 @@ def whole_from(low: int) -> Bounded:
     return Bounded(f"a whole number from {low} to 2^53", whole, low, MOST)
 
 
+temperature = Bounded(  # above, T^2 times the rounding of the divergence is the loss in float32
+    "a number above 0 and at most 100", float, 0, 100, without_low=True
+)
 count = whole_from(1)
 count_from_zero = whole_from(0)
 norm_samples = Bounded(

@@ -191,7 +191,7 @@ class DataOptions:
     )
     distill_temperature: float = option(
         4.0,
-        bounds.positive,
+        bounds.temperature,
         "T that the logits of teacher and network are divided by",
         reads_with=(_TAUGHT,),
     )

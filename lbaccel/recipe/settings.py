@@ -200,13 +200,39 @@ def from_file(
 
 
 def layered(settings: Settings, layer: Mapping[str, Any], *, origin: str) -> Settings:
-    """The settings with those of a layer on top, which are text or YAML's values."""
+    """The settings with those of a layer on top, which are text or YAML's values.
+
+    A length of the layer takes the place of the other kind of length below it.
+    """
     values = {name: parse(OPTIONS[name], raw, origin) for name, raw in layer.items()}
+    settings = _without_other_length(settings, values, origin=origin)
     return replace(
         settings.with_values(values),
         origins={**settings.origins, **dict.fromkeys(values, origin)},
         given=settings.given | values.keys(),
     )
+
+
+_LENGTHS = (frozenset({"max_minutes"}), frozenset({"epochs", "max_updates"}))
+
+
+def _without_other_length(
+    settings: Settings, values: Mapping[str, Any], *, origin: str
+) -> Settings:
+    for mine, other in (_LENGTHS, _LENGTHS[::-1]):
+        replaced = sorted(other & settings.given)
+        if replaced and mine & values.keys() and not other & values.keys():
+            said = " and ".join(
+                f"{n} {shown(settings.value(n))} ({settings.origin(n)})" for n in replaced
+            )
+            by = " and ".join(sorted(mine & values.keys()))
+            return replace(
+                settings.with_values({name: OPTIONS[name].default for name in replaced}),
+                origins={k: v for k, v in settings.origins.items() if k not in replaced},
+                given=settings.given - set(replaced),
+                notes=(*settings.notes, f"{by} ({origin}) takes the place of {said}"),
+            )
+    return settings
 
 
 def under_a_batch_schedule(settings: Settings) -> Settings:

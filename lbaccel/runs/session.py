@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lbaccel.errors import CannotRead, InputError, RunFailed, reading
+from lbaccel.errors import CannotRead, ForeignState, InputError, RunFailed, reading
 from lbaccel.models import load_exactly, read_tensors
 from lbaccel.optim.scheduler import refresh
 from lbaccel.runs.abandoned import put_aside
@@ -263,9 +263,10 @@ class Session:
 def _restore(name: str, part: Any, state: Any, file: Path) -> None:
     try:
         part.load_state_dict(state)
-    except (InputError, RunFailed, torch.OutOfMemoryError):
-        raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+        in_words = isinstance(e, (InputError, RunFailed, torch.OutOfMemoryError))
+        if in_words and not isinstance(e, ForeignState):
+            raise
         reason = printable(" ".join(str(e).split())[:200]) or type(e).__name__
         raise InputError(
             f"{file} holds a state of {name!r} that does not fit this run ({type(e).__name__}: "

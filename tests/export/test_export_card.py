@@ -137,6 +137,17 @@ def test_an_export_of_a_run_of_before_states_nothing_that_a_new_run_refuses(data
     assert found.data.exif_orientation is (data == "digits")  # the images of digits have no EXIF
 
 
+def test_a_choice_with_a_slash_is_no_path(tmp_path):
+    flags = ("--ema-decay", "0.9", "--monitor", "val/top1_ema", "--patience", "3")
+    folder = train(*flags, "--max-updates", "2", output=tmp_path / "runs")
+    export(folder, "--to", tmp_path / "out")
+    said = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert said["monitor"] == "val/top1_ema"
+    line = "lbaccel train --monitor val/top1_ema --data folder:/a/b"
+    assert shareable.command(line) == "lbaccel train --monitor val/top1_ema --data folder:b"
+    read_settings(["--config", str(tmp_path / "out" / "config.yaml")])
+
+
 def test_an_export_of_a_run_of_before_states_what_it_had_without_a_name(of_a_person, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(of_a_person, run, symlinks=True)

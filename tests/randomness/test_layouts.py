@@ -285,6 +285,7 @@ def test_data_that_no_sample_can_be_taken_of_is_said():
         Accelerator(cpu=True), BatchPlan(global_batch_size=8, micro_batch_size=4)
     )
     model = Counted(tokens_first, drop=0.5)
-    large_batch.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), pairs)
+    update = Update(0, 8, pairs)
+    large_batch.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), [update])
     with pytest.warns(UserWarning, match="no tensor of the micro-batch has 4 rows"):
-        large_batch.update(Update(0, 8, pairs), loss_fn)
+        large_batch.update(update, loss_fn)

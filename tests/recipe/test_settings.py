@@ -11,6 +11,7 @@ import yaml
 
 from lbaccel import cli
 from lbaccel.errors import InputError
+from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import GROUPS, OPTIONS, TITLES
 from lbaccel.recipe.settings import make_parser, read_settings, show_settings
 
@@ -29,6 +30,26 @@ def read(flags="", text=None):
         argv = ["--config", "c.yaml", *argv]
     settings, show = read_settings(argv)
     return settings.values(), {name: settings.origin(name) for name in OPTIONS}, show
+
+
+def test_a_length_that_is_typed_takes_the_place_of_the_other_kind_of_a_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text, typed, left, note in (
+        (
+            *("epochs: 30", ["--max-minutes", "3"], {"max_minutes"}),
+            "max_minutes (flag) takes the place of epochs 30 (",
+        ),
+        (
+            *("max_minutes: 3", ["--epochs", "4"], {"epochs"}),
+            "epochs (flag) takes the place of max_minutes 3 (",
+        ),
+        ("epochs: 30", ["--epochs", "4"], {"epochs"}, None),
+    ):
+        path.write_text(text)
+        settings, _ = read_settings(["--config", str(path), *typed])
+        assert settings.given == left
+        assert [n[: len(note)] for n in settings.notes] == [note] if note else not settings.notes
+        checked(settings)
 
 
 def test_without_flags_every_option_has_its_default():

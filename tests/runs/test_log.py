@@ -66,6 +66,7 @@ def test_the_best_of_each_is_kept_and_named(capsys):
     assert named == {
         "best_val_top1": 30.0,
         "best_update": 6,
+        "best_epoch": 6 * 256 / 1438,
         "best_val_top1_ema": 40.0,
         "best_update_ema": 9,
     }

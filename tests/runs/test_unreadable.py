@@ -13,11 +13,10 @@ from torch import nn
 from lbaccel.configs import launcher, resolve
 from lbaccel.doctor import facts, script
 from lbaccel.errors import CannotRead
-from lbaccel.export import read as export
 from lbaccel.models import read_weights
 from lbaccel.recipe import settings
 from lbaccel.recipe.resume import newest_run, read_run
-from lbaccel.runs import session
+from lbaccel.runs import saved_weights, session
 from lbaccel.runs.read import read_mapping, read_metrics
 from lbaccel.runs.tracking import RunFolderTracker, keep_updates_until
 
@@ -63,7 +62,7 @@ READERS = {
     "doctor's YAML": ("zero2.yaml", facts._raw),
     "doctor's line": ("zero2.json", lambda path: facts._line(str(path), "zero")),
     "a script": ("train.py", script.read_script),
-    "a checkpoint's JSON": ("preprocessing.json", lambda path: export._json(path, dict)),
+    "a checkpoint's JSON": ("preprocessing.json", lambda path: saved_weights._json(path, dict)),
 }
 
 
