@@ -74,7 +74,7 @@ def run(own: argparse.Namespace) -> int:
     for note in settings.notes:
         _say(note)
     if own.print_config:
-        _say(show_settings(settings))
+        _say(show_settings(settings, given_alone=True))
         return 0
     writable(own.out, "--out", own=Own("recipe of lbaccel start", _is_ours))
     from lbaccel.product.start import start

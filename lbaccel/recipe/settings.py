@@ -267,9 +267,10 @@ def under_a_batch_schedule(settings: Settings) -> Settings:
     )
 
 
-def show_settings(settings: Settings) -> str:
-    """A line a setting: name, value, origin; aligned."""
-    rows = [(name, str(value), settings.origin(name)) for name, value in settings.values().items()]
+def show_settings(settings: Settings, *, given_alone: bool = False) -> str:
+    """A line a setting, or each that was given: name, value, origin; aligned."""
+    names = [name for name in OPTIONS if not given_alone or name in settings.given]
+    rows = [(name, str(settings.value(name)), settings.origin(name)) for name in names]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {o}".rstrip() for n, v, o in rows)
 
