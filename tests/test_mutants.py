@@ -44,7 +44,7 @@ MUTANTS = {
     ),
     "a value of a flag that looks like key=value becomes a setting": (
         "recipe.command_line",
-        "values = 0 if equals or action is None else _values_of(action)",
+        "values = 0 if has_value or action is None else _values_of(action)",
         "values = 0",
         "tests/recipe/test_other_names.py::test_a_word_that_a_flag_takes_stays_its_value",
     ),
@@ -298,7 +298,7 @@ MUTANTS = {
     ),
     "a seed of more than 64 bits is taken": (
         "errors",
-        "if not 0 <= seed < 2**64:",
+        "if seed is None or not 0 <= seed < 2**64:",
         "if seed < 0:",
         "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
     ),

@@ -115,17 +115,8 @@ def plan(
     >>> found.fits, found.micro_batch_size % 32, found.batch.global_batch_size
     (True, 0, 256)
     """
-    if teacher is not None and loss_fn is not None:
-        raise InputError(
-            "teacher= with loss_fn=: with a teacher the loss is that of distillation. Call the "
-            "teacher in loss_fn, or leave loss_fn out."
-        )
-    outputs = getattr(teacher, "num_classes", num_classes)
-    if isinstance(model, str) and outputs != num_classes:
-        raise InputError(
-            f"the teacher has {outputs} outputs and the network {num_classes}: both answer for the "
-            f"same classes. Use num_classes={outputs} (--num-classes {outputs})."
-        )
+    if teacher is not None:
+        _check_teacher(teacher, loss_fn, None if isinstance(model, nn.Module) else num_classes)
     check_whole("global_batch_size", global_batch_size)
     if global_batch_size > MOST_SAMPLES:
         raise InputError(
@@ -165,6 +156,20 @@ def plan(
     )
     search = _search(trained, network, batch, machine=machine, pinned=pinned)
     return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps))
+
+
+def _check_teacher(teacher: nn.Module, loss_fn: LossFn | None, num_classes: int | None) -> None:
+    if loss_fn is not None:
+        raise InputError(
+            "teacher= with loss_fn=: with a teacher the loss is that of distillation. Call the "
+            "teacher in loss_fn, or leave loss_fn out."
+        )
+    outputs = getattr(teacher, "num_classes", num_classes)
+    if num_classes is not None and outputs != num_classes:
+        raise InputError(
+            f"the teacher has {outputs} outputs and the network {num_classes}: both answer for the "
+            f"same classes. Use num_classes={outputs} (--num-classes {outputs})."
+        )
 
 
 @dataclass(frozen=True)
