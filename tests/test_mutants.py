@@ -299,7 +299,7 @@ MUTANTS = {
     "a seed of more than 64 bits is taken": (
         "errors",
         "if seed is None or not 0 <= seed < 2**64:",
-        "if seed < 0:",
+        "if seed is None or seed < 0:",
         "tests/test_errors.py::test_a_seed_that_is_no_whole_number_of_64_bits_is_refused_by_name",
     ),
     "a masks' seed is cut to a whole number": (
