@@ -1,0 +1,1 @@
+"""A study: arms x batch sizes x seeds as ordinary runs, judged together."""

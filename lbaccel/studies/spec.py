@@ -1,0 +1,184 @@
+"""A study as it is written down: arms, batch sizes and seeds, at several scales (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+BATCH = "global_batch_size"
+SCALES = ("paper", "small", "smoke")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, at each of the study's batch sizes.
+
+    Attributes:
+        name: a word, part of the names of folders.
+        title: a phrase for readers.
+        settings: of `lbaccel train`, beside those of the study.
+        batches: where the arm is run; empty is at all batch sizes of the study.
+        per_batch: settings of single batch sizes.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batches: tuple[int, ...] = ()
+    per_batch: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The publication that a study repeats.
+
+    Attributes:
+        authors, title, year: of it; year 0 is unknown.
+        where: tables, figures or sections.
+    """
+
+    authors: str
+    title: str
+    year: int = 0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value of a metric whose first reaching is counted in updates and samples."""
+
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """An arm at a batch size."""
+
+    arm: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that are compared at each batch size, or at one each, seed by seed.
+
+    Attributes:
+        arm, against: names of arms.
+        batch, against_batch: None: each batch size that both have.
+    """
+
+    arm: str
+    against: str
+    batch: int | None = None
+    against_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study at one scale, read and checked.
+
+    Attributes:
+        name: a word.
+        scale: one of `SCALES`, or "" where the file has none.
+        title, question: a line, and what the study asks.
+        source: None where it repeats no publication.
+        settings: of all runs.
+        arms: in order; the first is the baseline's where `baseline` is None.
+        batches: global batch sizes, ascending.
+        seeds: whole numbers.
+        metric: the result, of which each run gives the median of its last `last` evaluations.
+        last: how many evaluations that median takes.
+        baseline: the place that every other one is compared with.
+        pairs: what else is compared.
+        target: None: nothing is timed.
+        spread: standard deviation over seeds of one run's metric that the plan supposes, points.
+        fixed: settings that the study is about; no tuning may move them.
+        expected: arm to batch to the source's own number.
+        note: where this scale departs from the source, a text.
+    """
+
+    name: str
+    scale: str
+    title: str
+    question: str
+    source: Source | None
+    settings: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    batches: tuple[int, ...]
+    seeds: tuple[int, ...]
+    metric: str = "val/top1"
+    last: int = 5
+    baseline: Place | None = None
+    pairs: tuple[Pair, ...] = ()
+    target: Target | None = None
+    spread: float = 0.4
+    fixed: tuple[str, ...] = ()
+    expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    note: str = ""
+
+    def places(self) -> list[Place]:
+        """Every arm at each of its batch sizes, in order."""
+        return [Place(arm.name, b) for arm in self.arms for b in arm.batches or self.batches]
+
+    def cells(self) -> list[Cell]:
+        """Every run of the study, the first seed of all places first."""
+        return [self.cell(place, seed) for seed in self.seeds for place in self.places()]
+
+    def cell(self, place: Place, seed: int, *, more: Mapping[str, Any] | None = None) -> Cell:
+        """The run of an arm at a batch size with a seed; `more` settings are laid on top."""
+        arm = next(one for one in self.arms if one.name == place.arm)
+        layers = (
+            self.settings,
+            arm.settings,
+            arm.per_batch.get(place.batch, {}),
+            more or {},
+            {BATCH: place.batch, "seed": seed},
+        )
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer
+        settings = {name: of_batch(value, place.batch) for name, value in merged.items()}
+        return Cell(place.arm, place.batch, seed, settings)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, before it is run: a value for each setting that the study names."""
+
+    arm: str
+    batch: int
+    seed: int
+    settings: Mapping[str, Any]
+    variant: str = ""  # of tuning, such as base_lr-0.05
+
+    @property
+    def name(self) -> str:
+        """Of its folder; a word.
+
+        >>> Cell("linear", 256, 0, {}).name
+        'linear-gbs256-seed0'
+        """
+        end = f"-{self.variant}" if self.variant else ""
+        return f"{self.arm}-gbs{self.batch}-seed{self.seed}{end}"
+
+
+def of_batch(value: Any, batch: int) -> Any:
+    """A value of a study's file at a batch size: `batch`, `batch / 4` and `batch x 2` are of it.
+
+    >>> of_batch("batch", 256), of_batch("batch / 4", 256), of_batch("cosine", 256)
+    (256, 64, 'cosine')
+    """
+    if not isinstance(value, str):
+        return value
+    words: Sequence[str] = value.split()
+    if words == ["batch"]:
+        return batch
+    if len(words) == 3 and words[0] == "batch" and words[2].isdecimal() and int(words[2]):
+        number = int(words[2])
+        if words[1] == "/" and batch % number == 0:
+            return batch // number
+        if words[1] == "x":
+            return batch * number
+    return value
