@@ -76,6 +76,33 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """A grid of one setting, the same for every arm and batch size.
+
+    Attributes:
+        setting: its name.
+        values: factors of the setting's own value at each place, or values.
+        relative: they are factors.
+    """
+
+    setting: str
+    values: tuple[float, ...]
+    relative: bool = True
+
+    def at(self, own: float) -> tuple[float, ...]:
+        """The values at a place whose own value is `own`.
+
+        >>> Tune("base_lr", (0.5, 1.0, 2.0)).at(0.1)
+        (0.05, 0.1, 0.2)
+        """
+        return tuple(own * v for v in self.values) if self.relative else self.values
+
+    def __str__(self) -> str:
+        values = ",".join(f"{value:g}" for value in self.values)
+        return f"{self.setting} {'x ' if self.relative else ''}{values}"
+
+
+@dataclass(frozen=True)
 class Study:
     """A study at one scale, read and checked.
 
@@ -97,6 +124,7 @@ class Study:
         fixed: settings that the study is about; no tuning may move them.
         expected: arm to batch to the source's own number.
         note: where this scale departs from the source, a text.
+        tune: the grid that is searched first; None is none.
     """
 
     name: str
@@ -117,6 +145,11 @@ class Study:
     fixed: tuple[str, ...] = ()
     expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     note: str = ""
+    tune: Tune | None = None
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(one for one in self.arms if one.name == name)
 
     def places(self) -> list[Place]:
         """Every arm at each of its batch sizes, in order."""
@@ -128,7 +161,7 @@ class Study:
 
     def cell(self, place: Place, seed: int, *, more: Mapping[str, Any] | None = None) -> Cell:
         """The run of an arm at a batch size with a seed; `more` settings are laid on top."""
-        arm = next(one for one in self.arms if one.name == place.arm)
+        arm = self.arm(place.arm)
         layers = (
             self.settings,
             arm.settings,
