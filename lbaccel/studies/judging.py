@@ -1,4 +1,4 @@
-"""The rules by which a study is judged: paired intervals over seeds, verdicts, limits (no torch).
+"""The rules by which a study is judged: paired intervals over seeds, and verdicts (no torch).
 
 Two intervals are never mixed. Those of this module are over seeds: they say how much another seed
 would change. Those of `lbaccel.product.shares` are over test images.
@@ -7,10 +7,9 @@ would change. Those of `lbaccel.product.shares` are over test images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from lbaccel.errors import check_number, check_whole
 from lbaccel.runs.compare import lower_is_better
@@ -20,7 +19,6 @@ Verdict = Literal["no loss", "loss", "gain", "not resolved", "not enough seeds"]
 MARGIN = 0.5  # points: a smaller difference is no loss
 ROUNDING = 1e-9  # points that the subtraction of two shares may be off
 MOST_SEEDS = 10_000  # that a plan speaks of
-NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def judge(
     low, high = mean.interval or (None, None)
     sign = -1 if lower_is_better(metric) else 1
     verdict = _of_interval(low, high, sign=sign, margin=margin if is_in_points(metric) else None)
-    verdict = _with_diverged(verdict, one, other)
+    verdict = _withdiverged_text(verdict, one, other)
     sentence = _sentence(verdict, mean, one, other, names=names, metric=metric, margin=margin)
     return Judgement(differences, mean.mean, low, high, verdict, sentence)
 
@@ -137,7 +135,7 @@ def _of_interval(
     return "gain" if high * sign > 0 and low * sign > 0 else "not resolved"
 
 
-def _with_diverged(verdict: Verdict, one: Outcomes, other: Outcomes) -> Verdict:
+def _withdiverged_text(verdict: Verdict, one: Outcomes, other: Outcomes) -> Verdict:
     if len(one.diverged) > 1 and not one.values and len(other.values) > 1:
         return "loss"
     if len(other.diverged) > 1 and not other.values and len(one.values) > 1:
@@ -157,7 +155,9 @@ def _sentence(
     metric: str,
     margin: float,
 ) -> str:
-    diverged = " ".join(_diverged(of, name) for of, name in zip((one, other), names, strict=True))
+    diverged = " ".join(
+        diverged_text(of, name) for of, name in zip((one, other), names, strict=True)
+    )
     begin = f"{verdict.capitalize()}: "
     if mean.mean is None:
         why = "" if one.diverged or other.diverged else "no seed has a result of both."
@@ -183,7 +183,7 @@ def _sentence(
     return f"{text} {diverged}".strip()
 
 
-def _diverged(of: Outcomes, name: str) -> str:
+def diverged_text(of: Outcomes, name: str) -> str:
     count, total = len(of.diverged), len(of.diverged) + len(of.values)
     if not count:
         return ""
@@ -311,137 +311,3 @@ def resolution(num_seeds: int, spread: float, *, correlation: float = 0.0) -> st
     if needed <= num_seeds:
         return f"{start}{said}"
     return f"{start}{said} To resolve {MARGIN:g} points, run {needed} seeds."
-
-
-@dataclass(frozen=True)
-class ScalingLimit:
-    """The largest batch size up to which an arm loses no more than some points.
-
-    Attributes:
-        points: of the mean loss that is allowed.
-        batch: None where the arm has no result at its first batch size.
-        factor: batch over the first batch size.
-        resolved: the intervals exclude a larger loss at each batch size up to `batch`.
-        sentence: all of it in words.
-    """
-
-    points: float
-    batch: int | None
-    factor: float | None
-    resolved: bool
-    sentence: str
-
-
-def scaling_limit(
-    places: Mapping[int, Outcomes], *, base: int, points: float, title: str, metric: str
-) -> ScalingLimit:
-    """The scaling limit of an arm, by its own results at the batch size `base`.
-
-    It is the largest batch B such that at B and at every batch size from `base` to B the mean
-    paired difference is at least -`points`, and no run diverged.
-
-    Args:
-        places: batch size to results of the arm.
-        base: the batch size that the others are compared with.
-        points: of the loss that is allowed.
-        title: of the arm.
-        metric: one in %.
-    """
-    first = places.get(base)
-    if first is None or not first.values or first.diverged:
-        why = "has no result" if first is None or not first.diverged else "diverged"
-        said = f"{title}: no scaling limit, since batch {base:,} {why}."
-        return ScalingLimit(points, None, None, False, said)
-    limit, resolved, stopped, unresolved = base, True, "", ""
-    for batch in sorted(b for b in places if b > base):
-        mean = Mean(tuple(paired(places[batch], first).values()))
-        if places[batch].diverged:
-            stopped = f"At batch {batch:,} {_diverged(places[batch], 'this arm')}"
-        elif mean.mean is None:
-            stopped = f"Batch {batch:,} has no result yet."
-        elif mean.mean < -points - ROUNDING:
-            stopped = f"At batch {batch:,} it is {amount(mean.mean, metric)}."
-        if stopped:
-            break
-        low = mean.interval[0] if mean.interval else -math.inf
-        if low < -points - ROUNDING and not unresolved:
-            unresolved = _not_excluded(batch, low, n=mean.n, points=points)
-        limit = batch
-    resolved = not unresolved
-    if limit == base:
-        said = f"{title}: no batch size above {base:,} stays within {points:g} points of it."
-    else:
-        said = (
-            f"{title}: within {points:g} points of batch {base:,} up to batch {limit:,}, "
-            f"a factor of {limit / base:g}. {unresolved or 'The intervals resolve it.'}"
-        )
-    last = stopped or "No larger batch was run."
-    return ScalingLimit(points, limit, limit / base, resolved, f"{said} {last}")
-
-
-def _not_excluded(batch: int, low: float, *, n: int, points: float) -> str:
-    if low == -math.inf:
-        return "One seed gives no interval, so this is not resolved."
-    return (
-        f"The means say so, but this is not resolved: at batch {batch:,} the interval of {n} seeds "
-        f"reaches {low:+.2f} points."
-    )
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """The interquartile mean of an arm over all its batch sizes and seeds, with its interval."""
-
-    value: float
-    low: float | None
-    high: float | None
-    num_runs: int
-
-
-def interquartile_mean(places: Sequence[Sequence[float]], *, seed: int = 0) -> Aggregate | None:
-    """The interquartile mean over batch sizes x seeds, with a stratified bootstrap interval.
-
-    It is the mean of the values without the lowest and the highest quarter of them. The bootstrap
-    draws the seeds of each batch size anew (percentiles of 2,000 resamples). With few seeds such an
-    interval is too narrow: it says less than the paired intervals of the single batch sizes.
-
-    Args:
-        places: the results at each batch size.
-        seed: of the resampling.
-
-    Returns:
-        None of no values; without an interval where a batch size has a single one.
-
-    Source: Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical
-    precipice", section 4.
-
-    >>> interquartile_mean([[1.0, 2.0], [3.0, 100.0]]).value
-    2.5
-    """
-    import numpy as np
-    from scipy.stats import bootstrap, trim_mean
-
-    samples = [np.asarray(values, dtype=float) for values in places if len(values)]
-    if not samples:
-        return None
-
-    def statistic(*drawn: Any, axis: int = -1) -> Any:
-        return trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis)
-
-    value, num_runs = float(statistic(*samples)), sum(map(len, samples))
-    if min(map(len, samples)) < 2:
-        return Aggregate(value, None, None, num_runs)
-    found = bootstrap(
-        samples,
-        statistic,
-        n_resamples=NUM_RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        random_state=np.random.default_rng(seed),  # `rng` from scipy 1.15 on
-    ).confidence_interval
-    return Aggregate(value, float(found.low), float(found.high), num_runs)
-
-
-def mean_of(outcomes: Outcomes) -> float | None:
-    """The mean over the runs that ended."""
-    return fmean(outcomes.values.values()) if outcomes.values else None
