@@ -118,7 +118,7 @@ def judge(
     low, high = mean.interval or (None, None)
     sign = -1 if lower_is_better(metric) else 1
     verdict = _of_interval(low, high, sign=sign, margin=margin if is_in_points(metric) else None)
-    verdict = _withdiverged_text(verdict, one, other)
+    verdict = _with_diverged(verdict, one, other)
     sentence = _sentence(verdict, mean, one, other, names=names, metric=metric, margin=margin)
     return Judgement(differences, mean.mean, low, high, verdict, sentence)
 
@@ -135,7 +135,7 @@ def _of_interval(
     return "gain" if high * sign > 0 and low * sign > 0 else "not resolved"
 
 
-def _withdiverged_text(verdict: Verdict, one: Outcomes, other: Outcomes) -> Verdict:
+def _with_diverged(verdict: Verdict, one: Outcomes, other: Outcomes) -> Verdict:
     if len(one.diverged) > 1 and not one.values and len(other.values) > 1:
         return "loss"
     if len(other.diverged) > 1 and not other.values and len(one.values) > 1:
@@ -184,6 +184,11 @@ def _sentence(
 
 
 def diverged_text(of: Outcomes, name: str) -> str:
+    """How many runs of a place diverged, a sentence; "" where none did.
+
+    >>> diverged_text(Outcomes({0: 90.0}, frozenset({1})), "A")
+    '1 of 2 runs of A diverged, and diverged runs count.'
+    """
     count, total = len(of.diverged), len(of.diverged) + len(of.values)
     if not count:
         return ""
