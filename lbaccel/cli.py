@@ -50,6 +50,10 @@ COMMANDS = {
         "commands.compare",
         "finished runs side by side: what differed, and what came of it",
     ),
+    "study": (
+        "commands.study",
+        "arms x batch sizes x seeds as one: planned, run, gone on with, reported",
+    ),
     "eval": (
         "commands.eval",
         "a trained model judged on images with labels: figures, intervals, pictures",

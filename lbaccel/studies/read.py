@@ -16,9 +16,9 @@ from lbaccel.studies.spec import BATCH, SCALES, Arm, Pair, Place, Source, Study,
 
 NORM = "norm_batch_size"
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
-_OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
+OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
 """Settings that a study gives itself, or that have no sense in one."""
-_SETTINGS = frozenset(OPTIONS) - set(_OWN)
+_SETTINGS = frozenset(OPTIONS) - set(OWN)
 _OF_ARM = ("title", "settings", "batches", "per_batch")
 _OF_SCALE = (
     *("settings", "arms", "batches", "seeds", "baseline", "pairs", "target", "spread", "note"),
@@ -108,7 +108,10 @@ def _merged(whole: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in _mapping(more, f"arm {name}").items():
             below = arms[name].get(key)
             nested = isinstance(value, Mapping) and isinstance(below, Mapping)
-            arms[name][key] = {**below, **value} if nested else value
+            laid = {**below, **value} if nested else value
+            if key == "per_batch" and isinstance(laid, Mapping):  # null leaves a batch size out
+                laid = {batch: of for batch, of in laid.items() if of is not None}
+            arms[name][key] = laid
     only = found.pop("only", None)
     if only is not None:
         unknown = [name for name in _list(only, "only") if name not in arms]
@@ -144,8 +147,17 @@ def _study(found: Mapping[str, Any]) -> Study:
         fixed=tuple(_text(one, "fixed") for one in _list(found.get("fixed") or [], "fixed")),
         expected=_expected(found.get("expected") or {}),
         note=_text(found.get("note", ""), "note"),
+        pinned=_pinned(found),
         tune=None if found.get("tune") is None else tune_of(_text(found["tune"], "tune")),
     )
+
+
+def _pinned(found: Mapping[str, Any]) -> tuple[str, ...]:
+    names = tuple(_text(one, "pinned") for one in _list(found.get("pinned") or [], "pinned"))
+    unknown = [name for name in names if name not in found["settings"]]
+    if unknown:
+        _fault(f"pinned names {brief(unknown[0])}, which settings does not.")
+    return names
 
 
 def _checked(study: Study) -> Study:
@@ -198,7 +210,7 @@ def check_tune(study: Study, tune: Tune) -> None:
         raise InputError(
             f"--tune {tune}: there is no setting {brief(name)}.{nearest_name(name, OPTIONS)}"
         )
-    if name in _OWN or name == NORM or not row.contract:
+    if name in OWN or name == NORM or not row.contract:
         raise InputError(
             f"--tune {tune}: {name} is no hyper-parameter of the result that may be tuned here. "
             "Tune base_lr, weight_decay or momentum."
@@ -267,7 +279,7 @@ def _arm(name: Any, value: Any) -> Arm:
     _known(found, _OF_ARM, f"arm {name}")
     where = f"arm {name}"
     per_batch = {
-        _count(batch, f"{where}: per_batch"): _settings(of, f"{where} at {batch}")
+        _batch(batch, f"{where}: per_batch"): _settings(of, f"{where} at {batch}")
         for batch, of in _mapping(found.get("per_batch") or {}, f"{where}: per_batch").items()
     }
     batches = found.get("batches") or ()
@@ -283,7 +295,7 @@ def _arm(name: Any, value: Any) -> Arm:
 def _settings(value: Any, where: str) -> dict[str, Any]:
     found = {str(k).replace("-", "_"): v for k, v in _mapping(value, where).items()}
     for name in found:
-        if name in _OWN:
+        if name in OWN:
             _fault(f"{where}: {name} is no setting of a study; batches and seeds say what varies.")
         if name not in _SETTINGS:
             _fault(f"{where}: there is no setting {brief(name)}.{nearest_name(name, _SETTINGS)}")
@@ -345,7 +357,7 @@ def _target(value: Any) -> Target | None:
 def _expected(value: Any) -> dict[str, dict[int, float]]:
     return {
         str(arm): {
-            _count(batch, f"expected: {arm}"): _number(number, f"expected: {arm}")
+            _batch(batch, f"expected: {arm}"): _number(number, f"expected: {arm}")
             for batch, number in _mapping(of, f"expected: {arm}").items()
         }
         for arm, of in _mapping(value, "expected").items()
@@ -384,6 +396,11 @@ def _number(value: Any, where: str) -> float:
 def _count(value: Any, where: str, *, least: int = 1) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**53
     return value if whole else _wrong(value, where, f"a whole number from {least}")
+
+
+def _batch(key: Any, where: str) -> int:
+    """A batch size that is the key of a mapping: JSON and lbaccel's own YAML have it as text."""
+    return _count(int(key) if isinstance(key, str) and key.isdecimal() else key, where)
 
 
 def _wrong(value: Any, where: str, kind: str) -> NoReturn:

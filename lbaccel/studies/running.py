@@ -18,8 +18,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.recipe.options import default_of
 from lbaccel.recipe.signals import graceful_signals
-from lbaccel.runs.folder import atomic_write_text, plain
+from lbaccel.recipe.values import words
+from lbaccel.runs.folder import atomic_write_text, plain, strict_json
 from lbaccel.runs.pace import clock_time
 from lbaccel.studies.folder import CLAIM, LOG, SETTINGS, State, cell_folder, run_folder, state_of
 from lbaccel.studies.outcome import value_in
@@ -153,7 +155,8 @@ class Worker:
                 tally.failed[cell.name] = reason
             self.say(f"{cell.name} failed: {reason}")
             if code == 2:
-                self._refused = f"arm {cell.arm} at batch {cell.batch} can't run: {reason.removeprefix('error: ')}"
+                why = reason.removeprefix("error: ")
+                self._refused = f"arm {cell.arm} at batch {cell.batch} can't run: {why}"
 
     def _result(self, cell: Cell, state: State) -> str:
         run = run_folder(self.folder, cell)
@@ -179,18 +182,35 @@ class Worker:
 
 def prepare(study: Study, cell: Cell, home: Path) -> None:
     """Write the settings of a cell, as `--config` reads them; a study is a group of wandb."""
+    trackers = words(cell.settings.get("log_with", default_of("log_with")))
     own = {
         "wandb_group": "-".join(filter(None, (study.name, study.scale))),
         "wandb_tags": [word for word in (cell.arm, study.scale) if word],
         "wandb_name": cell.name,
     }
-    text = yaml.safe_dump(plain({**own, **cell.settings}), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        plain({**(own if "wandb" in trackers else {}), **cell.settings}),
+        sort_keys=False,
+        allow_unicode=True,
+    )
     atomic_write_text(home / SETTINGS, text)
 
 
 def arguments(home: Path) -> list[str]:
     """Of `lbaccel train` for the cell in this folder, which goes on where it was killed."""
     return ["--config", str(home / SETTINGS), "--output", str(home), "--resume", "auto"]
+
+
+def alike(cells: Sequence[Cell]) -> dict[str, str]:
+    """Of each run whose settings an earlier one has too, the name of that one."""
+    first: dict[str, str] = {}
+    found = {}
+    for cell in cells:
+        key = strict_json(dict(sorted(cell.settings.items())))
+        name = first.setdefault(key, cell.name)
+        if name != cell.name:
+            found[cell.name] = name
+    return found
 
 
 def command_lines(folder: Path, cells: Sequence[Cell]) -> Iterator[str]:

@@ -125,6 +125,7 @@ class Study:
         expected: arm to batch to the source's own number.
         note: where this scale departs from the source, a text.
         tune: the grid that is searched first; None is none.
+        pinned: names of settings that were typed, and that hold in every arm.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Study:
     expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     note: str = ""
     tune: Tune | None = None
+    pinned: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -166,13 +168,18 @@ class Study:
             self.settings,
             arm.settings,
             arm.per_batch.get(place.batch, {}),
+            {name: self.settings[name] for name in self.pinned},
             more or {},
             {BATCH: place.batch, "seed": seed},
         )
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= layer
-        settings = {name: of_batch(value, place.batch) for name, value in merged.items()}
+        settings = {  # null leaves a setting of a layer below out
+            name: of_batch(value, place.batch)
+            for name, value in merged.items()
+            if value is not None
+        }
         return Cell(place.arm, place.batch, seed, settings)
 
 
