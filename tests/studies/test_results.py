@@ -376,14 +376,14 @@ def test_resumes_and_a_lack_of_memory_are_events(tmp_path):
 
 
 def test_each_number_has_its_provenance(whole):
-    found = of(study_result(whole)["runs"], cell="plain-gbs512-seed2")["provenance"]
+    found = of(study_result(whole)["runs"], cell="plain-gbs128-seed2")["provenance"]
     assert found["command"] == "lbaccel-train --config settings.yaml"
     assert (found["commit"], found["versions"]) == ("0123abcd", {"torch": "2.15.0"})
     assert found["hardware"] == "cpu (2 cores), Linux, Python 3.12.1"
     assert found["plan"]["micro_batch_size"] == 32
     assert found["origin"]["norm_batch_size"] == "settings.yaml"
     assert found["reproduce"] == (
-        "lbaccel train --model resnet10t --global-batch-size 512 --norm-batch-size 32 --epochs 6 "
+        "lbaccel train --global-batch-size 128 --norm-batch-size 32 --epochs 6 "
         "--lr-scaling none --seed 2"
     )
 
