@@ -411,10 +411,7 @@ def test_a_folder_that_is_no_study_s_is_one_sentence(tmp_path):
 
 def test_the_verdict_begins_with_what_was_asked(whole):
     said = study_result(whole)["verdict"]
-    assert said[0] == (
-        "Does growing the batch lose accuracy?: of 7 comparisons 2 show a loss, 1 shows a gain "
-        "and 4 show no loss."
-    )
+    assert said[0] == "Of 7 comparisons 2 show a loss, 1 shows a gain and 4 show no loss."
     assert said[1] == (
         "batch alone against batch alone at batch 32: loss at batch 512 (-3.00); no loss at batch "
         "128 (-0.10)."
@@ -422,6 +419,9 @@ def test_the_verdict_begins_with_what_was_asked(whole):
     assert any(
         line.startswith("linear rule against batch alone at the same batch: ") for line in said
     )
+    # the two limits of "batch alone" lie at one batch size
+    assert len([line for line in said if line.startswith("batch alone: within")]) == 1
+    assert len([line for line in said if line.startswith("linear rule: within")]) == 2
     assert said[-1].startswith("Differences are in points of val/top1, the median of the last 5")
 
 
