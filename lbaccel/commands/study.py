@@ -13,7 +13,15 @@ from lbaccel.recipe.settings import add_options, layered, typed_options
 from lbaccel.runs.columns import columns
 from lbaccel.studies.find import find_study, shipped
 from lbaccel.studies.folder import begin, is_study, study_in
-from lbaccel.studies.read import OWN, check_tune, read_study, scales_in, seeds_of, tune_of
+from lbaccel.studies.read import (
+    OWN,
+    check_tune,
+    judged_on_test_images,
+    read_study,
+    scales_in,
+    seeds_of,
+    tune_of,
+)
 from lbaccel.studies.spec import SCALES, Cell, Study
 from lbaccel.text import printable
 
@@ -109,6 +117,7 @@ def study_of(a: argparse.Namespace) -> Study:
     typed = typed_options(vars(a))
     layered(Settings(), typed, origin="flag")  # each value is one of its setting
     study = replace(study, settings={**study.settings, **typed}, pinned=tuple(sorted(typed)))
+    study = judged_on_test_images(study)
     if a.seeds is not None:
         study = replace(study, seeds=seeds_of(a.seeds))
     if a.tune is not None:

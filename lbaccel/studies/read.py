@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
-from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.options import OPTIONS, Settings, default_of, is_read
 from lbaccel.recipe.values import nearest_name
-from lbaccel.studies.spec import BATCH, SCALES, Arm, Pair, Place, Source, Study, Target, Tune
+from lbaccel.studies.spec import BATCH, NORM, SCALES, Arm, Pair, Place, Source, Study, Target, Tune
 
-NORM = "norm_batch_size"
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
 OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
 """Settings that a study gives itself, or that have no sense in one."""
@@ -75,7 +74,23 @@ def study_of(content: Any, scale: str | None) -> Study:
         _fault(f"it has no scales, so there is no {brief(scale)}. Leave --scale out.")
     at = _mapping(scales.get(name) or {}, f"scale {name}")
     _known(at, _OF_SCALE, f"scale {name}")
-    return _checked(_study({**_merged(whole, at), "scale": name}))
+    return judged_on_test_images(_checked(_study({**_merged(whole, at), "scale": name})))
+
+
+def judged_on_test_images(study: Study) -> Study:
+    """The study, whose runs take a test set for their validation set where there is no other one.
+
+    What is tuned is tuned on a part of the training set, so training still never sees them.
+    """
+    data = study.settings.get("data", default_of("data"))
+    if "test_split" in study.settings or not splits(str(data)):
+        return study
+    return replace(study, settings={**study.settings, "test_split": "val"})
+
+
+def splits(data: str) -> bool:
+    """Whether data of this kind have their training set split, and their test set named, by us."""
+    return is_read(OPTIONS["test_split"], Settings().with_values({"data": data}))
 
 
 def as_mapping(study: Study) -> dict[str, Any]:
@@ -171,10 +186,11 @@ def _checked(study: Study) -> Study:
             _fault(f"arm {arm.name}: per_batch names {unknown[0]}, which is no batch of it.")
     for place in study.places():
         settings = study.cell(place, 0).settings
-        if settings.get(NORM) is None:
+        if study.stated(place).get(NORM) is None:
             _fault(
                 f"arm {place.arm} at batch {place.batch} states no {NORM}: the samples that "
-                f"BatchNorm sees at once decide the result. Write {NORM}: 32, batch or frozen."
+                f"BatchNorm sees at once decide the result. Write {NORM}: 32, batch, frozen, or "
+                "none for a network without BatchNorm."
             )
         still = [key for key, value in settings.items() if str(value).split()[:1] == ["batch"]]
         if still:
@@ -221,7 +237,13 @@ def check_tune(study: Study, tune: Tune) -> None:
             "so no grid may move it. Leave --tune out, or write a study of your own."
         )
     for place in study.places():
-        own = study.cell(place, 0).settings.get(name)
+        settings = study.cell(place, 0).settings
+        own, data = settings.get(name), str(settings.get("data", default_of("data")))
+        if not splits(data):
+            raise InputError(
+                f"--tune {tune}: a grid is judged on a part of the training set, and --data "
+                f"{data} can't be split. Use folder:PATH, parquet:PATH or the like."
+            )
         if tune.relative and not isinstance(own, (int, float)):
             raise InputError(
                 f"--tune {tune}: arm {place.arm} at batch {place.batch} states no number for "

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-BATCH = "global_batch_size"
+BATCH, NORM = "global_batch_size", "norm_batch_size"
+NO_NORM = "none"  # the network has no BatchNorm: stated, and not given to the run
 SCALES = ("paper", "small", "smoke")
 
 
@@ -161,26 +162,35 @@ class Study:
         """Every run of the study, the first seed of all places first."""
         return [self.cell(place, seed) for seed in self.seeds for place in self.places()]
 
+    def stated(self, place: Place) -> Mapping[str, Any]:
+        """The settings that the study states for an arm at a batch size, as they are written."""
+        return self._merged(place)
+
     def cell(self, place: Place, seed: int, *, more: Mapping[str, Any] | None = None) -> Cell:
         """The run of an arm at a batch size with a seed; `more` settings are laid on top."""
-        arm = self.arm(place.arm)
-        layers = (
-            self.settings,
-            arm.settings,
-            arm.per_batch.get(place.batch, {}),
-            {name: self.settings[name] for name in self.pinned},
-            more or {},
-            {BATCH: place.batch, "seed": seed},
-        )
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            merged |= layer
+        merged = self._merged(place, more or {}, {BATCH: place.batch, "seed": seed})
+        if merged.get(NORM) == NO_NORM:
+            del merged[NORM]
         settings = {  # null leaves a setting of a layer below out
             name: of_batch(value, place.batch)
             for name, value in merged.items()
             if value is not None
         }
         return Cell(place.arm, place.batch, seed, settings)
+
+    def _merged(self, place: Place, *more: Mapping[str, Any]) -> dict[str, Any]:
+        arm = self.arm(place.arm)
+        layers = (
+            self.settings,
+            arm.settings,
+            arm.per_batch.get(place.batch, {}),
+            {name: self.settings[name] for name in self.pinned},
+            *more,
+        )
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer
+        return merged
 
 
 @dataclass(frozen=True)
