@@ -58,7 +58,7 @@ def begin(folder: Path, study: Study) -> Study:
                 f"--output {folder} is not empty and holds no study. Use another folder."
             )
         _make(folder)
-        _write(folder, study)
+        rewrite(folder, study)
         return study
     there = study_in(folder)
     before, now = flatten(as_mapping(there)), flatten(as_mapping(study))
@@ -74,7 +74,7 @@ def begin(folder: Path, study: Study) -> Study:
     if not more:
         return there
     grown = replace(there, seeds=(*there.seeds, *more))
-    _write(folder, grown)
+    rewrite(folder, grown)
     return grown
 
 
@@ -87,7 +87,8 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _write(folder: Path, study: Study) -> None:
+def rewrite(folder: Path, study: Study) -> None:
+    """Write the study that a folder holds."""
     text = yaml.safe_dump(plain(as_mapping(study)), sort_keys=False, allow_unicode=True)
     atomic_write_text(folder / STUDY, text)
 

@@ -231,7 +231,7 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path):
     (other / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no study"):
         begin(other, study())
-    with pytest.raises(InputError, match="holds no study.yaml"):
+    with pytest.raises(InputError, match="holds no study"):
         study_in(other)
     assert not is_study(other)
     (tmp_path / "file").write_text("")
