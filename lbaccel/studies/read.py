@@ -12,7 +12,19 @@ from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
 from lbaccel.recipe.options import OPTIONS, Settings, default_of, is_read
 from lbaccel.recipe.values import nearest_name
-from lbaccel.studies.spec import BATCH, NORM, SCALES, Arm, Pair, Place, Source, Study, Target, Tune
+from lbaccel.studies.spec import (
+    BATCH,
+    NORM,
+    SCALES,
+    Arm,
+    Pair,
+    Place,
+    Source,
+    Study,
+    Surface,
+    Target,
+    Tune,
+)
 
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
 OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
@@ -21,7 +33,7 @@ _SETTINGS = frozenset(OPTIONS) - set(OWN)
 _OF_ARM = ("title", "settings", "batches", "per_batch")
 _OF_SCALE = (
     *("settings", "arms", "batches", "seeds", "baseline", "pairs", "target", "spread", "note"),
-    *("only", "last", "tune"),
+    *("only", "last", "tune", "landscapes"),
 )
 _KEYS = {f.name for f in fields(Study)} | {"scales", "only"}
 _WORD = re.compile(r"[a-z0-9][a-z0-9_.]*(-[a-z0-9_.]+)*")
@@ -162,6 +174,9 @@ def _study(found: Mapping[str, Any]) -> Study:
         fixed=tuple(_text(one, "fixed") for one in _list(found.get("fixed") or [], "fixed")),
         expected=_expected(found.get("expected") or {}),
         note=_text(found.get("note", ""), "note"),
+        landscapes=tuple(
+            _surface(one) for one in _list(found.get("landscapes") or [], "landscapes")
+        ),
         pinned=_pinned(found),
         tune=None if found.get("tune") is None else tune_of(_text(found["tune"], "tune")),
     )
@@ -201,13 +216,15 @@ def _checked(study: Study) -> Study:
     places = study.places()
     if study.baseline is not None and study.baseline not in places:
         _fault(f"baseline {study.baseline.arm} at {study.baseline.batch} is no run of the study.")
+    for surface in study.landscapes:
+        if surface.place not in places:
+            _fault(
+                f"landscapes: {surface.place.arm} at {surface.place.batch} is no run of the study."
+            )
     for pair in study.pairs:
         for arm in (pair.arm, pair.against):
             if arm not in names:
                 _fault(f"pairs: there is no arm {brief(arm)}; there are {', '.join(names)}.")
-    for arm in study.expected:
-        if arm not in names:
-            continue  # of an arm that this scale leaves out
     if len(places) * len(study.seeds) > MOST_RUNS:
         _fault(f"it has {len(places) * len(study.seeds):,} runs; at most {MOST_RUNS:,} are made.")
     if study.tune is not None:
@@ -344,10 +361,10 @@ def _source(value: Any) -> Source | None:
     )
 
 
-def _place(value: Any) -> Place:
-    found = _mapping(value, "baseline")
-    _known(found, ("arm", "batch"), "baseline")
-    return Place(str(found.get("arm")), _count(found.get("batch"), "baseline: batch"))
+def _place(value: Any, where: str = "baseline") -> Place:
+    found = _mapping(value, where)
+    _known(found, ("arm", "batch"), where)
+    return Place(str(found.get("arm")), _count(found.get("batch"), f"{where}: batch"))
 
 
 def _pair(value: Any) -> Pair:
@@ -361,6 +378,18 @@ def _pair(value: Any) -> Pair:
         str(found.get("against")),
         None if batch is None else _count(batch, "pairs: batch"),
         None if other is None else _count(other, "pairs: against_batch"),
+    )
+
+
+def _surface(value: Any) -> Surface:
+    found = _mapping(value, "landscapes")
+    _known(found, ("place", "arm", "batch", "x", "y", "samples"), "landscapes")
+    place = found.get("place") or {name: found.get(name) for name in ("arm", "batch")}
+    return Surface(
+        _place(place, "landscapes"),
+        _text(found.get("x", Surface.x), "landscapes: x"),
+        _text(found.get("y", ""), "landscapes: y"),
+        _count(found.get("samples", 0), "landscapes: samples", least=0),
     )
 
 

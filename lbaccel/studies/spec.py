@@ -77,6 +77,28 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Surface:
+    """A loss landscape around the weights that a place's first seed ended with.
+
+    Attributes:
+        place: whose last checkpoint it is of.
+        x, y: LOW:HIGH:POINTS of `lbaccel landscape`; y "" is a curve.
+        samples: images of the training set; 0 is all.
+    """
+
+    place: Place
+    x: str = "-1:1:51"
+    y: str = ""
+    samples: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder; a word."""
+        kind = "2d" if self.y else "1d"
+        return f"{self.place.arm}-gbs{self.place.batch}-{kind}"
+
+
+@dataclass(frozen=True)
 class Tune:
     """A grid of one setting, the same for every arm and batch size.
 
@@ -126,6 +148,7 @@ class Study:
         expected: arm to batch to the source's own number.
         note: where this scale departs from the source, a text.
         tune: the grid that is searched first; None is none.
+        landscapes: what is drawn when the runs have ended.
         pinned: names of settings that were typed, and that hold in every arm.
     """
 
@@ -148,6 +171,7 @@ class Study:
     expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     note: str = ""
     tune: Tune | None = None
+    landscapes: tuple[Surface, ...] = ()
     pinned: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:
