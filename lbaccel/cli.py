@@ -54,6 +54,10 @@ COMMANDS = {
         "commands.study",
         "arms x batch sizes x seeds as one: planned, run, gone on with, reported",
     ),
+    "scaling": (
+        "commands.scaling",
+        "how far can the batch of one's own recipe grow: tuned rates, seeds, one page",
+    ),
     "eval": (
         "commands.eval",
         "a trained model judged on images with labels: figures, intervals, pictures",

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 # The rooms, from the ground up: each imports only from those before it (shared/layout.md).
 ROOMS = (
-    *("errors", "documents", "torch_files", "text", "launch", "networks", "models"),
+    *("errors", "documents", "torch_files", "text", "launch", "network_arguments"),
+    *("networks", "network_build", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
     *(
@@ -39,6 +40,7 @@ NO_TORCH = (  # those without numpy first
     "documents",
     "torch_files",
     "text",
+    "network_arguments",
     "batch.stream",
     "batch.duration",
     "batch.plan",
@@ -65,6 +67,7 @@ NO_TORCH = (  # those without numpy first
     "recipe.options",
     "recipe.options_batch",
     "recipe.options_data",
+    "recipe.model_arguments",
     "recipe.options_training",
     "recipe.rate",
     "recipe.settings",

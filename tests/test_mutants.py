@@ -44,6 +44,19 @@ MUTANTS = {
         '    "lr": same("--base-lr"),',
         "tests/recipe/test_other_names.py::test_the_difference_is_said_in_numbers",
     ),
+    "a checkpoint forgets the arguments of its network": (
+        "runs.saved_weights",
+        '    model = create_backbone(pre["model"], **sizes, arguments=arguments)',
+        '    model = create_backbone(pre["model"], **sizes)',
+        "tests/recipe/test_model_arguments.py::"
+        "test_a_checkpoint_and_a_run_are_built_again_with_them",
+    ),
+    "a list in the network's arguments is another value than the tuple that was typed": (
+        "network_arguments",
+        "        return tuple(_plain(item, where, depth=depth + 1) for item in value)",
+        "        return value",
+        "tests/test_network_arguments.py::test_words_yaml_and_json_give_the_same_arguments",
+    ),
     "a value of a flag that looks like key=value becomes a setting": (
         "recipe.command_line",
         "values = 0 if has_value or action is None else _values_of(action)",

@@ -13,7 +13,15 @@ from lbaccel.recipe.settings import add_options, layered, typed_options
 from lbaccel.runs.columns import columns
 from lbaccel.studies.find import find_study, shipped
 from lbaccel.studies.folder import begin, is_study, study_in
-from lbaccel.studies.read import OWN, check_tune, read_study, scales_in, seeds_of, tune_of
+from lbaccel.studies.read import (
+    OWN,
+    check_tune,
+    judged_on_test_images,
+    read_study,
+    scales_in,
+    seeds_of,
+    tune_of,
+)
 from lbaccel.studies.spec import SCALES, Cell, Study
 from lbaccel.text import printable
 
@@ -37,16 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "plan", help="runs, updates, hours here, and what the seeds can resolve", allow_abbrev=False
     )
     _add_study(planning)
+    _add_jobs(planning)
     planning.add_argument("--no-timing", action="store_true", help="time no update on this machine")
     running = actions.add_parser("run", help="run what has no result yet", allow_abbrev=False)
     _add_study(running)
-    running.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    running.add_argument(
-        "--output", dest="to", type=Path, metavar="DIR", help="default: studies/NAME-SCALE"
-    )
-    running.add_argument(
-        "--only", nargs="+", metavar="RUN", help="these runs alone, by their names"
-    )
+    add_running(running, to="default: studies/NAME-SCALE")
 
     reporting = actions.add_parser("report", help="what came of it", allow_abbrev=False)
     reporting.add_argument("folder", type=Path, metavar="DIR")
@@ -56,6 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reporting.add_argument("--csv", type=Path, metavar="FILE", help="write a line a run")
 
 
+def add_running(parser: argparse.ArgumentParser, *, to: str) -> None:
+    """The flags by which the runs of a study are started."""
+    _add_jobs(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="local",
+        help="local; print: a shell line a run, for any scheduler; submitit (default: %(default)s)",
+    )
+    parser.add_argument("--output", dest="to", type=Path, metavar="DIR", help=to)
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs alone, by their names")
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=bounds.count, default=1, metavar="N", help="runs at a time")
+
+
 def _add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="NAME|FILE|DIR", help="DIR: go on with its results")
     parser.add_argument(
@@ -63,7 +83,6 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=bounds.count, metavar="N", help="how many")
     parser.add_argument("--tune", metavar="GRID", help="such as 'base_lr x 0.5,1,2', for each arm")
-    parser.add_argument("--jobs", type=bounds.count, default=1, metavar="N", help="runs at a time")
     add_options(parser, without=[*OWN, "scale"])  # of crops: in a file alone
 
 
@@ -109,6 +128,7 @@ def study_of(a: argparse.Namespace) -> Study:
     typed = typed_options(vars(a))
     layered(Settings(), typed, origin="flag")  # each value is one of its setting
     study = replace(study, settings={**study.settings, **typed}, pinned=tuple(sorted(typed)))
+    study = judged_on_test_images(study)
     if a.seeds is not None:
         study = replace(study, seeds=seeds_of(a.seeds))
     if a.tune is not None:
@@ -126,7 +146,7 @@ def _plan(a: argparse.Namespace) -> int:
     check_cells(study)
     cells = _with_grid(study)
     found = lengths(cells)
-    pace = None if a.no_timing else measured_pace(study, jobs=a.jobs, say=_say)
+    pace = None if a.no_timing else measured_pace(study, jobs=a.jobs, say=say)
     for line in lines(study, found, pace, jobs=a.jobs):
         print(line)
     return 0
@@ -151,7 +171,7 @@ def _run(a: argparse.Namespace) -> int:
     if folder is None:
         folder = Path("studies") / "-".join(filter(None, (study.name, study.scale)))
     study = begin(folder, study)
-    return run_study(folder, study, launcher=a.launcher, jobs=a.jobs, only=a.only or (), say=_say)
+    return run_study(folder, study, launcher=a.launcher, jobs=a.jobs, only=a.only or (), say=say)
 
 
 def _report(a: argparse.Namespace) -> int:
@@ -175,5 +195,6 @@ def _report(a: argparse.Namespace) -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line at once."""
     print(printable(text), flush=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from lbaccel.documents import Malformed, json_in
-from lbaccel.errors import InputError
+from lbaccel.errors import InputError, brief
 from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, strict_json
 from lbaccel.runs.lock import is_held
+from lbaccel.runs.read import flatten
 from lbaccel.studies.read import as_mapping, read_study
 from lbaccel.studies.spec import Cell, Study
 
@@ -51,28 +53,28 @@ def begin(folder: Path, study: Study) -> Study:
         InputError: the folder holds another study's results, or something else.
     """
     if not is_study(folder):
-        if folder.exists() and any(folder.iterdir()):
+        if folder.is_dir() and any(folder.iterdir()):
             raise InputError(
                 f"--output {folder} is not empty and holds no study. Use another folder."
             )
         _make(folder)
-        _write(folder, study)
+        rewrite(folder, study)
         return study
     there = study_in(folder)
-    before, now = as_mapping(there), as_mapping(study)
+    before, now = flatten(as_mapping(there)), flatten(as_mapping(study))
     differing = [k for k in {**before, **now} if k != "seeds" and before.get(k) != now.get(k)]
     if differing:
+        key = differing[0]
         raise InputError(
-            f"--output {folder} holds the results of another study: its {differing[0]} differs. "
-            "Use another folder, or go on with that one: lbaccel study run " + str(folder)
+            f"--output {folder} holds the results of another study: there {key} is "
+            f"{brief(before.get(key))}, here {brief(now.get(key))}. Use another folder, or go on "
+            f"with that one: lbaccel study run {folder}"
         )
     more = [seed for seed in study.seeds if seed not in there.seeds]
     if not more:
         return there
-    from dataclasses import replace
-
     grown = replace(there, seeds=(*there.seeds, *more))
-    _write(folder, grown)
+    rewrite(folder, grown)
     return grown
 
 
@@ -85,7 +87,8 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _write(folder: Path, study: Study) -> None:
+def rewrite(folder: Path, study: Study) -> None:
+    """Write the study that a folder holds."""
     text = yaml.safe_dump(plain(as_mapping(study)), sort_keys=False, allow_unicode=True)
     atomic_write_text(folder / STUDY, text)
 

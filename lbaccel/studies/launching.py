@@ -8,7 +8,7 @@ from pathlib import Path
 from lbaccel.errors import InputError, brief
 from lbaccel.recipe.values import nearest_name
 from lbaccel.studies.folder import share
-from lbaccel.studies.running import Tally, Worker, alike, command_lines
+from lbaccel.studies.running import TRAIN, Tally, Worker, alike, command_lines
 from lbaccel.studies.spec import Cell, Place, Study
 from lbaccel.studies.tuning import chosen, grid_cells, tuned
 
@@ -23,6 +23,7 @@ def run_study(
     jobs: int = 1,
     only: Sequence[str] = (),
     say: Say = print,
+    command: Sequence[str] = TRAIN,
 ) -> int:
     """Run what has no result yet, the grid first; 0 where every run has its result.
 
@@ -33,6 +34,7 @@ def run_study(
         jobs: runs at one time.
         only: names of runs, and no others.
         say: prints a line.
+        command: of a run, before its own arguments.
 
     Raises:
         InputError: an arm can't run, or no such run.
@@ -44,14 +46,14 @@ def run_study(
     if only:
         picked = [cell for cell in (*grid, *cells) if cell.name in only]
         _check_names(only, [cell.name for cell in (*grid, *cells)])
-        return _ended(Worker(folder, study, jobs, say).run(picked), folder, say)
+        return _ended(Worker(folder, study, jobs, say, command).run(picked), folder, say)
     if launcher == "print":
         return _print(folder, cells or grid, has_grid=bool(grid) and not cells, say=say)
     if launcher == "submitit":
         from lbaccel.studies.cluster import submit
 
         return submit(folder, cells or grid, jobs=jobs, say=say)
-    worker = Worker(folder, study, jobs, say)
+    worker = Worker(folder, study, jobs, say, command)
     if study.tune is not None and not best:
         say(f"grid: {study.tune} at each arm and batch size, {len(grid)} runs")
         best = tuned(worker, study, study.tune)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lbaccel.runs.columns import columns
 from lbaccel.runs.pace import clock_time
-from lbaccel.studies.judging import resolution_words
+from lbaccel.studies.judging import resolution
 from lbaccel.studies.outlook import CellLength, Pace
 from lbaccel.studies.spec import Study
 
@@ -42,7 +42,7 @@ def lines(
             f"note: the shortest run has {fewest} updates; below {FEW_UPDATES} a large batch loses "
             "by its few updates, and a verdict on its size means little"
         )
-    yield resolution_words(len(study.seeds), study.spread)
+    yield resolution(len(study.seeds), study.spread)
 
 
 FEW_UPDATES = 250

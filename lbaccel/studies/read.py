@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
-from lbaccel.recipe.options import OPTIONS
+from lbaccel.recipe.options import OPTIONS, Settings, default_of, is_read
 from lbaccel.recipe.values import nearest_name
-from lbaccel.studies.spec import BATCH, SCALES, Arm, Pair, Place, Source, Study, Target, Tune
+from lbaccel.studies.spec import (
+    BATCH,
+    NORM,
+    SCALES,
+    Arm,
+    Pair,
+    Place,
+    Source,
+    Study,
+    Surface,
+    Target,
+    Tune,
+)
 
-NORM = "norm_batch_size"
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
 OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
 """Settings that a study gives itself, or that have no sense in one."""
@@ -22,7 +33,7 @@ _SETTINGS = frozenset(OPTIONS) - set(OWN)
 _OF_ARM = ("title", "settings", "batches", "per_batch")
 _OF_SCALE = (
     *("settings", "arms", "batches", "seeds", "baseline", "pairs", "target", "spread", "note"),
-    *("only", "last", "tune"),
+    *("only", "last", "tune", "landscapes"),
 )
 _KEYS = {f.name for f in fields(Study)} | {"scales", "only"}
 _WORD = re.compile(r"[a-z0-9][a-z0-9_.]*(-[a-z0-9_.]+)*")
@@ -75,7 +86,23 @@ def study_of(content: Any, scale: str | None) -> Study:
         _fault(f"it has no scales, so there is no {brief(scale)}. Leave --scale out.")
     at = _mapping(scales.get(name) or {}, f"scale {name}")
     _known(at, _OF_SCALE, f"scale {name}")
-    return _checked(_study({**_merged(whole, at), "scale": name}))
+    return judged_on_test_images(_checked(_study({**_merged(whole, at), "scale": name})))
+
+
+def judged_on_test_images(study: Study) -> Study:
+    """The study, whose runs take a test set for their validation set where there is no other one.
+
+    What is tuned is tuned on a part of the training set, so training still never sees them.
+    """
+    data = study.settings.get("data", default_of("data"))
+    if "test_split" in study.settings or not splits(str(data)):
+        return study
+    return replace(study, settings={**study.settings, "test_split": "val"})
+
+
+def splits(data: str) -> bool:
+    """Whether data of this kind have their training set split, and their test set named, by us."""
+    return is_read(OPTIONS["test_split"], Settings().with_values({"data": data}))
 
 
 def as_mapping(study: Study) -> dict[str, Any]:
@@ -147,6 +174,9 @@ def _study(found: Mapping[str, Any]) -> Study:
         fixed=tuple(_text(one, "fixed") for one in _list(found.get("fixed") or [], "fixed")),
         expected=_expected(found.get("expected") or {}),
         note=_text(found.get("note", ""), "note"),
+        landscapes=tuple(
+            _surface(one) for one in _list(found.get("landscapes") or [], "landscapes")
+        ),
         pinned=_pinned(found),
         tune=None if found.get("tune") is None else tune_of(_text(found["tune"], "tune")),
     )
@@ -171,10 +201,11 @@ def _checked(study: Study) -> Study:
             _fault(f"arm {arm.name}: per_batch names {unknown[0]}, which is no batch of it.")
     for place in study.places():
         settings = study.cell(place, 0).settings
-        if settings.get(NORM) is None:
+        if study.stated(place).get(NORM) is None:
             _fault(
                 f"arm {place.arm} at batch {place.batch} states no {NORM}: the samples that "
-                f"BatchNorm sees at once decide the result. Write {NORM}: 32, batch or frozen."
+                f"BatchNorm sees at once decide the result. Write {NORM}: 32, batch, frozen, or "
+                "none for a network without BatchNorm."
             )
         still = [key for key, value in settings.items() if str(value).split()[:1] == ["batch"]]
         if still:
@@ -185,13 +216,15 @@ def _checked(study: Study) -> Study:
     places = study.places()
     if study.baseline is not None and study.baseline not in places:
         _fault(f"baseline {study.baseline.arm} at {study.baseline.batch} is no run of the study.")
+    for surface in study.landscapes:
+        if surface.place not in places:
+            _fault(
+                f"landscapes: {surface.place.arm} at {surface.place.batch} is no run of the study."
+            )
     for pair in study.pairs:
         for arm in (pair.arm, pair.against):
             if arm not in names:
                 _fault(f"pairs: there is no arm {brief(arm)}; there are {', '.join(names)}.")
-    for arm in study.expected:
-        if arm not in names:
-            continue  # of an arm that this scale leaves out
     if len(places) * len(study.seeds) > MOST_RUNS:
         _fault(f"it has {len(places) * len(study.seeds):,} runs; at most {MOST_RUNS:,} are made.")
     if study.tune is not None:
@@ -221,7 +254,13 @@ def check_tune(study: Study, tune: Tune) -> None:
             "so no grid may move it. Leave --tune out, or write a study of your own."
         )
     for place in study.places():
-        own = study.cell(place, 0).settings.get(name)
+        settings = study.cell(place, 0).settings
+        own, data = settings.get(name), str(settings.get("data", default_of("data")))
+        if not splits(data):
+            raise InputError(
+                f"--tune {tune}: a grid is judged on a part of the training set, and --data "
+                f"{data} can't be split. Use folder:PATH, parquet:PATH or the like."
+            )
         if tune.relative and not isinstance(own, (int, float)):
             raise InputError(
                 f"--tune {tune}: arm {place.arm} at batch {place.batch} states no number for "
@@ -322,10 +361,10 @@ def _source(value: Any) -> Source | None:
     )
 
 
-def _place(value: Any) -> Place:
-    found = _mapping(value, "baseline")
-    _known(found, ("arm", "batch"), "baseline")
-    return Place(str(found.get("arm")), _count(found.get("batch"), "baseline: batch"))
+def _place(value: Any, where: str = "baseline") -> Place:
+    found = _mapping(value, where)
+    _known(found, ("arm", "batch"), where)
+    return Place(str(found.get("arm")), _count(found.get("batch"), f"{where}: batch"))
 
 
 def _pair(value: Any) -> Pair:
@@ -339,6 +378,18 @@ def _pair(value: Any) -> Pair:
         str(found.get("against")),
         None if batch is None else _count(batch, "pairs: batch"),
         None if other is None else _count(other, "pairs: against_batch"),
+    )
+
+
+def _surface(value: Any) -> Surface:
+    found = _mapping(value, "landscapes")
+    _known(found, ("place", "arm", "batch", "x", "y", "samples"), "landscapes")
+    place = found.get("place") or {name: found.get(name) for name in ("arm", "batch")}
+    return Surface(
+        _place(place, "landscapes"),
+        _text(found.get("x", Surface.x), "landscapes: x"),
+        _text(found.get("y", ""), "landscapes: y"),
+        _count(found.get("samples", 0), "landscapes: samples", least=0),
     )
 
 

@@ -29,6 +29,7 @@ from lbaccel.studies.spec import Cell, Study
 from lbaccel.text import printable
 
 Say = Callable[[str], object]
+TRAIN = (sys.executable, "-m", "lbaccel.train")
 _ENDED: tuple[State, ...] = ("done", "diverged")
 _LOOK_EVERY = 0.2  # seconds, at the processes
 
@@ -77,7 +78,7 @@ class Worker:
     study: Study
     jobs: int
     say: Say
-    command: Sequence[str] = (sys.executable, "-m", "lbaccel.train")
+    command: Sequence[str] = TRAIN
     stopped: bool = False
     _children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)

@@ -46,6 +46,7 @@ READ_AT = {
     ("distill_alpha", "teacher"): {"runs/teacher"},
     ("distill_temperature", "teacher"): {"runs/teacher"},
     ("head_init", "pretrained"): {True},
+    ("zero_init_last", "pretrained"): {False},
     ("monitor", "patience"): {3},
     ("ema_norm", "ema_decay"): {0.9},
     ("ema_warmup", "ema_decay"): {0.9},
