@@ -187,7 +187,7 @@ def test_a_run_that_is_missing_or_goes_on_has_no_result_yet(tmp_path):
     study = make_study(folder)
     for cell in study.cells()[1:]:
         add_run(folder, cell, [top(cell)] * 5)
-    add_run(folder, study.cells()[0], [95.0] * 3, status="stopped")
+    add_run(folder, study.cells()[0], [70.0] * 3, status="stopped")
     cell_folder(folder, study.cells()[5]).joinpath("20260101-000000-run", "config.yaml").unlink()
     found = study_result(folder)
     first = found["runs"][0]
