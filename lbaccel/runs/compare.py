@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbaccel.errors import InputError
-from lbaccel.runs.columns import columns
+from lbaccel.runs.columns import columns, markdown_columns
 from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.runs.read import Point, Run, Series
-from lbaccel.text import in_markdown, printable
+from lbaccel.text import printable
 
 Axis = Literal["samples", "updates", "hours"]
 Cell = str | int | float | bool | None
@@ -228,10 +228,7 @@ def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table in Markdown."""
-    cells = _grid(rows, metric)
-    grid = [[in_markdown(cell).replace("|", "\\|") for cell in line] for line in cells]
-    rule = ["---", *["---:"] * (len(grid[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])
+    return markdown_columns(_grid(rows, metric))
 
 
 def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:

@@ -69,10 +69,10 @@ def scaling_limit(
         limit = batch
     resolved = not unresolved
     if limit == base:
-        said = f"{title}: no batch size above {base:,} stays within {points:g} points of it."
+        said = f"{title}: no batch size above {base:,} stays within {points:.1f} points of it."
     else:
         said = (
-            f"{title}: within {points:g} points of batch {base:,} up to batch {limit:,}, "
+            f"{title}: within {points:.1f} points of batch {base:,} up to batch {limit:,}, "
             f"a factor of {limit / base:g}. {unresolved or 'The intervals resolve it.'}"
         )
     last = stopped or "No larger batch was run."
@@ -131,12 +131,13 @@ def interquartile_mean(places: Sequence[Sequence[float]], *, seed: int = 0) -> A
     value, num_runs = float(statistic(*samples)), sum(map(len, samples))
     if min(map(len, samples)) < 2:
         return Aggregate(value, None, None, num_runs)
-    found = bootstrap(
+    resample: Any = bootstrap  # scipy renamed `random_state` to `rng` in 1.15, and takes both
+    found = resample(
         samples,
         statistic,
         n_resamples=NUM_RESAMPLES,
         confidence_level=LEVEL,
         method="percentile",
-        random_state=np.random.default_rng(seed),  # `rng` from scipy 1.15 on
+        random_state=np.random.default_rng(seed),
     ).confidence_interval
     return Aggregate(value, float(found.low), float(found.high), num_runs)

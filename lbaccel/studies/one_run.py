@@ -183,7 +183,7 @@ def _mean(lines: Sequence[tuple[int, float | None, float]]) -> float | None:
 
 
 def events(run: Run, folder: Path | None) -> list[dict[str, Any]]:
-    """What happened to a run: resumes, and updates for which memory ran short.
+    """The events of a run: resumes, and updates for which memory ran short.
 
     A run writes its resumes into a file. A lack of memory shows in its lines: nothing else makes
     the micro-batch smaller within one start of a run.

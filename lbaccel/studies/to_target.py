@@ -121,7 +121,7 @@ def fit_bend(attempts: Sequence[Attempt]) -> Bend:
     """
     met = [one for one in attempts if one.updates is not None and one.updates > 0]
     censored = [one for one in attempts if one.updates is None and one.until > 0]
-    counts = {
+    counts: dict[str, Any] = {
         "num_runs": len(met),
         "num_censored": sum(1 for one in attempts if one.updates is None),
     }
@@ -253,7 +253,8 @@ def _interval(
         inner, end = at, beyond
         for outer in side:
             if above(outer) < 0:
-                end = math.exp(float(brentq(above, *sorted((inner, outer)), xtol=1e-10)))
+                crossing: Any = brentq(above, *sorted((inner, outer)), xtol=1e-10)
+                end = math.exp(crossing)
                 break
             inner = outer
         ends.append(end)

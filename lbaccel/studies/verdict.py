@@ -25,10 +25,10 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
         result: of `study_result`, without its verdict.
     """
     compared: Sequence[Comparison] = result["comparisons"]
-    said = [_headline(result, compared), *_incomplete(result)]
+    said = [_headline(compared), *_incomplete(result)]
     if len(compared) > 1:
         said += _by_pair_of_arms(result, compared)
-    said += [one["sentence"] for one in result["scaling_limits"]]
+    said += _limits(result["scaling_limits"])
     said += [one["sentence"] for one in result["to_target"]]
     if is_in_points(result["metric"]) and compared:
         said.append(_rule(result))
@@ -38,14 +38,16 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _headline(result: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
+def _headline(compared: Sequence[Comparison]) -> str:
     if not compared:
-        return f"{result['title']}: one place alone, so nothing is compared."
+        return "There is one place alone, so nothing is compared."
     if len(compared) == 1:
-        return f"{result['title']}: {compared[0]['sentence']}"
-    counts = [(kind, sum(one["verdict"] == kind for one in compared)) for kind in _ORDER]
+        return compared[0]["sentence"]
+    counts: list[tuple[Verdict, int]] = [
+        (kind, sum(one["verdict"] == kind for one in compared)) for kind in _ORDER
+    ]
     words = [f"{count} {_PHRASES[kind][count > 1]}" for kind, count in counts if count]
-    return f"{result['title']}: of {len(compared)} comparisons {_listed(words)}."
+    return f"Of {len(compared)} comparisons {_listed(words)}."
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -61,11 +63,21 @@ def _incomplete(result: Mapping[str, Any]) -> list[str]:
     missing, diverged = (sum(row[key] for row in rows) for key in ("missing", "diverged"))
     total, said = len(result["runs"]), []
     if missing:
-        said.append(f"{missing} of {total} runs have no result yet.")
+        said.append(f"{missing} of {total} runs {'has' if missing == 1 else 'have'} no result yet.")
     if diverged:
         said.append(f"{diverged} of {total} runs diverged.")
     if len(result["seeds"]) == 1:
         said.append("Each place has one seed, so no verdict is possible; run at least 3 seeds.")
+    return said
+
+
+def _limits(limits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each arm the strictest limit, and a looser one where it lies elsewhere."""
+    said, before = [], None
+    for one in limits:
+        if (one["arm"], one["batch"]) != before:
+            said.append(one["sentence"])
+        before = (one["arm"], one["batch"])
     return said
 
 
