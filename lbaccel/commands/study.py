@@ -184,9 +184,9 @@ def _report(a: argparse.Namespace) -> int:
         writable(a.csv, "--csv")
     study_in(a.folder)
     result = study_result(a.folder)
-    for warning in result["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
     if a.json:
+        for warning in result["warnings"]:  # the others have them in their text
+            print(f"warning: {warning}", file=sys.stderr)
         print(strict_json(result, indent=1))
     else:
         print(as_markdown(result) if a.md else as_text(result))

@@ -18,7 +18,7 @@ from lbaccel.runs.read import flatten
 from lbaccel.studies.read import as_mapping, read_study
 from lbaccel.studies.spec import Cell, Study
 
-STUDY, CELLS, TUNING = "study.yaml", "cells", "tuning"
+STUDY, CELLS, TUNING, LANDSCAPES = "study.yaml", "cells", "tuning", "landscapes"
 CHOSEN, SHARED = "tuning.json", "cells.json"
 SETTINGS, LOG, CLAIM = "settings.yaml", "log.txt", ".claim.lock"  # of a cell
 

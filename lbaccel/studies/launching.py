@@ -60,7 +60,12 @@ def run_study(
         if worker.stopped:
             return 130
         cells = final_cells(study, best)
-    return _ended(worker.run(one_of_each(folder, cells)), folder, say, stopped=worker.stopped)
+    tally = worker.run(one_of_each(folder, cells))
+    if study.landscapes and tally.ended == tally.total:
+        from lbaccel.studies.surfaces import draw_landscapes
+
+        draw_landscapes(folder, study, say=say)
+    return _ended(tally, folder, say, stopped=worker.stopped)
 
 
 def final_cells(study: Study, best: dict[Place, float]) -> list[Cell]:

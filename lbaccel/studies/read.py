@@ -130,8 +130,12 @@ def _merged(whole: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
     }
     arms = {k: dict(_mapping(v or {}, k)) for k, v in _mapping(whole.get("arms"), "arms").items()}
     for name, more in _mapping(at.get("arms") or {}, "arms").items():
-        if name not in arms:
-            _fault(f"the scale names an arm {brief(name)} that the file has not.")
+        if name not in arms and "title" not in _mapping(more, f"arm {name}"):
+            _fault(
+                f"the scale changes an arm {brief(name)} that the file has not; there are "
+                f"{', '.join(map(str, arms))}. An arm of a scale alone has a title."
+            )
+        arms.setdefault(name, {})
         for key, value in _mapping(more, f"arm {name}").items():
             below = arms[name].get(key)
             nested = isinstance(value, Mapping) and isinstance(below, Mapping)

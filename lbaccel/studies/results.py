@@ -25,6 +25,7 @@ from lbaccel.studies.one_run import (
 from lbaccel.studies.reaching import to_target
 from lbaccel.studies.settings_of_runs import settings_of_runs
 from lbaccel.studies.spec import Pair, Place, Study
+from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
 LIMITS = (0.5, 1.0)  # points of the scaling limits
@@ -76,10 +77,22 @@ def study_result(folder: Path) -> dict[str, Any]:
         if study.target
         else [],
         "tuning": tuning,
-        "figures": [],
+        "figures": _figures(folder, study),
         "warnings": [*(w for one in every for w in one.warnings), *_edges(tuning)],
     }
     return plain({**result, "verdict": verdict(result)}, finite=True)
+
+
+def _figures(folder: Path, study: Study) -> list[dict[str, Any]]:
+    """The pictures of the study's landscapes, as they are now."""
+    return [
+        {
+            "name": f"{surface.name}: {path.stem}",
+            "file": path.relative_to(folder).as_posix(),
+            "alt": f"Loss around the weights of {place_name(study, surface.place)}: {path.stem}",
+        }
+        for surface, path in pictures(folder, study)
+    ]
 
 
 def outcomes_of(runs: Sequence[CellRun]) -> Outcomes:

@@ -107,11 +107,11 @@ def set_target(folder: Path, study: Study) -> Study:
 
 def _norm_of(settings: Mapping[str, Any], *, smallest: int) -> int | str:
     """BatchNorm's samples that the study states: those of the recipe, where it has BatchNorm."""
-    import timm
-
+    from lbaccel.models import create_backbone
     from lbaccel.update.normalization import has_batch_norm
 
-    model = timm.create_model(str(settings.get("model", default_of("model"))))
+    s = layered(Settings(), settings, origin="flag")
+    model = create_backbone(s.model.model, num_classes=s.model.num_classes or 2)
     return min(NORM_BATCH, smallest) if has_batch_norm(model) else NO_NORM
 
 
