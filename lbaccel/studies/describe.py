@@ -21,7 +21,7 @@ def describe(scales: Mapping[str, Study]) -> str:
     parts += ["## Settings of all runs", _settings(first.settings)]
     if first.expected:
         parts += [f"## The source's {first.metric}, %", _expected(first)]
-    parts += ["## Scales", *(_scale(name, study) for name, study in scales.items())]
+    parts += ["## Scales", "\n".join(_scale(name, study) for name, study in scales.items())]
     parts += ["## Run it", _commands(first, tuple(scales))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
