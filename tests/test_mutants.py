@@ -57,6 +57,18 @@ MUTANTS = {
         "        return value",
         "tests/test_network_arguments.py::test_words_yaml_and_json_give_the_same_arguments",
     ),
+    "a part of the images is the first of them": (
+        "data.subset",
+        "sorted(members[label], key=lambda position: (keys[position], position))[:share]",
+        "members[label][:share]",
+        "tests/data/test_subset.py::test_a_draw_depends_on_names_alone",
+    ),
+    "a run on a part of the images is judged on all of them": (
+        "product.judged",
+        "if source is not None and differences(source, trained.settings.identity) is None:",
+        "if False:",
+        "tests/recipe/test_max_samples.py::test_eval_gives_the_run_s_own_number_to_the_bit",
+    ),
     "a value of a flag that looks like key=value becomes a setting": (
         "recipe.command_line",
         "values = 0 if has_value or action is None else _values_of(action)",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lbaccel.commands.study import add_running, say
+from lbaccel.errors import InputError, brief
 from lbaccel.recipe import bounds
 from lbaccel.recipe.settings import add_options, typed_options
 from lbaccel.studies.folder import begin, is_study, study_in
@@ -24,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "say how many updates and samples each needs, where a larger batch stops to help (the "
         "critical batch, beside what the noise scale predicts), and where it costs accuracy."
     )
-    parser.add_argument(
-        "--batches", required=True, type=_sizes, metavar="B,B,...", help="global batch sizes"
-    )
+    parser.add_argument("--batches", required=True, metavar="B,B,...", help="global batch sizes")
     parser.add_argument("--seeds", type=bounds.count, default=3, metavar="N", help="of each")
     parser.add_argument(
         "--tune",
@@ -58,7 +57,7 @@ def run(a: argparse.Namespace) -> int:
 
     tune = None if a.tune == NO_GRID else tune_of(a.tune)
     study = scaling_study(
-        typed_options(vars(a)), batches=a.batches, seeds=a.seeds, tune=tune, target=a.target
+        typed_options(vars(a)), batches=_sizes(a.batches), seeds=a.seeds, tune=tune, target=a.target
     )
     if tune is not None:
         check_tune(study, tune)
@@ -79,4 +78,7 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [bounds.count(part) for part in text.replace(",", " ").split()]
+    try:
+        return [bounds.count(part) for part in text.replace(",", " ").split()]
+    except bounds.Unfit as error:
+        raise InputError(f"--batches {brief(text)}: {error}. Use such as 64,256,1024.") from None

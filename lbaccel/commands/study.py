@@ -111,9 +111,10 @@ def _show(a: argparse.Namespace) -> int:
 
     path = find_study(a.study)
     if a.scale is None:
-        print(describe({name: read_study(path, name or None) for name in scales_in(path) or [""]}))
+        scales = scales_in(path) or [""]
+        print(describe({name: read_study(path, name or None) for name in scales}), end="")
     else:
-        print(describe_runs(read_study(path, a.scale)))
+        print(describe_runs(read_study(path, a.scale)), end="")
     return 0
 
 
@@ -141,11 +142,13 @@ def study_of(a: argparse.Namespace) -> Study:
 def _plan(a: argparse.Namespace) -> int:
     from lbaccel.studies.outlook import check_cells, lengths, measured_pace
     from lbaccel.studies.outlook_text import lines
+    from lbaccel.studies.running import alike
 
     study = study_of(a)
     check_cells(study)
     cells = _with_grid(study)
-    found = lengths(cells)
+    shared = alike(cells)
+    found = lengths([cell for cell in cells if cell.name not in shared])
     pace = None if a.no_timing else measured_pace(study, jobs=a.jobs, say=say)
     for line in lines(study, found, pace, jobs=a.jobs):
         print(line)

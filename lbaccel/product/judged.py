@@ -16,6 +16,7 @@ from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
 from lbaccel.recipe.images import open_data, read_skipped
+from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.text import one_line
 
@@ -70,7 +71,7 @@ def judged_on(trained: TrainedModel, data: str | None, *, split: str, say: Say) 
         InputError: no such data or split, other images than the run's, or other classes.
     """
     check_choice("split", split, choices=SPLITS)
-    source = _opened(trained, data)
+    source = _opened(trained, data, say=say)
     _compare(trained, source, data, say=say)
     found = source.val if split == "val" else source.test
     if found is None:
@@ -95,10 +96,10 @@ def judged_on(trained: TrainedModel, data: str | None, *, split: str, say: Say) 
     )
 
 
-def _opened(trained: TrainedModel, data: str | None) -> Source:
+def _opened(trained: TrainedModel, data: str | None, *, say: Say) -> Source:
     options, seed = trained.settings.data, trained.settings.run.seed
     if data is not None:
-        return open_data(replace(options, data=data), seed=seed)
+        return _named(trained, replace(options, data=data), seed=seed, say=say)
     if trained.run is None:
         raise InputError(f"{trained.path} names no images. Give them: --data folder:PATH.")
     try:
@@ -108,6 +109,26 @@ def _opened(trained: TrainedModel, data: str | None) -> Source:
             f"{error} These are the run's own images. Where they lie elsewhere now, say so: "
             "--data folder:PATH."
         ) from error
+
+
+def _named(trained: TrainedModel, options: DataOptions, *, seed: int, say: Say) -> Source:
+    """The images that somebody names; those of the run, wherever they lie, as it took them."""
+    if options.max_train_samples is None and options.max_val_samples is None:
+        return open_data(options, seed=seed)
+    if trained.settings.identity is not None:
+        try:
+            source = open_data(options, seed=seed)
+        except InputError:  # fewer than the run took
+            source = None
+        if source is not None and differences(source, trained.settings.identity) is None:
+            return source
+    if options.max_val_samples is not None:
+        say(
+            f"note: the run was judged on {options.max_val_samples} validation images "
+            f"(--max-val-samples), and these are all that {options.data} has"
+        )
+    whole = replace(options, max_train_samples=None, max_val_samples=None)
+    return open_data(whole, seed=seed)
 
 
 def _compare(trained: TrainedModel, source: Source, data: str | None, *, say: Say) -> None:

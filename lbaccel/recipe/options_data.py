@@ -114,6 +114,16 @@ class DataOptions:
             ),
         ),
     )
+    max_train_samples: int | None = option(
+        None,
+        bounds.count,
+        "training images to take, in proportion to the classes, the same for every seed; what is "
+        "held out is so before",
+        shown="all",
+    )
+    max_val_samples: int | None = option(
+        None, bounds.count, "validation images to take, likewise", shown="all"
+    )
     test_split: str = option(
         "test",
         str,

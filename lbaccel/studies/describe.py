@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.recipe.values import shown
-from lbaccel.studies.spec import BATCH, Source, Study
+from lbaccel.studies.spec import BATCH, Publication, Study
 
 
 def describe(scales: Mapping[str, Study]) -> str:
@@ -21,7 +21,7 @@ def describe(scales: Mapping[str, Study]) -> str:
     parts += ["## Settings of all runs", _settings(first.settings)]
     if first.expected:
         parts += [f"## The source's {first.metric}, %", _expected(first)]
-    parts += ["## Scales", *(_scale(name, study) for name, study in scales.items())]
+    parts += ["## Scales", "\n".join(_scale(name, study) for name, study in scales.items())]
     parts += ["## Run it", _commands(first, tuple(scales))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -36,17 +36,17 @@ def describe_runs(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cited(source: Source) -> str:
+def cited(source: Publication) -> str:
     """Authors, title and year, as far as they are known.
 
-    >>> cited(Source("Keskar et al.", "On Large-Batch Training", 2017))
+    >>> cited(Publication("Keskar et al.", "On Large-Batch Training", 2017))
     'Keskar et al., "On Large-Batch Training", 2017'
     """
     parts = [source.authors, f'"{source.title}"', str(source.year) if source.year else ""]
     return ", ".join(part for part in parts if part)
 
 
-def _source(source: Source | None) -> str:
+def _source(source: Publication | None) -> str:
     if source is None:
         return ""
     return f"Source: {cited(source)}" + (f"; {source.where}." if source.where else ".")

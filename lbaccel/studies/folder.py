@@ -122,7 +122,7 @@ def share(folder: Path, cells: Mapping[str, str]) -> None:
 
 
 def chosen_in(folder: Path) -> list[dict[str, Any]]:
-    """What was tuned: a mapping for each arm and batch size."""
+    """The choices of the grid: a mapping for each arm and batch size."""
     found = _json_at(folder / CHOSEN)
     return found if isinstance(found, list) else []
 

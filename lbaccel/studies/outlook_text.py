@@ -58,7 +58,10 @@ def _rows(
 ) -> Iterator[tuple[str, ...]]:
     for place in study.places():
         of = [one for one in found if (one.cell.arm, one.cell.batch) == (place.arm, place.batch)]
-        one = next(one for one in of if not one.cell.variant)
+        one = next((one for one in of if not one.cell.variant), None)
+        if one is None:  # an earlier arm has a run of these settings
+            yield (place.arm, f"{place.batch:,}", "as above", *[""] * (2 if pace is None else 3))
+            continue
         timed = () if pace is None else (clock_time(sum(map(pace.of, of))),)
         yield (
             place.arm,

@@ -19,7 +19,7 @@ from lbaccel.studies.spec import (
     Arm,
     Pair,
     Place,
-    Source,
+    Publication,
     Study,
     Surface,
     Target,
@@ -138,8 +138,9 @@ def _merged(whole: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
         arms.setdefault(name, {})
         for key, value in _mapping(more, f"arm {name}").items():
             below = arms[name].get(key)
-            nested = isinstance(value, Mapping) and isinstance(below, Mapping)
-            laid = {**below, **value} if nested else value
+            laid = value
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                laid = {**below, **value}
             if key == "per_batch" and isinstance(laid, Mapping):  # null leaves a batch size out
                 laid = {batch: of for batch, of in laid.items() if of is not None}
             arms[name][key] = laid
@@ -352,12 +353,12 @@ def _batches(value: Any, where: str) -> tuple[int, ...]:
     return found
 
 
-def _source(value: Any) -> Source | None:
+def _source(value: Any) -> Publication | None:
     if value is None:
         return None
     found = _mapping(value, "source")
     _known(found, ("authors", "title", "year", "where"), "source")
-    return Source(
+    return Publication(
         authors=_text(found.get("authors", ""), "source: authors"),
         title=_text(found.get("title", ""), "source: title"),
         year=_count(found.get("year", 0), "source: year", least=0),

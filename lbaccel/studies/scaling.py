@@ -54,14 +54,14 @@ def scaling_study(
         )
     if not 1 <= seeds <= MOST_SEEDS:
         raise InputError(f"--seeds {seeds}: a study has 1 to {MOST_SEEDS}.")
-    settings = dict(typed)
-    settings.setdefault("data", default_of("data"))
-    settings.setdefault(NORM, _norm_of(settings, smallest=sizes[0]))
+    stated = dict(typed)
+    data = str(stated.setdefault("data", default_of("data")))
+    stated.setdefault(NORM, _norm_of(stated, smallest=sizes[0]))
     if tune is not None and tune.relative:
-        settings.setdefault(tune.setting, _own_value(settings, tune.setting))
-    if tune is not None and not splits(str(settings["data"])):
+        stated.setdefault(tune.setting, _own_value(stated, tune.setting))
+    if tune is not None and not splits(data):
         raise InputError(
-            f"--data {settings['data']} can't be split, and a rate is tuned on a part of the "
+            f"--data {data} can't be split, and a rate is tuned on a part of the "
             "training set. Use folder:PATH, parquet:PATH or the like, or --tune none."
         )
     first = Place(ARM, sizes[0])
@@ -71,7 +71,7 @@ def scaling_study(
         title=f"Batch sizes {', '.join(f'{size:,}' for size in sizes)} of one recipe",
         question="How many updates and samples does each batch size need, and what does it cost?",
         source=None,
-        settings=settings,
+        settings=stated,
         arms=(Arm(ARM, "the recipe"),),
         batches=sizes,
         seeds=tuple(range(seeds)),

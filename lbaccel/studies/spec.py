@@ -31,7 +31,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Source:
+class Publication:
     """The publication that a study repeats.
 
     Attributes:
@@ -156,7 +156,7 @@ class Study:
     scale: str
     title: str
     question: str
-    source: Source | None
+    source: Publication | None
     settings: Mapping[str, Any]
     arms: tuple[Arm, ...]
     batches: tuple[int, ...]

@@ -66,7 +66,7 @@ def tuned(worker: Worker, study: Study, tune: Tune) -> dict[Place, float]:
 
 
 def chosen(folder: Path) -> dict[Place, float]:
-    """What the grid of a study chose, by arm and batch size; empty before it was run."""
+    """The choices of a study's grid, by arm and batch size; empty before it was run."""
     return {
         Place(str(one["arm"]), int(one["batch"])): float(one["best"])
         for one in chosen_in(folder)

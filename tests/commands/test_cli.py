@@ -29,6 +29,8 @@ HELP = """usage: lbaccel COMMAND ...
   doctor     what is known to go wrong with this environment, config and script
   env        this machine and its versions, to paste into a bug report
   compare    finished runs side by side: what differed, and what came of it
+  study      arms x batch sizes x seeds as one: planned, run, gone on with, reported
+  scaling    how far can the batch of one's own recipe grow: tuned rates, seeds, one page
   eval       a trained model judged on images with labels: figures, intervals, pictures
   predict    a trained model used on images without labels: classes and probabilities as CSV
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
@@ -47,6 +49,8 @@ NEEDED_FIRST = {
     "plan": "--model MODEL and --global-batch-size B",
     "configs": "one of ls, cp, validate, make",
     "compare": "RUN",
+    "study": "one of ls, show, plan, run, report",
+    "scaling": "--batches B,B,...",
     "eval": "RUN|CHECKPOINT|EXPORT",
     "predict": "RUN|CHECKPOINT|EXPORT|hf-hub:NAME and FILES|FOLDER|GLOB|-",
     "export": "RUN",
@@ -90,7 +94,7 @@ def test_a_flag_that_a_command_does_not_have_is_refused(name, capsys):
     assert cli.main([name, *NEEDED.get(name, []), "--no-such-flag"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unknown flag --no-such-flag.")
-    whole = " --help all " if name == "start" else " --help "
+    whole = " --help all " if name in ("start", "scaling") else " --help "
     assert line.endswith(f"{whole}lists all of its flags.")
 
 
@@ -117,6 +121,8 @@ NEEDED = {  # flags without which argparse stops earlier
     ],
     "plan": ["--model", "resnet10t", "--global-batch-size", "8"],
     "configs": ["ls"],
+    "study": ["ls"],
+    "scaling": ["--batches", "64,128"],
     "compare": ["run"],
     "export": ["run"],
     "verify": ["--model", "resnet10t"],
