@@ -22,6 +22,7 @@ from lbaccel.studies.one_run import (
     CellRun,
     curves,
     read_cell,
+    thinned,
 )
 from lbaccel.studies.reaching import to_target
 from lbaccel.studies.settings_of_runs import settings_of_runs
@@ -31,7 +32,7 @@ from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
 LIMITS = (0.5, 1.0)  # points of the scaling limits
-ALL_POINTS = 30_000  # of all curves of a study, so that its page stays small
+ALL_POINTS = 20_000  # of all curves of a study, so that its page stays small
 
 
 def study_result(folder: Path) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str,
             "seed": one.cell.seed,
             "status": one.state,
             **one.numbers,
+            "noise": thinned(one.numbers["noise"], most),
             "history": {} if one.run is None else curves(one.run, study.metric, most=most),
         }
         for one in runs
