@@ -1715,6 +1715,68 @@ MUTANTS = {
         '"stage3_prefetch_bucket_size": "auto"',
         "tests/configs/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3]",
     ),
+    "an arm need not state its norm batch": (
+        "studies.read",
+        "if study.stated(place).get(NORM) is None:",
+        "if False:",
+        "tests/studies/test_study_files.py::"
+        "test_a_fault_is_one_sentence_that_names_the_entry[no norm]",
+    ),
+    "a study's grid sees the test set": (
+        "studies.tuning",
+        'more: dict[str, Any] = {"val_fraction": HELD_OUT, "test_split": "test"}',
+        "more: dict[str, Any] = {}",
+        "tests/studies/test_running.py::"
+        "test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken",
+    ),
+    "a diverged run of a grid is its best": (
+        "studies.tuning",
+        "zip(values, results, strict=True) if r is not None]",
+        "zip(values, [9e9 if r is None else r for r in results], strict=True)]",
+        "tests/studies/test_running.py::"
+        "test_the_best_of_a_grid_is_the_smallest_of_equals_and_no_diverged_one",
+    ),
+    "two workers take one run": (
+        "studies.running",
+        "        yield False\n",
+        "        yield True\n",
+        "tests/studies/test_running.py::test_any_number_of_workers_share_the_runs_of_one_folder",
+    ),
+    "a diverged run of a study is run again": (
+        "studies.running",
+        '_ENDED: tuple[State, ...] = ("done", "diverged")',
+        '_ENDED: tuple[State, ...] = ("done",)',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a diverged run of a study is a failed one": (
+        "studies.folder",
+        'return "diverged" if summary.get("diverged") is True else "failed"',
+        'return "failed"',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a folder of another study is written over": (
+        "studies.folder",
+        "    if differing:\n",
+        "    if False:\n",
+        "tests/studies/test_running.py::"
+        "test_a_folder_of_another_study_is_refused_with_what_differs",
+    ),
+    "a signal reaches no run of a study": (
+        "studies.running",
+        "            child.terminate()\n\n\ndef prepare",
+        "            pass\n\n\ndef prepare",
+        "tests/studies/test_running.py::"
+        "test_a_signal_ends_the_runs_in_good_order_and_the_study_goes_on",
+    ),
+    "a run's result is its best evaluation": (
+        "studies.outcome",
+        "median(value for value in values if value is not None)",
+        "max(value for value in values if value is not None)",
+        "tests/studies/test_outcome.py::"
+        "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
+    ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",
         "scale_s / num_samples * (1 - repeat * share)",
