@@ -96,6 +96,8 @@ NO_TORCH = (  # those without numpy first
     "studies.spec",
     "studies.judging",
     "studies.limits",
+    "studies.on_images",
+    "studies.spread",
     "studies.to_target",
     "studies.results",
     "studies.tables",

@@ -585,6 +585,104 @@ MUTANTS = {
         "tests/product/test_metrics.py::"
         "test_a_half_is_measured_with_the_temperature_of_the_other_half",
     ),
+    "runs of two arms are paired by their order": (
+        "studies.judging",
+        "        seed: one.values[seed] - other.values[seed]\n"
+        "        for seed in sorted(one.values)\n"
+        "        if seed in other.values\n",
+        "        seed: a - b\n"
+        "        for seed, a, b in zip(one.values, one.values.values(), other.values.values())\n",
+        "tests/studies/test_judging.py::test_runs_are_paired_by_their_seed_and_not_by_their_order",
+    ),
+    "no loss is said where the mean lies inside the margin": (
+        "studies.judging",
+        "if margin is not None and max(-low, high) <= margin + ROUNDING:",
+        "if margin is not None and abs(low + high) / 2 <= margin + ROUNDING:",
+        "tests/studies/test_judging.py::test_the_verdict_follows_the_interval",
+    ),
+    "an interval that excludes 0 counts before the margin": (
+        "studies.judging",
+        "if margin is not None and max(-low, high) <= margin + ROUNDING:",
+        "if margin is not None and low <= 0 <= high and max(-low, high) <= margin + ROUNDING:",
+        "tests/studies/test_judging.py::test_the_verdict_follows_the_interval",
+    ),
+    "a diverged seed leaves the verdict as it is": (
+        "studies.judging",
+        'return "not resolved" if lost or won else verdict',
+        "return verdict",
+        "tests/studies/test_judging.py::"
+        "test_a_place_with_a_diverged_seed_has_no_no_loss_and_no_gain",
+    ),
+    "the resolution of seeds forgets that two runs differ": (
+        "studies.judging",
+        "spread * math.sqrt(2 * (1 - correlation) / num_seeds)",
+        "spread * math.sqrt((1 - correlation) / num_seeds)",
+        "tests/studies/test_judging.py::test_the_resolution_is_the_half_width_that_studies_come_to",
+    ),
+    "the scaling limit is the largest batch that is good again": (
+        "studies.limits",
+        "        if stopped:\n            break\n",
+        "        if stopped:\n            continue\n",
+        "tests/studies/test_limits.py::"
+        "test_the_scaling_limit_is_the_last_batch_before_the_first_loss",
+    ),
+    "a diverged run does not end the scaling": (
+        "studies.limits",
+        "        if places[batch].diverged:\n",
+        "        if False:\n",
+        "tests/studies/test_limits.py::test_a_diverged_run_ends_the_scaling",
+    ),
+    "a result is the best evaluation": (
+        "studies.outcome",
+        "return float(median(value for value in values if value is not None))",
+        "return float(max(point.value for point in points if point.value is not None))",
+        "tests/studies/test_results.py::"
+        "test_a_result_is_the_median_of_the_last_evaluations_and_never_the_best",
+    ),
+    "a diverged run is left out of its place": (
+        "studies.results",
+        'frozenset(r.cell.seed for r in runs if r.state == "diverged")',
+        "frozenset()",
+        "tests/studies/test_results.py::test_a_diverged_run_counts_and_is_no_run_that_is_left_out",
+    ),
+    "a run that goes on counts as one that never met the target": (
+        "studies.one_run",
+        '"censored": ended and study.target is not None',
+        '"censored": study.target is not None',
+        "tests/studies/test_results.py::test_a_run_that_is_missing_or_goes_on_has_no_result_yet",
+    ),
+    "a censored run is left out of the fit": (
+        "studies.to_target",
+        "profile = _Profile(met, censored if len(met) > 2 else [])",
+        "profile = _Profile(met, [])",
+        "tests/studies/test_to_target.py::test_a_censored_run_is_no_run_that_is_left_out",
+    ),
+    "the mean updates to a target are those of the fast seeds": (
+        "studies.to_target",
+        "None if censored or not met else fmean(met)",
+        "fmean(met) if met else None",
+        "tests/studies/test_to_target.py::test_a_mean_is_not_that_of_the_fast_seeds_alone",
+    ),
+    "the interval of a critical batch takes a large sample's quantile": (
+        "studies.to_target",
+        "n / 2 * math.log1p(float(fdtri(1, n - 2, LEVEL)) / (n - 2))",
+        "3.8415 / 2",
+        "tests/studies/test_to_target.py::"
+        "test_without_censored_runs_it_is_least_squares_of_the_logarithms_and_its_f_test",
+    ),
+    "a line to run an experiment again rounds its numbers": (
+        "studies.provenance",
+        "return short if float(short) == value else repr(value)",
+        "return short",
+        "tests/studies/test_provenance.py::"
+        "test_the_line_read_again_has_the_settings_of_the_experiment",
+    ),
+    "one damaged run ends the report of a study": (
+        "studies.one_run",
+        "    except _UNREADABLE as error:\n",
+        "    except ZeroDivisionError as error:\n",
+        "tests/studies/test_results.py::test_a_damaged_run_is_one_warning_and_the_rest_is_judged",
+    ),
     "a file that can't be read shifts the answers": (
         "product.prediction",
         "                    yield Prediction(file, (), (), error=image)\n",

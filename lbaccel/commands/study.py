@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = reporting.add_mutually_exclusive_group()
     shown.add_argument("--md", action="store_true", help="print Markdown")
     shown.add_argument("--json", action="store_true", help="print the result as JSON alone")
-    reporting.add_argument("--csv", type=Path, metavar="FILE", help="write a line a run")
+    reporting.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
 
 
 def add_running(parser: argparse.ArgumentParser, *, to: str) -> None:
@@ -181,10 +181,10 @@ def _report(a: argparse.Namespace) -> int:
     from lbaccel.runs.folder import atomic_write_text, strict_json
     from lbaccel.runs.outputs import writable
     from lbaccel.studies.results import study_result
-    from lbaccel.studies.tables import as_csv, as_markdown, as_text
+    from lbaccel.studies.tables import TABLE_FILE, as_csv, as_markdown, as_text
 
     if a.csv is not None:
-        writable(a.csv, "--csv")
+        writable(a.csv, "--csv", own=TABLE_FILE)
     study_in(a.folder)
     result = study_result(a.folder)
     if a.json:

@@ -15,13 +15,18 @@ from lbaccel.product.evaluation import MADE_BY, Evaluation
 from lbaccel.product.judged import Judged
 from lbaccel.product.pictures import draw_confusion, draw_mistakes
 from lbaccel.recipe.trained_model import TrainedModel
-from lbaccel.runs.folder import checkpoint_name, strict_json, written_beside
+from lbaccel.runs.folder import (
+    EVALUATED,
+    EVALUATIONS,
+    checkpoint_name,
+    strict_json,
+    written_beside,
+)
 from lbaccel.runs.outputs import writable
 from lbaccel.text import one_line
 
 Say = Callable[[str], object]
-EVALUATIONS = "eval"  # in a run folder
-FIGURES, TABLE, COLUMNAR = "eval.json", "predictions.csv", "predictions.parquet"
+FIGURES, TABLE, COLUMNAR = "eval.json", EVALUATED, "predictions.parquet"
 CONFUSION, MISTAKES = "confusion.png", "mistakes.png"
 FILES = (FIGURES, TABLE, COLUMNAR, CONFUSION, MISTAKES)
 

@@ -14,7 +14,11 @@ from lbaccel.runs.read import Run
 
 # from the rest of the plan, or from the contract
 _FOLLOWS = {
-    f"{PLAN}/{name}" for name in ("equation", "gradient_accumulation_steps", "num_updates", "lr")
+    f"{PLAN}/{name}"
+    for name in (
+        *("equation", "gradient_accumulation_steps", "num_updates", "lr"),
+        "predicted_peak_gib",
+    )
 }
 # the fingerprint follows from the seed, where a share of the images is held out
 _IMAGES = (f"{IDENTITY}/num_train", f"{IDENTITY}/num_val")

@@ -15,6 +15,7 @@ from lbaccel.runs.groups import LEVEL, Mean
 from lbaccel.studies.folder import chosen_in, study_in
 from lbaccel.studies.judging import Outcomes, is_in_points, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
+from lbaccel.studies.on_images import on_the_same_images
 from lbaccel.studies.one_run import (
     FEWEST_POINTS,
     MOST_POINTS,
@@ -25,6 +26,7 @@ from lbaccel.studies.one_run import (
 from lbaccel.studies.reaching import to_target
 from lbaccel.studies.settings_of_runs import settings_of_runs
 from lbaccel.studies.spec import Pair, Place, Study
+from lbaccel.studies.spread import spread_of
 from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
@@ -50,6 +52,7 @@ def study_result(folder: Path) -> dict[str, Any]:
     every = [one for of in runs.values() for one in of]
     outcomes = {place: outcomes_of(of) for place, of in runs.items()}
     of_arms, equal = settings_of_runs(study, every)
+    base = baseline_of(study)
     tuning = chosen_in(folder)
     result: dict[str, Any] = {
         "kind": "study",
@@ -58,7 +61,6 @@ def study_result(folder: Path) -> dict[str, Any]:
         "metric": study.metric,
         "last": study.last,
         "level": LEVEL,
-        "spread": study.spread,
         "arms": [
             {"name": arm.name, "title": arm.title, "settings": of_arms[arm.name]}
             for arm in study.arms
@@ -66,11 +68,12 @@ def study_result(folder: Path) -> dict[str, Any]:
         "settings": equal,
         "batches": sorted({place.batch for place in runs}),
         "seeds": list(study.seeds),
-        "baseline": asdict(baseline_of(study)),
+        "baseline": asdict(base),
         "target": None if study.target is None else asdict(study.target),
         "runs": _runs(study, every, folder),
         "table": [_row(study, place, of) for place, of in runs.items()],
-        "comparisons": comparisons(study, outcomes),
+        "comparisons": comparisons(study, outcomes, runs),
+        "spread": spread_of(study, {place: outcomes[place] for place in _apart(runs, base)}, base),
         "scaling_limits": _limits(study, outcomes),
         "aggregates": _aggregates(study, outcomes),
         "to_target": [to_target(study, arm.name, runs) for arm in study.arms]
@@ -168,13 +171,20 @@ def _wilson(study: Study, mean: float | None, runs: Sequence[CellRun]) -> list[f
     return [100 * bound for bound in wilson(round(size * mean / 100), size)]
 
 
-def comparisons(study: Study, outcomes: Mapping[Place, Outcomes]) -> list[dict[str, Any]]:
-    """Every place against the baseline, and the pairs of the study, each once."""
+def comparisons(
+    study: Study, outcomes: Mapping[Place, Outcomes], runs: Mapping[Place, Sequence[CellRun]]
+) -> list[dict[str, Any]]:
+    """Every place against the baseline, and the pairs of the study, each once.
+
+    Two places of the same settings share their runs, so there is nothing to compare.
+    """
     base = baseline_of(study)
     pairs = [(place, base) for place in outcomes if place != base]
     pairs += [both for pair in study.pairs for both in places_of(pair, outcomes)]
     found = []
     for one, other in dict.fromkeys(pairs):
+        if share_runs(runs[one], runs[other]):
+            continue
         names = (place_name(study, one), place_name(study, other))
         judged = judge(outcomes[one], outcomes[other], names=names, metric=study.metric)
         found.append(
@@ -186,8 +196,24 @@ def comparisons(study: Study, outcomes: Mapping[Place, Outcomes]) -> list[dict[s
                 **{key: getattr(judged, key) for key in ("difference", "low", "high", "verdict")},
                 "sentence": judged.sentence,
                 "per_seed": {str(seed): diff for seed, diff in judged.per_seed.items()},
+                "on_images": on_the_same_images(runs[one], runs[other]),
             }
         )
+    return found
+
+
+def share_runs(one: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
+    """Whether two places have their runs in the same folders, since their settings are equal."""
+    folders = [{run.folder for run in of if run.folder is not None} for of in (one, other)]
+    return bool(folders[0] & folders[1])
+
+
+def _apart(runs: Mapping[Place, Sequence[CellRun]], base: Place) -> list[Place]:
+    """The places that share no run with the baseline or with one before."""
+    found = [base]
+    for place, of in runs.items():
+        if not any(share_runs(of, runs[other]) for other in found) and place != base:
+            found.append(place)
     return found
 
 

@@ -76,8 +76,8 @@ TABLE_FILE = Own("table of lbaccel study report", _is_table)
 
 def _tables(result: Result) -> list[tuple[str, Grid, str]]:
     """Title, cells and a note of each table that has rows."""
-    found = [_results(result), _comparisons(result), _to_target(result), _aggregates(result)]
-    found += [_tuning(result), _arms(result)]
+    found = [_results(result), _comparisons(result), _on_images(result), _to_target(result)]
+    found += [_aggregates(result), _tuning(result), _arms(result)]
     return [one for one in found if len(one[1]) > 1]
 
 
@@ -138,6 +138,27 @@ def _comparisons(result: Result) -> tuple[str, Grid, str]:
         ]
         grid.append([*places, *numbers, str(one["n"]), one["verdict"]])
     return "comparisons, paired by seed", grid, ""
+
+
+def _on_images(result: Result) -> tuple[str, Grid, str]:
+    titles = {arm["name"]: arm["title"] for arm in result["arms"]}
+    grid: Grid = [["A", "B", "seed", "images", "A alone is right", "B alone is right", "p"]]
+    for one in result["comparisons"]:
+        for test in one["on_images"]:
+            grid.append(
+                [
+                    f"{titles[one['arm']]} at {one['batch']:,}",
+                    f"{titles[one['against_arm']]} at {one['against_batch']:,}",
+                    str(test["seed"]),
+                    *(f"{test[key]:,}" for key in ("num_images", "only_one", "only_other")),
+                    f"{test['p']:.2g}",
+                ]
+            )
+    note = (
+        "Over test images alone: how surely two networks differ on these images. It does not say "
+        "what another seed would give, so no verdict takes it."
+    )
+    return "the same test images (McNemar's exact test)", grid, note
 
 
 def _to_target(result: Result) -> tuple[str, Grid, str]:

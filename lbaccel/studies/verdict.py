@@ -30,6 +30,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
         said += _by_pair_of_arms(result, compared)
     said += _limits(result["scaling_limits"])
     said += [one["sentence"] for one in result["to_target"]]
+    said += [result["spread"]["sentence"]] * (result["spread"]["sentence"] is not None)
     if is_in_points(result["metric"]) and compared:
         said.append(_rule(result))
     number = len(result["warnings"])

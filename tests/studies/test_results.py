@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from made_studies import NUM_TEST, add_run, fill, make_study
+from scipy.stats import t
 
 from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import strict_json
 from lbaccel.runs.groups import Mean
-from lbaccel.studies.folder import CELLS, cell_folder, choose
+from lbaccel.studies.folder import CELLS, cell_folder, choose, share, study_in
 from lbaccel.studies.results import check_result, study_result
-from lbaccel.studies.spec import Place
+from lbaccel.studies.tables import as_text
 
 LOSS = {("plain", 128): 0.1, ("plain", 512): 3.0, ("linear", 512): 0.7}
 
@@ -114,6 +116,80 @@ def test_comparisons_are_the_baseline_s_and_the_pairs_each_once(whole):
     )
 
 
+def test_places_of_equal_settings_share_their_runs_and_are_not_compared(whole):
+    share(whole, {f"linear-gbs32-seed{s}": f"plain-gbs32-seed{s}" for s in range(3)})
+    found = study_result(whole)
+    shared = of(found["runs"], cell="linear-gbs32-seed1")
+    assert shared["folder"] == f"{CELLS}/plain-gbs32-seed1/20260101-000000-run"
+    assert of(found["table"], arm="linear", batch=32)["n"] == 3
+    places = [(one["arm"], one["batch"]) for one in found["comparisons"]]
+    assert ("linear", 32) not in places and len(places) == 6
+
+
+def test_the_measured_spread_stands_beside_the_planned_one(tmp_path):
+    study = make_study(tmp_path / "s", batches=[32, 128], pairs=[])
+    values = {("plain", 32): (88, 90, 92), ("plain", 128): (87, 90, 93)}
+    for cell in study.cells():
+        add_run(tmp_path / "s", cell, [values.get((cell.arm, cell.batch), [90] * 3)[cell.seed]] * 5)
+    found = study_result(tmp_path / "s")["spread"]
+    # variances 4, 9, 0, 0 of the places; differences from plain at 32: 1, 4, 4
+    assert (found["planned"], found["run"]) == (0.4, pytest.approx(math.sqrt(13 / 4)))
+    assert found["pair"] == pytest.approx(math.sqrt(9 / 3))
+    assert found["resolves"] == pytest.approx(t.ppf(0.975, 2) * math.sqrt(3) / math.sqrt(3))
+    assert "3 seeds resolve 4.30 points" in found["sentence"]
+
+
+def test_seeds_without_a_spread_say_nothing_of_it(tmp_path):
+    study = make_study(tmp_path / "s", seeds=1)
+    fill(tmp_path / "s", study, top)
+    found = study_result(tmp_path / "s")
+    assert found["spread"] == {
+        "planned": 0.4,
+        "run": None,
+        "pair": None,
+        "resolves": None,
+        "sentence": None,
+    }
+    assert None not in found["verdict"]
+
+
+def write_predictions(folder, cell, right, *, kind="val", update=24, names=None):
+    """The table of an evaluation of a cell's run: "1" is a right image."""
+    run = cell_folder(folder, cell) / "20260101-000000-run"
+    table = run / "eval" / f"update_{update:06d}-{kind}" / "predictions.csv"
+    table.parent.mkdir(parents=True)
+    names = names or [f"{i}.png" for i in range(len(right))]
+    rows = [f"{name},cat,cat,{one}\n" for name, one in zip(names, right, strict=True)]
+    table.write_text("".join(["file,label,predicted,right\n", *rows]))
+
+
+def test_mcnemar_s_test_stands_apart_from_the_verdict(whole):
+    cells = {cell.name: cell for cell in study_in(whole).cells()}
+    base, other = cells["plain-gbs32-seed1"], cells["plain-gbs512-seed1"]
+    before = of(study_result(whole)["comparisons"], arm="plain", batch=512)
+    write_predictions(whole, base, "11111111110000")
+    write_predictions(whole, other, "10000000001111", update=12)  # an earlier one
+    write_predictions(whole, other, "11000000001000")
+    write_predictions(whole, cells["plain-gbs512-seed2"], "11", kind="val")  # alone
+    found = of(study_result(whole)["comparisons"], arm="plain", batch=512)
+    (test,) = found["on_images"]
+    # 8 images that only the baseline has right, 1 that only the other has: of 9 at most 1
+    assert test.pop("p") == pytest.approx(2 * 10 / 2**9)
+    assert test == {"seed": 1, "num_images": 14, "only_one": 1, "only_other": 8}
+    assert {**found, "on_images": []} == before
+    assert "McNemar's exact test" in as_text(study_result(whole))
+
+
+def test_predictions_of_other_images_are_not_compared(whole):
+    cells = {cell.name: cell for cell in study_in(whole).cells()}
+    write_predictions(whole, cells["plain-gbs32-seed0"], "1100")
+    write_predictions(whole, cells["plain-gbs128-seed0"], "1100", names=list("abcd"))
+    write_predictions(whole, cells["plain-gbs512-seed0"], "1100", kind="test")
+    write_predictions(whole, cells["linear-gbs512-seed0"], "110", names=list("aab"))
+    found = study_result(whole)
+    assert not any(one["on_images"] for one in found["comparisons"])
+
+
 def test_a_study_without_a_baseline_takes_its_first_place(tmp_path):
     study = make_study(tmp_path / "s", baseline=None, pairs=[])
     fill(tmp_path / "s", study, top)
@@ -187,7 +263,7 @@ def test_a_run_that_is_missing_or_goes_on_has_no_result_yet(tmp_path):
     study = make_study(folder)
     for cell in study.cells()[1:]:
         add_run(folder, cell, [top(cell)] * 5)
-    add_run(folder, study.cells()[0], [95.0] * 3, status="stopped")
+    add_run(folder, study.cells()[0], [70.0] * 3, status="stopped")
     cell_folder(folder, study.cells()[5]).joinpath("20260101-000000-run", "config.yaml").unlink()
     found = study_result(folder)
     first = found["runs"][0]
@@ -431,7 +507,3 @@ def test_one_seed_gives_no_verdict(tmp_path):
     found = study_result(tmp_path / "s")
     assert {one["verdict"] for one in found["comparisons"]} == {"not enough seeds"}
     assert any("one seed, so no verdict is possible" in line for line in found["verdict"])
-
-
-def test_places_are_named_for_readers(whole):
-    assert Place("plain", 32) in {Place(r["arm"], r["batch"]) for r in study_result(whole)["runs"]}
