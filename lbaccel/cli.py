@@ -54,6 +54,14 @@ COMMANDS = {
         "commands.eval",
         "a trained model judged on images with labels: figures, intervals, pictures",
     ),
+    "landscape": (
+        "commands.landscape",
+        "loss and accuracy around trained weights, or between two models: curve and surface",
+    ),
+    "sharpness": (
+        "commands.sharpness",
+        "how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it",
+    ),
     "predict": (
         "commands.predict",
         "a trained model used on images without labels: classes and probabilities as CSV",
