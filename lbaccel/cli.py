@@ -54,6 +54,10 @@ COMMANDS = {
         "commands.eval",
         "a trained model judged on images with labels: figures, intervals, pictures",
     ),
+    "predict": (
+        "commands.predict",
+        "a trained model used on images without labels: classes and probabilities as CSV",
+    ),
     "landscape": (
         "commands.landscape",
         "loss and accuracy around trained weights, or between two models: curve and surface",
@@ -61,10 +65,6 @@ COMMANDS = {
     "sharpness": (
         "commands.sharpness",
         "how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it",
-    ),
-    "predict": (
-        "commands.predict",
-        "a trained model used on images without labels: classes and probabilities as CSV",
     ),
     "export": (
         "commands.export",

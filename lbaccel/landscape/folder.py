@@ -156,13 +156,7 @@ def _read(folder: Path, identity: Mapping[str, Any]) -> Points:
     try:
         content = json_in(folder / SURFACE)
         before = {name: _like(content[name], now) for name, now in identity.items()}
-        losses, shares = (
-            content[name] if identity["y"] is None else [v for row in content[name] for v in row]
-            for name in ("loss", "top1_pct")
-        )
-        pairs = list(zip(losses, shares, strict=True))
-        sound = all(_is_point(loss, share) or share is None for loss, share in pairs)
-    except (Malformed, KeyError, TypeError, ValueError) as error:
+    except (Malformed, KeyError, TypeError) as error:
         raise InputError(_damaged(shown)) from error
     other = [name for name, now in identity.items() if before[name] != now]
     if other:
@@ -170,6 +164,15 @@ def _read(folder: Path, identity: Mapping[str, Any]) -> Points:
             f"--output {shown} holds another landscape: {', '.join(map(_told, other))} "
             f"{'differs' if len(other) == 1 else 'differ'}. Give another folder."
         )
+    try:
+        losses, shares = (
+            content[name] if identity["y"] is None else [v for row in content[name] for v in row]
+            for name in ("loss", "top1_pct")
+        )
+        pairs = list(zip(losses, shares, strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(_damaged(shown)) from error
+    sound = all(_is_point(loss, share) or (loss is share is None) for loss, share in pairs)
     if not sound or len(pairs) != num_points(identity):
         raise InputError(_damaged(shown))
     return {i: (loss, share) for i, (loss, share) in enumerate(pairs) if share is not None}

@@ -14,7 +14,7 @@ from lbaccel.data.images import ImageArray, ImageFiles, taken
 from lbaccel.data.pipelines import evaluation_batches
 from lbaccel.errors import InputError
 from lbaccel.launch import local_world_size
-from lbaccel.randomness.keys import keyed_hash
+from lbaccel.randomness.keys import keyed_uniform
 from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.update.memory.budget import default_budget
 
@@ -46,13 +46,20 @@ class Prepared:
 def subset(images: ImageArray | ImageFiles, num: int | None) -> ImageArray | ImageFiles:
     """The first `num` images of a fixed order; all of them where there are no more, or for None.
 
-    The order is that of a hash of the place in the set, so that each number holds the smaller ones,
-    and it depends on no seed: two landscapes of one data set have the same images.
+    The k-th of the n images of a class, in the order of a hash of their places, stands at about
+    k / n in that order, so that any number of images has each class by its share; each number holds
+    the smaller ones. It depends on no seed: two landscapes of one data set have the same images.
     """
     if num is None or num >= len(images):
         return images
-    order = np.argsort(keyed_hash(_KIND, np.arange(len(images))), kind="stable")
-    return taken(images, sorted(order[:num].tolist()))
+    labels = np.asarray(images.labels)
+    drawn = keyed_uniform(_KIND, np.arange(len(labels)))
+    order = np.lexsort((drawn, labels))
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    within = np.arange(len(order)) - np.repeat(first, counts)
+    place = (within + drawn[order]) / np.repeat(counts, counts)
+    chosen = order[np.argsort(place, kind="stable")[:num]]
+    return taken(images, sorted(chosen.tolist()))
 
 
 def batch_size(img_size: int, device: torch.device) -> int:

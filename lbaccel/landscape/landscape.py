@@ -25,7 +25,7 @@ from lbaccel.landscape.directions import (
     random_direction,
 )
 from lbaccel.landscape.images import first_images, prepared, subset
-from lbaccel.landscape.network import Network
+from lbaccel.landscape.network import MovedNetwork
 from lbaccel.landscape.pictures import draw
 from lbaccel.landscape.request import axis_from, check_comparable, random_options
 from lbaccel.landscape.result import Landscape
@@ -162,7 +162,7 @@ def write_files(result: Landscape, folder: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """What a landscape is of: its models, images, axes and directions."""
+    """The models, images, axes and directions of a landscape."""
 
     first: TrainedModel
     second: TrainedModel | None
@@ -192,7 +192,7 @@ class _Work:
         """Origin and directions, on the CPU."""
         direction, random = self.options["direction"], dict(self.options)
         random.pop("direction")
-        origin = Network(self.first.model, device=CPU).tensors(direction)
+        origin = MovedNetwork(self.first.model, device=CPU).tensors(direction)
         drawn = [
             random_direction(origin, axis=axis, **random)
             for axis in (0, 1)
@@ -200,7 +200,7 @@ class _Work:
         ]
         if self.second is None:
             return Plane(origin, drawn[0], drawn[1] if drawn[1:] else None)
-        ends = Network(self.second.model, device=CPU).tensors(direction)
+        ends = MovedNetwork(self.second.model, device=CPU).tensors(direction)
         return Plane(origin, ends, drawn[0] if drawn else None, between=True)
 
     def places(self) -> list[tuple[float, float]]:
@@ -267,9 +267,9 @@ def _share(
     """The points of this rank, each written to its file when it is done."""
     if not mine:
         return {}
-    plain = Network(work.first.model, device=device)
+    plain = MovedNetwork(work.first.model, device=device)
     images = prepared(work.first, work.judged.images, device=device, dtype=plain.dtype)
-    network = Network(work.first.model, device=device, images=first_images(images))
+    network = MovedNetwork(work.first.model, device=device, images=first_images(images))
     plane, places, found = work.plane.to(device), work.places(), {}
     chosen = [places[i] for i in mine]
     for place, point in zip(

@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (logits.argmax(1) == labels).sum()
 
 
-class Network:
+class MovedNetwork:
     """A copy of a network, in evaluation mode and without gradients, to be moved about.
 
     Convolutions run in `channels_last`, and BatchNorm is merged into the convolution before it

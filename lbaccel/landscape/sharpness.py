@@ -18,7 +18,7 @@ from lbaccel.landscape.directions import WEIGHTS, random_direction
 from lbaccel.landscape.images import Prepared, first_images, prepared, subset
 from lbaccel.landscape.landscape import SPLITS
 from lbaccel.landscape.mean_loss import MeanLoss
-from lbaccel.landscape.network import Measure, Network, cross_entropy
+from lbaccel.landscape.network import Measure, MovedNetwork, cross_entropy
 from lbaccel.landscape.surface import Plane, values_at
 from lbaccel.launch import asks_for_ranks
 from lbaccel.product.device import one_device
@@ -167,7 +167,7 @@ def sharpness(
     judged = judged_on(trained, images, split=split, say=say, splits=SPLITS, flag="--images")
     judged = replace(judged, images=subset(judged.images, samples))
     device = one_device()
-    dtype = Network(trained.model, device=torch.device("cpu")).dtype
+    dtype = MovedNetwork(trained.model, device=torch.device("cpu")).dtype
     ready = prepared(trained, judged.images, device=device, dtype=dtype)
     content = {
         "weights": {
@@ -209,7 +209,7 @@ def sharpness_of(
     Raises:
         RunFailed: as `sharpness`.
     """
-    network = Network(model, device=device, images=first_images(images))
+    network = MovedNetwork(model, device=device, images=first_images(images))
     loss, top1, filters = filter_sharpness(
         network, images, measure=measure, radius=radius, directions=directions, seed=seed
     )
@@ -233,7 +233,7 @@ def sharpness_of(
 
 
 def filter_sharpness(
-    network: Network,
+    network: MovedNetwork,
     images: Prepared,
     *,
     measure: Measure = cross_entropy,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbaccel.errors import RunFailed
 from lbaccel.landscape.images import Prepared
-from lbaccel.landscape.network import Measure, Network, cross_entropy
+from lbaccel.landscape.network import Measure, MovedNetwork, cross_entropy
 from lbaccel.runs.pace import clock_time
 from lbaccel.update.memory.oom import is_out_of_memory
 
@@ -58,7 +58,7 @@ class Plane:
 
 
 def values_at(
-    network: Network,
+    network: MovedNetwork,
     plane: Plane,
     places: Sequence[Place],
     images: Prepared,

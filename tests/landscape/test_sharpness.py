@@ -21,7 +21,7 @@ from lbaccel.landscape.box import box_sharpness
 from lbaccel.landscape.directions import random_direction
 from lbaccel.landscape.images import Prepared
 from lbaccel.landscape.mean_loss import MeanLoss
-from lbaccel.landscape.network import Network
+from lbaccel.landscape.network import MovedNetwork
 from lbaccel.landscape.sharpness import filter_sharpness, sharpness_of
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_a_wall_in_the_box_is_gone_around():
 
 def test_the_filter_normalised_measure_of_a_quadratic_is_its_second_order_term():
     model = quadratic()
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     loss, _, found = filter_sharpness(
         network, DATA, measure=plain_sum, radius=0.3, directions=5, seed=2
     )

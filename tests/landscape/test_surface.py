@@ -16,7 +16,7 @@ from lbaccel.errors import RunFailed
 from lbaccel.landscape.directions import random_direction, tensors_of
 from lbaccel.landscape.folding import pairs_of
 from lbaccel.landscape.images import Prepared
-from lbaccel.landscape.network import Network
+from lbaccel.landscape.network import MovedNetwork
 from lbaccel.landscape.surface import Plane, PointsDone, values_at
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_the_surface_of_a_quadratic_is_its_polynomial(in_memory):
     model = Quadratic(matrix, w)
     tensors = tensors_of(model, "weights")
     x, y = (random_direction(tensors, axis=axis) for axis in (0, 1))
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     plane = Plane(network.tensors("weights"), x, y)
     places = [(i / 4, j / 3) for j in range(-3, 4) for i in range(-4, 5)]
     data = [(torch.zeros(3, 1), torch.tensor([1, 0, 1])), (torch.zeros(2, 1), torch.tensor([1, 1]))]
@@ -89,7 +89,7 @@ def test_cross_entropy_and_accuracy_of_a_linear_model_are_those_of_the_formula()
     torch.manual_seed(2)
     model = nn.Linear(4, 3).double().requires_grad_(False)
     images, labels = torch.randn(50, 4, dtype=torch.float64), torch.randint(3, (50,))
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     origin = network.tensors("weights")
     x = random_direction(origin, ignore="none")
     batches = held((images[:32], labels[:32]), (images[32:], labels[32:]))
@@ -135,7 +135,7 @@ def test_the_surface_is_that_of_a_plain_loop(name, size, direction, ignore):
     torch.manual_seed(0)
     model = moments(timm.create_model(name, num_classes=10)).double()
     batches = tiny_batches(dtype=torch.float64)
-    network = Network(model, device=CPU, images=next(iter(batches.batches()))[0])
+    network = MovedNetwork(model, device=CPU, images=next(iter(batches.batches()))[0])
     assert network.num_merged == {"lbaccel_tiny": 0, "cifar_resnet8": 7}[name]
     origin = network.tensors(direction)
     plane = Plane(
@@ -159,7 +159,7 @@ def test_merged_networks_of_timm_have_the_outputs_of_plain_ones(name):
     options = {"img_size": 64} if name == "vit_tiny" else {}
     model = moments(timm.create_model(full, num_classes=10, **options))
     images = torch.randn(4, 3, 64, 64)
-    network = Network(model, device=CPU, images=images)
+    network = MovedNetwork(model, device=CPU, images=images)
     assert (network.num_merged > 0) == (name != "vit_tiny")
     origin = network.tensors("states")
     direction = random_direction(origin)
@@ -188,7 +188,7 @@ def test_batchnorm_is_not_merged_where_something_else_reads_the_convolution():
     model = moments(TwoReaders())
     images = torch.randn(4, 3, 8, 8)
     assert len(pairs_of(model, images)) == 1
-    network = Network(model, device=CPU, images=images)
+    network = MovedNetwork(model, device=CPU, images=images)
     assert network.num_merged == 0
     batches = held((images, torch.tensor([1, 2, 3, 4])))
     origin = network.tensors("weights")
@@ -229,7 +229,7 @@ def test_parameters_beside_merged_convolutions_move_too():
     model = moments(Scaled()).double()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     batches = held((images, torch.tensor([1, 2, 3, 4])))
-    network = Network(model, device=CPU, images=images)
+    network = MovedNetwork(model, device=CPU, images=images)
     assert network.num_merged == 1
     origin = network.tensors("weights")
     plane, places = Plane(origin, random_direction(origin)), [(0.5, 0.0)]
@@ -240,7 +240,7 @@ def test_parameters_beside_merged_convolutions_move_too():
 def test_the_ends_of_a_line_between_two_models_are_both_models_to_the_bit():
     torch.manual_seed(0)
     models = [moments(timm.create_model("lbaccel_tiny"), seed=i) for i in (1, 2)]
-    first, second = (Network(m, device=CPU).tensors("states") for m in models)
+    first, second = (MovedNetwork(m, device=CPU).tensors("states") for m in models)
     plane = Plane(first, second, between=True)
     for x, truth in ((0.0, models[0]), (1.0, models[1])):
         state = truth.state_dict()
@@ -267,7 +267,7 @@ def test_nothing_of_the_model_moves():
         )
 
     before = state()
-    network = Network(model, device=CPU, images=next(iter(batches.batches()))[0])
+    network = MovedNetwork(model, device=CPU, images=next(iter(batches.batches()))[0])
     origin = network.tensors("states")
     list(values_at(network, Plane(origin, random_direction(origin)), [(0.5, 0.0)], batches))
     assert state() == before
@@ -276,7 +276,7 @@ def test_nothing_of_the_model_moves():
 
 def test_a_loss_that_is_not_finite_is_none_and_its_accuracy_stays_a_number():
     model = moments(timm.create_model("lbaccel_tiny"))
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     origin = network.tensors("states")
     falling = {
         name: -t if name.endswith("running_var") else torch.zeros_like(t)
@@ -298,7 +298,7 @@ def test_images_that_are_decoded_anew_are_gone_through_once_for_sixteen_points()
         return batches.batches()
 
     model = moments(timm.create_model("lbaccel_tiny"))
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     origin = network.tensors("weights")
     plane = Plane(origin, random_direction(origin))
     places = [(i / 20, 0.0) for i in range(20)]
@@ -313,7 +313,7 @@ def test_a_lack_of_memory_is_a_sentence():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     model = moments(timm.create_model("lbaccel_tiny"))
-    network = Network(model, device=CPU)
+    network = MovedNetwork(model, device=CPU)
     origin = network.tensors("weights")
     with pytest.raises(RunFailed, match="the points that are done are kept"):
         list(values_at(network, Plane(origin, origin), [(0.0, 0.0)], tiny_batches(), measure=short))
