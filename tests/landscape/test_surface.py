@@ -274,6 +274,17 @@ def test_nothing_of_the_model_moves():
     assert all(p.is_contiguous() for p in model.parameters())
 
 
+def test_a_network_in_training_mode_has_the_surface_of_its_evaluation():
+    model = moments(timm.create_model("lbaccel_tiny"))
+    batches, places, found = tiny_batches(), [(0.0, 0.0), (0.4, 0.0)], []
+    for mode in (False, True):
+        network = MovedNetwork(model.train(mode), device=CPU)
+        origin = network.tensors("weights")
+        plane = Plane(origin, random_direction(origin))
+        found.append(list(values_at(network, plane, places, batches)))
+    assert found[0] == found[1]
+
+
 def test_a_loss_that_is_not_finite_is_none_and_its_accuracy_stays_a_number():
     model = moments(timm.create_model("lbaccel_tiny"))
     network = MovedNetwork(model, device=CPU)
