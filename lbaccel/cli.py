@@ -66,6 +66,14 @@ COMMANDS = {
         "commands.predict",
         "a trained model used on images without labels: classes and probabilities as CSV",
     ),
+    "landscape": (
+        "commands.landscape",
+        "loss and accuracy around trained weights, or between two models: curve and surface",
+    ),
+    "sharpness": (
+        "commands.sharpness",
+        "how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it",
+    ),
     "export": (
         "commands.export",
         "a run as a folder that timm and the Hugging Face hub load, with a model card",

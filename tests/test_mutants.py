@@ -31,6 +31,75 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
     ),
+    "a landscape of weights moves BatchNorm's running statistics": (
+        "landscape.directions",
+        "    if direction == STATES:",
+        "    if True:",
+        "tests/landscape/test_directions.py::"
+        "test_weights_are_the_parameters_and_states_the_running_statistics_too",
+    ),
+    "a direction has the norm of each layer and not of each filter": (
+        "landscape.directions",
+        "(lambda t: t.flatten(1).norm(dim=1))",
+        "(lambda t: t.norm().expand(len(t)))",
+        "tests/landscape/test_directions.py::"
+        "test_each_filter_of_the_direction_has_the_norm_of_the_weights_filter",
+    ),
+    "a landscape is drawn in training mode": (
+        "landscape.network",
+        "copy.deepcopy(model).eval().requires_grad_(False)",
+        "copy.deepcopy(model).requires_grad_(False)",
+        "tests/landscape/test_surface.py::"
+        "test_a_network_in_training_mode_has_the_surface_of_its_evaluation",
+    ),
+    "BatchNorm is merged although a shortcut reads the convolution too": (
+        "landscape.network",
+        "if truth.shape == found.shape and bool(",
+        "if True or bool(",
+        "tests/landscape/test_surface.py::"
+        "test_batchnorm_is_not_merged_where_something_else_reads_the_convolution",
+    ),
+    "the end of a line between two models is the second one up to rounding": (
+        "landscape.surface",
+        "torch.lerp(start, along, x) if self.between",
+        "start + x * (along - start) if self.between",
+        "tests/landscape/test_surface.py::"
+        "test_the_ends_of_a_line_between_two_models_are_both_models_to_the_bit",
+    ),
+    "points of another landscape are taken for this one's": (
+        "landscape.folder",
+        "    other = [name for name, now in identity.items() if before[name] != now]",
+        "    other: list[str] = []",
+        "tests/landscape/test_landscape.py::"
+        "test_another_landscape_in_the_folder_is_refused_and_stays",
+    ),
+    "each rank computes all points of a landscape": (
+        "landscape.landscape",
+        "mine = missing[accelerator.process_index :: world_size]",
+        "mine = missing",
+        "tests/landscape/test_landscape.py::"
+        "test_ranks_divide_the_points_and_their_surface_is_that_of_one_process",
+    ),
+    "copies of an eigenvalue stand for further ones": (
+        "stability.eigenvalues",
+        "    for _ in range(2):",
+        "    for _ in range(0):",
+        "tests/stability/test_eigenvalues.py::"
+        "test_no_copy_of_an_eigenvalue_appears_where_many_products_are_made_in_float32",
+    ),
+    "Keskar's search begins at a minimum, where the gradient is zero, and nowhere else": (
+        "landscape.box",
+        "for start in (x, x + reach * drawn):",
+        "for start in (x,):",
+        "tests/landscape/test_sharpness.py::"
+        "test_keskars_measure_of_a_separable_quadratic_is_the_far_corner_of_the_box[True]",
+    ),
+    "sharpness moves the model itself": (
+        "landscape.mean_loss",
+        "own = copy.deepcopy(model).eval().to(device)",
+        "own = model.eval().to(device)",
+        "tests/landscape/test_sharpness.py::test_nothing_of_the_model_moves",
+    ),
     "a hint names flags that the command does not have": (
         "recipe.other_names",
         "return row if row is not None and row.needs <= set(known) else None",
