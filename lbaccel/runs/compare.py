@@ -208,7 +208,7 @@ def formatted(column: str, value: Cell) -> str:
         return str(value)
 
 
-def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
+def cells_of(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
     """Header and cells as text; `best` becomes `best val/top1`."""
     titles = {
         "best": f"best {metric}",
@@ -223,12 +223,12 @@ def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
 
 def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table as text: names to the left, all other columns to the right."""
-    return "\n".join(columns(_grid(rows, metric), "lr"))
+    return "\n".join(columns(cells_of(rows, metric), "lr"))
 
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table in Markdown."""
-    cells = _grid(rows, metric)
+    cells = cells_of(rows, metric)
     grid = [[in_markdown(cell).replace("|", "\\|") for cell in line] for line in cells]
     rule = ["---", *["---:"] * (len(grid[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])

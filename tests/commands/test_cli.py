@@ -28,6 +28,7 @@ HELP = """usage: lbaccel COMMAND ...
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
   env        this machine and its versions, to paste into a bug report
+  report     runs and studies as one page: the verdict, curves, tables, where each number is from
   compare    finished runs side by side: what differed, and what came of it
   eval       a trained model judged on images with labels: figures, intervals, pictures
   predict    a trained model used on images without labels: classes and probabilities as CSV
@@ -46,6 +47,7 @@ NEEDED_FIRST = {
     "--base-lr LR",
     "plan": "--model MODEL and --global-batch-size B",
     "configs": "one of ls, cp, validate, make",
+    "report": "RUN_OR_STUDY",
     "compare": "RUN",
     "eval": "RUN|CHECKPOINT|EXPORT",
     "predict": "RUN|CHECKPOINT|EXPORT|hf-hub:NAME and FILES|FOLDER|GLOB|-",
@@ -103,6 +105,7 @@ def test_what_a_command_can_not_do_without_is_asked_for_in_one_line(name, capsys
 
 NEEDED = {  # flags without which argparse stops earlier
     "eval": ["RUN"],
+    "report": ["RUN"],
     "predict": ["RUN", "FILE"],
     "start": ["FOLDER"],
     "schedule": [
