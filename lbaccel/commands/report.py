@@ -32,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page; 0, or an InputError."""
-    from lbaccel.report.page import REPORT, page
-    from lbaccel.report.parts import parts_of
+    from lbaccel.report.page import REPORT
+    from lbaccel.report.parts import report
     from lbaccel.runs.folder import atomic_write_text
     from lbaccel.runs.outputs import writable
 
     writable(args.output, "--output", own=REPORT)
-    parts = parts_of(args.paths, metric=args.metric, target=args.target)
-    text = page(parts)
+    text, parts = report(args.paths, metric=args.metric, target=args.target)
     atomic_write_text(args.output, text)
     for part in parts:
         print(printable(part.content["verdict"][0]))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lbaccel.report.chart import Chart, Stroke, Landmark
+from lbaccel.report.chart import Chart, Landmark, Stroke
 from lbaccel.report.thin import fair_share, kept, rounded
 from lbaccel.report.verdict import number
 from lbaccel.runs.compare import AXIS_LABELS
@@ -61,7 +61,7 @@ def mean_series(series: Sequence[Series]) -> Series:
 
 
 def share_of_points(
-    groups_of_strands: Sequence[Sequence[Strand]], metrics: Sequence[str]
+    groups_of_strands: Sequence[Sequence[Strand]], metrics: Sequence[str], points: int = POINTS
 ) -> dict[str, int]:
     """How many points a curve may have: evaluations come first, training has what is left."""
     lengths: dict[str, list[int]] = {"val": [], "train": []}
@@ -71,9 +71,9 @@ def share_of_points(
             for strand in strands:
                 each = [len(history.get(metric, ())) for _, history in strand.runs]
                 lengths[side] += [*each, *([max(each, default=0)] if len(each) > 1 else [])]
-    val = fair_share(lengths["val"], 2 * POINTS // 3)
+    val = fair_share(lengths["val"], 2 * points // 3)
     used = sum(min(length, val) for length in lengths["val"])
-    return {"val": val, "train": fair_share(lengths["train"], POINTS - used)}
+    return {"val": val, "train": fair_share(lengths["train"], points - used)}
 
 
 def panels(

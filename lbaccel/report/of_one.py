@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.noise.advice import advice
-from lbaccel.report.chart import Chart, Stroke, Landmark
+from lbaccel.report.chart import Chart, Landmark, Stroke
 from lbaccel.report.curves import Strand, panels
 from lbaccel.report.judged import judged
 from lbaccel.report.pictures import PictureRoom

@@ -9,7 +9,7 @@ from typing import Any
 from lbaccel.recipe.experiment import beside_defaults, with_experiment
 from lbaccel.report import of_one, verdict
 from lbaccel.report.chart import Chart
-from lbaccel.report.curves import Strand, panels, share_of_points
+from lbaccel.report.curves import PANELS, POINTS, Strand, panels, share_of_points
 from lbaccel.report.events import events_of, marks_of
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
@@ -49,6 +49,7 @@ def of_runs(
     metric: str = "val/top1",
     target: float | None = None,
     room: PictureRoom | None = None,
+    points: int = POINTS,
 ) -> Part:
     """The part on these runs, each with its folder where it has one.
 
@@ -65,7 +66,9 @@ def of_runs(
     equal, _ = split_settings([one.config for one in runs])
     told = beside_defaults(equal)
     last = verdict.num_last(runs, metric)
-    charts, single = _drawn(runs, whole, folders, groups, metric=metric, target=target, room=room)
+    charts, single = _drawn(
+        runs, whole, folders, groups, metric=metric, target=target, room=room, points=points
+    )
     found = [provenance_of(one, folder) for one, folder in zip(whole, folders, strict=True)]
     shared, own = shared_and_own([entries(one) for one in found])
     details = [
@@ -179,13 +182,12 @@ def _drawn(
     metric: str,
     target: float | None,
     room: PictureRoom,
+    points: int,
 ) -> tuple[list[Chart], dict[str, Any] | None]:
     """The curves, and what there is of a single run."""
-    from lbaccel.report.curves import PANELS
-
     strands = _strands(runs, groups)
     metrics = [*PANELS, *([metric] if metric not in PANELS else [])]
-    share = share_of_points([strands], metrics)
+    share = share_of_points([strands], metrics, points)
     aim = None if target is None else (metric, target)
     alone = len(runs) == 1
     events = events_of(whole[0], folders[0]) if alone else []

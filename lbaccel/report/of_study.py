@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.report import study_charts as charts_of
+from lbaccel.report.curves import POINTS
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, shared_and_own
@@ -17,7 +18,12 @@ Result = Mapping[str, Any]
 
 
 def of_study(
-    result: Result, folder: Path, *, number: int = 1, room: PictureRoom | None = None
+    result: Result,
+    folder: Path,
+    *,
+    number: int = 1,
+    room: PictureRoom | None = None,
+    points: int = POINTS,
 ) -> Part:
     """The part on a study.
 
@@ -26,12 +32,13 @@ def of_study(
         folder: of the study, in which its figures lie.
         number: of the part in the page.
         room: the bytes that pictures may take.
+        points: how many the curves may have together.
     """
     prefix = f"study-{number}"
     updates = charts_of.updates_to_target(result, f"{prefix}-updates")
     error = charts_of.value_by_batch(result, f"{prefix}-value")
     gaps = charts_of.train_beside_test(result, f"{prefix}-gap")
-    curves = charts_of.curves_of_arms(result, prefix)
+    curves = charts_of.curves_of_arms(result, prefix, points)
     runs = result["runs"]
     shared, own = shared_and_own([entries(run.get("provenance") or {}) for run in runs])
     content: dict[str, Any] = {

@@ -59,7 +59,7 @@ def page(parts: Sequence[Part]) -> str:
     charts = {chart.key: spec(chart) for part in parts for chart in part.charts}
     names = [part.data.get("kind", "comparison") for part in parts]
     blocks = {
-        f"{name}-{n}" if names.count(name) > 1 else name: json_block(part.data)
+        f"{name}-data-{n}" if names.count(name) > 1 else name: json_block(part.data)
         for n, (name, part) in enumerate(zip(names, parts, strict=True), 1)
     }
     whole = _prepared(dict(parts[0].content)) if len(parts) == 1 else {}

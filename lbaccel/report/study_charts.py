@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lbaccel.report.chart import Chart, Stroke, Landmark, Numbers, Style, table_of_points
-from lbaccel.report.curves import Strand, panels, share_of_points
+from lbaccel.report.chart import Chart, Landmark, Numbers, Stroke, Style, table_of_points
+from lbaccel.report.curves import POINTS, Strand, panels, share_of_points
 from lbaccel.report.thin import rounded
 from lbaccel.report.verdict import number
 from lbaccel.runs.compare import lower_is_better
@@ -255,7 +255,9 @@ def _gap_in_words(batches: Sequence[int], gaps: Sequence[float]) -> str:
     return f"Training less validation: {each}."
 
 
-def curves_of_arms(result: Result, prefix: str) -> list[tuple[str, list[Chart]]]:
+def curves_of_arms(
+    result: Result, prefix: str, points: int = POINTS
+) -> list[tuple[str, list[Chart]]]:
     """For each arm the 2 x 2 panels of its curves, a colour a batch size."""
     strands = [
         (arm, [s for b in result["batches"] if (s := _strand(result, arm["name"], b))])
@@ -265,7 +267,7 @@ def curves_of_arms(result: Result, prefix: str) -> list[tuple[str, list[Chart]]]
     metrics = ["train/loss", "train/top1", "val/loss", "val/top1"]
     if result["metric"] not in metrics:
         metrics.append(result["metric"])
-    share = share_of_points([own for _, own in found], metrics)
+    share = share_of_points([own for _, own in found], metrics, points)
     target = result.get("target")
     aim = (target["metric"], target["value"]) if target else None
     return [
