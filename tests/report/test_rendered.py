@@ -1,4 +1,4 @@
-"""Pages in headless Chromium: the script runs, the switch switches, and nothing is wider than a phone."""
+"""Pages in headless Chromium: the script runs, the switch works, and a phone is wide enough."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ pytestmark = pytest.mark.skipif(
 )
 PHONE, DESKTOP = 390, 1280
 # A window of Chromium is at least 500 pixels wide, so the page stands in a frame of the width.
-FRAME = """<!doctype html><body style="margin:0"><iframe width="{width}" height="900" srcdoc="{page}">
-</iframe><pre id="found"></pre><script>
+FRAME = """<!doctype html><body style="margin:0">
+<iframe width="{width}" height="900" srcdoc="{page}"></iframe><pre id="found"></pre><script>
 onload = () => setTimeout(() => {{
   const frame = document.querySelector("iframe"), page = frame.contentDocument;
-  const root = page.documentElement, found = {{ready: root.dataset.ready, error: root.dataset.error}};
+  const root = page.documentElement;
+  const found = {{ready: root.dataset.ready, error: root.dataset.error}};
   found.width = root.scrollWidth;
   found.frame = root.clientWidth;
   {more}
@@ -101,7 +102,8 @@ def test_an_error_of_the_script_would_be_seen(of_six, tmp_path):
 SWITCH = """
   const at = (key) => page.getElementById(key);
   const press = (name) => page.querySelector(`.switch button[${name}]`).click();
-  const drawn = () => [...page.querySelectorAll(".switchable .l, .switchable .mark, .switchable .grid")]
+  const paths = ".switchable .l, .switchable .mark, .switchable .grid";
+  const drawn = () => [...page.querySelectorAll(paths)]
     .map((path) => path.getAttribute("d")).concat(
       [...page.querySelectorAll(".switchable .words span")].map(
         (s) => s.textContent + s.style.left + s.style.top));
@@ -123,7 +125,7 @@ SWITCH = """
 def test_the_switch_changes_the_axes_and_back_is_what_python_drew(of_six, tmp_path):
     found = measured(of_six, tmp_path, more=SWITCH)
     assert found["updates"] == "updates (optimizer steps)"
-    assert found["ticks"] == ["0", "10", "20", "30", "40"]
+    assert found["ticks"] == ["10", "20", "30", "40"]
     assert found["moved"] and found["pressed"] == "true"
     assert any(float(tick) < 1 for tick in found["log"])
     assert found["differ"] == [] and len(set(found["length"])) == 1
@@ -175,6 +177,7 @@ def test_text_of_a_chart_does_not_overlap(of_a_study, tmp_path):
         assert found["over"] == [] and found["count"] > 10
 
 
+@pytest.mark.slow
 def test_a_reader_without_scripts_has_charts_and_tables(of_six, tmp_path):
     file = tmp_path / "still.html"
     file.write_text(re.sub(r"script-src '[^']+'", "script-src 'none'", of_six))
@@ -187,6 +190,7 @@ def test_a_reader_without_scripts_has_charts_and_tables(of_six, tmp_path):
     assert len(drawn) > 30 and all(attrs["d"].startswith("M") for attrs in drawn if attrs["d"])
 
 
+@pytest.mark.slow
 def test_it_prints(of_six, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(of_six)
