@@ -34,6 +34,7 @@ class Chosen:
     checkpointing: str  # "none", "full" or "segments"
     segments: tuple[tuple[str, ...], ...]
     memory_format: str
+    predicted_peak_gib: float | None = None  # of a planner
 
 
 def as_asked(batch: BatchOptions) -> Chosen:
@@ -128,7 +129,11 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
         "segments": f"{len(found.segments)} segments recomputed",
     }[found.activation_checkpointing]
     chosen = Chosen(
-        found.micro_batch_size, found.activation_checkpointing, found.segments, found.memory_format
+        found.micro_batch_size,
+        found.activation_checkpointing,
+        found.segments,
+        found.memory_format,
+        found.predicted_peak_gib,
     )
     line = (
         f"plan: micro-batch {found.micro_batch_size}, {how}, {found.memory_format}; predicted peak "

@@ -120,6 +120,8 @@ class Training:
             "norm_batch_size": plan.norm_batch_size,
             "lr": self.rate.lr,
         }
+        if task.chosen.predicted_peak_gib is not None:
+            described["predicted_peak_gib"] = task.chosen.predicted_peak_gib
         taken = {"precision": task.precision, "num_classes": task.num_classes}
         taken |= {k: task.preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")}
         taken["norm_batch_size"] = plan.norm_batch_size

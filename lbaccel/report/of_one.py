@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,13 @@ _NOISE_POINTS = 400
 
 
 def more_panels(
-    one: Run, key: str, *, share: Mapping[str, int], marks: Sequence[Landmark]
+    one: Run, key: str, *, share: Mapping[str, int], marks: Sequence[Landmark], on_cpu: bool
 ) -> list[Chart]:
     """Throughput, memory, rate and gradient of a run."""
-    from dataclasses import replace
-
     strand = Strand(one.name, "", [(one.name, one.history)])
     found = []
     for place, metric in enumerate(MORE):
-        predicted = _number(one.config.get("plan/predicted_peak_gib"))
+        predicted = None if on_cpu else predicted_gib(one)
         of = [*marks]
         if metric == "memory/peak_gib" and predicted is not None:
             of.append(Landmark(f"predicted {predicted:.2f} GiB", y=predicted))
@@ -103,9 +102,13 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "unbounded"
 
 
-def facts(one: Run) -> list[tuple[str, str]]:
-    """Throughput, memory and length of a run, as it wrote them at its end."""
-    summary, config = one.summary, one.config
+def facts(one: Run, *, on_cpu: bool) -> list[tuple[str, str]]:
+    """Throughput, memory and length of a run, as it wrote them at its end.
+
+    On a CPU the measured peak is that of the whole process, and a plan counts tensors alone, so
+    their ratio is given for other devices only.
+    """
+    summary = one.summary
     rows: list[tuple[str, str]] = []
 
     def add(title: str, value: Any, text: str) -> None:
@@ -116,15 +119,19 @@ def facts(one: Run) -> list[tuple[str, str]]:
     add("samples seen", summary.get("samples_seen"), "{:,.0f}")
     add("time", _over(summary.get("seconds"), 60), "{:,.1f} minutes, evaluations included")
     add("throughput", summary.get("samples_per_second"), "{:,.1f} samples a second of training")
-    predicted = _number(config.get("plan/predicted_peak_gib"))
-    add("predicted peak memory", predicted, "{:.2f} GiB")
-    add("measured peak memory", summary.get("peak_gib"), "{:.2f} GiB")
-    measured = _number(summary.get("peak_gib"))
-    if predicted and measured:
+    predicted, measured = predicted_gib(one), _number(summary.get("peak_gib"))
+    if predicted is None:
+        rows.append(("predicted peak memory", "none: no planner chose how this run fits"))
+    add("predicted peak memory", predicted, "{:.2f} GiB" + ", of tensors alone" * on_cpu)
+    add("measured peak memory", measured, "{:.2f} GiB" + ", of the whole process" * on_cpu)
+    if predicted and measured and not on_cpu:
         add("predicted over measured", 100 * (predicted / measured - 1), "{:+.1f} %")
-    elif measured:
-        rows.append(("predicted peak memory", "none: no part of this run was left to the planner"))
     return rows
+
+
+def predicted_gib(one: Run) -> float | None:
+    """The peak that the planner predicted; None where it chose nothing."""
+    return _number(one.config.get("plan/predicted_peak_gib"))
 
 
 def _over(value: Any, divisor: float) -> float | None:

@@ -13,7 +13,7 @@ from lbaccel.report.curves import PANELS, POINTS, Strand, panels, share_of_point
 from lbaccel.report.events import events_of, marks_of
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
-from lbaccel.report.provenance import entries, provenance_of, shared_and_own
+from lbaccel.report.provenance import entries, is_on_cpu, provenance_of, shared_and_own
 from lbaccel.runs.compare import (
     Cell,
     cells_of,
@@ -198,10 +198,11 @@ def _drawn(
     )
     if not alone:
         return charts, None
+    on_cpu = is_on_cpu(folders[0])
     return charts, {
-        "facts": of_one.facts(whole[0]),
+        "facts": of_one.facts(whole[0], on_cpu=on_cpu),
         "events": events,
-        "panels": of_one.more_panels(whole[0], "one", share=share, marks=marks),
+        "panels": of_one.more_panels(whole[0], "one", share=share, marks=marks, on_cpu=on_cpu),
         "noise": of_one.noise_chart(whole[0], "noise"),
         "evaluation": of_one.evaluation(folders[0], room),
     }

@@ -32,8 +32,9 @@ class PictureRoom:
             return None, f"{path.name} can't be read ({reason}), so it is left out."
         if content is None:
             return None, f"{path.name} is too large for this page, so it is left out."
-        self.left -= len(content)
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", ""
+        text = base64.b64encode(content).decode()
+        self.left -= len(text)
+        return f"data:image/{kind};base64,{text}", ""
 
     def _within(self, path: Path) -> tuple[str, bytes | None]:
         from PIL import Image

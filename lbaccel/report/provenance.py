@@ -10,7 +10,7 @@ from typing import Any
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import ASKED, ORIGIN, PLAN
 from lbaccel.recipe.values import flag_of, shown
-from lbaccel.runs.folder import CONFIG, ENVIRONMENT
+from lbaccel.runs.folder import ENVIRONMENT
 from lbaccel.runs.read import Run, read_mapping
 from lbaccel.text import without_tokens
 
@@ -42,7 +42,7 @@ def provenance_of(one: Run, folder: Path | None) -> dict[str, Any]:
         "hardware": _hardware(env),
         "plan": plan,
         "origin": _under(one.config, ORIGIN),
-        "reproduce": reproduce(one.config, command, folder),
+        "reproduce": reproduce(one.config, command),
     }
 
 
@@ -63,29 +63,35 @@ def _hardware(env: Mapping[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
-def reproduce(config: Mapping[str, Any], command: str, folder: Path | None) -> str | None:
+def is_on_cpu(folder: Path | None) -> bool:
+    """Whether a run had no other device, as far as its folder says."""
+    env = read_mapping(folder / ENVIRONMENT) if folder is not None else {}
+    return env.get("devices") == ["cpu"]
+
+
+def reproduce(config: Mapping[str, Any], command: str) -> str | None:
     """One line of a shell that trains such a run again; None where the run does not say how.
 
     It states each setting that somebody gave, wherever it stood, so that it needs no other file.
 
-    >>> reproduce({"asked/model": "resnet50", "asked/mean": [0.5, 0.4]}, "", None)
-    'lbaccel train --model resnet50 --mean 0.5 0.4'
+    >>> reproduce({"model": "resnet50", "origin/model": "flag", "seed": 0}, "")
+    'lbaccel train --model resnet50'
     """
-    asked = {k: v for k, v in _under(config, ASKED).items() if k in OPTIONS}
-    if not asked:
+    asked, origin = _under(config, ASKED), _under(config, ORIGIN)
+    given = [name for name, how in origin.items() if how != "default"] or list(asked)
+    values = {name: asked.get(name, config.get(name)) for name in given if name in OPTIONS}
+    if not values:
         return command or None
-    words = ["lbaccel", "train"]
-    for name, value in asked.items():
-        if name in _ONE_START or value is None:
-            continue
-        text = shown(value)
-        words += [flag_of(name), *(text.split() if isinstance(value, list) else [text])]
+    words = []
+    for name, value in values.items():
+        if name not in _ONE_START and value is not None and not OPTIONS[name].private:
+            text = shown(value)
+            words += [flag_of(name), *(text.split() if isinstance(value, list) else [text])]
     ranks = config.get(f"{PLAN}/world_size")
-    line = shlex.join(words)
+    start = ["lbaccel", "train"]
     if isinstance(ranks, int) and ranks > 1:
-        rest = shlex.join(words[2:])
-        line = f"accelerate launch --num_processes {ranks} -m lbaccel.train {rest}"
-    return without_tokens(line)
+        start = ["accelerate", "launch", "--num_processes", str(ranks), "-m", "lbaccel.train"]
+    return without_tokens(shlex.join([*start, *words]))
 
 
 def entries(found: Mapping[str, Any]) -> dict[str, str]:
@@ -127,8 +133,3 @@ def shared_and_own(
     first = all_entries[0]
     shared = {k: v for k, v in first.items() if all(one.get(k) == v for one in all_entries)}
     return shared, [{k: v for k, v in one.items() if k not in shared} for one in all_entries]
-
-
-def config_file(folder: Path | None) -> str | None:
-    """The settings of a run as one file, for `--config`; None where there is none."""
-    return str(folder / CONFIG) if folder is not None and (folder / CONFIG).is_file() else None
