@@ -46,6 +46,10 @@ COMMANDS = {
         "commands.env",
         "this machine and its versions, to paste into a bug report",
     ),
+    "report": (
+        "commands.report",
+        "runs and studies as one page: the verdict, curves, tables, where each number is from",
+    ),
     "compare": (
         "commands.compare",
         "finished runs side by side: what differed, and what came of it",

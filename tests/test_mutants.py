@@ -1425,6 +1425,76 @@ MUTANTS = {
         "return math.sqrt",
         "tests/runs/test_groups_of_runs.py::test_the_interval_is_students[values0]",
     ),
+    "JSON in a page ends its script": (
+        "report.page",
+        'return markupsafe.Markup(re.sub(r"[^\\n !#-;=?-~\\"]|[&]", _escape, text))',
+        "return markupsafe.Markup(text)",
+        "tests/report/test_page.py::test_a_hostile_setting_is_text_and_nothing_else",
+    ),
+    "names in a page are HTML": (
+        "report.page",
+        "autoescape=True,",
+        "autoescape=False,",
+        "tests/report/test_page.py::test_a_hostile_name_of_a_run_is_text",
+    ),
+    "names in a page turn the direction of writing": (
+        "report.page",
+        "        return printable(value)",
+        "        return value",
+        "tests/report/test_page.py::test_a_hostile_name_of_a_run_is_text",
+    ),
+    "a page has its points whatever its size": (
+        "report.parts",
+        "        if size < MOST_BYTES:",
+        "        if size:",
+        "tests/report/test_page.py::test_a_page_that_would_be_too_large_has_fewer_points",
+    ),
+    "a thinned curve loses its peaks": (
+        "report.thin",
+        "found |= {min(known)[1], max(known)[1]}",
+        "found |= {known[0][1]}",
+        "tests/report/test_thin.py::test_the_extremes_and_the_ends_are_kept",
+    ),
+    "a verdict is on the best evaluation": (
+        "report.verdict",
+        "return median(known) if known",
+        "return max(p.value or 0.0 for p in one.history[metric]) if known",
+        "tests/report/test_verdict.py::"
+        "test_the_value_of_a_run_is_the_median_of_its_last_evaluations_and_not_its_best",
+    ),
+    "a verdict counts runs that did not end": (
+        "report.verdict",
+        "len(known) == len(values) and ended(one) else None",
+        "len(known) == len(values) else None",
+        "tests/report/test_verdict.py::test_a_run_that_did_not_end_has_no_value[failed]",
+    ),
+    "a difference is of all seeds": (
+        "report.verdict",
+        "shared = [seed for seed in own if seed is not None and seed in other]",
+        "shared = list(zip(own, other))[:0] or [s for s in own if other.setdefault(s, 0.0) or 1]",
+        "tests/report/test_verdict.py::"
+        "test_seeds_that_only_one_group_has_are_left_out_of_a_difference",
+    ),
+    "a resume with smaller micro-batches is a lack of memory": (
+        "report.events",
+        "if after.value < before.value and not resumed:",
+        "if after.value < before.value:",
+        "tests/report/test_one_run.py::"
+        "test_a_smaller_micro_batch_of_a_resume_is_no_lack_of_memory[29-kinds1]",
+    ),
+    "figures of a study come from anywhere": (
+        "report.of_study",
+        "if inside else",
+        "if True else",
+        "tests/report/test_study_page.py::test_figures_are_embedded_from_inside_the_study_alone",
+    ),
+    "a batch size with a censored seed looks like any other": (
+        "report.study_charts",
+        'whole = points[0], [p for p in points if not p["censored"]]',
+        "whole = points[0], points",
+        "tests/report/test_study_page.py::"
+        "test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark",
+    ),
     "where the output goes is a setting of the experiment": (
         "recipe.experiment",
         "return row.contract or row.length or (plan and row.plan)",

@@ -28,6 +28,7 @@ HELP = """usage: lbaccel COMMAND ...
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
   env        this machine and its versions, to paste into a bug report
+  report     runs and studies as one page: the verdict, curves, tables, where each number is from
   compare    finished runs side by side: what differed, and what came of it
   study      arms x batch sizes x seeds as one: planned, run, gone on with, reported
   scaling    how far can the batch of one's own recipe grow: tuned rates, seeds, one page
@@ -50,6 +51,7 @@ NEEDED_FIRST = {
     "--base-lr LR",
     "plan": "--model MODEL and --global-batch-size B",
     "configs": "one of ls, cp, validate, make",
+    "report": "RUN_OR_STUDY",
     "compare": "RUN",
     "study": "one of ls, show, plan, run, report",
     "scaling": "--batches B,B,...",
@@ -113,6 +115,7 @@ NEEDED = {  # flags without which argparse stops earlier
     "eval": ["RUN"],
     "landscape": ["RUN"],
     "sharpness": ["RUN"],
+    "report": ["RUN"],
     "predict": ["RUN", "FILE"],
     "start": ["FOLDER"],
     "schedule": [
