@@ -15,6 +15,7 @@ setup(
     package_data={
         "lbaccel": ["py.typed"],
         "lbaccel.studies": ["library/*/*"],
+        "lbaccel.report": ["*.j2", "*.css", "*.js"],
         **{f"lbaccel.{folder}": [files] for folder, files in SHIPPED.items()},
     },
 )

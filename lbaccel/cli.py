@@ -46,6 +46,10 @@ COMMANDS = {
         "commands.env",
         "this machine and its versions, to paste into a bug report",
     ),
+    "report": (
+        "commands.report",
+        "runs and studies as one page: the verdict, curves, tables, where each number is from",
+    ),
     "compare": (
         "commands.compare",
         "finished runs side by side: what differed, and what came of it",
@@ -65,6 +69,14 @@ COMMANDS = {
     "predict": (
         "commands.predict",
         "a trained model used on images without labels: classes and probabilities as CSV",
+    ),
+    "landscape": (
+        "commands.landscape",
+        "loss and accuracy around trained weights, or between two models: curve and surface",
+    ),
+    "sharpness": (
+        "commands.sharpness",
+        "how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it",
     ),
     "export": (
         "commands.export",

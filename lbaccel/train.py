@@ -251,7 +251,7 @@ def evaluated(t: Training) -> Collection[str]:
 
     now = t.large_batch
     try:
-        metrics = validate(t)
+        metrics = {**validate(t), **t.log.target.line}
     except NotEvaluated as failed:  # on every rank
         t.log.evaluation_due = True
         # the first failure is the one to be told

@@ -31,6 +31,75 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
     ),
+    "a landscape of weights moves BatchNorm's running statistics": (
+        "landscape.directions",
+        "    if direction == STATES:",
+        "    if True:",
+        "tests/landscape/test_directions.py::"
+        "test_weights_are_the_parameters_and_states_the_running_statistics_too",
+    ),
+    "a direction has the norm of each layer and not of each filter": (
+        "landscape.directions",
+        "(lambda t: t.flatten(1).norm(dim=1))",
+        "(lambda t: t.norm().expand(len(t)))",
+        "tests/landscape/test_directions.py::"
+        "test_each_filter_of_the_direction_has_the_norm_of_the_weights_filter",
+    ),
+    "a landscape is drawn in training mode": (
+        "landscape.network",
+        "copy.deepcopy(model).eval().requires_grad_(False)",
+        "copy.deepcopy(model).requires_grad_(False)",
+        "tests/landscape/test_surface.py::"
+        "test_a_network_in_training_mode_has_the_surface_of_its_evaluation",
+    ),
+    "BatchNorm is merged although a shortcut reads the convolution too": (
+        "landscape.network",
+        "if truth.shape == found.shape and bool(",
+        "if True or bool(",
+        "tests/landscape/test_surface.py::"
+        "test_batchnorm_is_not_merged_where_something_else_reads_the_convolution",
+    ),
+    "the end of a line between two models is the second one up to rounding": (
+        "landscape.surface",
+        "torch.lerp(start, along, x) if self.between",
+        "start + x * (along - start) if self.between",
+        "tests/landscape/test_surface.py::"
+        "test_the_ends_of_a_line_between_two_models_are_both_models_to_the_bit",
+    ),
+    "points of another landscape are taken for this one's": (
+        "landscape.folder",
+        "    other = [name for name, now in identity.items() if before[name] != now]",
+        "    other: list[str] = []",
+        "tests/landscape/test_landscape.py::"
+        "test_another_landscape_in_the_folder_is_refused_and_stays",
+    ),
+    "each rank computes all points of a landscape": (
+        "landscape.landscape",
+        "mine = missing[accelerator.process_index :: world_size]",
+        "mine = missing",
+        "tests/landscape/test_landscape.py::"
+        "test_ranks_divide_the_points_and_their_surface_is_that_of_one_process",
+    ),
+    "copies of an eigenvalue stand for further ones": (
+        "stability.eigenvalues",
+        "    for _ in range(2):",
+        "    for _ in range(0):",
+        "tests/stability/test_eigenvalues.py::"
+        "test_no_copy_of_an_eigenvalue_appears_where_many_products_are_made_in_float32",
+    ),
+    "Keskar's search begins at a minimum, where the gradient is zero, and nowhere else": (
+        "landscape.box",
+        "for start in (x, x + reach * drawn):",
+        "for start in (x,):",
+        "tests/landscape/test_sharpness.py::"
+        "test_keskars_measure_of_a_separable_quadratic_is_the_far_corner_of_the_box[True]",
+    ),
+    "sharpness moves the model itself": (
+        "landscape.mean_loss",
+        "own = copy.deepcopy(model).eval().to(device)",
+        "own = model.eval().to(device)",
+        "tests/landscape/test_sharpness.py::test_nothing_of_the_model_moves",
+    ),
     "a hint names flags that the command does not have": (
         "recipe.other_names",
         "return row if row is not None and row.needs <= set(known) else None",
@@ -1356,6 +1425,76 @@ MUTANTS = {
         "return math.sqrt",
         "tests/runs/test_groups_of_runs.py::test_the_interval_is_students[values0]",
     ),
+    "JSON in a page ends its script": (
+        "report.page",
+        'return markupsafe.Markup(re.sub(r"[^\\n !#-;=?-~\\"]|[&]", _escape, text))',
+        "return markupsafe.Markup(text)",
+        "tests/report/test_page.py::test_a_hostile_setting_is_text_and_nothing_else",
+    ),
+    "names in a page are HTML": (
+        "report.page",
+        "autoescape=True,",
+        "autoescape=False,",
+        "tests/report/test_page.py::test_a_hostile_name_of_a_run_is_text",
+    ),
+    "names in a page turn the direction of writing": (
+        "report.page",
+        "        return printable(value)",
+        "        return value",
+        "tests/report/test_page.py::test_a_hostile_name_of_a_run_is_text",
+    ),
+    "a page has its points whatever its size": (
+        "report.parts",
+        "        if size < MOST_BYTES:",
+        "        if size:",
+        "tests/report/test_page.py::test_a_page_that_would_be_too_large_has_fewer_points",
+    ),
+    "a thinned curve loses its peaks": (
+        "report.thin",
+        "found |= {min(known)[1], max(known)[1]}",
+        "found |= {known[0][1]}",
+        "tests/report/test_thin.py::test_the_extremes_and_the_ends_are_kept",
+    ),
+    "a verdict is on the best evaluation": (
+        "report.verdict",
+        "return median(known) if known",
+        "return max(p.value or 0.0 for p in one.history[metric]) if known",
+        "tests/report/test_verdict.py::"
+        "test_the_value_of_a_run_is_the_median_of_its_last_evaluations_and_not_its_best",
+    ),
+    "a verdict counts runs that did not end": (
+        "report.verdict",
+        "len(known) == len(values) and ended(one) else None",
+        "len(known) == len(values) else None",
+        "tests/report/test_verdict.py::test_a_run_that_did_not_end_has_no_value[failed]",
+    ),
+    "a difference is of all seeds": (
+        "report.verdict",
+        "shared = [seed for seed in own if seed is not None and seed in other]",
+        "shared = list(zip(own, other))[:0] or [s for s in own if other.setdefault(s, 0.0) or 1]",
+        "tests/report/test_verdict.py::"
+        "test_seeds_that_only_one_group_has_are_left_out_of_a_difference",
+    ),
+    "a resume with smaller micro-batches is a lack of memory": (
+        "report.events",
+        "if after.value < before.value and not resumed:",
+        "if after.value < before.value:",
+        "tests/report/test_one_run.py::"
+        "test_a_smaller_micro_batch_of_a_resume_is_no_lack_of_memory[29-kinds1]",
+    ),
+    "figures of a study come from anywhere": (
+        "report.of_study",
+        "if inside else",
+        "if True else",
+        "tests/report/test_study_page.py::test_figures_are_embedded_from_inside_the_study_alone",
+    ),
+    "a batch size with a censored seed looks like any other": (
+        "report.study_charts",
+        'whole = points[0], [p for p in points if not p["censored"]]',
+        "whole = points[0], points",
+        "tests/report/test_study_page.py::"
+        "test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark",
+    ),
     "where the output goes is a setting of the experiment": (
         "recipe.experiment",
         "return row.contract or row.length or (plan and row.plan)",
@@ -1812,6 +1951,68 @@ MUTANTS = {
         '"stage3_prefetch_bucket_size": BUCKET',
         '"stage3_prefetch_bucket_size": "auto"',
         "tests/configs/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3]",
+    ),
+    "an arm need not state its norm batch": (
+        "studies.read",
+        "if study.stated(place).get(NORM) is None:",
+        "if False:",
+        "tests/studies/test_study_files.py::"
+        "test_a_fault_is_one_sentence_that_names_the_entry[no norm]",
+    ),
+    "a study's grid sees the test set": (
+        "studies.tuning",
+        'more: dict[str, Any] = {"val_fraction": HELD_OUT, "test_split": "test"}',
+        "more: dict[str, Any] = {}",
+        "tests/studies/test_running.py::"
+        "test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken",
+    ),
+    "a diverged run of a grid is its best": (
+        "studies.tuning",
+        "zip(values, results, strict=True) if r is not None]",
+        "zip(values, [9e9 if r is None else r for r in results], strict=True)]",
+        "tests/studies/test_running.py::"
+        "test_the_best_of_a_grid_is_the_smallest_of_equals_and_no_diverged_one",
+    ),
+    "two workers take one run": (
+        "studies.running",
+        "        yield False\n",
+        "        yield True\n",
+        "tests/studies/test_running.py::test_any_number_of_workers_share_the_runs_of_one_folder",
+    ),
+    "a diverged run of a study is run again": (
+        "studies.running",
+        '_ENDED: tuple[State, ...] = ("done", "diverged")',
+        '_ENDED: tuple[State, ...] = ("done",)',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a diverged run of a study is a failed one": (
+        "studies.folder",
+        'return "diverged" if summary.get("diverged") is True else "failed"',
+        'return "failed"',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a folder of another study is written over": (
+        "studies.folder",
+        "    if differing:\n",
+        "    if False:\n",
+        "tests/studies/test_running.py::"
+        "test_a_folder_of_another_study_is_refused_with_what_differs",
+    ),
+    "a signal reaches no run of a study": (
+        "studies.running",
+        "            child.terminate()\n\n\ndef prepare",
+        "            pass\n\n\ndef prepare",
+        "tests/studies/test_running.py::"
+        "test_a_signal_ends_the_runs_in_good_order_and_the_study_goes_on",
+    ),
+    "a run's result is its best evaluation": (
+        "studies.outcome",
+        "median(value for value in values if value is not None)",
+        "max(value for value in values if value is not None)",
+        "tests/studies/test_outcome.py::"
+        "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",

@@ -28,7 +28,7 @@ from lbaccel.runs.groups import (
     LEVEL,
     Group,
     are_grouped,
-    as_json,
+    comparison,
     group_rows,
     groups_of,
     left_out,
@@ -97,9 +97,7 @@ def _print_json(
     *,
     metric: str,
 ) -> None:
-    equal, _ = split_settings([one.config for one in runs])
-    found = {"metric": metric, "settings": equal, "runs": rows, "groups": as_json(groups, metric)}
-    print(strict_json(found, indent=1))
+    print(strict_json(comparison(runs, rows, groups, metric), indent=1))
 
 
 def _print_tables(

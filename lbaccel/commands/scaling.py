@@ -6,10 +6,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lbaccel.commands.study import add_running, say
+from lbaccel.commands.study import add_running, pinned_by, say
 from lbaccel.errors import InputError, brief
 from lbaccel.recipe import bounds
-from lbaccel.recipe.settings import add_options, typed_options
+from lbaccel.recipe.settings import add_options
+from lbaccel.runs.folder import atomic_write_text
 from lbaccel.studies.folder import begin, is_study, study_in
 from lbaccel.studies.read import OWN, check_tune, tune_of
 
@@ -57,7 +58,7 @@ def run(a: argparse.Namespace) -> int:
 
     tune = None if a.tune == NO_GRID else tune_of(a.tune)
     study = scaling_study(
-        typed_options(vars(a)), batches=_sizes(a.batches), seeds=a.seeds, tune=tune, target=a.target
+        pinned_by(a), batches=_sizes(a.batches), seeds=a.seeds, tune=tune, target=a.target
     )
     if tune is not None:
         check_tune(study, tune)
@@ -68,11 +69,12 @@ def run(a: argparse.Namespace) -> int:
     study = begin(folder, study)
     code = run_study(folder, study, launcher=a.launcher, jobs=a.jobs, only=a.only or (), say=say)
     if code == 0 and a.launcher == "local" and not a.only:
-        from lbaccel.report.page import write_page
+        from lbaccel.report.parts import report
 
         set_target(folder, study)
         print(as_text(study_result(folder)))
-        write_page([folder], folder / PAGE)
+        text, _ = report([folder], metric=study.metric, target=None)
+        atomic_write_text(folder / PAGE, text)
         say(f"page: {folder / PAGE}")
     return code
 

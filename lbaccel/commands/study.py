@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lbaccel.recipe import bounds
 from lbaccel.recipe.options import Settings
@@ -22,7 +23,7 @@ from lbaccel.studies.read import (
     seeds_of,
     tune_of,
 )
-from lbaccel.studies.spec import SCALES, Cell, Study
+from lbaccel.studies.spec import SCALES, Cell, Study, Target
 from lbaccel.text import printable
 
 LAUNCHERS = ("local", "print", "submitit")
@@ -82,6 +83,9 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
         "--scale", dest="at_scale", choices=SCALES, help="default: small, where there is one"
     )
     parser.add_argument("--seeds", type=bounds.count, metavar="N", help="how many")
+    parser.add_argument(
+        "--target", type=bounds.finite, metavar="X", help="of its metric; default: the file's"
+    )
     parser.add_argument("--tune", metavar="GRID", help="such as 'base_lr x 0.5,1,2', for each arm")
     add_options(parser, without=[*OWN, "scale"])  # of crops: in a file alone
 
@@ -126,17 +130,24 @@ def study_of(a: argparse.Namespace) -> Study:
     """
     path = find_study(a.study)
     study = read_study(path, a.at_scale)
-    typed = typed_options(vars(a))
+    typed = pinned_by(a)
     layered(Settings(), typed, origin="flag")  # each value is one of its setting
     study = replace(study, settings={**study.settings, **typed}, pinned=tuple(sorted(typed)))
     study = judged_on_test_images(study)
     if a.seeds is not None:
         study = replace(study, seeds=seeds_of(a.seeds))
+    if a.target is not None:
+        study = replace(study, target=Target(study.metric, a.target))
     if a.tune is not None:
         tune = tune_of(a.tune)
         check_tune(study, tune)
         study = replace(study, tune=tune)
     return study
+
+
+def pinned_by(a: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags pin in all runs."""
+    return {name: value for name, value in typed_options(vars(a)).items() if name not in OWN}
 
 
 def _plan(a: argparse.Namespace) -> int:

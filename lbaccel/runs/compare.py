@@ -208,7 +208,7 @@ def formatted(column: str, value: Cell) -> str:
         return str(value)
 
 
-def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
+def cells_of(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
     """Header and cells as text; `best` becomes `best val/top1`."""
     titles = {
         "best": f"best {metric}",
@@ -223,12 +223,12 @@ def _grid(rows: Sequence[Mapping[str, Cell]], metric: str) -> list[list[str]]:
 
 def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table as text: names to the left, all other columns to the right."""
-    return "\n".join(columns(_grid(rows, metric), "lr"))
+    return "\n".join(columns(cells_of(rows, metric), "lr"))
 
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table in Markdown."""
-    return markdown_columns(_grid(rows, metric))
+    return markdown_columns(cells_of(rows, metric))
 
 
 def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:

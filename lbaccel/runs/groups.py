@@ -217,3 +217,11 @@ def as_json(groups: Sequence[Group], metric: str) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def comparison(
+    runs: Sequence[Run], rows: Sequence[Mapping[str, Cell]], groups: Sequence[Group], metric: str
+) -> dict[str, Any]:
+    """All that `lbaccel compare --json` prints, and that a report holds; rows: of `with_groups`."""
+    equal, _ = split_settings([one.config for one in runs])
+    return {"metric": metric, "settings": equal, "runs": rows, "groups": as_json(groups, metric)}

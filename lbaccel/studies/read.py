@@ -27,7 +27,10 @@ from lbaccel.studies.spec import (
 )
 
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
-OWN = (BATCH, "seed", "output", "resume", "max_minutes", "max_hours", "dry_run", "extend")
+OWN = (
+    *(BATCH, "seed", "output", "target", "monitor"),
+    *("resume", "max_minutes", "max_hours", "dry_run", "extend"),
+)
 """Settings that a study gives itself, or that have no sense in one."""
 _SETTINGS = frozenset(OPTIONS) - set(OWN)
 _OF_ARM = ("title", "settings", "batches", "per_batch")

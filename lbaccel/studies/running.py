@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.recipe.options import default_of
+from lbaccel.recipe.options import OPTIONS, default_of
 from lbaccel.recipe.signals import graceful_signals
 from lbaccel.recipe.values import words
 from lbaccel.runs.folder import atomic_write_text, plain, strict_json
@@ -183,17 +184,17 @@ class Worker:
 
 def prepare(study: Study, cell: Cell, home: Path) -> None:
     """Write the settings of a cell, as `--config` reads them; a study is a group of wandb."""
-    trackers = words(cell.settings.get("log_with", default_of("log_with")))
-    own = {
-        "wandb_group": "-".join(filter(None, (study.name, study.scale))),
-        "wandb_tags": [word for word in (cell.arm, study.scale) if word],
-        "wandb_name": cell.name,
-    }
-    text = yaml.safe_dump(
-        plain({**(own if "wandb" in trackers else {}), **cell.settings}),
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    own: dict[str, Any] = {}
+    if "wandb" in words(cell.settings.get("log_with", default_of("log_with"))):
+        own = {
+            "wandb_group": "-".join(filter(None, (study.name, study.scale))),
+            "wandb_tags": [word for word in (cell.arm, study.scale) if word],
+            "wandb_name": cell.name,
+        }
+    if study.target is not None and study.target.metric in OPTIONS["monitor"].choices:
+        own |= {"target": study.target.value, "monitor": study.target.metric}
+    whole = plain({**own, **cell.settings})
+    text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     atomic_write_text(home / SETTINGS, text)
 
 

@@ -28,11 +28,14 @@ HELP = """usage: lbaccel COMMAND ...
   configs    the launcher's files: list, copy, explain, or make them for a plan
   doctor     what is known to go wrong with this environment, config and script
   env        this machine and its versions, to paste into a bug report
+  report     runs and studies as one page: the verdict, curves, tables, where each number is from
   compare    finished runs side by side: what differed, and what came of it
   study      arms x batch sizes x seeds as one: planned, run, gone on with, reported
   scaling    how far can the batch of one's own recipe grow: tuned rates, seeds, one page
   eval       a trained model judged on images with labels: figures, intervals, pictures
   predict    a trained model used on images without labels: classes and probabilities as CSV
+  landscape  loss and accuracy around trained weights, or between two models: curve and surface
+  sharpness  how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
   transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
@@ -48,11 +51,14 @@ NEEDED_FIRST = {
     "--base-lr LR",
     "plan": "--model MODEL and --global-batch-size B",
     "configs": "one of ls, cp, validate, make",
+    "report": "RUN_OR_STUDY",
     "compare": "RUN",
     "study": "one of ls, show, plan, run, report",
     "scaling": "--batches B,B,...",
     "eval": "RUN|CHECKPOINT|EXPORT",
     "predict": "RUN|CHECKPOINT|EXPORT|hf-hub:NAME and FILES|FOLDER|GLOB|-",
+    "landscape": "CHECKPOINT",
+    "sharpness": "CHECKPOINT",
     "export": "RUN",
     "verify": "--model NAME",
     "transfer": "--global-batch-size B",
@@ -107,6 +113,9 @@ def test_what_a_command_can_not_do_without_is_asked_for_in_one_line(name, capsys
 
 NEEDED = {  # flags without which argparse stops earlier
     "eval": ["RUN"],
+    "landscape": ["RUN"],
+    "sharpness": ["RUN"],
+    "report": ["RUN"],
     "predict": ["RUN", "FILE"],
     "start": ["FOLDER"],
     "schedule": [

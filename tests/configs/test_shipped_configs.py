@@ -171,6 +171,8 @@ def test_a_wheel_carries_them_and_every_package(tmp_path, monkeypatch):
     ):
         ours = {p.name: p.read_bytes() for p in (ROOT / name).glob(pattern)}
         assert {p.name: p.read_bytes() for p in (installed / name).iterdir()} == ours
+    for path in (ROOT / "lbaccel/report").glob("*.*[!y]"):  # template, style and script of a page
+        assert (installed / "report" / path.name).read_bytes() == path.read_bytes()
     packages = {p.parent.relative_to(tmp_path / "site") for p in installed.rglob("__init__.py")}
     assert {".".join(p.parts) for p in packages} == set(find_packages(str(ROOT), ("tests*",)))
     assert not [p for p in (tmp_path / "site").iterdir() if not p.name.startswith("lbaccel")]

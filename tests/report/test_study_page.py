@@ -1,0 +1,188 @@
+"""The page of a study, out of a result that is made by hand: figures, tables, faults."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_runs import Page
+from study_results import ARMS, BATCHES, a_study_result
+
+from lbaccel.report.of_study import of_study
+from lbaccel.report.page import CURVES, MOST_BYTES, page
+from lbaccel.report.parts import report
+from lbaccel.report.study_charts import updates_to_target, value_by_batch
+
+
+@pytest.fixture(scope="module")
+def result():
+    return a_study_result()
+
+
+@pytest.fixture(scope="module")
+def found(result, tmp_path_factory):
+    return Page(page([of_study(result, tmp_path_factory.mktemp("study"))]))
+
+
+@pytest.fixture(scope="module")
+def charts(found):
+    return json.loads(found.scripts[CURVES])
+
+
+def lines_of(chart, **values):
+    return [line for line in chart["lines"] if all(line[k] == v for k, v in values.items())]
+
+
+def test_it_parses_and_begins_with_the_verdict_and_updates_to_target(found, result):
+    assert found.unclosed == [] and len(found.ids()) == len(set(found.ids()))
+    order = [found.text.index(text) for text in (
+        result["title"], result["verdict"][0], "Updates to target", "Results", "Scaling limits",
+        "Comparisons", "Training beside validation", "Curves", "Tuning", "Runs",
+        "Where the numbers come from",
+    )]  # fmt: skip
+    assert order == sorted(order)
+
+
+def test_updates_to_target_is_log_log_with_perfect_scaling_and_the_bend(charts, result):
+    chart = charts["study-1-updates"]
+    assert chart["x"]["kind"] == "log2" and chart["y"]["kind"] == "log"
+    (arm,) = (one for one in result["to_target"] if one["arm"] == "gradual")
+    color = list(ARMS).index("gradual")
+    (perfect,) = lines_of(chart, k="reference", c=color)
+    first = arm["points"][0]["mean"]
+    assert perfect["y"] == pytest.approx([first * 128 / b for b in BATCHES], rel=1e-4)
+    (bend,) = lines_of(chart, k="dash", c=color)
+    expected = [18.0 * (1 + 700.0 / b) for b in bend["x"]["batch"]]
+    assert bend["y"] == pytest.approx(expected, rel=1e-3)
+    (means,) = lines_of(chart, k="points", c=color)
+    assert means["y"] == pytest.approx([p["mean"] for p in arm["points"]], rel=1e-4)
+    marks = [(mark["n"], mark["x"]["batch"]) for mark in chart["marks"]]
+    assert marks == [("gradual: 700", 700.0), ("ghost: 700", 700.0)]
+
+
+def test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark(charts):
+    (hollow,) = lines_of(charts["study-1-updates"], k="hollow")
+    assert hollow["x"]["batch"] == [2048] and hollow["c"] == 0
+    (means,) = lines_of(charts["study-1-updates"], k="points", c=0)
+    assert 2048 not in means["x"]["batch"]
+
+
+def test_a_single_arm_shows_its_interval_and_the_noise_scale(result):
+    one = {**result, "to_target": result["to_target"][1:2]}
+    chart = updates_to_target(one, "k")
+    assert chart is not None
+    critical, noise = chart.marks
+    assert (critical.low, critical.high) == (520.0, 960.0)
+    assert noise.text == "by the noise scale 610" and noise.x == {"batch": 610.0}
+
+
+def test_a_study_without_a_target_has_no_such_figure(result):
+    assert updates_to_target({**result, "target": None}, "k") is None
+    never = [{"batch": b, "updates": [None], "mean": None, "censored": 1} for b in BATCHES]
+    nothing = [{**arm, "points": never, "fit": None} for arm in result["to_target"]]
+    assert updates_to_target({**result, "to_target": nothing}, "k") is None
+
+
+def test_error_has_a_line_an_arm_with_intervals_and_the_source_hollow(charts, result):
+    chart = charts["study-1-value"]
+    rows = [row for row in result["table"] if row["arm"] == "gradual"]
+    (line,) = lines_of(chart, k="line-points", c=1)
+    assert line["y"] == pytest.approx([100 - row["mean"] for row in rows], rel=1e-4)
+    assert line["lo"] == pytest.approx([100 - row["high"] for row in rows], rel=1e-4)
+    assert line["hi"] == pytest.approx([100 - row["low"] for row in rows], rel=1e-4)
+    (source,) = lines_of(chart, k="hollow")
+    assert source["x"]["batch"] == [128, 512, 2048] and source["y"] == [8.8, 9.1, 10.4]
+    assert len(lines_of(chart, k="line-points")) == len(ARMS), "all arms are in one panel"
+
+
+def test_a_loss_is_not_turned_into_an_error(result):
+    chart = value_by_batch({**result, "metric": "val/loss"}, "k")
+    assert chart is not None and chart.title == "val/loss against batch size"
+    assert chart.lines[0].y[0] == pytest.approx(result["table"][0]["mean"], rel=1e-4)
+
+
+def test_the_gap_has_its_sign(found):
+    assert "Training less validation: +0.90 at 128" in found.text
+    assert "-0.70 at 2,048" in found.text
+
+
+def test_curves_have_a_colour_a_batch_size_and_a_diverged_run_is_named(charts):
+    chart = charts["study-1-curves-0-3"]
+    assert {line["c"] for line in chart["lines"]} == set(range(len(BATCHES)))
+    names = [line["n"] for line in chart["lines"]]
+    assert "batch 2,048, seed 1 (diverged)" in names
+    assert "batch 2,048, mean of 2 seeds" in names and "batch 128, mean of 3 seeds" in names
+    (diverged,) = (line for line in chart["lines"] if "diverged" in line["n"])
+    assert diverged["y"][-1] is None
+
+
+def test_what_went_wrong_is_said_before_the_figures(found):
+    note = found.text.index("1 of 45 runs diverged and count as such: none-gbs2048-seed1.")
+    assert note < found.text.index("Updates to target")
+    assert "1 of 45 runs ended without reaching the target (censored)" in found.text
+    assert "1 of 2 best values lie at the edge of their grid" in found.text
+    assert "not reached" in found.text
+
+
+def test_the_source_s_numbers_stand_beside_ours(found, result):
+    (row,) = (r for r in result["table"] if (r["arm"], r["batch"]) == ("gradual", 128))
+    assert f"{row['mean'] - 91.2:+.2f}" in found.text
+    assert "After Goyal et al. (2017): Accurate, Large Minibatch SGD, table 1." in found.text
+
+
+def test_a_study_of_which_nothing_has_ended_is_a_page_too(result, tmp_path):
+    bare = {
+        "value": None, "train_value": None, "status": "missing", "name": None, "folder": None,
+        "reached": None, "censored": False, "history": {}, "provenance": None, "num_updates": None,
+        "samples": None, "seconds": None, "peak_gib": None, "predicted_gib": None,
+    }  # fmt: skip
+    rows = [
+        {**row, "n": 0, "mean": None, "low": None, "high": None, "train_mean": None, "wilson": None}
+        for row in result["table"]
+    ]
+    empty = {
+        **result, "runs": [{**run, **bare} for run in result["runs"]], "table": rows,
+        "comparisons": [], "scaling_limits": [], "to_target": [], "tuning": [], "verdict": [],
+        "warnings": [], "source": None, "target": None, "baseline": None,
+    }  # fmt: skip
+    found = Page(page([of_study(empty, tmp_path)]))
+    assert found.unclosed == []
+    assert "No run of this study has come to its end." in found.text
+    assert "45 of 45 runs are missing" in found.text
+
+
+def test_figures_are_embedded_from_inside_the_study_alone(tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for where in (folder, tmp_path):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(where / "l.png")
+    figures = [
+        {"name": "landscape", "file": "l.png", "alt": "a valley"},
+        {"name": "outside", "file": "../l.png", "alt": "none"},
+        {"name": "absent", "file": "m.png", "alt": "none"},
+    ]
+    found = Page(page([of_study(a_study_result(figures=figures), folder)]))
+    (image,) = [attrs for tag, attrs in found.elements if tag == "img"]
+    assert image["alt"] == "a valley" and image["src"].startswith("data:image/png;base64,")
+    assert "lies outside the study's folder" in found.text and "m.png can't be read" in found.text
+
+
+def test_the_json_inside_is_the_result_without_its_curves(found, result):
+    inside = json.loads(found.scripts["study"])
+    assert inside["table"] == json.loads(json.dumps(result["table"]))
+    assert "history" not in inside["runs"][0] and inside["runs"][0]["provenance"]
+
+
+def test_a_large_study_stays_below_2_mb(tmp_path, monkeypatch):
+    long = a_study_result()
+    for run in long["runs"]:
+        points = [[u, 128 * u, u / 9e3, 50 + u % 7] for u in range(1, 2001)]
+        run["history"] = {"train/loss": points, "train/top1": points, "val/top1": points[::20]}
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "study.yaml").write_text("name: x\n")
+    monkeypatch.setattr("lbaccel.report.parts._study_result", lambda _: long)
+    text, _ = report([folder, folder, folder])
+    assert len(text.encode()) < MOST_BYTES
