@@ -2014,6 +2014,13 @@ MUTANTS = {
         "tests/studies/test_outcome.py::"
         "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
     ),
+    "updates to a target are known to the update": (
+        "studies.to_target",
+        "LEAST) / n + self.rounding",
+        "LEAST) / n",
+        "tests/studies/test_to_target.py::"
+        "test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit",
+    ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",
         "scale_s / num_samples * (1 - repeat * share)",
