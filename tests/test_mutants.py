@@ -1279,7 +1279,7 @@ MUTANTS = {
     "a difference is of all seeds": (
         "report.verdict",
         "shared = [seed for seed in own if seed is not None and seed in other]",
-        "shared = list(zip(own, other))[:0] or [s for s in own if other.setdefault(s, 0.0) or 1]",
+        "shared = [seed for seed in own if seed is not None]",
         "tests/report/test_verdict.py::"
         "test_seeds_that_only_one_group_has_are_left_out_of_a_difference",
     ),

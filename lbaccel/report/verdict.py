@@ -9,13 +9,26 @@ from typing import Any
 
 from lbaccel.runs.compare import lower_is_better
 from lbaccel.runs.compare_figure import unit_of
-from lbaccel.runs.groups import LEVEL, SEED, Group, Mean, differing_settings, ended, label_of
+from lbaccel.runs.groups import (
+    LEVEL,
+    SEED,
+    Group,
+    Mean,
+    are_grouped,
+    differing_settings,
+    ended,
+    label_of,
+)
 from lbaccel.runs.read import Run
 from lbaccel.text import one_line
 
 LAST = 5  # evaluations of which a run's value is the median
 MARGIN = 0.5  # points: a difference whose whole interval lies inside is negligible
 Interval = tuple[float, float]
+_SAID = {  # of the best group beside the next one; a gain and a loss are resolved
+    "no loss": f"negligible: inside {MARGIN:g} points",
+    "not resolved": "not resolved: the interval holds 0",
+}
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,12 @@ def names_of(groups: Sequence[Group]) -> list[str]:
     """A name for each group, such as "group 2 (base_lr=0.1)"; of a single one "the run"."""
     if len(groups) == 1:
         return ["this group of runs" if len(groups[0].runs) > 1 else "the run"]
+    word = "group" if are_grouped(groups) else "run"
     names = []
     for number, settings in enumerate(differing_settings(groups), 1):
         label = one_line(label_of(settings, number))
         short = label if len(label) <= 60 else f"{label[:57]}..."
-        names.append(f"group {number}" + (f" ({short})" if settings else ""))
+        names.append(f"{word} {number}" + (f" ({short})" if settings else ""))
     return names
 
 
@@ -122,8 +136,9 @@ def sentences(groups: Sequence[Group], metric: str, last: int) -> list[str]:
         gap = _apart(apart, found[best], found[second])
         lines.append(f"{first}, {gap} {names[second]}: {_paired(apart)}.")
         if len(order) > 2:
+            kind = "groups" if are_grouped(groups) else "runs"
             lines.append(
-                f"It was chosen out of {len(order)} groups by this very figure, so its lead is "
+                f"It was chosen out of {len(order)} {kind} by this very figure, so its lead is "
                 "more likely too large than too small."
             )
     else:
@@ -170,9 +185,7 @@ def _paired(apart: SeedDifference) -> str:
     sign = -1 if (of.mean or 0.0) < 0 else 1  # the sentence says above or below
     low, high = sorted(sign * end for end in of.interval)
     ends = f"{number(low, apart.metric)} to {number(high, apart.metric)}"
-    said = {"not resolved": "not resolved, since the interval holds 0"}.get(
-        apart.verdict, apart.verdict
-    )
+    said = _SAID.get(apart.verdict, "resolved")
     return f"{ends}, paired by {of.n} seeds ({said})"
 
 

@@ -102,7 +102,7 @@ def test_the_first_sentence_says_value_interval_difference_and_pairing(two_group
     low, high = scipy.stats.t.interval(0.95, 2, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert first == (
         f"Group 2 (lr=0.4) reaches 93.00 % val/top1 (mean of 3 seeds, {low:.2f} to {high:.2f}), "
-        "1.00 points above group 1 (lr=0.1): 0.50 to 1.50, paired by 3 seeds (gain)."
+        "1.00 points above group 1 (lr=0.1): 0.50 to 1.50, paired by 3 seeds (resolved)."
     )
 
 
@@ -112,7 +112,7 @@ def test_of_a_loss_the_lowest_comes_first():
         for lr, v in [(1, 3.0), (2, 2.0)]
     ]
     first = sentences(groups_of(runs), "val/loss", LAST)[0]
-    assert first.startswith("Group 2 (lr=2) reaches 2 val/loss (1 seed), 1 below group 1 (lr=1)")
+    assert first.startswith("Run 2 (lr=2) reaches 2 val/loss (1 seed), 1 below run 1 (lr=1)")
     assert "not enough seeds" in first
 
 
