@@ -14,6 +14,7 @@ setup(
     package_dir={f"lbaccel.{folder}": folder for folder in SHIPPED},
     package_data={
         "lbaccel": ["py.typed"],
+        "lbaccel.studies": ["library/*/*"],
         "lbaccel.report": ["*.j2", "*.css", "*.js"],
         **{f"lbaccel.{folder}": [files] for folder, files in SHIPPED.items()},
     },

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lbaccel.errors import InputError, RunFailed
     from lbaccel.finetuning import Finetuned, finetune
     from lbaccel.hyperparameters.transfer import transfer
+    from lbaccel.landscape.landscape import loss_landscape
+    from lbaccel.landscape.result import Landscape
+    from lbaccel.landscape.sharpness import Sharpness, sharpness
     from lbaccel.noise.scale import NoiseScale
     from lbaccel.optim.groups import scale_optimizer
     from lbaccel.optim.momentum import correct_momentum
@@ -100,6 +103,10 @@ _HOME = {
     "lr_find": "stability.range_test",
     "largest_curvature": "stability.curvature",
     "stable_rate": "stability.limit",
+    "Landscape": "landscape.result",
+    "loss_landscape": "landscape.landscape",
+    "Sharpness": "landscape.sharpness",
+    "sharpness": "landscape.sharpness",
     "lr_scheduler": "optim.scheduler",
     "make_schedule": "optim.schedules",
     "Certificate": "verification.certificate",
@@ -116,6 +123,7 @@ __all__ = [
     "GroupMix",
     "InputError",
     "KeyedImages",
+    "Landscape",
     "LargeBatch",
     "LrRange",
     "MicroBatch",
@@ -125,6 +133,7 @@ __all__ = [
     "Prediction",
     "Run",
     "RunFailed",
+    "Sharpness",
     "Update",
     "UpdateLoader",
     "UpdateResult",
@@ -140,6 +149,7 @@ __all__ = [
     "legw",
     "linear_scaling",
     "load_run",
+    "loss_landscape",
     "lr_find",
     "lr_scheduler",
     "make_schedule",
@@ -154,6 +164,7 @@ __all__ = [
     "restore_batch_norm",
     "scale_lr",
     "scale_optimizer",
+    "sharpness",
     "sqrt_scaling",
     "stable_rate",
     "transfer",

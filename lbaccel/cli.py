@@ -54,6 +54,14 @@ COMMANDS = {
         "commands.compare",
         "finished runs side by side: what differed, and what came of it",
     ),
+    "study": (
+        "commands.study",
+        "arms x batch sizes x seeds as one: planned, run, gone on with, reported",
+    ),
+    "scaling": (
+        "commands.scaling",
+        "how far can the batch of one's own recipe grow: tuned rates, seeds, one page",
+    ),
     "eval": (
         "commands.eval",
         "a trained model judged on images with labels: figures, intervals, pictures",
@@ -61,6 +69,14 @@ COMMANDS = {
     "predict": (
         "commands.predict",
         "a trained model used on images without labels: classes and probabilities as CSV",
+    ),
+    "landscape": (
+        "commands.landscape",
+        "loss and accuracy around trained weights, or between two models: curve and surface",
+    ),
+    "sharpness": (
+        "commands.sharpness",
+        "how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it",
     ),
     "export": (
         "commands.export",

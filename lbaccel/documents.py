@@ -86,7 +86,10 @@ def yaml_of(text: str, where: Path | str) -> Any:
     """
     if len(text) > MOST_YAML_BYTES:
         raise _too("large", where, f"{len(text):,} characters", f"{MOST_YAML_BYTES:,} bytes")
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)  # which reads the text at once
+    except yaml.YAMLError as error:
+        raise Malformed(error) from error
     try:
         node = loader.get_single_node()
         if node is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lbaccel import networks
 from lbaccel.errors import CannotRead, InputError, RunFailed, brief, reading
+from lbaccel.network_build import try_arguments
 from lbaccel.text import printable, without_tokens
 from lbaccel.torch_files import check_torch_file
 
@@ -38,15 +39,16 @@ def create_backbone(
     checkpoint: Path | None = None,
     drop_rate: float = 0.0,
     drop_path: float = 0.0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm model, with its own pretrained weights, those of a file, or fresh ones.
 
     `pretrained` with `checkpoint` reads the file as pretrained weights: timm adapts channels and
     puts in a new classifier where the number of classes differs. `checkpoint` alone must fit the
-    model exactly.
+    model exactly. `arguments` are the network's own, as `network_arguments` gives them.
 
     Raises:
-        InputError: an unknown model, or weights that do not fit.
+        InputError: an unknown model, arguments that it does not take, or weights that do not fit.
         RunFailed: pretrained weights that can't be downloaded.
     """
     options = model_options(
@@ -56,6 +58,9 @@ def create_backbone(
         options["drop_rate"] = drop_rate
     if drop_path:
         options["drop_path_rate"] = drop_path
+    if arguments:
+        try_arguments(name, arguments, options)
+        options |= arguments
     weights = None
     if checkpoint is not None:
         weights = read_weights(checkpoint)
@@ -74,6 +79,8 @@ def create_backbone(
             if pretrained and "pretrained" in str(error).lower():
                 reason = without_tokens(str(error), get_token())
                 raise InputError(f"{name} has no pretrained weights: {reason}") from error
+            if pretrained and arguments:
+                raise InputError(_other_network(name, arguments, error)) from error
             raise
         raise InputError(_misfit(name, error=error, path=checkpoint)) from error
     except TypeError as error:
@@ -246,6 +253,14 @@ def _check_taken(
             f"checkpoint={path} does not fit {name}: {taken} of the model's {len(own)} weight "
             "tensors are in it. Give the model that it was trained with."
         )
+
+
+def _other_network(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
+    reason = printable(" ".join(str(error).split())[:200].rstrip("."))
+    return (
+        f"--model-kwargs {brief(dict(arguments))} makes another network of {name}, which its "
+        f"pretrained weights do not fit: {reason}. Leave --pretrained out, or these arguments."
+    )
 
 
 def _misfit(name: str, *, error: Exception, path: Path | None) -> str:

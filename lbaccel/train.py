@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbaccel.errors import InputError, RunFailed, is_of_the_disk, way_out
+from lbaccel.errors import Diverged, InputError, RunFailed, is_of_the_disk, way_out
 from lbaccel.launch import asks_for_ranks, unsupported_platform
 from lbaccel.recipe.ending import ending
 from lbaccel.recipe.options import Settings
@@ -251,7 +251,7 @@ def evaluated(t: Training) -> Collection[str]:
 
     now = t.large_batch
     try:
-        metrics = validate(t)
+        metrics = {**validate(t), **t.log.target.line}
     except NotEvaluated as failed:  # on every rank
         t.log.evaluation_due = True
         # the first failure is the one to be told
@@ -306,6 +306,7 @@ class Outcome:
 
     status: str = "failed"
     reason: str = ""
+    diverged: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
 
     def end(self, stop: str | None, t: Training) -> None:
@@ -321,6 +322,7 @@ class Outcome:
         """Take an error."""
         self.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self.reason = str(error) or type(error).__name__
+        self.diverged = isinstance(error, Diverged)
 
 
 @contextlib.contextmanager
@@ -353,6 +355,7 @@ def kept(t: Training, progress: Progress, *, before_closing: Any) -> Iterator[Ou
         outcome.summary = {
             "status": outcome.status,
             "exit_reason": outcome.reason,
+            **({"diverged": True} if outcome.diverged else {}),
             "model": t.settings.model.model,
             **t.log.summary(t.large_batch),
         }

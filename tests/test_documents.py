@@ -63,7 +63,7 @@ def test_a_yaml_without_bounds_is_refused_with_the_figures(text, words, tmp_path
 
 
 @pytest.mark.parametrize(
-    "text", ["1" * 5000, "2026-13-45", "!!bool maybe", "!!timestamp x", "a: ["]
+    "text", ["1" * 5000, "2026-13-45", "!!bool maybe", "!!timestamp x", "a: [", "a\0"]
 )
 def test_a_yaml_that_the_constructor_trips_over_is_malformed(text):
     with pytest.raises((Malformed, OutOfBounds)):

@@ -31,6 +31,75 @@ MUTANTS = {
         "tests/update/test_plain_loop.py::"
         "test_the_users_own_scheduler_step_is_noticed_at_the_next_update",
     ),
+    "a landscape of weights moves BatchNorm's running statistics": (
+        "landscape.directions",
+        "    if direction == STATES:",
+        "    if True:",
+        "tests/landscape/test_directions.py::"
+        "test_weights_are_the_parameters_and_states_the_running_statistics_too",
+    ),
+    "a direction has the norm of each layer and not of each filter": (
+        "landscape.directions",
+        "(lambda t: t.flatten(1).norm(dim=1))",
+        "(lambda t: t.norm().expand(len(t)))",
+        "tests/landscape/test_directions.py::"
+        "test_each_filter_of_the_direction_has_the_norm_of_the_weights_filter",
+    ),
+    "a landscape is drawn in training mode": (
+        "landscape.network",
+        "copy.deepcopy(model).eval().requires_grad_(False)",
+        "copy.deepcopy(model).requires_grad_(False)",
+        "tests/landscape/test_surface.py::"
+        "test_a_network_in_training_mode_has_the_surface_of_its_evaluation",
+    ),
+    "BatchNorm is merged although a shortcut reads the convolution too": (
+        "landscape.network",
+        "if truth.shape == found.shape and bool(",
+        "if True or bool(",
+        "tests/landscape/test_surface.py::"
+        "test_batchnorm_is_not_merged_where_something_else_reads_the_convolution",
+    ),
+    "the end of a line between two models is the second one up to rounding": (
+        "landscape.surface",
+        "torch.lerp(start, along, x) if self.between",
+        "start + x * (along - start) if self.between",
+        "tests/landscape/test_surface.py::"
+        "test_the_ends_of_a_line_between_two_models_are_both_models_to_the_bit",
+    ),
+    "points of another landscape are taken for this one's": (
+        "landscape.folder",
+        "    other = [name for name, now in identity.items() if before[name] != now]",
+        "    other: list[str] = []",
+        "tests/landscape/test_landscape.py::"
+        "test_another_landscape_in_the_folder_is_refused_and_stays",
+    ),
+    "each rank computes all points of a landscape": (
+        "landscape.landscape",
+        "mine = missing[accelerator.process_index :: world_size]",
+        "mine = missing",
+        "tests/landscape/test_landscape.py::"
+        "test_ranks_divide_the_points_and_their_surface_is_that_of_one_process",
+    ),
+    "copies of an eigenvalue stand for further ones": (
+        "stability.eigenvalues",
+        "    for _ in range(2):",
+        "    for _ in range(0):",
+        "tests/stability/test_eigenvalues.py::"
+        "test_no_copy_of_an_eigenvalue_appears_where_many_products_are_made_in_float32",
+    ),
+    "Keskar's search begins at a minimum, where the gradient is zero, and nowhere else": (
+        "landscape.box",
+        "for start in (x, x + reach * drawn):",
+        "for start in (x,):",
+        "tests/landscape/test_sharpness.py::"
+        "test_keskars_measure_of_a_separable_quadratic_is_the_far_corner_of_the_box[True]",
+    ),
+    "sharpness moves the model itself": (
+        "landscape.mean_loss",
+        "own = copy.deepcopy(model).eval().to(device)",
+        "own = model.eval().to(device)",
+        "tests/landscape/test_sharpness.py::test_nothing_of_the_model_moves",
+    ),
     "a hint names flags that the command does not have": (
         "recipe.other_names",
         "return row if row is not None and row.needs <= set(known) else None",
@@ -43,6 +112,31 @@ MUTANTS = {
         '    "lr": differs(_RATE),',
         '    "lr": same("--base-lr"),',
         "tests/recipe/test_other_names.py::test_the_difference_is_said_in_numbers",
+    ),
+    "a checkpoint forgets the arguments of its network": (
+        "runs.saved_weights",
+        '    model = create_backbone(pre["model"], **sizes, arguments=arguments)',
+        '    model = create_backbone(pre["model"], **sizes)',
+        "tests/recipe/test_model_arguments.py::"
+        "test_a_checkpoint_and_a_run_are_built_again_with_them",
+    ),
+    "a list in the network's arguments is another value than the tuple that was typed": (
+        "network_arguments",
+        "        return tuple(_plain(item, where, depth=depth + 1) for item in value)",
+        "        return value",
+        "tests/test_network_arguments.py::test_words_yaml_and_json_give_the_same_arguments",
+    ),
+    "a part of the images is the first of them": (
+        "data.subset",
+        "sorted(members[label], key=lambda position: (keys[position], position))[:share]",
+        "members[label][:share]",
+        "tests/data/test_subset.py::test_a_draw_depends_on_names_alone",
+    ),
+    "a run on a part of the images is judged on all of them": (
+        "product.judged",
+        "if source is not None and differences(source, trained.settings.identity) is None:",
+        "if False:",
+        "tests/recipe/test_max_samples.py::test_eval_gives_the_run_s_own_number_to_the_bit",
     ),
     "a value of a flag that looks like key=value becomes a setting": (
         "recipe.command_line",
@@ -559,6 +653,104 @@ MUTANTS = {
         "fit_temperature(logits[half], labels[half])",
         "tests/product/test_metrics.py::"
         "test_a_half_is_measured_with_the_temperature_of_the_other_half",
+    ),
+    "runs of two arms are paired by their order": (
+        "studies.judging",
+        "        seed: one.values[seed] - other.values[seed]\n"
+        "        for seed in sorted(one.values)\n"
+        "        if seed in other.values\n",
+        "        seed: a - b\n"
+        "        for seed, a, b in zip(one.values, one.values.values(), other.values.values())\n",
+        "tests/studies/test_judging.py::test_runs_are_paired_by_their_seed_and_not_by_their_order",
+    ),
+    "no loss is said where the mean lies inside the margin": (
+        "studies.judging",
+        "if margin is not None and max(-low, high) <= margin + ROUNDING:",
+        "if margin is not None and abs(low + high) / 2 <= margin + ROUNDING:",
+        "tests/studies/test_judging.py::test_the_verdict_follows_the_interval",
+    ),
+    "an interval that excludes 0 counts before the margin": (
+        "studies.judging",
+        "if margin is not None and max(-low, high) <= margin + ROUNDING:",
+        "if margin is not None and low <= 0 <= high and max(-low, high) <= margin + ROUNDING:",
+        "tests/studies/test_judging.py::test_the_verdict_follows_the_interval",
+    ),
+    "a diverged seed leaves the verdict as it is": (
+        "studies.judging",
+        'return "not resolved" if lost or won else verdict',
+        "return verdict",
+        "tests/studies/test_judging.py::"
+        "test_a_place_with_a_diverged_seed_has_no_no_loss_and_no_gain",
+    ),
+    "the resolution of seeds forgets that two runs differ": (
+        "studies.judging",
+        "spread * math.sqrt(2 * (1 - correlation) / num_seeds)",
+        "spread * math.sqrt((1 - correlation) / num_seeds)",
+        "tests/studies/test_judging.py::test_the_resolution_is_the_half_width_that_studies_come_to",
+    ),
+    "the scaling limit is the largest batch that is good again": (
+        "studies.limits",
+        "        if stopped:\n            break\n",
+        "        if stopped:\n            continue\n",
+        "tests/studies/test_limits.py::"
+        "test_the_scaling_limit_is_the_last_batch_before_the_first_loss",
+    ),
+    "a diverged run does not end the scaling": (
+        "studies.limits",
+        "        if places[batch].diverged:\n",
+        "        if False:\n",
+        "tests/studies/test_limits.py::test_a_diverged_run_ends_the_scaling",
+    ),
+    "a result is the best evaluation": (
+        "studies.outcome",
+        "return float(median(value for value in values if value is not None))",
+        "return float(max(point.value for point in points if point.value is not None))",
+        "tests/studies/test_results.py::"
+        "test_a_result_is_the_median_of_the_last_evaluations_and_never_the_best",
+    ),
+    "a diverged run is left out of its place": (
+        "studies.results",
+        'frozenset(r.cell.seed for r in runs if r.state == "diverged")',
+        "frozenset()",
+        "tests/studies/test_results.py::test_a_diverged_run_counts_and_is_no_run_that_is_left_out",
+    ),
+    "a run that goes on counts as one that never met the target": (
+        "studies.one_run",
+        '"censored": ended and study.target is not None',
+        '"censored": study.target is not None',
+        "tests/studies/test_results.py::test_a_run_that_is_missing_or_goes_on_has_no_result_yet",
+    ),
+    "a censored run is left out of the fit": (
+        "studies.to_target",
+        "profile = _Profile(met, censored if len(met) > 2 else [])",
+        "profile = _Profile(met, [])",
+        "tests/studies/test_to_target.py::test_a_censored_run_is_no_run_that_is_left_out",
+    ),
+    "the mean updates to a target are those of the fast seeds": (
+        "studies.to_target",
+        "None if censored or not met else fmean(met)",
+        "fmean(met) if met else None",
+        "tests/studies/test_to_target.py::test_a_mean_is_not_that_of_the_fast_seeds_alone",
+    ),
+    "the interval of a critical batch takes a large sample's quantile": (
+        "studies.to_target",
+        "n / 2 * math.log1p(float(fdtri(1, n - 2, LEVEL)) / (n - 2))",
+        "3.8415 / 2",
+        "tests/studies/test_to_target.py::"
+        "test_without_censored_runs_it_is_least_squares_of_the_logarithms_and_its_f_test",
+    ),
+    "a line to run an experiment again rounds its numbers": (
+        "studies.provenance",
+        "return short if float(short) == value else repr(value)",
+        "return short",
+        "tests/studies/test_provenance.py::"
+        "test_the_line_read_again_has_the_settings_of_the_experiment",
+    ),
+    "one damaged run ends the report of a study": (
+        "studies.one_run",
+        "    except _UNREADABLE as error:\n",
+        "    except ZeroDivisionError as error:\n",
+        "tests/studies/test_results.py::test_a_damaged_run_is_one_warning_and_the_rest_is_judged",
     ),
     "a file that can't be read shifts the answers": (
         "product.prediction",
@@ -1759,6 +1951,68 @@ MUTANTS = {
         '"stage3_prefetch_bucket_size": BUCKET',
         '"stage3_prefetch_bucket_size": "auto"',
         "tests/configs/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3]",
+    ),
+    "an arm need not state its norm batch": (
+        "studies.read",
+        "if study.stated(place).get(NORM) is None:",
+        "if False:",
+        "tests/studies/test_study_files.py::"
+        "test_a_fault_is_one_sentence_that_names_the_entry[no norm]",
+    ),
+    "a study's grid sees the test set": (
+        "studies.tuning",
+        'more: dict[str, Any] = {"val_fraction": HELD_OUT, "test_split": "test"}',
+        "more: dict[str, Any] = {}",
+        "tests/studies/test_running.py::"
+        "test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken",
+    ),
+    "a diverged run of a grid is its best": (
+        "studies.tuning",
+        "zip(values, results, strict=True) if r is not None]",
+        "zip(values, [9e9 if r is None else r for r in results], strict=True)]",
+        "tests/studies/test_running.py::"
+        "test_the_best_of_a_grid_is_the_smallest_of_equals_and_no_diverged_one",
+    ),
+    "two workers take one run": (
+        "studies.running",
+        "        yield False\n",
+        "        yield True\n",
+        "tests/studies/test_running.py::test_any_number_of_workers_share_the_runs_of_one_folder",
+    ),
+    "a diverged run of a study is run again": (
+        "studies.running",
+        '_ENDED: tuple[State, ...] = ("done", "diverged")',
+        '_ENDED: tuple[State, ...] = ("done",)',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a diverged run of a study is a failed one": (
+        "studies.folder",
+        'return "diverged" if summary.get("diverged") is True else "failed"',
+        'return "failed"',
+        "tests/studies/test_running.py::"
+        "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
+    ),
+    "a folder of another study is written over": (
+        "studies.folder",
+        "    if differing:\n",
+        "    if False:\n",
+        "tests/studies/test_running.py::"
+        "test_a_folder_of_another_study_is_refused_with_what_differs",
+    ),
+    "a signal reaches no run of a study": (
+        "studies.running",
+        "            child.terminate()\n\n\ndef prepare",
+        "            pass\n\n\ndef prepare",
+        "tests/studies/test_running.py::"
+        "test_a_signal_ends_the_runs_in_good_order_and_the_study_goes_on",
+    ),
+    "a run's result is its best evaluation": (
+        "studies.outcome",
+        "median(value for value in values if value is not None)",
+        "max(value for value in values if value is not None)",
+        "tests/studies/test_outcome.py::"
+        "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",

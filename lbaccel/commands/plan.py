@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lbaccel.errors import InputError
+from lbaccel.network_arguments import network_arguments
 from lbaccel.planning.plan import Plan
 from lbaccel.planning.planner import IMAGENET, plan
 from lbaccel.planning.sweep import plot
@@ -46,6 +47,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     contract.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     contract.add_argument("--optimizer", default="sgd", help="any name of timm.optim")
     contract.add_argument("--num-classes", type=bounds.classes, default=1000, metavar="C")
+    add_model_kwargs(contract)
     contract.add_argument("--num-samples", type=bounds.count, default=IMAGENET, help="for hours")
     contract.add_argument("--epochs", type=bounds.epochs, default=90.0, help="for hours")
     contract.add_argument(
@@ -78,6 +80,18 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_kwargs(parser: Any) -> None:
+    """The network's own arguments, as `lbaccel train` takes them."""
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the network itself, as timm has them: stem=8 'widths=(8,16,32)'",
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 where it fits, 1 where it does not.
 
@@ -106,7 +120,13 @@ def run(arguments: argparse.Namespace) -> int:
     if a.report is not None:
         from lbaccel.planning.report import write_report
 
-        _, line = write_report(found, a.report, num_classes=a.num_classes, img_size=a.img_size)
+        _, line = write_report(
+            found,
+            a.report,
+            num_classes=a.num_classes,
+            img_size=a.img_size,
+            model_kwargs=network_arguments(a.model_kwargs),
+        )
         print(line, file=sys.stderr if a.json else sys.stdout)
     return 0 if found.fits else 1
 
@@ -133,6 +153,7 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
         teacher=None if a.teacher is None else _teacher(a.teacher, img_size=a.img_size),
         norm_batch_size=a.norm_batch_size,
         num_classes=a.num_classes,
+        model_kwargs=network_arguments(a.model_kwargs),
         micro_batch_size=asked(a.micro_batch_size),
         activation_checkpointing=asked(a.activation_checkpointing),
         memory_format=asked(a.memory_format),

@@ -176,6 +176,7 @@ def _plan(contract: Contract, a: argparse.Namespace) -> int:
         norm_batch_size=s.batch.norm_batch_size,
         img_size=s.data.img_size,
         num_classes=s.model.num_classes or 1000,
+        model_kwargs=s.model.model_kwargs,
         optimizer=s.optimizer.optimizer,
         precision=cast(Any, s.batch.precision or "fp32"),
         teacher=_teacher(s),

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbaccel.commands.plan import add_model_kwargs
 from lbaccel.errors import InputError, RunFailed
 from lbaccel.models import SMALL_IMAGE, create_backbone
+from lbaccel.network_arguments import as_words, network_arguments
 from lbaccel.recipe import bounds
 from lbaccel.recipe.values import flag_of
 from lbaccel.text import printable
@@ -70,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help=f"outputs (default: {NUM_CLASSES}; with --pretrained or --checkpoint the model's own)",
     )
+    add_model_kwargs(parser)
     parser.add_argument("--seed", type=bounds.seed, default=0, help="of weights, images and masks")
     parser.add_argument(
         "--tolerance", type=bounds.positive, default=1e-12, help="relative (default: %(default)s)"
@@ -175,7 +178,12 @@ def _check_memory(a: argparse.Namespace, num_samples: int, size: int) -> None:
     needed = num_samples * 3 * size**2 * BYTES_PER_VALUE + processes * BYTES_PER_PROCESS
     if (a.num_classes or 0) > UNCHECKED_CLASSES:
         with torch.device("meta"):
-            model = create_backbone(a.model, num_classes=a.num_classes, img_size=a.img_size)
+            model = create_backbone(
+                a.model,
+                num_classes=a.num_classes,
+                img_size=a.img_size,
+                arguments=network_arguments(a.model_kwargs),
+            )
         needed += sum(p.numel() for p in model.parameters()) * BYTES_PER_WEIGHT * processes
     if needed <= UNCHECKED_BYTES:
         return
@@ -209,6 +217,7 @@ def _build(a: argparse.Namespace) -> tuple[nn.Module, int, int]:
                 checkpoint=a.checkpoint,
                 drop_rate=a.drop_rate,
                 drop_path=a.drop_path,
+                arguments=network_arguments(a.model_kwargs),
             )
             _try_image(model, size)
         except RunFailed:
@@ -259,6 +268,7 @@ def _cross_entropy(model: Any, micro_batch: Any) -> Tensor:
 def _weights(a: argparse.Namespace) -> str:
     drops = [f"drop-path {a.drop_path:g}"] * bool(a.drop_path)
     drops += [f"drop-rate {a.drop_rate:g}"] * bool(a.drop_rate)
+    drops += as_words(network_arguments(a.model_kwargs) or {})
     origin = "fresh weights and noise"
     if a.checkpoint is not None:
         origin = f"weights of {a.checkpoint}"

@@ -24,12 +24,16 @@ class Opening:
         test_split: what a test set is where there is no validation set beside it: "test", which
             leaves it alone and holds out a share of the training images, or "val".
         exif_orientation: turn each photograph upright as its EXIF entry says.
+        max_train_samples: training images that are taken, after the split; None is all.
+        max_val_samples: likewise of validation.
     """
 
     val_fraction: float = 0.2
     seed: int = 0
     test_split: str = AS_TEST
     exif_orientation: bool = True
+    max_train_samples: int | None = None
+    max_val_samples: int | None = None
 
 
 class Sets(NamedTuple):

@@ -16,6 +16,7 @@ from lbaccel.data.opening import AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
+from lbaccel.data.subset import drawn, noted
 from lbaccel.documents import OutOfBounds, json_of
 from lbaccel.errors import CannotRead, InputError
 
@@ -60,10 +61,9 @@ def open_parquet(root: Path, wanted: Opening) -> Sets:
         rows, val_rows = np.arange(len(labels)), np.arange(len(val_labels))
     else:
         named = None not in train.paths and len(set(train.paths)) == len(labels)
-        keys = [str(path if named else row) for row, path in enumerate(train.paths)]
         how = f"{SPLIT} of the {'file name' if named else 'row number'}"
         halves = split_by_hash(
-            keys,
+            _keys(train),
             labels.tolist(),
             classes=classes,
             val_fraction=wanted.val_fraction,
@@ -72,6 +72,11 @@ def open_parquet(root: Path, wanted: Opening) -> Sets:
         val, val_labels = train, labels
         rows, val_rows = (np.array(half) for half in halves)
 
+    rows, of_rows = _drawn(train, rows, labels, wanted.max_train_samples, "max_train_samples")
+    val_rows, of_val_rows = _drawn(
+        val, val_rows, val_labels, wanted.max_val_samples, "max_val_samples"
+    )
+    how += noted(of_rows, of_val_rows)
     pixels = decode_rows(train.images, rows)
     val_pixels = None if pixels is None else decode_rows(val.images, val_rows)
     if pixels is None or val_pixels is None or pixels.shape[1:] != val_pixels.shape[1:]:
@@ -82,6 +87,23 @@ def open_parquet(root: Path, wanted: Opening) -> Sets:
         of_val = ImageArray(val_pixels, torch.from_numpy(val_labels[val_rows]), classes)
     test, note = _test_set(files.test, columns, wanted, of_train, labels)
     return Sets(of_train, of_val, how + note, test)
+
+
+def _drawn(
+    table: Table, rows: NDArray[np.int64], labels: NDArray[np.int64], most: int | None, name: str
+) -> tuple[NDArray[np.int64], str]:
+    """The rows that are wanted, before any image is decoded."""
+    if most is None:
+        return rows, ""
+    keys = _keys(table)
+    kept, told = drawn([keys[row] for row in rows], labels[rows].tolist(), most, name=name)
+    return rows[kept], told
+
+
+def _keys(table: Table) -> list[str]:
+    """Names that no two rows share: the files' own, or else the numbers of the rows."""
+    named = None not in table.paths and len(set(table.paths)) == len(table.labels)
+    return [str(path if named else row) for row, path in enumerate(table.paths)]
 
 
 def _test_set(

@@ -22,9 +22,10 @@ from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import AS_TEST, AS_VAL, Opening, Sets
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
+from lbaccel.data.subset import limited
 from lbaccel.data.synthetic import open_synthetic
 from lbaccel.data.timm_readers import open_timm
-from lbaccel.errors import InputError, RunFailed, check_choice, check_seed
+from lbaccel.errors import InputError, RunFailed, check_choice, check_seed, check_whole
 from lbaccel.text import one_line
 
 __all__ = ["ImageArray", "ImageFiles", "Source", "open_source"]
@@ -58,6 +59,8 @@ def open_source(
     data_dir: Path | None = None,
     test_split: str = AS_TEST,
     exif_orientation: bool = True,
+    max_train_samples: int | None = None,
+    max_val_samples: int | None = None,
 ) -> Source:
     """The images that `spec` names.
 
@@ -77,6 +80,9 @@ def open_source(
             beside it: "test", so that validation is held out of the training images and nothing
             that trains looks at it, or "val". CIFAR's test set is always its validation set.
         exif_orientation: turn photographs upright as their EXIF entry says.
+        max_train_samples: training images to take, in proportion to the classes, the same for
+            every seed: see `lbaccel.data.subset.drawn`. The validation set is held out before.
+        max_val_samples: likewise of the validation images.
 
     Raises:
         InputError: `spec` is none of these, or the data are not as they must be.
@@ -88,7 +94,15 @@ def open_source(
     check_val_fraction(val_fraction)
     seed = check_seed("seed", seed)
     check_choice("test_split", test_split, choices=(AS_TEST, AS_VAL))
-    wanted = Opening(val_fraction, seed, test_split, exif_orientation)
+    for name, most in (
+        ("max_train_samples", max_train_samples),
+        ("max_val_samples", max_val_samples),
+    ):
+        if most is not None:
+            check_whole(name, most)
+    wanted = Opening(
+        val_fraction, seed, test_split, exif_orientation, max_train_samples, max_val_samples
+    )
     kind, colon, rest = spec.partition(":")
     if kind in AT_A_PATH and rest:
         sets = AT_A_PATH[kind](Path(rest).expanduser().absolute(), wanted)
@@ -100,7 +114,7 @@ def open_source(
         sets = _cifar(spec, data_dir or CACHE.expanduser())
     else:
         raise InputError(_unknown(spec))
-    return _source(spec, sets)
+    return _source(spec, limited(sets, wanted))
 
 
 def _source(spec: str, sets: Sets) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lbaccel.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESUMES, SUMMARY
 from lbaccel.runs.kinds import MACHINE, RESUMED, SETTINGS, SUMMED, check_kinds
 from lbaccel.runs.read import Run, flatten, history_of, read_mapping, read_metrics
 from lbaccel.runs.saved_weights import (
+    arguments_of,
     checkpoint_of,
     deepspeed_text,
     dtype_of,
@@ -55,7 +57,8 @@ def read_exported(
             num_classes=pre["num_classes"],
             num_channels=pre["num_channels"],
             img_size=pre["img_size"],
-        ),
+        )
+        | arguments_of(pre),
     )
     return exported, weights
 
@@ -67,7 +70,9 @@ def _run(folder: Path) -> Run:
     raw = {**BEFORE, **raw}  # of a run of before, the values that it had without a name for them
     settings = {key: parse(OPTIONS[key], raw[key], where) for key in raw if key in OPTIONS}
     added = {key: raw[key] for key in ("plan", "extensions") if key in raw}
-    config, summary = flatten({**settings, **added}), read_mapping(folder / SUMMARY)
+    whole = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
+    of_one_level = {key: value for key, value in settings.items() if key not in whole}
+    config, summary = flatten({**of_one_level, **added}) | whole, read_mapping(folder / SUMMARY)
     check_kinds(folder / CONFIG, config, SETTINGS)
     check_kinds(folder / SUMMARY, summary, SUMMED)
     metrics = folder / METRICS

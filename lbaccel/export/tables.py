@@ -43,6 +43,8 @@ def data(config: Mapping[str, Any], pre: Mapping[str, Any], *, num_classes: int)
         rows.append(("data", in_code_span(name) + (f": {_DATA[form]}" if form in _DATA else "")))
     rows.append(("classes", f"{num_classes:,}"))
     rows += _given(config, "val_fraction", "share held out, where there is no validation set")
+    rows += _given(config, "max_train_samples", "training images taken, of all there are")
+    rows += _given(config, "max_val_samples", "validation images taken, of all there are")
     channels = pre["num_channels"]
     rows.append(("images", f"{pre['img_size']} px, {channels} channel{'s' * (channels > 1)}"))
     rows += [(key, ", ".join(f"{x:.4g}" for x in pre[key])) for key in ("mean", "std")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Trained:
     model: str | nn.Module
     img_size: int | None
     num_classes: int
+    arguments: Mapping[str, Any] | None = None
     optimizer: str | torch.optim.Optimizer
     make_batch: MakeBatch | None
     loss_fn: LossFn
@@ -45,7 +47,12 @@ class Trained:
         """The model; one by name is built, on torch's default device."""
         if not isinstance(self.model, str):
             return self.model
-        return create_backbone(self.model, num_classes=self.num_classes, img_size=self.img_size)
+        return create_backbone(
+            self.model,
+            num_classes=self.num_classes,
+            img_size=self.img_size,
+            arguments=self.arguments,
+        )
 
 
 def network_of(trained: Trained, device: Device) -> Network:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, brief, check_whole
+from lbaccel.network_arguments import network_arguments
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
 from lbaccel.planning.cost.devices import GIB, Device
@@ -53,6 +54,7 @@ def plan(
     optimizer: str | torch.optim.Optimizer = "sgd",
     norm_batch_size: NormBatchSize = None,
     num_classes: int = 1000,
+    model_kwargs: Mapping[str, Any] | None = None,
     mix_pairs: bool = False,
     clip_grad_norm: bool = True,
     micro_batch_size: int | None = None,
@@ -87,6 +89,7 @@ def plan(
         optimizer: a name of timm's, or an optimizer over the module's parameters.
         norm_batch_size: see `BatchPlan`; by default 32 for a network with BatchNorm.
         num_classes: outputs of a model given by name.
+        model_kwargs: arguments of a network given by name, such as {"stem": 8}.
         mix_pairs: see `BatchPlan`.
         clip_grad_norm: whether the gradient is clipped.
         micro_batch_size: pins it; None chooses.
@@ -133,6 +136,7 @@ def plan(
         model=model,
         img_size=img_size,
         num_classes=num_classes,
+        arguments=_arguments(model, model_kwargs),
         optimizer=optimizer,
         make_batch=make_batch,
         loss_fn=loss_fn or classification_loss,
@@ -156,6 +160,17 @@ def plan(
     )
     search = _search(trained, network, batch, machine=machine, pinned=pinned)
     return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps))
+
+
+def _arguments(
+    model: str | nn.Module, model_kwargs: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    if model_kwargs and not isinstance(model, str):
+        raise InputError(
+            "model_kwargs= are arguments of a model by name, and this one is built already. Leave "
+            "them out."
+        )
+    return network_arguments(model_kwargs or {}, where="model_kwargs")
 
 
 def _check_teacher(teacher: nn.Module, loss_fn: LossFn | None, num_classes: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,12 @@ def check_report(path: Path) -> None:
 
 
 def write_report(
-    plan: Plan, path: Path, *, num_classes: int, img_size: int | None = None
+    plan: Plan,
+    path: Path,
+    *,
+    num_classes: int,
+    img_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Measure a plan of a timm model by name, and write it as JSON with the prediction.
 
@@ -60,6 +66,7 @@ def write_report(
         path: a file that is not there yet; it appears whole or not at all.
         num_classes: that the plan was made with.
         img_size: likewise; default: the model's.
+        model_kwargs: likewise; default: none.
 
     Returns:
         The written report, and one line that has both figures.
@@ -75,7 +82,9 @@ def write_report(
             f"no report: the plan does not fit in {plan.budget_gib:.2f} GiB, so it is not run. "
             "Give more --memory, or a smaller --micro-batch-size."
         )
-    model = create_backbone(plan.model, num_classes=num_classes, img_size=img_size)
+    model = create_backbone(
+        plan.model, num_classes=num_classes, img_size=img_size, arguments=model_kwargs
+    )
     images = random_images(*image_shape(model, img_size))
     measured = measure(plan, model, images, optimizer=plan.optimizer)
     found = as_report(plan, measured)

@@ -15,7 +15,8 @@ from lbaccel.product.evaluation import Evaluation, Other
 from lbaccel.product.files import check_folder, folder_for, write_files
 from lbaccel.product.judged import Judged, check_same_classes, judged_on
 from lbaccel.product.logits import FLIP, Outputs, outputs_of
-from lbaccel.product.metrics import Figures, figures_of, mcnemar
+from lbaccel.product.metrics import Figures, figures_of
+from lbaccel.product.shares import mcnemar
 from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.recipe.trained_model import TrainedModel, read_trained
 from lbaccel.runs.ranks import on_each_rank

@@ -12,7 +12,8 @@ from scipy.special import softmax
 
 from lbaccel.product.judged import Judged
 from lbaccel.product.logits import Outputs
-from lbaccel.product.metrics import TOP_K, Figures, Floats, Ints, McNemar
+from lbaccel.product.metrics import TOP_K, Figures, Floats, Ints
+from lbaccel.product.shares import McNemar
 from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.runs.environment import versions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,18 @@ from lbaccel.product.evaluation import MADE_BY, Evaluation
 from lbaccel.product.judged import Judged
 from lbaccel.product.pictures import draw_confusion, draw_mistakes
 from lbaccel.recipe.trained_model import TrainedModel
-from lbaccel.runs.folder import checkpoint_name, strict_json, written_beside
+from lbaccel.runs.folder import (
+    EVALUATED,
+    EVALUATIONS,
+    checkpoint_name,
+    strict_json,
+    written_beside,
+)
 from lbaccel.runs.outputs import writable
 from lbaccel.text import one_line
 
 Say = Callable[[str], object]
-EVALUATIONS = "eval"  # in a run folder
-FIGURES, TABLE, COLUMNAR = "eval.json", "predictions.csv", "predictions.parquet"
+FIGURES, TABLE, COLUMNAR = "eval.json", EVALUATED, "predictions.parquet"
 CONFUSION, MISTAKES = "confusion.png", "mistakes.png"
 FILES = (FIGURES, TABLE, COLUMNAR, CONFUSION, MISTAKES)
 
@@ -46,8 +51,22 @@ def folder_for(
     return trained.run / EVALUATIONS / "-".join(part for part in parts if part)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(
+    folder: Path,
+    *,
+    files: Collection[str] = FILES,
+    record: str = FIGURES,
+    made_by: str = MADE_BY,
+    kind: str = "evaluation",
+) -> None:
     """Stop where writing there would cost anything but an earlier evaluation.
+
+    Args:
+        folder: there or not.
+        files: the names of all files that such a command writes.
+        record: the one of them, in JSON, whose entry `made_by` names the command.
+        made_by: that entry.
+        kind: of the folder's content, in words.
 
     Raises:
         InputError: it holds other files, or it can't be written to.
@@ -60,25 +79,25 @@ def check_folder(folder: Path) -> None:
         kind = "a link" if folder.is_symlink() else "a file"
         raise InputError(f"--output {shown} is {kind}. Give a folder.")
     there = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in there if name not in FILES]
-    if foreign or (there and not _is_own(folder)):
+    foreign = [name for name in there if name not in files]
+    if foreign or (there and not _is_own(folder, record, made_by)):
         name = one_line((foreign or there)[0])
         raise InputError(
-            f"--output {shown} holds {name}, which no evaluation wrote: nothing there is replaced. "
+            f"--output {shown} holds {name}, which no {kind} wrote: nothing there is replaced. "
             "Give another folder."
         )
 
 
-def _is_own(folder: Path) -> bool:
+def _is_own(folder: Path, record: str, made_by: str) -> bool:
     if not all(path.is_file() and not path.is_symlink() for path in folder.iterdir()):
         return False
-    if not (folder / FIGURES).is_file():
+    if not (folder / record).is_file():
         return False
     try:
-        content = json_in(folder / FIGURES)
+        content = json_in(folder / record)
     except Malformed:
         return False
-    return isinstance(content, dict) and content.get("made_by") == MADE_BY
+    return isinstance(content, dict) and content.get("made_by") == made_by
 
 
 def write_files(result: Evaluation, folder: Path, *, say: Say) -> None:

@@ -16,6 +16,7 @@ from lbaccel.data.opening import some
 from lbaccel.data.sources import Source
 from lbaccel.errors import InputError, check_choice
 from lbaccel.recipe.images import open_data, read_skipped
+from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.trained_model import TrainedModel
 from lbaccel.text import one_line
 
@@ -30,7 +31,7 @@ class Judged:
     Args:
         images: of one split.
         data: the specification that they were opened by.
-        split: val or test.
+        split: val or test; train where that was asked for.
         named: whether somebody named the data, in place of the run.
         description: of the source, in words.
         identity: of the source's training and validation images.
@@ -56,23 +57,33 @@ class Judged:
         return [one_line(name) for name in self.images.names]
 
 
-def judged_on(trained: TrainedModel, data: str | None, *, split: str, say: Say) -> Judged:
+def judged_on(
+    trained: TrainedModel,
+    data: str | None,
+    *,
+    split: str,
+    say: Say,
+    splits: Sequence[str] = SPLITS,
+    flag: str = "--data",
+) -> Judged:
     """The images, with labels that are outputs of the network.
 
     Args:
         trained: whose run's data are taken where `data` is None, and whose share of validation
             and seed decide what is held out.
         data: as for `lbaccel train --data`.
-        split: val or test.
+        split: one of `splits`; of train the images without augmentation.
         say: is told of images that are not those of the run.
+        splits: that may be asked for.
+        flag: that names other images, for the errors.
 
     Raises:
         InputError: no such data or split, other images than the run's, or other classes.
     """
-    check_choice("split", split, choices=SPLITS)
-    source = _opened(trained, data)
-    _compare(trained, source, data, say=say)
-    found = source.val if split == "val" else source.test
+    check_choice("split", split, choices=splits)
+    source = _opened(trained, data, flag, say=say)
+    _compare(trained, source, data, say=say, flag=flag)
+    found = {"train": source.train, "val": source.val, "test": source.test}[split]
     if found is None:
         raise InputError(
             f"--split test: {source.name} has no test set. Put it beside train/ and val/, as "
@@ -95,22 +106,44 @@ def judged_on(trained: TrainedModel, data: str | None, *, split: str, say: Say) 
     )
 
 
-def _opened(trained: TrainedModel, data: str | None) -> Source:
+def _opened(trained: TrainedModel, data: str | None, flag: str, *, say: Say) -> Source:
     options, seed = trained.settings.data, trained.settings.run.seed
     if data is not None:
-        return open_data(replace(options, data=data), seed=seed)
+        return _named(trained, replace(options, data=data), seed=seed, say=say)
     if trained.run is None:
-        raise InputError(f"{trained.path} names no images. Give them: --data folder:PATH.")
+        raise InputError(f"{trained.path} names no images. Give them: {flag} folder:PATH.")
     try:
         return open_data(options, seed=seed, skipped=read_skipped(trained.run) or ())
     except InputError as error:
         raise InputError(
             f"{error} These are the run's own images. Where they lie elsewhere now, say so: "
-            "--data folder:PATH."
+            f"{flag} folder:PATH."
         ) from error
 
 
-def _compare(trained: TrainedModel, source: Source, data: str | None, *, say: Say) -> None:
+def _named(trained: TrainedModel, options: DataOptions, *, seed: int, say: Say) -> Source:
+    """The images that somebody names; those of the run, wherever they lie, as it took them."""
+    if options.max_train_samples is None and options.max_val_samples is None:
+        return open_data(options, seed=seed)
+    if trained.settings.identity is not None:
+        try:
+            source = open_data(options, seed=seed)
+        except InputError:  # fewer than the run took
+            source = None
+        if source is not None and differences(source, trained.settings.identity) is None:
+            return source
+    if options.max_val_samples is not None:
+        say(
+            f"note: the run was judged on {options.max_val_samples} validation images "
+            f"(--max-val-samples), and these are all that {options.data} has"
+        )
+    whole = replace(options, max_train_samples=None, max_val_samples=None)
+    return open_data(whole, seed=seed)
+
+
+def _compare(
+    trained: TrainedModel, source: Source, data: str | None, *, say: Say, flag: str
+) -> None:
     differing = differences(source, trained.settings.identity)
     if differing is None:
         return
@@ -118,7 +151,7 @@ def _compare(trained: TrainedModel, source: Source, data: str | None, *, say: Sa
         raise InputError(
             f"{source.name} holds other images than the run was trained with: {differing}. Its "
             "figure would not be the run's own. To evaluate on what is there now, name it: "
-            f"--data {source.name}"
+            f"{flag} {source.name}"
         )
     say(f"note: these are other images than the run's own: {differing}")
 

@@ -1,4 +1,4 @@
-"""Figures of a classifier out of its logits: accuracy and its kin, calibration, McNemar's test."""
+"""Figures of a classifier out of its logits: accuracy and its kin, calibration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score
 
 from lbaccel.errors import RunFailed
+from lbaccel.product.shares import wilson
 
 NUM_BINS = 15  # of the calibration error
 TOP_K = 5
@@ -189,16 +189,6 @@ def _class_figures(
     return tuple(rows)
 
 
-def wilson(num_right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, "Probable inference", JASA 22).
-
-    >>> tuple(round(bound, 3) for bound in wilson(9, 10))
-    (0.596, 0.982)
-    """
-    interval = binomtest(num_right, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def negative_log_likelihood(logits: Floats, labels: Ints, *, temperature: float = 1.0) -> float:
     """Mean of -log softmax(logits / temperature) at the labels, in nats."""
     return -float(log_softmax(logits / temperature, axis=1)[np.arange(len(labels)), labels].mean())
@@ -260,40 +250,3 @@ def calibration(logits: Floats, labels: Ints, predicted: Ints) -> Calibration:
         temperature=fit_temperature(logits, labels),
         error_after=calibration_error(after, right),
     )
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Two classifiers on the same images (McNemar 1947, exact: binomial in the discordant pairs).
-
-    Args:
-        only_first: images that the first alone has right.
-        only_second: images that the second alone has right.
-        p: two-sided probability of a split at least so uneven, if both were equally good.
-    """
-
-    only_first: int
-    only_second: int
-    p: float
-
-    def __str__(self) -> str:
-        if self.only_first == self.only_second == 0:
-            return "A and B are right on the same images"
-        return (
-            f"B is right on {self.only_second} that A misses, wrong on {self.only_first} that A "
-            f"has: p = {self.p:.2g}"
-        )
-
-
-def mcnemar(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -> McNemar:
-    """McNemar's exact test of two classifiers.
-
-    Args:
-        first_right: [n], whether the first is right.
-        second_right: [n], the same of the second, on the same images.
-    """
-    only_first = int((first_right & ~second_right).sum())
-    only_second = int((second_right & ~first_right).sum())
-    differing = only_first + only_second
-    p = float(binomtest(only_second, differing).pvalue) if differing else 1.0
-    return McNemar(only_first, only_second, p)

@@ -19,10 +19,11 @@ from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError, check_number, check_whole
 from lbaccel.product.device import one_device
 from lbaccel.product.evaluation import MADE_BY
-from lbaccel.product.files import EVALUATIONS, FIGURES
+from lbaccel.product.files import FIGURES
 from lbaccel.product.inputs import files_named
 from lbaccel.product.metrics import COLDEST, HOTTEST
 from lbaccel.recipe.trained_model import TrainedModel, read_trained
+from lbaccel.runs.folder import EVALUATIONS
 from lbaccel.text import one_line
 
 BATCH = 16  # images that are decoded at once, and go through the network together

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from lbaccel.data.broken import without
 from lbaccel.data.sources import Source
+from lbaccel.network_arguments import as_words
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.product.device import one_device
 from lbaccel.product.features import FirstFigure, first_figure
@@ -91,6 +92,8 @@ class Start:
             text = [] if OPTIONS[name].parse is switch and value is True else shown(value).split()
             if isinstance(value, str):
                 text = [value]
+            if isinstance(value, Mapping):
+                text = as_words(value)
             flags += [flag_of(name), *text]
         return flags
 

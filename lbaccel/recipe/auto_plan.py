@@ -16,6 +16,7 @@ from lbaccel.planning.cost.calibrate import calibrate
 from lbaccel.planning.cost.devices import Device, device_at_hand
 from lbaccel.planning.cost.zero_memory import BUCKET, DEEPSPEEDS_BUCKET, STAGES
 from lbaccel.planning.estimate import Untraceable
+from lbaccel.planning.measure import predicted_peaks
 from lbaccel.planning.planner import plan
 from lbaccel.recipe.options_batch import BatchOptions
 from lbaccel.recipe.options_training import OptimizerOptions
@@ -34,7 +35,7 @@ class Chosen:
     checkpointing: str  # "none", "full" or "segments"
     segments: tuple[tuple[str, ...], ...]
     memory_format: str
-    predicted_peak_gib: float | None = None  # of a planner
+    predicted_peak_gib: float | None = None  # of the allocator; None where nothing predicted it
 
 
 def as_asked(batch: BatchOptions) -> Chosen:
@@ -133,7 +134,7 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
         found.activation_checkpointing,
         found.segments,
         found.memory_format,
-        found.predicted_peak_gib,
+        predicted_peaks(found)[0],
     )
     line = (
         f"plan: micro-batch {found.micro_batch_size}, {how}, {found.memory_format}; predicted peak "

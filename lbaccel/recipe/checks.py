@@ -16,6 +16,7 @@ from lbaccel.recipe.artifacts import check_artifacts
 from lbaccel.recipe.bounds import Bounded, BoundedList, Unfit
 from lbaccel.recipe.growth import check_growth
 from lbaccel.recipe.measured import follows_noise
+from lbaccel.recipe.model_arguments import check_arguments
 from lbaccel.recipe.options import OPTIONS, Settings, is_read
 from lbaccel.recipe.options_data import DataOptions
 from lbaccel.recipe.options_training import RateOptions
@@ -45,6 +46,7 @@ def checked(settings: Settings) -> Checked:
     for tracker in settings.run.log_with:
         check_tracker(tracker, where="--log-with")
     check_artifacts(settings.run)
+    check_arguments(settings)
     if settings.batch.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: there is none. Use bf16 or fp32.")
     if settings.run.resume is None:  # a run of before may hold what is refused now

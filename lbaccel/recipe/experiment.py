@@ -14,7 +14,11 @@ from lbaccel.runs.read import Run
 
 # from the rest of the plan, or from the contract
 _FOLLOWS = {
-    f"{PLAN}/{name}" for name in ("equation", "gradient_accumulation_steps", "num_updates", "lr")
+    f"{PLAN}/{name}"
+    for name in (
+        *("equation", "gradient_accumulation_steps", "num_updates", "lr"),
+        "predicted_peak_gib",
+    )
 }
 # the fingerprint follows from the seed, where a share of the images is held out
 _IMAGES = (f"{IDENTITY}/num_train", f"{IDENTITY}/num_val")
@@ -54,7 +58,7 @@ def experiment_settings(
     >>> experiment_settings([{"seed": 0, "workers": 2, "output": "runs", "origin/seed": "flag"}])
     [{'seed': 0}]
     """
-    whole = [_completed(one) for one in configs]
+    whole = [_completed(_joined(one)) for one in configs]
 
     def counts(key: str) -> bool:
         group, _, name = key.partition("/")
@@ -71,6 +75,19 @@ def experiment_settings(
         return group not in (ORIGIN, ASKED)
 
     return [{key: value for key, value in one.items() if counts(key)} for one in whole]
+
+
+def _joined(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config in which a setting that is a mapping is one entry again, as it is typed."""
+    found, parts = {}, {}
+    for key, value in config.items():
+        name, _, rest = key.partition("/")
+        if rest and name in OPTIONS:
+            parts.setdefault(name, {})[rest] = value
+            found[name] = None
+        else:
+            found[key] = value
+    return found | {name: shown(of) for name, of in parts.items()}
 
 
 def _of_the_recipe(config: Mapping[str, Any]) -> bool:

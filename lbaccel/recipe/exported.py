@@ -27,7 +27,7 @@ from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import from_file
 from lbaccel.runs.folder import ARCHITECTURE, CONFIG, MODEL, weights_file
 from lbaccel.runs.kinds import NAMES, check_kinds, check_preprocessing
-from lbaccel.runs.saved_weights import dtype_of
+from lbaccel.runs.saved_weights import check_described, dtype_of
 from lbaccel.text import printable, without_tokens
 
 HUB = "hf-hub:"
@@ -170,13 +170,8 @@ def _build(
 
     try:
         with torch.device("meta"):  # without memory: its size is foreign text until it is compared
-            described = sum(v.numel() for v in built().state_dict().values())
-        held = sum(v.numel() for v in weights.values())
-        if described > held:
-            raise InputError(
-                f"{ARCHITECTURE} describes a network of {described:,} values, and "
-                f"{weights_file(MODEL)} holds {held:,}: they are not of one model."
-            )
+            described = built()
+        check_described(described, weights, ARCHITECTURE)
         model = built()
     except InputError:
         raise

@@ -80,7 +80,9 @@ def fitted(s: Checked, accelerator: Any, *, begun: float, say: Say) -> tuple[Che
             "beside the one that is timed. Use --epochs, and --max-hours to stop in time."
         )
     opened = sound_images(s, accelerator, say=say, fresh=True)
-    timing, stream = _timed(s, opened, begun=begun)
+    longest = max(float(default_of("epochs")), *_least_epochs(s).values())
+    trial = Checked(s.with_values({"epochs": longest}))
+    timing, stream = timed(trial, opened, begun=begun, most=_SHARE * 60 * minutes)
     gc.collect()  # the trial is in circles with what was prepared, which no frame holds any more
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -188,14 +190,19 @@ def _in_words(
     )
 
 
-def _timed(s: Checked, opened: Opened, *, begun: float) -> tuple[Timing, UpdateStream]:
-    """Seconds of the parts of a run, from one that is built and thrown away."""
-    assert s.rate.max_minutes is not None
+def timed(s: Checked, opened: Opened, *, begun: float, most: float) -> tuple[Timing, UpdateStream]:
+    """Seconds of the parts of a run, from one that is built and thrown away.
+
+    Args:
+        s: of the run.
+        opened: its images.
+        begun: what `clock` said at the start.
+        most: seconds after which no further update is timed.
+    """
     start = clock()
-    longest = max(float(default_of("epochs")), *_least_epochs(s).values())
     accelerator, precision = make_accelerator(s.batch.precision)  # one of its own
     trial = build_training(
-        Checked(s.with_values({"epochs": longest})),
+        s,
         accelerator,
         precision,
         resume_from=None,
@@ -205,7 +212,7 @@ def _timed(s: Checked, opened: Opened, *, begun: float) -> tuple[Timing, UpdateS
     with limit_for(s.batch, accelerator.device):
         trial.search(say=lambda _: None)
         built = clock() - start
-        updates = _seconds_of_updates(trial, most=_SHARE * 60 * s.rate.max_minutes)
+        updates = _seconds_of_updates(trial, most=most)
         evaluation = _seconds_of_evaluation(trial)
     stream = trial.loader.stream
     trial.loader.close()

@@ -40,6 +40,8 @@ def open_data(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -
         seed=seed,
         test_split=data.test_split,
         exif_orientation=data.exif_orientation,
+        max_train_samples=data.max_train_samples,
+        max_val_samples=data.max_val_samples,
     )
     return without(source, skipped)
 

@@ -22,7 +22,9 @@ from lbaccel.models import (
     read_weights,
 )
 from lbaccel.optim.trained import train_only
+from lbaccel.recipe.model_arguments import arguments_of
 from lbaccel.recipe.options_data import DataOptions, ModelOptions
+from lbaccel.runs.kinds import ARGUMENTS
 
 Say = Callable[[str], object]
 GIVEN = ("mean", "std", "interpolation", "crop_pct")
@@ -45,6 +47,7 @@ def build_model(
     size, origin = data.img_size, "flag"
     if size is None and isinstance(source.train, ImageArray):
         size, origin = source.train.images.shape[-1], "the images' own"
+    arguments = arguments_of(options)
     path = Path(options.checkpoint) if options.checkpoint is not None and load_weights else None
     # Weights that must fit exactly are read after the stem is what they were trained with.
     weights = None if path is None or options.pretrained else read_weights(path)
@@ -57,6 +60,7 @@ def build_model(
         checkpoint=path if options.pretrained else None,
         drop_rate=options.drop_rate,
         drop_path=options.drop_path,
+        arguments=arguments,
     )
     if options.pretrained and load_weights and options.head_init == "zero":
         _start_new_classifier(model, num_classes, say=say)
@@ -81,7 +85,13 @@ def build_model(
             )
     if path is not None and weights is not None:
         load_exactly(model, weights, options.model, path)
-    _try_images(model, options.model, num_channels=source.num_channels, size=size)
+    _try_images(
+        model,
+        options.model,
+        num_channels=source.num_channels,
+        size=size,
+        num_classes=num_classes,
+    )
     given = {key: getattr(data, key) for key in GIVEN}
     values, origins = preprocessing(model, num_channels=source.num_channels, given=given)
     if isinstance(source.train, ImageArray):
@@ -96,6 +106,8 @@ def build_model(
         say(trains)
     say(f"images: {size} px ({origin}), {shown}")
     values["exif_orientation"] = data.exif_orientation
+    if arguments:
+        values[ARGUMENTS] = arguments
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}
     return model, values | {"model": options.model, "num_classes": num_classes}
 
@@ -142,12 +154,14 @@ def _set_bn_momentum(model: nn.Module, momentum: float, name: str) -> None:
         layer.momentum = momentum
 
 
-def _try_images(model: nn.Module, name: str, *, num_channels: int, size: int) -> None:
+def _try_images(
+    model: nn.Module, name: str, *, num_channels: int, size: int, num_classes: int
+) -> None:
     """One black image in evaluation mode: a size that the network can't take is found here."""
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, num_channels, size, size))
+            logits: Any = model.eval()(torch.zeros(1, num_channels, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(
@@ -155,6 +169,12 @@ def _try_images(model: nn.Module, name: str, *, num_channels: int, size: int) ->
         ) from error
     finally:
         model.train(was_training)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, num_classes):
+        raise InputError(
+            f"{name} answers an image by {shape or type(logits).__name__}, and not by (1, "
+            f"{num_classes}), a number a class. Give other --model-kwargs, or another --model."
+        )
 
 
 def _short(value: Any) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from lbaccel.network_arguments import network_arguments
 from lbaccel.recipe import bounds
 from lbaccel.recipe.values import (
     ReadWith,
@@ -59,6 +62,25 @@ class ModelOptions:
     num_classes: int | None = option(None, bounds.classes, "outputs", shown="the data's classes")
     drop_rate: float = option(0.0, bounds.below_one, "dropout before the classifier, probability")
     drop_path: float = option(0.0, bounds.below_one, "stochastic depth, probability")
+    model_kwargs: Mapping[str, Any] | None = option(
+        None,
+        network_arguments,
+        "arguments of the network itself, as timm has them: stem=8 'widths=(8,16,32)'",
+        shown="none",
+        repeatable=True,
+    )
+    zero_init_last: bool | None = option(
+        None,
+        switch,
+        "each residual block begins as the identity: the gain of its last BatchNorm starts at 0 "
+        "(timm's ResNets do, torchvision's do not)",
+        shown="the model's own",
+        reads_with=(
+            ReadWith(
+                "pretrained", one_of(False), "Its weights take the place of those it starts with"
+            ),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,16 @@ class DataOptions:
                 "Its validation set is its own: use other data",
             ),
         ),
+    )
+    max_train_samples: int | None = option(
+        None,
+        bounds.count,
+        "training images to take, in proportion to the classes, the same for every seed; what is "
+        "held out is so before",
+        shown="all",
+    )
+    max_val_samples: int | None = option(
+        None, bounds.count, "validation images to take, likewise", shown="all"
     )
     test_split: str = option(
         "test",

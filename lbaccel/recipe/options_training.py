@@ -34,6 +34,7 @@ def has_reference(name: str) -> bool:
 
 _WARMED = ReadWith("warmup", none_of("none"), "Use --warmup gradual")
 _PATIENT = ReadWith("patience", is_set, "Use --patience, such as 5")
+_TARGETED = ReadWith("target", is_set, "Use --target, such as 90")
 _WANDB = ReadWith("log_with", holds("wandb"), "Use --log-with run_folder wandb")
 
 
@@ -292,14 +293,21 @@ class RunOptions:
         contract=False,
         length=True,
     )
+    target: float | None = option(
+        None,
+        bounds.finite,
+        "value of --monitor whose first reaching is noted in summary.json, and drawn by trackers",
+        shown="none",
+        contract=False,
+    )
     monitor: str = option(
         "val/top1",
         str,
-        "metric of --patience",
+        "metric of --patience and of --target",
         choices=("val/top1", "val/loss", "val/top1_ema", "val/loss_ema"),
         contract=False,
         length=True,
-        reads_with=(_PATIENT,),
+        reads_with=(_PATIENT, _TARGETED),
     )
     seed: int = option(0, bounds.recipe_seed, "of weights, order, augmentation and split")
     output: str = option(

@@ -131,6 +131,7 @@ NAMES: Mapping[str, OtherName] = {
         "Type --img-size {value}; --crop-pct is the share kept in evaluation."
     ),
     "train-interpolation": differs(_ONE_INTERPOLATION),
+    "max-eval-samples": same("--max-val-samples"),
     "valid-pct": same("--val-fraction"),
     "j": same("--workers"),
     "num-workers": same("--workers"),

@@ -232,8 +232,9 @@ def _check_contract(run: Path, saved: Settings, asked: Mapping[str, Any]) -> Non
             continue  # `read_teacher` compares the weights
         if value not in (has, saved.asked.get(name, has)):
             flag = flag_of(name)
+            typed, has = (shown(v) if isinstance(v, Mapping) else v for v in (value, has))
             raise InputError(
-                f"{flag} {value}: the run in {run} has {has}, and this setting decides its "
+                f"{flag} {typed}: the run in {run} has {has}, and this setting decides its "
                 f"result, so a resume can't change it. Leave {flag} out, or start a new run "
                 "without --resume."
             )

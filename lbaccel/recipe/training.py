@@ -54,6 +54,7 @@ from lbaccel.runs.notices import Circumstances, LossNotices
 from lbaccel.runs.patience import Patience
 from lbaccel.runs.ranks import on_each_rank
 from lbaccel.runs.session import Session, load_weights
+from lbaccel.runs.target import TargetWatch
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.loss_dropout import LossDropout
 
@@ -219,6 +220,7 @@ def build_training(
         length=length,
         notices=LossNotices(circumstances(s, task, rate)),
         patience=Patience(s.run.patience, s.run.monitor),
+        target=TargetWatch(s.run.target, s.run.monitor),
     )
     parts = {
         "optimizer": large_batch.optimizer_state(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lbaccel.network_arguments import as_words
 
 _NEAR = 0.8  # share of two short names that is alike, where one is a slip of the other
 
@@ -112,6 +114,8 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, (tuple, list)):
         return " ".join(shown(item) for item in value)
+    if isinstance(value, Mapping):
+        return " ".join(as_words(value))
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lbaccel.network_arguments import as_words
 from lbaccel.replication.contract import Contract
 from lbaccel.replication.many_gpus import Translation
 from lbaccel.runs.columns import columns
@@ -69,7 +70,7 @@ def to_yaml(contract: Contract) -> str:
     for row in contract.rows:
         if row.setting in settings:
             lines += _commented(f"{row.source}: {row.why}")
-            style = None if isinstance(row.value, list) else False
+            style = None if isinstance(row.value, (list, dict)) else False
             dumped = yaml.safe_dump({row.setting: row.value}, default_flow_style=style, width=90)
             lines.append(dumped.rstrip("\n"))
     lines.append("")
@@ -101,4 +102,6 @@ def _text(value: Any) -> str:
         return f"{value:.10g}"
     if isinstance(value, list):
         return ", ".join(map(_text, value))
+    if isinstance(value, dict):
+        return " ".join(as_words(value))
     return str(value)

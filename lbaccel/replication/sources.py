@@ -118,6 +118,10 @@ def _mapping(text: str, path: Path) -> Mapping[str, Any] | None:
     return content
 
 
+def _arguments(recipe: Recipe) -> Mapping[str, Any] | None:
+    return next((row.value for row in recipe.rows if row.setting == "model_kwargs"), None)
+
+
 def norms_of(model: str, recipe: Recipe) -> Norms:
     """The BatchNorm layers of a network of timm's, built without memory.
 
@@ -126,7 +130,7 @@ def norms_of(model: str, recipe: Recipe) -> Norms:
     """
     try:
         with torch.device("meta"):
-            network = create_backbone(model, num_classes=1000)
+            network = create_backbone(model, num_classes=1000, arguments=_arguments(recipe))
     except InputError as error:
         raise InputError(
             f"{recipe.said_model} in {recipe.origin}: {error} Give the nearest with --model NAME, "

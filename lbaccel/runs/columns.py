@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lbaccel.text import printable
+from lbaccel.text import in_markdown, printable
 
 
 def columns(
@@ -34,3 +34,16 @@ def columns(
         ).rstrip()
         for row in grid
     ]
+
+
+def markdown_columns(rows: Iterable[Sequence[str]]) -> str:
+    """The same as a table of Markdown: the first column to the left, all others to the right.
+
+    >>> print(markdown_columns([("model", "updates"), ("a|b", "90")]))
+    | model | updates |
+    | --- | ---: |
+    | a\\|b | 90 |
+    """
+    grid = [[in_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---", *["---:"] * (len(grid[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbaccel.errors import InputError
-from lbaccel.runs.columns import columns
+from lbaccel.runs.columns import columns, markdown_columns
 from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.runs.read import Point, Run, Series
-from lbaccel.text import in_markdown, printable
+from lbaccel.text import printable
 
 Axis = Literal["samples", "updates", "hours"]
 Cell = str | int | float | bool | None
@@ -116,7 +116,7 @@ def table(
         row["best"] = value = None if best is None else best.value
         row[f"best_at_{x}"] = None if best is None else axis_value(best, x)
         row["last"] = None if not series else value_or_nan(series[-1].value)
-        row |= _totals(one)
+        row |= totals(one)
         if target is not None:
             reached = first_reaching(series, metric, target=target)
             row["samples_to_target"] = reached and reached.samples_seen
@@ -157,7 +157,7 @@ def axis_value(point: Point, x: Axis) -> float | None:
     return {"samples": point.samples_seen, "updates": point.update, "hours": point.hours}[x]
 
 
-def _totals(one: Run) -> dict[str, Cell]:
+def totals(one: Run) -> dict[str, Cell]:
     """Size of the run, out of its summary; out of its history where it has none (a crash)."""
     points = [point for series in one.history.values() for point in series]
     peaks = [point.value for point in one.history.get("memory/peak_gib", ())]
@@ -228,10 +228,7 @@ def aligned(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
 
 def markdown(rows: Sequence[Mapping[str, Cell]], metric: str) -> str:
     """The table in Markdown."""
-    cells = cells_of(rows, metric)
-    grid = [[in_markdown(cell).replace("|", "\\|") for cell in line] for line in cells]
-    rule = ["---", *["---:"] * (len(grid[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [grid[0], rule, *grid[1:]])
+    return markdown_columns(cells_of(rows, metric))
 
 
 def as_csv(rows: Sequence[Mapping[str, Cell]]) -> str:

@@ -25,6 +25,7 @@ CONFIG, SUMMARY, ENVIRONMENT = "config.yaml", "summary.json", "env.json"
 METRICS, TABLE = "metrics.jsonl", "metrics.csv"
 RESUMES, DECISIONS, PLOTS = "resumes.jsonl", "batch_decisions.jsonl", "plots"
 SKIPPED = "skipped.json"  # image files that the run leaves out
+EVALUATIONS, EVALUATED = "eval", "predictions.csv"  # of `lbaccel eval`: its folder and its table
 LOCK, WRITER = ".writer.lock", ".writer.json"
 RUN_NAME = "run"  # key of the environment: the name that the folder was made with
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lbaccel.errors import InputError
+from lbaccel.network_arguments import network_arguments
 
 LARGEST = 4096  # pixels a side, and channels: two such images are run through the network
 Kind = tuple[str, Callable[[Any], bool]]
@@ -23,6 +24,13 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < math.inf and abs(value) <= 1.7e308
+
+
+def _are_arguments(value: Any) -> bool:
+    try:
+        return isinstance(value, Mapping) and bool(network_arguments(value))
+    except InputError:
+        return False
 
 
 def _is_pair(value: Any) -> bool:
@@ -85,7 +93,11 @@ _IMAGES: dict[str, Kind] = {
 }
 
 
-_YOUNGER: dict[str, Kind] = {"exif_orientation": SWITCH}  # runs of before have none
+ARGUMENTS = "model_kwargs"  # of the network, where it has any
+_YOUNGER: dict[str, Kind] = {  # runs of before have none
+    "exif_orientation": SWITCH,
+    ARGUMENTS: ("plain arguments of a network", _are_arguments),
+}
 
 
 def check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:

@@ -77,6 +77,12 @@ def holder_of(folder: Path) -> Holder | None:
         return None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process may be writing into a run folder, by what the last one left there."""
+    holder = holder_of(folder)
+    return holder is not None and not holder.is_gone()
+
+
 _held: dict[tuple[int, Path], tuple[FileLock | None, int]] = {}
 """(process, folder) to its lock, and how often this process took it; a forked child has none."""
 

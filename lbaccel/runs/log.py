@@ -15,6 +15,7 @@ from lbaccel.runs.length import Length
 from lbaccel.runs.notices import LossNotices
 from lbaccel.runs.patience import Patience
 from lbaccel.runs.progress import peak_gib
+from lbaccel.runs.target import TargetWatch
 
 Counted = tuple[float, int, float | None]
 """Of an update: its mean loss, its samples, and how many it had right, where that is counted."""
@@ -33,6 +34,7 @@ class RunLog:
         length: its `stop_at` is the last update, which is always logged and evaluated.
         notices: what there is to say about the loss.
         patience: ends the run where evaluations get no better; by default never.
+        target: notes when a value is reached; by default there is none.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class RunLog:
         length: Length,
         notices: LossNotices,
         patience: Patience | None = None,
+        target: TargetWatch | None = None,
     ) -> None:
         self.stream, self.log_every, self.length = stream, log_every, length
         self.eval_samples = Fraction(str(eval_every)) * stream.samples_per_epoch
         self.notices, self.patience = notices, patience or Patience()
+        self.target = target or TargetWatch()
         self._line: Callable[[], dict[str, float]] = dict  # of the updates since the last one
         self.window: list[Counted] = []
         self.best: dict[str, float] = {}
@@ -136,6 +140,7 @@ class RunLog:
         self.latest |= metrics
         self.evaluation_due = False
         self.patience.after_evaluation(metrics)
+        self.target.after_evaluation(self.where(result), metrics)
         self.end_early(result.num_updates)
         self.evaluated = {"update": result.num_updates, "epoch": self._epoch(result), **metrics}
         links = set()
@@ -164,6 +169,7 @@ class RunLog:
             "samples_per_second": large_batch.samples_seen / max(self.training_seconds, 1e-9),
             **self.best_so_far(),
             **kept,
+            **self.target.summary(),
         }
 
     def best_so_far(self) -> dict[str, float | None]:
@@ -200,6 +206,7 @@ class RunLog:
             "seconds": self.seconds,
             "notices": self.notices.state_dict(),
             "patience": self.patience.state_dict(),
+            "target": self.target.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,6 +225,8 @@ class RunLog:
             self.notices.load_state_dict(state["notices"])
         if "patience" in state:  # none before there was one
             self.patience.load_state_dict(state["patience"])
+        if "target" in state:  # none before there was one
+            self.target.load_state_dict(state["target"])
         self._started = time.perf_counter()
 
 

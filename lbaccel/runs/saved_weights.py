@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError
-from lbaccel.models import adapt_stem, create_backbone, load_exactly, read_tensors
+from lbaccel.models import (
+    adapt_stem,
+    create_backbone,
+    load_exactly,
+    model_options,
+    read_tensors,
+)
+from lbaccel.network_arguments import network_arguments
+from lbaccel.network_build import num_values, try_arguments
 from lbaccel.runs.checkpoints import check_files
 from lbaccel.runs.folder import (
     BEST,
@@ -28,7 +36,7 @@ from lbaccel.runs.folder import (
     follow_link,
     weights_file,
 )
-from lbaccel.runs.kinds import NAMES, WHOLE, check_kinds, check_preprocessing
+from lbaccel.runs.kinds import ARGUMENTS, NAMES, WHOLE, check_kinds, check_preprocessing
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +87,39 @@ def network_of(pre: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modu
     Raises:
         InputError: timm here does not know the model, or builds another one.
     """
-    model = create_backbone(
-        pre["model"],
-        num_classes=pre["num_classes"],
-        num_channels=pre["num_channels"],
-        img_size=pre["img_size"],
-    )
+    sizes = {name: pre[name] for name in ("num_classes", "num_channels", "img_size")}
+    arguments = arguments_of(pre)
+    if arguments:
+        described = try_arguments(pre["model"], arguments, model_options(pre["model"], **sizes))
+        if pre["stem"] == "small":
+            with torch.device("meta"):
+                adapt_stem(described)
+        check_described(described, weights, PREPROCESSING)
+    model = create_backbone(pre["model"], **sizes, arguments=arguments)
     if pre["stem"] == "small":
         adapt_stem(model)
     model.to(dtype_of(weights))
     load_exactly(model, weights, pre["model"], None)
     return model.eval()
+
+
+def arguments_of(pre: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's own arguments in a checkpoint's `preprocessing.json`, as it was built with."""
+    return network_arguments(pre.get(ARGUMENTS) or {}) or {}
+
+
+def check_described(model: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Stop at a network of more values than its weights: a text may name one of any size.
+
+    Raises:
+        InputError: it has; `name` is the file that describes it.
+    """
+    described, held = num_values(model), sum(v.numel() for v in weights.values())
+    if described > held:
+        raise InputError(
+            f"{name} describes a network of {described:,} values, and "
+            f"{weights_file(MODEL)} holds {held:,}: they are not of one model."
+        )
 
 
 def checkpoint_of(run: Path, name: str | None = None, *, ema: bool = False) -> Path:

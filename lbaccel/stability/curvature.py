@@ -284,17 +284,18 @@ class _Hessian:
             if isinstance(weight, Tensor):
                 weight = weight.detach().to(self._dtype)
             around.enter_context(randomness.backward())
-            gradients = _gradients(loss, self._parameters, create_graph=True)
-            along = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
+            found = gradients(loss, self._parameters, create_graph=True)
+            along = sum((g * part).sum() for g, part in zip(found, v, strict=True))
             assert isinstance(along, Tensor)
             if not along.requires_grad:  # a loss linear in the weights
                 return weight, tuple(torch.zeros_like(part) for part in v)
-            return weight, _gradients(along, self._parameters)
+            return weight, gradients(along, self._parameters)
 
 
-def _gradients(
+def gradients(
     of: Tensor, parameters: list[nn.Parameter], *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
+    """The gradient of a number by each parameter; zeros for one that it does not depend on."""
     return torch.autograd.grad(
         of, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-BATCH = "global_batch_size"
+BATCH, NORM = "global_batch_size", "norm_batch_size"
+NO_NORM = "none"  # the network has no BatchNorm: stated, and not given to the run
 SCALES = ("paper", "small", "smoke")
 
 
@@ -30,7 +31,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Source:
+class Publication:
     """The publication that a study repeats.
 
     Attributes:
@@ -76,6 +77,55 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Surface:
+    """A loss landscape around the weights that a place's first seed ended with.
+
+    Attributes:
+        place: whose last checkpoint it is of.
+        x, y: LOW:HIGH:POINTS of `lbaccel landscape`; y "" is a curve.
+        samples: images of the training set; 0 is all.
+    """
+
+    place: Place
+    x: str = "-1:1:51"
+    y: str = ""
+    samples: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder; a word."""
+        kind = "2d" if self.y else "1d"
+        return f"{self.place.arm}-gbs{self.place.batch}-{kind}"
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A grid of one setting, the same for every arm and batch size.
+
+    Attributes:
+        setting: its name.
+        values: factors of the setting's own value at each place, or values.
+        relative: they are factors.
+    """
+
+    setting: str
+    values: tuple[float, ...]
+    relative: bool = True
+
+    def at(self, own: float) -> tuple[float, ...]:
+        """The values at a place whose own value is `own`.
+
+        >>> Tune("base_lr", (0.5, 1.0, 2.0)).at(0.1)
+        (0.05, 0.1, 0.2)
+        """
+        return tuple(own * v for v in self.values) if self.relative else self.values
+
+    def __str__(self) -> str:
+        values = ",".join(f"{value:g}" for value in self.values)
+        return f"{self.setting} {'x ' if self.relative else ''}{values}"
+
+
+@dataclass(frozen=True)
 class Study:
     """A study at one scale, read and checked.
 
@@ -97,13 +147,16 @@ class Study:
         fixed: settings that the study is about; no tuning may move them.
         expected: arm to batch to the source's own number.
         note: where this scale departs from the source, a text.
+        tune: the grid that is searched first; None is none.
+        landscapes: what is drawn when the runs have ended.
+        pinned: names of settings that were typed, and that hold in every arm.
     """
 
     name: str
     scale: str
     title: str
     question: str
-    source: Source | None
+    source: Publication | None
     settings: Mapping[str, Any]
     arms: tuple[Arm, ...]
     batches: tuple[int, ...]
@@ -117,6 +170,13 @@ class Study:
     fixed: tuple[str, ...] = ()
     expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     note: str = ""
+    tune: Tune | None = None
+    landscapes: tuple[Surface, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(one for one in self.arms if one.name == name)
 
     def places(self) -> list[Place]:
         """Every arm at each of its batch sizes, in order."""
@@ -126,21 +186,35 @@ class Study:
         """Every run of the study, the first seed of all places first."""
         return [self.cell(place, seed) for seed in self.seeds for place in self.places()]
 
+    def stated(self, place: Place) -> Mapping[str, Any]:
+        """The settings that the study states for an arm at a batch size, as they are written."""
+        return self._merged(place)
+
     def cell(self, place: Place, seed: int, *, more: Mapping[str, Any] | None = None) -> Cell:
         """The run of an arm at a batch size with a seed; `more` settings are laid on top."""
-        arm = next(one for one in self.arms if one.name == place.arm)
+        merged = self._merged(place, more or {}, {BATCH: place.batch, "seed": seed})
+        if merged.get(NORM) == NO_NORM:
+            del merged[NORM]
+        settings = {  # null leaves a setting of a layer below out
+            name: of_batch(value, place.batch)
+            for name, value in merged.items()
+            if value is not None
+        }
+        return Cell(place.arm, place.batch, seed, settings)
+
+    def _merged(self, place: Place, *more: Mapping[str, Any]) -> dict[str, Any]:
+        arm = self.arm(place.arm)
         layers = (
             self.settings,
             arm.settings,
             arm.per_batch.get(place.batch, {}),
-            more or {},
-            {BATCH: place.batch, "seed": seed},
+            {name: self.settings[name] for name in self.pinned},
+            *more,
         )
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= layer
-        settings = {name: of_batch(value, place.batch) for name, value in merged.items()}
-        return Cell(place.arm, place.batch, seed, settings)
+        return merged
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,12 @@ HELP = """usage: lbaccel COMMAND ...
   env        this machine and its versions, to paste into a bug report
   report     runs and studies as one page: the verdict, curves, tables, where each number is from
   compare    finished runs side by side: what differed, and what came of it
+  study      arms x batch sizes x seeds as one: planned, run, gone on with, reported
+  scaling    how far can the batch of one's own recipe grow: tuned rates, seeds, one page
   eval       a trained model judged on images with labels: figures, intervals, pictures
   predict    a trained model used on images without labels: classes and probabilities as CSV
+  landscape  loss and accuracy around trained weights, or between two models: curve and surface
+  sharpness  how sharp a minimum is: Hessian eigenvalues, and two measures of the loss around it
   export     a run as a folder that timm and the Hugging Face hub load, with a model card
   verify     a gradient check: is an update of this model the same however it is cut?
   transfer   a recipe's hyper-parameters moved to another global batch, each by its rule
@@ -49,8 +53,12 @@ NEEDED_FIRST = {
     "configs": "one of ls, cp, validate, make",
     "report": "RUN_OR_STUDY",
     "compare": "RUN",
+    "study": "one of ls, show, plan, run, report",
+    "scaling": "--batches B,B,...",
     "eval": "RUN|CHECKPOINT|EXPORT",
     "predict": "RUN|CHECKPOINT|EXPORT|hf-hub:NAME and FILES|FOLDER|GLOB|-",
+    "landscape": "CHECKPOINT",
+    "sharpness": "CHECKPOINT",
     "export": "RUN",
     "verify": "--model NAME",
     "transfer": "--global-batch-size B",
@@ -92,7 +100,7 @@ def test_a_flag_that_a_command_does_not_have_is_refused(name, capsys):
     assert cli.main([name, *NEEDED.get(name, []), "--no-such-flag"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unknown flag --no-such-flag.")
-    whole = " --help all " if name == "start" else " --help "
+    whole = " --help all " if name in ("start", "scaling") else " --help "
     assert line.endswith(f"{whole}lists all of its flags.")
 
 
@@ -105,6 +113,8 @@ def test_what_a_command_can_not_do_without_is_asked_for_in_one_line(name, capsys
 
 NEEDED = {  # flags without which argparse stops earlier
     "eval": ["RUN"],
+    "landscape": ["RUN"],
+    "sharpness": ["RUN"],
     "report": ["RUN"],
     "predict": ["RUN", "FILE"],
     "start": ["FOLDER"],
@@ -120,6 +130,8 @@ NEEDED = {  # flags without which argparse stops earlier
     ],
     "plan": ["--model", "resnet10t", "--global-batch-size", "8"],
     "configs": ["ls"],
+    "study": ["ls"],
+    "scaling": ["--batches", "64,128"],
     "compare": ["run"],
     "export": ["run"],
     "verify": ["--model", "resnet10t"],

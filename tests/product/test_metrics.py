@@ -14,9 +14,8 @@ from lbaccel.product.metrics import (
     confidence_of,
     figures_of,
     fit_temperature,
-    mcnemar,
-    wilson,
 )
+from lbaccel.product.shares import mcnemar, wilson
 
 NAMES = tuple("abcdefg")
 

@@ -23,6 +23,8 @@ OTHER = {
     **dict.fromkeys(("mean", "std", "factor", "batch_sizes", "lr_factors", "milestones"), (1, 2)),
     **dict.fromkeys(("betas", "loss_dropout"), (0.5, 0.6)),
     "data": "cifar10",
+    "model_kwargs": {"stem": 8},
+    "zero_init_last": True,
     "auto_augment": "rand-m9",
     "class_weights": "balanced",
     **dict.fromkeys(("scale", "ratio"), (0.5, 1)),

@@ -29,6 +29,9 @@ def test_auto_plans_for_the_budget_and_changes_no_result():
     size = auto[1]["plan"]["micro_batch_size"]
     assert auto[0] == 0 and auto[1]["micro_batch_size"] == "auto"
     assert size % 32 == 0 and 32 <= size < 256  # of whole ghost batches; all 256 do not fit
+    # the prediction is kept, to be laid beside the measured peak
+    assert 0 < auto[1]["plan"]["predicted_peak_gib"] <= 100 / 1024
+    assert "predicted_peak_gib" not in kept[1]["plan"]  # nothing was planned
     # a budget that the plan exceeds is kept by smaller micro-batches
     assert kept[0] == 0 and kept[1]["plan"]["micro_batch_size"] == 256  # what was asked for
     # without one, what is free is the budget, and nothing needs recompute

@@ -29,6 +29,7 @@ OTHERS = {
     "loss": ["ce", "bce"],
     "teacher": [None, "runs/teacher"],
     "patience": [None, 3],
+    "target": [None, 90.0],
     "ema_decay": [None, 0.9],
     "log_with": [("run_folder",), ("run_folder", "wandb"), ("wandb",)],
 }
@@ -46,7 +47,9 @@ READ_AT = {
     ("distill_alpha", "teacher"): {"runs/teacher"},
     ("distill_temperature", "teacher"): {"runs/teacher"},
     ("head_init", "pretrained"): {True},
+    ("zero_init_last", "pretrained"): {False},
     ("monitor", "patience"): {3},
+    ("monitor", "target"): {90.0},
     ("ema_norm", "ema_decay"): {0.9},
     ("ema_warmup", "ema_decay"): {0.9},
     ("test_split", "data"): {"folder:images", "parquet:images"},

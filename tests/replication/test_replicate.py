@@ -25,6 +25,8 @@ from lbaccel.replication.contract import Norms, contract_of, largest_gap
 from lbaccel.replication.readers.plain import Said, read_plain
 from lbaccel.replication.readers.timm_args import read_timm_args
 from lbaccel.replication.readers.torchvision_flags import read_torchvision_flags, split_command
+from lbaccel.replication.render import table, to_yaml
+from lbaccel.replication.sources import norms_of
 
 BN = Norms(53, (0.1,) * 53)
 
@@ -281,6 +283,29 @@ def test_timms_settings_of_the_same_meaning_keep_their_numbers():
         "exif_orientation": False,
     }
     assert {key: s[key] for key in wanted} == wanted
+
+
+def test_timms_arguments_of_the_network_are_carried_over_and_decide_its_batch_norms():
+    kwargs = {"stem": 8, "widths": [8, 16, 32], "zero_init_last": False}
+    contract = timm_contract(model="cifar_resnet8", model_kwargs=kwargs)
+    assert contract.settings["model_kwargs"] == {**kwargs, "widths": (8, 16, 32)}
+    assert "model_kwargs" not in gaps(contract)
+    assert "model_kwargs" not in timm_contract(model_kwargs={}).settings
+    said = "\n".join(table(contract))
+    assert "model_kwargs: stem=8" in said and "widths=(8,16,32)" in said
+    Path("args.yaml").write_text(to_yaml(contract))
+    assert read_settings(["--config", "args.yaml"])[0].model.model_kwargs == {
+        **kwargs,
+        "widths": (8, 16, 32),
+    }
+    recipe = read_timm_args(
+        TIMM | {"model": "cifar_resnet8", "model_kwargs": {"num_blocks": 2}},
+        gpus=1,
+        origin="args.yaml",
+    )
+    assert norms_of("cifar_resnet8", recipe).num_layers == 1 + 3 * 2 * 2
+    with pytest.raises(InputError, match="num_classes: lbaccel sets it itself"):
+        timm_contract(model_kwargs={"num_classes": 3})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.errors import InputError
+from lbaccel.network_arguments import network_arguments
 from lbaccel.recipe.values import shown
 from lbaccel.replication.many_gpus import (
     Average,
@@ -231,6 +232,10 @@ def _rows(a: Mapping[str, Any]) -> list[Translation]:
     if a["bce_loss"]:
         why = "timm's BinaryCrossEntropy, the mean over classes"
         rows.append(Translation("bce_loss true", "loss", "bce", why))
+    if a["model_kwargs"]:
+        kwargs = network_arguments(a["model_kwargs"], where="model_kwargs")
+        said = f"model_kwargs {shown(kwargs)}"
+        rows.append(Translation(said, "model_kwargs", kwargs, "arguments of timm's network"))
     same("num_classes", "num_classes", "outputs", when=a["num_classes"] is not None)
     size = a["img_size"] or (a["input_size"] or [None])[-1]
     if size is not None:
