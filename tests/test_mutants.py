@@ -1468,32 +1468,24 @@ MUTANTS = {
         "found |= {known[0][1]}",
         "tests/report/test_thin.py::test_the_extremes_and_the_ends_are_kept",
     ),
-    "a verdict is on the best evaluation": (
-        "report.verdict",
-        "return median(known) if known",
-        "return max(p.value or 0.0 for p in one.history[metric]) if known",
-        "tests/report/test_verdict.py::"
-        "test_the_value_of_a_run_is_the_median_of_its_last_evaluations_and_not_its_best",
-    ),
     "a verdict counts runs that did not end": (
         "report.verdict",
-        "len(known) == len(values) and ended(one) else None",
-        "len(known) == len(values) else None",
+        "return final_value(one.history.get(metric, ()), last) if ended(one) else None",
+        "return final_value(one.history.get(metric, ()), last)",
         "tests/report/test_verdict.py::test_a_run_that_did_not_end_has_no_value[failed]",
     ),
-    "a difference is of all seeds": (
+    "a seed that diverged is missing": (
         "report.verdict",
-        "shared = [seed for seed in own if seed is not None and seed in other]",
-        "shared = list(zip(own, other))[:0] or [s for s in own if other.setdefault(s, 0.0) or 1]",
-        "tests/report/test_verdict.py::"
-        "test_seeds_that_only_one_group_has_are_left_out_of_a_difference",
+        "            diverged.add(seed)",
+        "            pass",
+        "tests/report/test_verdict.py::test_a_seed_that_diverged_counts_as_such",
     ),
-    "a resume with smaller micro-batches is a lack of memory": (
-        "report.events",
-        "if after.value < before.value and not resumed:",
-        "if after.value < before.value:",
+    "a page has the passwords of commands": (
+        "report.provenance",
+        'return {**found, "reproduce": without_tokens(found["reproduce"])}',
+        "return found",
         "tests/report/test_one_run.py::"
-        "test_a_smaller_micro_batch_of_a_resume_is_no_lack_of_memory[29-kinds1]",
+        "test_a_run_of_a_loop_of_its_own_is_reproduced_by_its_command",
     ),
     "figures of a study come from anywhere": (
         "report.of_study",
@@ -2026,6 +2018,13 @@ MUTANTS = {
         "max(value for value in values if value is not None)",
         "tests/studies/test_outcome.py::"
         "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
+    ),
+    "updates to a target are known to the update": (
+        "studies.to_target",
+        "LEAST) / n + self.rounding",
+        "LEAST) / n",
+        "tests/studies/test_to_target.py::"
+        "test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",

@@ -170,6 +170,7 @@ def view(chart: Chart) -> dict[str, Any]:
         "lines": [_drawn(line, chart.axis, x, y) for line in chart.lines],
         "marks": [_mark(mark, n, chart.axis, x, y) for n, mark in enumerate(chart.marks)],
         "labels": labels,
+        "low": chart.most is not None,  # of rising curves: words of marks stand below them
     }
 
 

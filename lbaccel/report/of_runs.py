@@ -10,10 +10,11 @@ from lbaccel.recipe.experiment import beside_defaults, with_experiment
 from lbaccel.report import of_one, verdict
 from lbaccel.report.chart import Chart
 from lbaccel.report.curves import PANELS, POINTS, Strand, panels, share_of_points
-from lbaccel.report.events import events_of, marks_of
+from lbaccel.report.events import marks_of
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, is_on_cpu, provenance_of, shared_and_own
+from lbaccel.report.verdict import ends
 from lbaccel.runs.compare import (
     Cell,
     cells_of,
@@ -26,6 +27,7 @@ from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.groups import (
     SEED,
     Group,
+    Mean,
     are_grouped,
     comparison,
     differing_settings,
@@ -38,6 +40,7 @@ from lbaccel.runs.groups import (
     with_groups,
 )
 from lbaccel.runs.read import Run
+from lbaccel.studies.one_run import events
 
 PREFIX = "runs"  # of the part's names in the page
 _LONGEST_LABEL = 16  # at the end of a line
@@ -86,7 +89,10 @@ def of_runs(
         "prefix": PREFIX,
         "title": _title(whole),
         "about": _about(runs, groups),
-        "verdict": [*verdict.sentences(groups, metric, last), *_over_images(whole, metric, last)],
+        "verdict": [
+            *verdict.sentences(groups, metric, last),
+            *_over_images(runs, whole, metric, last),
+        ],
         "rule": verdict.how_counted(metric, last, groups),
         "settings": told,
         "num_defaults": len(equal) - len(told),
@@ -127,14 +133,14 @@ def _about(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     )
 
 
-def _over_images(whole: Sequence[Run], metric: str, last: int) -> list[str]:
+def _over_images(runs: Sequence[Run], whole: Sequence[Run], metric: str, last: int) -> list[str]:
     """Of a single run Wilson's interval of a top-1, where the number of images is known."""
     n = whole[0].config.get("data_identity/num_val")
-    value = verdict.value_of(whole[0], metric, last)
+    value = verdict.value_of(runs[0], metric, last)
     known = isinstance(n, int) and n > 0 and value is not None and metric.startswith("val/top1")
     if len(whole) != 1 or not known or value is None or not isinstance(n, int):
         return []
-    from lbaccel.product.metrics import wilson
+    from lbaccel.product.shares import wilson
 
     low, high = wilson(round(value / 100 * n), n)
     return [
@@ -190,8 +196,8 @@ def _drawn(
     share = share_of_points([strands], metrics, points)
     aim = None if target is None else (metric, target)
     alone = len(runs) == 1
-    events = events_of(whole[0], folders[0]) if alone else []
-    marks = marks_of(events, whole[0].history)
+    happened = events(whole[0], folders[0]) if alone else []
+    marks = marks_of(happened, whole[0].history)
     words = whole[0].name if alone else f"{len(runs)} runs"
     charts = panels(
         strands, "runs", share=share, metrics=metrics, marks=marks, of=words, target=aim
@@ -201,7 +207,7 @@ def _drawn(
     on_cpu = is_on_cpu(folders[0])
     return charts, {
         "facts": of_one.facts(whole[0], on_cpu=on_cpu),
-        "events": events,
+        "events": happened,
         "panels": of_one.more_panels(whole[0], "one", share=share, marks=marks, on_cpu=on_cpu),
         "noise": of_one.noise_chart(whole[0], "noise"),
         "evaluation": of_one.evaluation(folders[0], room),
@@ -227,27 +233,23 @@ def _group_table(groups: Sequence[Group], metric: str, last: int) -> dict[str, A
     for row, group, settings in zip(
         group_rows(groups, metric), groups, differing_settings(groups), strict=True
     ):
-        found = verdict.Mean(tuple(verdict.values_of(group, metric, last).values()))
+        found = Mean(tuple(verdict.outcomes_of(group, metric, last).values.values()))
         cells = [str(row["group"]), *(formatted(k, v) for k, v in settings.items()), str(found.n)]
-        cells += [verdict.number(found.mean, metric), _ends(found.interval, metric)]
+        cells += [
+            verdict.number(found.mean, metric),
+            ends(*(found.interval or (None, None)), metric=metric),
+        ]
         if group is groups[0]:
             cells += ["-", "-", "-"]
         else:
-            apart = verdict.difference(group, groups[0], metric, last)
-            gap = apart.mean.mean
+            apart = verdict.judged(group, groups[0], metric, last)
+            gap = apart.difference
             cells += ["-" if gap is None else f"{gap:+.2f}" if points else f"{gap:+.4g}"]
-            cells += [_ends(apart.mean.interval, metric, signed=True), apart.verdict]
+            cells += [ends(apart.low, apart.high, metric=metric, signed=True), apart.verdict]
         mean = row["mean"]
         cells.append(verdict.number(mean if isinstance(mean, float) else None, metric))
         rows.append(cells)
     return {"head": head, "rows": rows, "words": [len(head) - 2]}
-
-
-def _ends(interval: tuple[float, float] | None, metric: str, *, signed: bool = False) -> str:
-    if interval is None:
-        return "-"
-    form = ("{:+.2f}" if signed else "{:.2f}") if unit_of(metric) == " (%)" else "{:.4g}"
-    return " to ".join(form.format(end) for end in interval)
 
 
 def _run_table(

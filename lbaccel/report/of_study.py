@@ -11,8 +11,10 @@ from lbaccel.report.curves import POINTS
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, shared_and_own
-from lbaccel.report.verdict import in_unit, number
+from lbaccel.report.verdict import ends, in_unit, number
 from lbaccel.runs.compare_figure import unit_of
+from lbaccel.studies.judging import signed
+from lbaccel.text import without_tokens
 
 Result = Mapping[str, Any]
 
@@ -74,7 +76,7 @@ def of_study(
             {
                 "name": run["cell"],
                 "entries": list(mine.items()),
-                "reproduce": (run.get("provenance") or {}).get("reproduce"),
+                "reproduce": without_tokens((run.get("provenance") or {}).get("reproduce") or ""),
                 "status": run["status"],
                 "reason": "; ".join(event["text"] for event in run.get("events") or ()),
             }
@@ -166,14 +168,14 @@ def _table(result: Result) -> dict[str, Any]:
         cells = [titles.get(row["arm"], row["arm"]), f"{row['batch']:,}", _whole(row["updates"])]
         cells += [_rate(row.get("lr"))] if with_rate else []
         cells += [_seeds(row), f"{row['diverged']}" if row.get("diverged") else "-"]
-        cells += [number(row["mean"], metric), _ends(row.get("low"), row.get("high"), metric)]
+        cells += [number(row["mean"], metric), ends(row.get("low"), row.get("high"), metric=metric)]
         wilson = row.get("wilson") or (None, None)
-        cells.append(_ends(wilson[0], wilson[1], metric))
+        cells.append(ends(wilson[0], wilson[1], metric=metric))
         if with_source:
             expected, mean = row.get("expected"), row["mean"]
             cells.append(number(expected, metric))
             gap = None if expected is None or mean is None else mean - expected
-            cells.append("-" if gap is None else f"{gap:+.2f}")
+            cells.append("-" if gap is None else signed(gap, metric))
         body.append(cells)
     return {"head": head, "rows": body}
 
@@ -191,30 +193,24 @@ def _rate(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _ends(low: float | None, high: float | None, metric: str, *, signed: bool = False) -> str:
-    if low is None or high is None:
-        return "-"
-    if signed:
-        return f"{low:+.2f} to {high:+.2f}"
-    return f"{number(low, metric)} to {number(high, metric)}"
-
-
 def _comparisons(result: Result) -> dict[str, Any] | None:
-    found, titles = result.get("comparisons") or [], _titles(result)
+    found, titles, metric = result.get("comparisons") or [], _titles(result), result["metric"]
     if not found:
         return None
     body = []
     for one in found:
         against = f"{titles.get(one['against_arm'], one['against_arm'])}, {one['against_batch']:,}"
         gap = one.get("difference")
-        each = ", ".join(f"{seed}: {value:+.2f}" for seed, value in one["per_seed"].items())
+        each = ", ".join(
+            f"{seed}: {signed(value, metric)}" for seed, value in one["per_seed"].items()
+        )
         body.append(
             [
                 f"{titles.get(one['arm'], one['arm'])}, {one['batch']:,}",
                 against,
                 str(one["n"]),
-                "-" if gap is None else f"{gap:+.2f}",
-                _ends(one.get("low"), one.get("high"), result["metric"], signed=True),
+                "-" if gap is None else signed(gap, metric),
+                ends(one.get("low"), one.get("high"), metric=metric, signed=True),
                 one["verdict"],
                 each or "-",
             ]
@@ -253,7 +249,7 @@ def _gap_table(result: Result) -> dict[str, Any]:
                 f"{row['batch']:,}",
                 number(train, metric),
                 number(test, metric),
-                "-" if gap is None else f"{gap:+.2f}",
+                "-" if gap is None else signed(gap, metric),
             ]
         )
     unit = unit_of(metric)

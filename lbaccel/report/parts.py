@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from lbaccel.report.pictures import MOST_BYTES as PICTURES
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.runs.folder import METRICS
 from lbaccel.runs.read import Run, load_run
+from lbaccel.studies.folder import STUDY, is_study
+from lbaccel.studies.results import study_result
 
-STUDY = "study.yaml"  # a folder with such a file holds the results of a study
 _SMALLER = (1, 2, 4, 8)  # how many times fewer points and bytes of pictures are tried
 
 
@@ -43,8 +43,8 @@ def read(paths: Sequence[str | Path]) -> Reported:
     """
     found = Reported()
     for path in map(Path, paths):
-        if (path / STUDY).is_file():
-            found.studies.append((_study_result(path), path))
+        if is_study(path):
+            found.studies.append((study_result(path), path))
         else:
             found.runs.append(_run(path))
     for one, _ in found.runs:
@@ -99,10 +99,6 @@ def report(
         f"these {len(found.runs)} runs and {len(found.studies)} studies make a page of "
         f"{size / 1e6:.1f} MB, and {MOST_BYTES / 1e6:g} MB is the most. Give fewer of them."
     )
-
-
-def _study_result(path: Path) -> dict[str, Any]:
-    return import_module("lbaccel.studies.results").study_result(path)
 
 
 def _run(path: Path) -> tuple[Run, Path | None]:

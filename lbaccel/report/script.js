@@ -145,7 +145,7 @@
         d = `M${across} 0V${UNITS}`;
         const flip = across > FLIPS ? " flip" : "", color = mark.c === null ? "" : " t" + mark.c % COLORS;
         word("word up" + flip + color, mark.n, "left", across / 10, words);
-        words.lastChild.style.top = 16 * (i % MARK_ROWS) + "px";
+        words.lastChild.style.setProperty("--row", i % MARK_ROWS);
       }
       marks[i].setAttribute("d", d);
     });

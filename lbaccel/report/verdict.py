@@ -2,65 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, median
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from lbaccel.runs.compare import lower_is_better
 from lbaccel.runs.compare_figure import unit_of
-from lbaccel.runs.groups import LEVEL, SEED, Group, Mean, differing_settings, ended, label_of
+from lbaccel.runs.groups import (
+    LEVEL,
+    SEED,
+    Group,
+    Mean,
+    are_grouped,
+    differing_settings,
+    ended,
+    label_of,
+)
 from lbaccel.runs.read import Run
+from lbaccel.studies.judging import MARGIN, Judgement, Outcomes, is_in_points, judge
+from lbaccel.studies.judging import signed as differing
+from lbaccel.studies.outcome import final_value
 from lbaccel.text import one_line
 
 LAST = 5  # evaluations of which a run's value is the median
-MARGIN = 0.5  # points: a difference whose whole interval lies inside is negligible
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class SeedDifference:
-    """One group against another: of each seed that both have, its value less the other's.
-
-    Args:
-        metric: of which they are.
-        by_seed: the difference of each seed.
-    """
-
-    metric: str
-    by_seed: Mapping[Any, float]
-
-    @property
-    def mean(self) -> Mean:
-        """Over the seeds, with Student's t-interval."""
-        return Mean(tuple(self.by_seed.values()))
-
-    @property
-    def verdict(self) -> str:
-        """See `verdict_on`."""
-        return verdict_on(self.mean.interval, self.metric)
-
-
-def verdict_on(interval: Interval | None, metric: str) -> str:
-    """A difference by its interval: no loss, loss, gain, not resolved, or not enough seeds.
-
-    Of percentages "no loss" is an interval inside plus and minus half a point, whatever its sign;
-    other metrics have no such margin.
-
-    >>> verdict_on((-0.2, 0.4), "val/top1"), verdict_on((-2.0, -0.1), "val/top1")
-    ('no loss', 'loss')
-    >>> verdict_on((0.1, 2.0), "val/loss"), verdict_on((-1.0, 2.0), "val/top1")
-    ('loss', 'not resolved')
-    """
-    if interval is None:
-        return "not enough seeds"
-    low, high = interval
-    if unit_of(metric) == " (%)" and low >= -MARGIN and high <= MARGIN:
-        return "no loss"
-    better, worse = ("gain", "loss")[:: -1 if lower_is_better(metric) else 1]
-    if low > 0:
-        return better
-    return worse if high < 0 else "not resolved"
+_SAID = {  # of the best group beside the next one; a gain and a loss are resolved
+    "no loss": f"negligible: inside {MARGIN:g} points",
+    "not resolved": "not resolved: the interval holds 0",
+}
 
 
 def num_last(runs: Sequence[Run], metric: str) -> int:
@@ -71,59 +39,69 @@ def num_last(runs: Sequence[Run], metric: str) -> int:
 
 def value_of(one: Run, metric: str, last: int) -> float | None:
     """The median of a run's last values; None where it did not end, or one is not finite."""
-    values = [point.value for point in one.history.get(metric, ())][-last:]
-    known = [value for value in values if value is not None]
-    return median(known) if known and len(known) == len(values) and ended(one) else None
+    return final_value(one.history.get(metric, ()), last) if ended(one) else None
 
 
-def values_of(group: Group, metric: str, last: int) -> dict[Any, float]:
-    """The value of each seed; two runs of one seed count once, with their mean."""
+def outcomes_of(group: Group, metric: str, last: int) -> Outcomes:
+    """The value of each seed, and the seeds that diverged; two runs of one seed count once."""
     found: dict[Any, list[float]] = {}
+    diverged = set()
     for one in group.runs:
-        value = value_of(one, metric, last)
+        seed, value = one.config.get(SEED), value_of(one, metric, last)
         if value is not None:
-            found.setdefault(one.config.get(SEED), []).append(value)
-    return {seed: fmean(values) for seed, values in found.items()}
+            found.setdefault(seed, []).append(value)
+        elif one.summary.get("diverged") is True or (ended(one) and one.history.get(metric)):
+            diverged.add(seed)
+    values = {seed: fmean(values) for seed, values in found.items()}
+    return Outcomes(values, frozenset(diverged - set(values)))
 
 
-def difference(group: Group, against: Group, metric: str, last: int) -> SeedDifference:
-    """Of the seeds that both groups have."""
-    own, other = values_of(group, metric, last), values_of(against, metric, last)
-    shared = [seed for seed in own if seed is not None and seed in other]
-    return SeedDifference(metric, {seed: own[seed] - other[seed] for seed in shared})
+def judged(group: Group, against: Group, metric: str, last: int) -> Judgement:
+    """One group against another by the rules of studies: paired by seed, Student's interval."""
+    pair = []
+    for of in (group, against):
+        found = outcomes_of(of, metric, last)
+        known = {seed: value for seed, value in found.values.items() if seed is not None}
+        pair.append(Outcomes(known, found.diverged))
+    return judge(pair[0], pair[1], names=("it", "the other"), metric=metric)
 
 
 def names_of(groups: Sequence[Group]) -> list[str]:
     """A name for each group, such as "group 2 (base_lr=0.1)"; of a single one "the run"."""
     if len(groups) == 1:
         return ["this group of runs" if len(groups[0].runs) > 1 else "the run"]
+    word = "group" if are_grouped(groups) else "run"
     names = []
     for number, settings in enumerate(differing_settings(groups), 1):
         label = one_line(label_of(settings, number))
         short = label if len(label) <= 60 else f"{label[:57]}..."
-        names.append(f"group {number}" + (f" ({short})" if settings else ""))
+        names.append(f"{word} {number}" + (f" ({short})" if settings else ""))
     return names
 
 
 def sentences(groups: Sequence[Group], metric: str, last: int) -> list[str]:
     """The verdict on these groups; the first sentence says the most."""
     names = names_of(groups)
-    found = [Mean(tuple(values_of(group, metric, last).values())) for group in groups]
+    found = [Mean(tuple(outcomes_of(group, metric, last).values.values())) for group in groups]
     order = [i for i, of in enumerate(found) if of.mean is not None]
     if not order:
-        return [f"No run has come to its end with a {metric} that is finite."]
+        return [
+            f"No run has come to its end with a {metric} that is finite.",
+            *_so_far(groups, metric),
+        ]
     order.sort(key=lambda i: _rank(found[i], metric))
     best = order[0]
     first = f"{_capital(names[best])} {_reached(found[best], metric)}"
     lines = []
     if len(order) > 1:
         second = order[1]
-        apart = difference(groups[best], groups[second], metric, last)
-        gap = _apart(apart, found[best], found[second])
-        lines.append(f"{first}, {gap} {names[second]}: {_paired(apart)}.")
+        apart = judged(groups[best], groups[second], metric, last)
+        gap = _apart(apart, found[best], found[second], metric)
+        lines.append(f"{first}, {gap} {names[second]}: {_paired(apart, metric)}.")
         if len(order) > 2:
+            kind = "groups" if are_grouped(groups) else "runs"
             lines.append(
-                f"It was chosen out of {len(order)} groups by this very figure, so its lead is "
+                f"It was chosen out of {len(order)} {kind} by this very figure, so its lead is "
                 "more likely too large than too small."
             )
     else:
@@ -133,6 +111,16 @@ def sentences(groups: Sequence[Group], metric: str, last: int) -> list[str]:
         whose = "" if len(order) == len(few) else f" of {', '.join(few[:4])}"
         lines.append(f"One seed{whose} tells nothing of the spread over seeds.")
     return lines
+
+
+def _so_far(groups: Sequence[Group], metric: str) -> list[str]:
+    """Of a single run that did not end, its newest evaluation."""
+    runs = [one for group in groups for one in group.runs]
+    points = runs[0].history.get(metric, ())
+    if len(runs) != 1 or not points or points[-1].value is None:
+        return []
+    last = points[-1]
+    return [f"So far its {metric} is {in_unit(last.value, metric)} (update {last.update:,})."]
 
 
 def _rank(found: Mean, metric: str) -> float:
@@ -153,34 +141,43 @@ def _reached(found: Mean, metric: str) -> str:
     return f"{text} (mean of {found.n} seeds, {ends})"
 
 
-def _apart(apart: SeedDifference, own: Mean, other: Mean) -> str:
-    gap = apart.mean.mean
+def _apart(apart: Judgement, own: Mean, other: Mean, metric: str) -> str:
+    gap = apart.difference
     if gap is None:
         gap = (own.mean or 0.0) - (other.mean or 0.0)
-    unit = " points" if unit_of(apart.metric) == " (%)" else ""
-    return f"{number(abs(gap), apart.metric)}{unit} {'above' if gap >= 0 else 'below'}"
+    unit = " points" if is_in_points(metric) else ""
+    return f"{number(abs(gap), metric)}{unit} {'above' if gap >= 0 else 'below'}"
 
 
-def _paired(apart: SeedDifference) -> str:
-    of = apart.mean
-    if of.n == 0:
+def _paired(apart: Judgement, metric: str) -> str:
+    if not apart.per_seed:
         return "the two share no seed, so nothing is paired and no interval is given"
-    if of.interval is None:
+    if apart.low is None or apart.high is None:
         return "not enough seeds for an interval"
-    sign = -1 if (of.mean or 0.0) < 0 else 1  # the sentence says above or below
-    low, high = sorted(sign * end for end in of.interval)
-    ends = f"{number(low, apart.metric)} to {number(high, apart.metric)}"
-    said = {"not resolved": "not resolved, since the interval holds 0"}.get(
-        apart.verdict, apart.verdict
-    )
-    return f"{ends}, paired by {of.n} seeds ({said})"
+    sign = -1 if (apart.difference or 0.0) < 0 else 1  # the sentence says above or below
+    low, high = sorted((sign * apart.low, sign * apart.high))
+    ends = f"{number(low, metric)} to {number(high, metric)}"
+    said = _SAID.get(apart.verdict, "resolved")
+    return f"{ends}, paired by {len(apart.per_seed)} seeds ({said})"
 
 
 def number(value: float | None, metric: str) -> str:
     """A value of a metric as it stands in a sentence."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if unit_of(metric) == " (%)" else f"{value:.4g}"
+    return f"{value:.2f}" if is_in_points(metric) else f"{value:.4g}"
+
+
+def ends(low: float | None, high: float | None, *, metric: str, signed: bool = False) -> str:
+    """An interval as it stands in a table; `-` where there is none.
+
+    >>> ends(-0.5, 0.25, metric="val/top1", signed=True), ends(None, None, metric="val/loss")
+    ('-0.50 to +0.25', '-')
+    """
+    if low is None or high is None:
+        return "-"
+    write = differing if signed else number
+    return f"{write(low, metric)} to {write(high, metric)}"
 
 
 def in_unit(value: float | None, metric: str) -> str:
@@ -197,13 +194,13 @@ def how_counted(metric: str, last: int, groups: Sequence[Group]) -> str:
     """The rule behind the figures, in words."""
     of = f"the median of its last {last} evaluations" if last > 1 else "its last evaluation"
     text = f"The value of a run is {of} of {metric}, not its best one."
-    if any(len(values_of(group, metric, last)) > 1 for group in groups):
+    if any(len(outcomes_of(group, metric, last).values) > 1 for group in groups):
         text += (
             f" Intervals are Student's at {100 * LEVEL:g} %, over seeds. A difference is taken "
             "seed by seed: runs of one seed share the order of the data, the augmentation and the "
             "initial weights."
         )
-        if unit_of(metric) == " (%)":
+        if is_in_points(metric):
             text += (
                 f' "No loss" is an interval inside plus and minus {MARGIN:g} points; "loss" and '
                 '"gain" are intervals that lie wholly on one side of 0.'

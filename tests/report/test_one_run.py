@@ -10,12 +10,11 @@ import yaml
 from PIL import Image
 from report_runs import Page, a_run_folder
 
-from lbaccel.report.events import OOM, RESUME, events_of
 from lbaccel.report.page import CURVES
 from lbaccel.report.parts import report
 from lbaccel.report.pictures import PictureRoom
-from lbaccel.report.provenance import reproduce
-from lbaccel.runs.read import load_run
+from lbaccel.report.provenance import provenance_of
+from lbaccel.runs.read import Run
 
 
 @pytest.fixture
@@ -50,23 +49,8 @@ def test_a_resume_and_a_lack_of_memory_are_marked_on_the_curves(run):
         ("resume", 20), ("out of memory", 30),
     ]  # fmt: skip
     assert chart["marks"][0]["x"]["samples"] == 20 * 64
-    assert "resumed after update 20 with 2 ranks" in found.text
-    assert "the micro-batch went from 64 to 32" in found.text
-
-
-@pytest.mark.parametrize(
-    ("resumed_at", "kinds"), [(None, [OOM]), (29, [RESUME]), (10, [RESUME, OOM])]
-)
-def test_a_smaller_micro_batch_of_a_resume_is_no_lack_of_memory(run, resumed_at, kinds):
-    with_columns(run, batch__micro=lambda u: 64 if u < 30 else 32)
-    if resumed_at is not None:
-        (run / "resumes.jsonl").write_text(json.dumps({"update": resumed_at}) + "\n")
-    assert [event["kind"] for event in events_of(load_run(run), run)] == kinds
-
-
-def test_a_larger_micro_batch_is_no_event(run):
-    with_columns(run, batch__micro=lambda u: 32 if u < 30 else 64)
-    assert events_of(load_run(run), run) == []
+    assert "resumed after update 20: 2 ranks" in found.text
+    assert "the micro-batch went from 64 to 32 samples (update 30)" in found.text
 
 
 def test_predicted_memory_stands_beside_measured_on_a_gpu(run):
@@ -175,26 +159,31 @@ def test_what_is_no_picture_is_a_sentence(tmp_path, content):
 def test_provenance_has_command_commit_versions_hardware_plan_and_origin(run):
     text = page_of(run).text
     for part in (
-        "lbaccel train --model vit", "4683c41", "torch 2.15.0", "cpu, 2 processors",
+        "lbaccel train --model vit", "4683c41", "torch 2.15.0", "cpu (2 cores)",
         "global batch 64", "model (flag)",
     ):  # fmt: skip
         assert part in text
 
 
-def test_the_line_that_reproduces_a_run_states_all_that_was_given():
-    config = {
-        "model": "a b", "mean": [0.5, 0.4, 0.3], "asked/mean": [0.5], "epochs": 3.0, "seed": 0,
-        "origin/model": "flag", "origin/mean": "file", "origin/epochs": "flag",
-        "origin/seed": "default", "plan/world_size": 2,
-    }  # fmt: skip
-    assert reproduce(config, "python x.py") == (
-        "accelerate launch --num_processes 2 -m lbaccel.train --model 'a b' --mean 0.5 --epochs 3"
-    )
+def test_a_run_of_a_loop_of_its_own_is_reproduced_by_its_command(run):
+    (run / "config.yaml").write_text("model: mine\n")
+    changed(run, "env.json", command="python mine.py --at https://me:secret@host/x")
+    text = page_of(run).text
+    assert "python mine.py --at https://***@host/x" in text
+    assert "lbaccel train" not in text and "secret" not in text
 
 
-def test_a_run_of_a_loop_of_its_own_is_reproduced_by_its_command():
-    assert reproduce({"lr": 0.1}, "python mine.py --lr 0.1") == "python mine.py --lr 0.1"
-    assert reproduce({}, "") is None
+def test_a_run_that_says_nothing_of_itself_has_no_line():
+    assert provenance_of(Run("a", {}, {}, {}, "folder"), None)["reproduce"] == ""
+
+
+def test_a_run_that_goes_on_says_where_it_stands_and_has_no_interval(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    changed(run, "config.yaml", **{**config, "data_identity": {"num_val": 359}})
+    changed(run, "summary.json", status="running")
+    text = page_of(run).text
+    assert "No run has come to its end" in text and "So far its val/top1 is " in text
+    assert "Wilson" not in text
 
 
 def test_wilson_s_interval_is_over_the_images_and_said_to_be(run):

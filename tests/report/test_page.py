@@ -220,7 +220,7 @@ def test_a_mark_outside_of_an_axis_is_not_drawn():
 
 
 def test_runs_and_a_study_stand_on_one_page(six, tmp_path, monkeypatch):
-    monkeypatch.setattr("lbaccel.report.parts._study_result", lambda _: a_study_result())
+    monkeypatch.setattr("lbaccel.report.parts.study_result", lambda _: a_study_result())
     study = tmp_path / "study"
     study.mkdir()
     (study / "study.yaml").write_text("name: x\n")

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from made_studies import add_run, fill, make_study
 from PIL import Image
 from report_runs import Page
 from study_results import ARMS, BATCHES, a_study_result
@@ -14,6 +15,7 @@ from lbaccel.report.of_study import of_study
 from lbaccel.report.page import CURVES, MOST_BYTES, page
 from lbaccel.report.parts import report
 from lbaccel.report.study_charts import updates_to_target, value_by_batch
+from lbaccel.studies.results import study_result
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,44 @@ def test_a_large_study_stays_below_2_mb(tmp_path, monkeypatch):
     folder = tmp_path / "study"
     folder.mkdir()
     (folder / "study.yaml").write_text("name: x\n")
-    monkeypatch.setattr("lbaccel.report.parts._study_result", lambda _: long)
+    monkeypatch.setattr("lbaccel.report.parts.study_result", lambda _: long)
     text, _ = report([folder, folder, folder])
     assert len(text.encode()) < MOST_BYTES
+
+
+def test_a_study_on_disk_is_a_page_with_the_numbers_of_its_report(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder)
+    fill(folder, study, lambda cell: 90 - (cell.batch == 512) * 3 + cell.seed / 10)
+    text, (part,) = report([folder])
+    found = Page(text)
+    result = study_result(folder)
+    assert part.content["verdict"] == result["verdict"] and result["verdict"][0] in found.text
+    inside = json.loads(found.scripts["study"])
+    for run in result["runs"]:
+        del run["history"], run["noise"]
+    assert inside == result
+    chart = json.loads(found.scripts[CURVES])["study-1-updates"]
+    means = lines_of(chart, k="points")
+    assert len(means) == len(study.arms) and all(line["y"] for line in means)
+    assert found.unclosed == [] and len(found.ids()) == len(set(found.ids()))
+
+
+def test_a_study_with_a_damaged_and_a_diverged_run_is_a_page(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder)
+    cells = study.cells()
+    damaged = add_run(folder, cells[0], [50.0] * 6)
+    (damaged / "metrics.jsonl").write_text("{nonsense\nmore\n")
+    add_run(folder, cells[1], [50.0, 40.0], status="failed", diverged=True)
+    add_run(folder, cells[2], [50.0] * 6)
+    text, _ = report([folder])
+    found = Page(text)
+    assert "can't be read, and is left out" in found.text
+    assert "1 of 18 runs diverged and count as such" in found.text
+
+
+def test_a_study_that_has_not_begun_is_a_page(tmp_path):
+    make_study(tmp_path / "study")
+    text, _ = report([tmp_path / "study"])
+    assert "18 of 18 runs are missing" in Page(text).text

@@ -8,12 +8,11 @@ import scipy.stats
 
 from lbaccel.report.verdict import (
     LAST,
-    difference,
+    judged,
     num_last,
+    outcomes_of,
     sentences,
     value_of,
-    values_of,
-    verdict_on,
 )
 from lbaccel.runs.groups import groups_of
 from lbaccel.runs.read import Point, Run
@@ -58,16 +57,16 @@ def test_a_run_that_diverged_has_no_value():
 
 def test_two_runs_of_a_seed_count_once():
     (group,) = groups_of([steady("a", 90.0, seed=0), steady("b", 92.0, seed=0)])
-    assert values_of(group, "val/top1", LAST) == {0: 91.0}
+    assert outcomes_of(group, "val/top1", LAST).values == {0: 91.0}
 
 
 def test_a_difference_is_of_pairs_and_its_interval_students(two_groups):
     first, second = two_groups
-    found = difference(second, first, "val/top1", LAST)
+    found = judged(second, first, "val/top1", LAST)
     gaps = [1.0, 0.8, 1.2]
-    assert list(found.by_seed.values()) == pytest.approx(gaps)
+    assert list(found.per_seed.values()) == pytest.approx(gaps)
     expected = scipy.stats.t.interval(0.95, 2, loc=np.mean(gaps), scale=scipy.stats.sem(gaps))
-    assert found.mean.interval == pytest.approx(expected)
+    assert (found.low, found.high) == pytest.approx(expected)
     assert found.verdict == "gain"
 
 
@@ -76,24 +75,16 @@ def test_seeds_that_only_one_group_has_are_left_out_of_a_difference():
         steady("a", 90.0, seed=0, lr=1), steady("b", 80.0, seed=1, lr=1),
         steady("c", 91.0, seed=1, lr=2), steady("d", 70.0, seed=2, lr=2),
     ])  # fmt: skip
-    assert difference(groups[1], groups[0], "val/top1", LAST).by_seed == {1: 11.0}
+    assert judged(groups[1], groups[0], "val/top1", LAST).per_seed == {1: 11.0}
 
 
-@pytest.mark.parametrize(
-    ("interval", "metric", "verdict"),
-    [
-        ((-0.5, 0.5), "val/top1", "no loss"),
-        ((-0.4, -0.1), "val/top1", "no loss"),  # resolved, and negligible
-        ((-0.6, -0.1), "val/top1", "loss"),
-        ((-0.6, 0.1), "val/top1", "not resolved"),
-        ((0.1, 0.6), "val/top1", "gain"),
-        ((0.1, 0.6), "val/loss", "loss"),
-        ((-0.1, 0.1), "val/loss", "not resolved"),  # a loss has no margin in points
-        (None, "val/top1", "not enough seeds"),
-    ],
-)
-def test_a_verdict_follows_from_the_interval(interval, metric, verdict):
-    assert verdict_on(interval, metric) == verdict
+def test_a_seed_that_diverged_counts_as_such(two_groups):
+    gone = steady("b9", 91.0, status="failed", seed=9, lr=0.4)
+    gone = Run(gone.name, gone.config, {**gone.summary, "diverged": True}, gone.history, "folder")
+    nan = a_run("b8", *[90.0] * 9, None, seed=8, lr=0.4)
+    groups = groups_of([*two_groups[0].runs, *two_groups[1].runs, gone, nan])
+    assert outcomes_of(groups[1], "val/top1", LAST).diverged == {8, 9}
+    assert judged(groups[1], groups[0], "val/top1", LAST).verdict == "not resolved"  # not a gain
 
 
 def test_the_first_sentence_says_value_interval_difference_and_pairing(two_groups):
@@ -102,7 +93,7 @@ def test_the_first_sentence_says_value_interval_difference_and_pairing(two_group
     low, high = scipy.stats.t.interval(0.95, 2, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert first == (
         f"Group 2 (lr=0.4) reaches 93.00 % val/top1 (mean of 3 seeds, {low:.2f} to {high:.2f}), "
-        "1.00 points above group 1 (lr=0.1): 0.50 to 1.50, paired by 3 seeds (gain)."
+        "1.00 points above group 1 (lr=0.1): 0.50 to 1.50, paired by 3 seeds (resolved)."
     )
 
 
@@ -112,7 +103,7 @@ def test_of_a_loss_the_lowest_comes_first():
         for lr, v in [(1, 3.0), (2, 2.0)]
     ]
     first = sentences(groups_of(runs), "val/loss", LAST)[0]
-    assert first.startswith("Group 2 (lr=2) reaches 2 val/loss (1 seed), 1 below group 1 (lr=1)")
+    assert first.startswith("Run 2 (lr=2) reaches 2 val/loss (1 seed), 1 below run 1 (lr=1)")
     assert "not enough seeds" in first
 
 
@@ -128,5 +119,8 @@ def test_the_best_of_three_groups_is_said_to_be_chosen(two_groups):
 
 
 def test_runs_of_which_none_ended_have_no_verdict():
-    (line,) = sentences(groups_of([steady("a", 90.0, status="failed")]), "val/top1", LAST)
-    assert line == "No run has come to its end with a val/top1 that is finite."
+    lines = sentences(groups_of([steady("a", 90.0, status="failed")]), "val/top1", LAST)
+    assert lines == [
+        "No run has come to its end with a val/top1 that is finite.",
+        "So far its val/top1 is 90.00 % (update 10).",
+    ]
