@@ -96,7 +96,7 @@ def _warnings(cell: Cell, run: Run, study: Study, state: State) -> list[str]:
     if len(run.notes) > 1:
         found = [f"{found[0]} (and {len(run.notes) - 1} more)"]
     evaluations = len(run.history.get(study.metric, ()))
-    if state == "failed" and not evaluations:
+    if state == "failed":
         reason = str(run.summary.get("exit_reason") or f"it has no {study.metric}")
         found.append(f"{cell.name} has no result: {reason}")
     if state == "done" and evaluations < study.last:

@@ -309,6 +309,20 @@ def test_a_damaged_run_is_one_warning_and_the_rest_is_judged(whole, damage):
     assert found["verdict"][-1] == "1 warning below."
 
 
+def test_a_run_that_failed_is_a_warning_with_its_reason(tmp_path):
+    study = make_study(tmp_path / "s")
+    cells = study.cells()
+    add_run(tmp_path / "s", cells[0], [80.0] * 3, status="failed", exit_reason="no disk left")
+    add_run(tmp_path / "s", cells[1], [], status="done")
+    found = study_result(tmp_path / "s")
+    assert {of(found["runs"], cell=cell.name)["status"] for cell in cells[:2]} == {"failed"}
+    assert found["warnings"] == [
+        f"{cells[0].name} has no result: no disk left",
+        f"{cells[1].name} has no result: it has no val/top1",
+    ]
+    assert of(found["table"], arm="plain", batch=32)["missing"] == 3
+
+
 def damaged(path, rng):
     """A file with bytes changed, its end cut off, or a value of another kind."""
     content = path.read_bytes()
