@@ -74,7 +74,7 @@ def check_comparable(first: TrainedModel, second: TrainedModel) -> None:
 
 
 def notes_on_second(second: TrainedModel, judged: Judged, *, direction: str) -> list[str]:
-    """What a reader of the line between two models must know."""
+    """Notes for a reader of the line between two models."""
     found = []
     if direction == WEIGHTS:
         found.append(

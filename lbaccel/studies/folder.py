@@ -16,7 +16,7 @@ from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, stric
 from lbaccel.runs.lock import is_held
 from lbaccel.runs.read import flatten
 from lbaccel.studies.read import as_mapping, read_study
-from lbaccel.studies.spec import Cell, Study
+from lbaccel.studies.spec import Study, StudyCell
 
 STUDY, CELLS, TUNING, LANDSCAPES = "study.yaml", "cells", "tuning", "landscapes"
 CHOSEN, SHARED = "tuning.json", "cells.json"
@@ -93,12 +93,12 @@ def rewrite(folder: Path, study: Study) -> None:
     atomic_write_text(folder / STUDY, text)
 
 
-def cell_folder(folder: Path, cell: Cell) -> Path:
+def cell_folder(folder: Path, cell: StudyCell) -> Path:
     """Where the runs of a cell lie."""
     return folder / (TUNING if cell.variant else CELLS) / cell.name
 
 
-def run_folder(folder: Path, cell: Cell) -> Path | None:
+def run_folder(folder: Path, cell: StudyCell) -> Path | None:
     """The run of a cell: the newest that came to its end, else the newest; None before it began."""
     home = folder / CELLS / shared_names(folder).get(cell.name, cell.name)
     if cell.variant:

@@ -9,11 +9,11 @@ from typing import Any
 
 from lbaccel.noise.arithmetic import Interval, rounded
 from lbaccel.studies.one_run import ENDED, CellRun, noise
-from lbaccel.studies.spec import Place, Study
+from lbaccel.studies.spec import ArmBatch, Study
 from lbaccel.studies.to_target import Attempt, Bend, fit_bend, points_of
 
 
-def to_target(study: Study, arm: str, runs: Mapping[Place, Sequence[CellRun]]) -> dict[str, Any]:
+def to_target(study: Study, arm: str, runs: Mapping[ArmBatch, Sequence[CellRun]]) -> dict[str, Any]:
     """Updates to the target of an arm, the fitted critical batch, and that of the noise scale."""
     ended = {
         place.batch: [one for one in of if one.state in ENDED]

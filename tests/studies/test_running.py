@@ -30,7 +30,7 @@ from lbaccel.studies.folder import (
 from lbaccel.studies.launching import final_cells, one_of_each, run_study
 from lbaccel.studies.read import study_of, tune_of
 from lbaccel.studies.running import Worker, alike, claimed, command_lines
-from lbaccel.studies.spec import Place
+from lbaccel.studies.spec import ArmBatch
 from lbaccel.studies.tuning import best_of, grid_cells, held_out
 
 SCRIPT = """
@@ -252,10 +252,10 @@ def test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken(tmp_pat
     assert (found["one"]["best"], found["one"]["at_edge"]) == (0.2, True)
     assert (found["two"]["best"], found["two"]["at_edge"]) == (0.2, False)
     assert len(begun()) == 6 + 2  # both arms are the same run after the grid
-    cells = final_cells(mine, {Place("one", 8): 0.2, Place("two", 8): 0.2})
+    cells = final_cells(mine, {ArmBatch("one", 8): 0.2, ArmBatch("two", 8): 0.2})
     run = yaml.safe_load((run_folder(folder, cells[0]) / "config.yaml").read_text())
     assert (run["base_lr"], run["test_split"]) == (0.2, "val")
-    cell = grid_cells(mine, mine.tune, Place("one", 8))[0][1]
+    cell = grid_cells(mine, mine.tune, ArmBatch("one", 8))[0][1]
     run = yaml.safe_load((run_folder(folder, cell) / "config.yaml").read_text())
     assert (run["base_lr"], run["test_split"], run["val_fraction"]) == (0.05, "test", 0.1)
     assert run_study(folder, mine, say=said.append, command=command) == 0
