@@ -15,6 +15,7 @@ from lbaccel.errors import InputError, brief
 from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, strict_json
 from lbaccel.runs.lock import is_held
 from lbaccel.runs.read import flatten
+from lbaccel.studies.anchoring import anchored
 from lbaccel.studies.read import as_mapping, read_study
 from lbaccel.studies.spec import Study, StudyCell
 
@@ -47,11 +48,13 @@ def is_study(folder: Path) -> bool:
 def begin(folder: Path, study: Study) -> Study:
     """Make the folder of a study, or go on in one of the same; gives the study that it holds now.
 
-    More seeds than before are taken over; fewer leave those that are there.
+    More seeds than before are taken over; fewer leave those that are there. Relative paths become
+    absolute.
 
     Raises:
         InputError: the folder holds another study's results, or something else.
     """
+    study = anchored(study)
     if not is_study(folder):
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(

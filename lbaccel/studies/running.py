@@ -219,7 +219,9 @@ def command_lines(folder: Path, cells: Sequence[StudyCell]) -> Iterator[str]:
     """A shell line for each run that has no result yet; any machine may take it, at any time."""
     for cell in cells:
         if state_of(run_folder(folder, cell)) not in _ENDED:
-            yield shlex.join(["lbaccel", "study", "run", str(folder), "--only", cell.name])
+            yield shlex.join(
+                ["lbaccel", "study", "run", str(folder.absolute()), "--only", cell.name]
+            )
 
 
 @contextmanager

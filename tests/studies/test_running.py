@@ -239,6 +239,25 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path):
         begin(tmp_path / "file", study())
 
 
+def test_relative_paths_are_those_of_the_folder_that_a_study_is_begun_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").write_text("")
+    settings = {"data": "parquet:images", "norm_batch_size": 8, "checkpoint": "weights.pth"}
+    arms = {
+        "one": {"per_batch": {8: {"data": "csv:a.csv"}}},
+        "two": {"settings": {"data": "hf:a/b"}},
+    }
+    begin(tmp_path / "results", study(settings=settings, arms=arms))
+    found = study_in(tmp_path / "results")
+    assert found.settings["data"] == f"parquet:{tmp_path / 'images'}"
+    assert found.settings["checkpoint"] == str(tmp_path / "weights.pth")
+    assert found.arms[0].per_batch[8]["data"] == f"csv:{tmp_path / 'a.csv'}"
+    assert found.arms[1].settings["data"] == "hf:a/b"
+    assert begin(tmp_path / "results", study(settings=settings, arms=arms)) == found
+    monkeypatch.chdir("/")
+    assert study_in(tmp_path / "results") == found
+
+
 def test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken(tmp_path, script):
     command, begun = script
     folder, said = tmp_path / "results", []
