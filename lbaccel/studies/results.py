@@ -12,7 +12,7 @@ from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
-from lbaccel.studies.folder import chosen_in, study_in
+from lbaccel.studies.folder import chosen_in, shared_names, study_in
 from lbaccel.studies.judging import Outcomes, is_in_points, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
 from lbaccel.studies.on_images import on_the_same_images
@@ -111,11 +111,13 @@ def baseline_of(study: Study) -> ArmBatch:
 
 
 def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str, Any]]:
+    shared = shared_names(folder)
     series = 5 * max(1, sum(one.run is not None for one in runs))
     most = min(MOST_POINTS, max(FEWEST_POINTS, ALL_POINTS // series))
     return [
         {
             "cell": one.cell.name,
+            "shared_with": shared.get(one.cell.name),  # the cell whose run stands for this one
             "name": None if one.folder is None else one.folder.name,
             "folder": None if one.folder is None else one.folder.relative_to(folder).as_posix(),
             "arm": one.cell.arm,

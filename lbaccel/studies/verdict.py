@@ -60,9 +60,10 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _incomplete(result: Mapping[str, Any]) -> list[str]:
-    rows = result["table"]
-    missing, diverged = (sum(row[key] for row in rows) for key in ("missing", "diverged"))
-    total, said = len(result["runs"]), []
+    own = [run for run in result["runs"] if run["shared_with"] is None]
+    diverged = sum(run["status"] == "diverged" for run in own)
+    missing = sum(run["value"] is None for run in own) - diverged
+    total, said = len(own), []
     if missing:
         said.append(f"{missing} of {total} runs {'has' if missing == 1 else 'have'} no result yet.")
     if diverged:

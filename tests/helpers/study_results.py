@@ -48,6 +48,7 @@ def a_run(rng, arm, batch, seed):
     reached = next((p for p in history["val/top1"] if p[3] is not None and p[3] >= 84), None)
     return {
         "cell": f"{arm}-gbs{batch}-seed{seed}",
+        "shared_with": None,
         "name": f"20261129-1{seed}-{arm}",
         "folder": f"cells/{arm}-gbs{batch}-seed{seed}",
         "arm": arm,

@@ -59,6 +59,7 @@ def test_the_schema_is_whole_and_strict_json(whole):
     assert len(found["runs"]) == 18 and found["warnings"] == []
     run = of(found["runs"], cell="linear-gbs512-seed2")
     assert set(run) >= {
+        "shared_with",
         *("cell", "name", "folder", "arm", "batch", "seed", "status", "value", "train_value"),
         *("num_updates", "samples", "seconds", "peak_gib", "predicted_gib", "reached"),
         *("censored", "num_test", "history", "events", "noise", "provenance"),
