@@ -132,6 +132,12 @@ MUTANTS = {
         "members[label][:share]",
         "tests/data/test_subset.py::test_a_draw_depends_on_names_alone",
     ),
+    "a run decodes the test set that it never looks at": (
+        "recipe.images",
+        "lambda: open_data(data, seed=seed, decodes_test=False))",
+        "lambda: open_data(data, seed=seed))",
+        "tests/data/test_subset.py::test_training_leaves_the_test_set_of_parquet_files_undecoded",
+    ),
     "a run on a part of the images is judged on all of them": (
         "product.judged",
         "if source is not None and differences(source, trained.settings.identity) is None:",

@@ -32,9 +32,12 @@ class ImageArray:
 
 
 def decode_image(
-    file: str | PathLike[str] | IO[bytes], where: str, *, exif_orientation: bool = True
+    file: str | PathLike[str] | IO[bytes],
+    where: str | Callable[[], str],
+    *,
+    exif_orientation: bool = True,
 ) -> Image.Image:
-    """The image in this file as RGB; `where` names it in the error.
+    """The image in this file as RGB; `where` names it in the error, or makes its name then.
 
     With `exif_orientation` a photograph is turned upright as its EXIF entry says: cameras store
     one that was taken with the camera on its side lying down. Of an animation it is the first
@@ -53,8 +56,8 @@ def decode_image(
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise InputError(
-                    f"{where} has 32-bit pixels (PIL's mode {image.mode}), whose range is unknown. "
-                    "Save it with 8 or 16 bits."
+                    f"{_said(where)} has 32-bit pixels (PIL's mode {image.mode}), whose range is "
+                    "unknown. Save it with 8 or 16 bits."
                 )
             if "transparency" in image.info:  # from a palette straight to RGB, PIL warns
                 image = image.convert("RGBA")
@@ -63,8 +66,13 @@ def decode_image(
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error
         raise InputError(
-            f"{where} can't be read as an image: {error}. Replace it, or take it out of the set."
+            f"{_said(where)} can't be read as an image: {error}. Replace it, or take it out of the "
+            "set."
         ) from error
+
+
+def _said(where: str | Callable[[], str]) -> str:
+    return where if isinstance(where, str) else where()
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -26,6 +26,7 @@ class Opening:
         exif_orientation: turn each photograph upright as its EXIF entry says.
         max_train_samples: training images that are taken, after the split; None is all.
         max_val_samples: likewise of validation.
+        decodes_test: read a test set of small images into memory, as its user needs it.
     """
 
     val_fraction: float = 0.2
@@ -34,6 +35,7 @@ class Opening:
     exif_orientation: bool = True
     max_train_samples: int | None = None
     max_val_samples: int | None = None
+    decodes_test: bool = True
 
 
 class Sets(NamedTuple):

@@ -124,7 +124,8 @@ def _test_set(
         table = _read_table(files, columns, wanted)
         labels = _other_labels(table, columns, classes=classes, train_labels=train_labels)
         rows = np.arange(len(labels))
-        pixels = decode_rows(table.images, rows) if isinstance(train, ImageArray) else None
+        wanted_now = isinstance(train, ImageArray) and wanted.decodes_test
+        pixels = decode_rows(table.images, rows) if wanted_now else None
     except CannotRead:
         raise
     except InputError as error:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ class RowImages:
         """
         if data is None:
             raise InputError(f"{self.where(row)} has no bytes: the file must hold the images.")
-        where, upright = self.where(row), self.exif_orientation
-        return decode_image(io.BytesIO(data), where, exif_orientation=upright)
+        where = partial(self.where, row)  # a name a row would take a fifth of the time
+        return decode_image(io.BytesIO(data), where, exif_orientation=self.exif_orientation)
 
     def encoded(self) -> Iterator[tuple[int, bytes | None]]:
         """Rows and their bytes, in order."""

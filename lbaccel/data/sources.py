@@ -61,6 +61,7 @@ def open_source(
     exif_orientation: bool = True,
     max_train_samples: int | None = None,
     max_val_samples: int | None = None,
+    decodes_test: bool = True,
 ) -> Source:
     """The images that `spec` names.
 
@@ -83,6 +84,8 @@ def open_source(
         max_train_samples: training images to take, in proportion to the classes, the same for
             every seed: see `lbaccel.data.subset.drawn`. The validation set is held out before.
         max_val_samples: likewise of the validation images.
+        decodes_test: read small images of a test set into memory too, as the others are; training
+            leaves them in their files.
 
     Raises:
         InputError: `spec` is none of these, or the data are not as they must be.
@@ -101,7 +104,13 @@ def open_source(
         if most is not None:
             check_whole(name, most)
     wanted = Opening(
-        val_fraction, seed, test_split, exif_orientation, max_train_samples, max_val_samples
+        val_fraction,
+        seed,
+        test_split,
+        exif_orientation,
+        max_train_samples,
+        max_val_samples,
+        decodes_test,
     )
     kind, colon, rest = spec.partition(":")
     if kind in AT_A_PATH and rest:

@@ -28,8 +28,12 @@ Opened = tuple[Source, tuple[Broken, ...]]
 MOST_THREADS = 8
 
 
-def open_data(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -> Source:
+def open_data(
+    data: DataOptions, *, seed: int, skipped: Sequence[Broken] = (), decodes_test: bool = True
+) -> Source:
     """The images that the settings of a run name, but for the files that the run left out.
+
+    Without `decodes_test` a test set stays in its files: training never looks at it.
 
     Raises:
         InputError, RunFailed: as `open_source`.
@@ -42,6 +46,7 @@ def open_data(data: DataOptions, *, seed: int, skipped: Sequence[Broken] = ()) -
         exif_orientation=data.exif_orientation,
         max_train_samples=data.max_train_samples,
         max_val_samples=data.max_val_samples,
+        decodes_test=decodes_test,
     )
     return without(source, skipped)
 
@@ -59,7 +64,7 @@ def sound_images(s: Settings, accelerator: Any, *, say: Say, fresh: bool) -> Ope
         InputError: files can't be read, and `skip_corrupt` does not say that they are left out.
     """
     data, seed = s.data, s.run.seed
-    source = on_each_rank(accelerator, lambda: open_data(data, seed=seed))
+    source = on_each_rank(accelerator, lambda: open_data(data, seed=seed, decodes_test=False))
     if not num_entries(source):
         if data.skip_corrupt and fresh:
             raise InputError(

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import png, write_parquet, write_tree
@@ -17,6 +18,10 @@ from lbaccel.data.images import ImageArray
 from lbaccel.data.sources import open_source
 from lbaccel.data.subset import drawn, shares
 from lbaccel.errors import InputError
+from lbaccel.recipe import images as images_of_recipe
+from lbaccel.recipe.images import open_data
+from lbaccel.recipe.options_data import DataOptions
+from lbaccel.recipe.settings import read_settings
 
 COUNTS = st.dictionaries(st.integers(0, 20), st.integers(1, 200), min_size=1, max_size=8)
 
@@ -112,6 +117,29 @@ def test_rows_that_are_not_drawn_are_not_decoded(tmp_path, monkeypatch):
     )
     open_kind("parquet", tmp_path, max_train_samples=10, max_val_samples=4)
     assert len(decoded) == 14
+
+
+def test_training_leaves_the_test_set_of_parquet_files_undecoded(tmp_path, monkeypatch):
+    for split, first, count in (("train", 0, 20), ("test", 100, 6)):
+        rows = range(first, first + count)
+        write_parquet(
+            tmp_path / f"{split}-0.parquet", [png(n) for n in rows], [n % 2 for n in rows]
+        )
+    data = DataOptions(data=f"parquet:{tmp_path}")
+    judged = open_data(data, seed=0)
+    trained = open_data(data, seed=0, decodes_test=False)
+    assert isinstance(judged.test, ImageArray) and not isinstance(trained.test, ImageArray)
+    assert trained.description == judged.description
+    assert identity_of(trained) == identity_of(judged)
+    seen = []
+    monkeypatch.setattr(
+        images_of_recipe,
+        "open_data",
+        lambda *a, **given: seen.append(given) or open_data(*a, **given),
+    )
+    settings, _ = read_settings(["--data", data.data])
+    images_of_recipe.sound_images(settings, Accelerator(cpu=True), say=lambda _: None, fresh=True)
+    assert seen[0]["decodes_test"] is False
 
 
 def test_the_images_are_the_same_for_every_seed():
