@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -103,6 +104,30 @@ def ours(
     )
 
 
+def several(
+    trained: TrainedModel,
+    plane: Plane,
+    places: list[tuple[float, float]],
+    opened: Callable[[], ImageArray | ImageFiles],
+    num: int,
+) -> list[Any]:
+    """The same with `num` points a pass, through `torch.func.vmap` over the parameters."""
+    ready = images_module.prepared(trained, opened(), device=CPU, dtype=torch.float32)
+    model, found = trained.model.eval(), []
+    forward = vmap(lambda w, x: functional_call(model, w, (x,)), in_dims=(0, None))
+    for first in range(0, len(places), num):
+        points = [plane.at(*place) for place in places[first : first + num]]
+        stacked = {name: torch.stack([point[name] for point in points]) for name in plane.origin}
+        loss, hits = torch.zeros(len(points), dtype=torch.float64), torch.zeros(len(points))
+        with torch.no_grad():
+            for images, labels in ready.batches():
+                for k, logits in enumerate(forward(stacked, images)):
+                    loss[k] += F.cross_entropy(logits.double(), labels, reduction="sum")
+                    hits[k] += (logits.argmax(1) == labels).sum()
+        found += zip((loss / ready.num_images).tolist(), hits.tolist(), strict=True)
+    return [(loss, 100 * hits / ready.num_images) for loss, hits in found]
+
+
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of this process's processor, and the value."""
     start = time.process_time()
@@ -124,6 +149,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vmap", type=int, nargs="*", default=[], help="points a pass, each a row")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,6 +173,8 @@ def main() -> None:
         "ours": lambda: ours(trained, plane, places, opened),
         "not merged": lambda: ours(trained, plane, places, opened, merge=False),
     }
+    for num in args.vmap:
+        variants[f"vmap {num}"] = lambda num=num: several(trained, plane, places, opened, num)
     if isinstance(images, ImageArray):
         variants["arrays"] = lambda: plain_loop(trained, plane, places, arrays, args.batch)
     best: dict[str, float] = {}
