@@ -24,7 +24,7 @@ _SMALLER = (1, 2, 4, 8)  # how many times fewer points and bytes of pictures are
 
 @dataclass
 class Reported:
-    """What a page is about, read once.
+    """The subject of a page, read once.
 
     Attributes:
         studies: result and folder of each.
