@@ -746,6 +746,19 @@ MUTANTS = {
         "tests/studies/test_provenance.py::"
         "test_the_line_read_again_has_the_settings_of_the_experiment",
     ),
+    "predictions of other images are compared image by image": (
+        "studies.on_images",
+        "if first and second and list(first) == list(second):",
+        "if first and second and len(first) == len(second):",
+        "tests/studies/test_results.py::test_predictions_of_other_images_are_not_compared",
+    ),
+    "a place is compared with itself under another name": (
+        "studies.results",
+        "        if share_runs(runs[one], runs[other]):\n",
+        "        if False:\n",
+        "tests/studies/test_results.py::"
+        "test_places_of_equal_settings_share_their_runs_and_are_not_compared",
+    ),
     "one damaged run ends the report of a study": (
         "studies.one_run",
         "    except _UNREADABLE as error:\n",
@@ -2005,6 +2018,13 @@ MUTANTS = {
         "max(value for value in values if value is not None)",
         "tests/studies/test_outcome.py::"
         "test_it_is_the_median_of_the_last_evaluations_and_never_the_best",
+    ),
+    "updates to a target are known to the update": (
+        "studies.to_target",
+        "LEAST) / n + self.rounding",
+        "LEAST) / n",
+        "tests/studies/test_to_target.py::"
+        "test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",

@@ -23,7 +23,7 @@ from lbaccel.studies.read import (
     seeds_of,
     tune_of,
 )
-from lbaccel.studies.spec import SCALES, Cell, Study, Target
+from lbaccel.studies.spec import SCALES, Study, StudyCell, Target
 from lbaccel.text import printable
 
 LAUNCHERS = ("local", "print", "submitit")
@@ -166,7 +166,7 @@ def _plan(a: argparse.Namespace) -> int:
     return 0
 
 
-def _with_grid(study: Study) -> list[Cell]:
+def _with_grid(study: Study) -> list[StudyCell]:
     from lbaccel.studies.tuning import grid_cells
 
     grid = []

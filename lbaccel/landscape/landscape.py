@@ -27,7 +27,12 @@ from lbaccel.landscape.directions import (
 from lbaccel.landscape.images import first_images, prepared, subset
 from lbaccel.landscape.network import MovedNetwork
 from lbaccel.landscape.pictures import draw
-from lbaccel.landscape.request import axis_from, check_comparable, random_options
+from lbaccel.landscape.request import (
+    axis_from,
+    check_comparable,
+    notes_on_second,
+    random_options,
+)
 from lbaccel.landscape.result import Landscape
 from lbaccel.landscape.surface import Plane, PointsDone, values_at
 from lbaccel.product.judged import Judged, judged_on
@@ -103,7 +108,7 @@ def loss_landscape(
     >>> surface.loss[25], surface.top1_pct[25]  # at x = 0  # doctest: +SKIP
     (0.0113, 99.8)
     """
-    say = say or logger.info
+    say = say or logger.warning
     axes = (
         axis_from(x, BETWEEN if second else AROUND, "x"),
         None if y is None else axis_from(y, "", "y"),
@@ -123,11 +128,8 @@ def loss_landscape(
     )
     if other is not None:
         check_comparable(first, other)
-        if direction == WEIGHTS:
-            say(
-                "note: --direction weights leaves BatchNorm's statistics those of the first model, "
-                "so that x = 1 is not the second one; --direction states moves them too"
-            )
+        for line in notes_on_second(other, judged, direction=direction):
+            say(line)
     judged = replace(judged, images=subset(judged.images, samples))
     work = _Work(first, other, judged, axes, {"direction": direction, **options})
     folder = _folder(work, output)
@@ -201,6 +203,7 @@ class _Work:
         if self.second is None:
             return Plane(origin, drawn[0], drawn[1] if drawn[1:] else None)
         ends = MovedNetwork(self.second.model, device=CPU).tensors(direction)
+        ends = {name: tensor.to(origin[name].dtype) for name, tensor in ends.items()}
         return Plane(origin, ends, drawn[0] if drawn else None, between=True)
 
     def places(self) -> list[tuple[float, float]]:

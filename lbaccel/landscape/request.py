@@ -6,8 +6,8 @@ from typing import Any
 
 from lbaccel.errors import InputError, brief, check_choice, check_seed
 from lbaccel.landscape.axes import Axis, axis_of
-from lbaccel.landscape.directions import BIAS_AND_NORM, IGNORED, NORMS
-from lbaccel.product.judged import check_same_classes
+from lbaccel.landscape.directions import BIAS_AND_NORM, IGNORED, NORMS, WEIGHTS
+from lbaccel.product.judged import Judged, check_same_classes
 from lbaccel.recipe.bounds import Unfit
 from lbaccel.recipe.trained_model import TrainedModel
 
@@ -71,3 +71,17 @@ def check_comparable(first: TrainedModel, second: TrainedModel) -> None:
     shapes = [{n: t.shape for n, t in m.model.state_dict().items()} for m in (first, second)]
     if shapes[0] != shapes[1]:
         raise InputError(f"{first.path} and {second.path} have tensors of different shapes.")
+
+
+def notes_on_second(second: TrainedModel, judged: Judged, *, direction: str) -> list[str]:
+    """Notes for a reader of the line between two models."""
+    found = []
+    if direction == WEIGHTS:
+        found.append(
+            "note: --direction weights leaves BatchNorm's statistics those of the first model, so "
+            "that x = 1 is not the second one; --direction states moves them too"
+        )
+    identity = second.settings.identity
+    if identity is not None and identity.get("fingerprint") != judged.identity["fingerprint"]:
+        found.append(f"note: {second.path} was trained with another split or other images")
+    return found

@@ -150,7 +150,7 @@ def sharpness(
     >>> found.eigenvalues.values[0], found.box.sharpness, found.filters.mean  # doctest: +SKIP
     (41.2, 3.7, 0.021)
     """
-    say = say or logger.info
+    say = say or logger.warning
     check_whole("top", top)
     check_whole("directions", directions)
     check_number("epsilon", epsilon)
@@ -202,7 +202,7 @@ def sharpness_of(
     radius: float = 0.1,
     directions: int = 10,
     seed: int = 0,
-    say: Say = logger.info,
+    say: Say = logger.warning,
 ) -> Sharpness:
     """The three measures of any network on batches of images; see `sharpness`. Copies move alone.
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from lbaccel.errors import InputError
 from lbaccel.studies.folder import run_folder, state_of
-from lbaccel.studies.spec import Cell
+from lbaccel.studies.spec import StudyCell
 
 JOBS = "submitit"  # a folder of the study
 
 
-def submit(folder: Path, cells: Sequence[Cell], *, jobs: int, say: Callable[[str], object]) -> int:
+def submit(
+    folder: Path, cells: Sequence[StudyCell], *, jobs: int, say: Callable[[str], object]
+) -> int:
     """Hand each run without a result to the cluster, at most `jobs` at one time.
 
     The parameters of the queue (partition, time, GPUs) are those of submitit's environment and of

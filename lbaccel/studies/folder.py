@@ -15,8 +15,9 @@ from lbaccel.errors import InputError, brief
 from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, strict_json
 from lbaccel.runs.lock import is_held
 from lbaccel.runs.read import flatten
+from lbaccel.studies.anchoring import anchored
 from lbaccel.studies.read import as_mapping, read_study
-from lbaccel.studies.spec import Cell, Study
+from lbaccel.studies.spec import Study, StudyCell
 
 STUDY, CELLS, TUNING, LANDSCAPES = "study.yaml", "cells", "tuning", "landscapes"
 CHOSEN, SHARED = "tuning.json", "cells.json"
@@ -47,11 +48,13 @@ def is_study(folder: Path) -> bool:
 def begin(folder: Path, study: Study) -> Study:
     """Make the folder of a study, or go on in one of the same; gives the study that it holds now.
 
-    More seeds than before are taken over; fewer leave those that are there.
+    More seeds than before are taken over; fewer leave those that are there. Relative paths become
+    absolute.
 
     Raises:
         InputError: the folder holds another study's results, or something else.
     """
+    study = anchored(study)
     if not is_study(folder):
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(
@@ -93,12 +96,12 @@ def rewrite(folder: Path, study: Study) -> None:
     atomic_write_text(folder / STUDY, text)
 
 
-def cell_folder(folder: Path, cell: Cell) -> Path:
+def cell_folder(folder: Path, cell: StudyCell) -> Path:
     """Where the runs of a cell lie."""
     return folder / (TUNING if cell.variant else CELLS) / cell.name
 
 
-def run_folder(folder: Path, cell: Cell) -> Path | None:
+def run_folder(folder: Path, cell: StudyCell) -> Path | None:
     """The run of a cell: the newest that came to its end, else the newest; None before it began."""
     home = folder / CELLS / shared_names(folder).get(cell.name, cell.name)
     if cell.variant:

@@ -9,7 +9,7 @@ from lbaccel.errors import InputError, brief
 from lbaccel.recipe.values import nearest_name
 from lbaccel.studies.folder import share
 from lbaccel.studies.running import TRAIN, Tally, Worker, alike, command_lines
-from lbaccel.studies.spec import Cell, Place, Study
+from lbaccel.studies.spec import ArmBatch, Study, StudyCell
 from lbaccel.studies.tuning import chosen, grid_cells, tuned
 
 Say = Callable[[str], object]
@@ -68,7 +68,7 @@ def run_study(
     return _ended(tally, folder, say, stopped=worker.stopped)
 
 
-def final_cells(study: Study, best: dict[Place, float]) -> list[Cell]:
+def final_cells(study: Study, best: dict[ArmBatch, float]) -> list[StudyCell]:
     """The runs of a study, each with what the grid chose for its arm and batch size."""
     return [
         study.cell(place, seed, more=_chosen(study, best, place))
@@ -77,15 +77,15 @@ def final_cells(study: Study, best: dict[Place, float]) -> list[Cell]:
     ]
 
 
-def _chosen(study: Study, best: dict[Place, float], place: Place) -> dict[str, float]:
+def _chosen(study: Study, best: dict[ArmBatch, float], place: ArmBatch) -> dict[str, float]:
     return {study.tune.setting: best[place]} if study.tune and place in best else {}
 
 
-def _grid(study: Study, place: Place) -> list[tuple[float, Cell]]:
+def _grid(study: Study, place: ArmBatch) -> list[tuple[float, StudyCell]]:
     return [] if study.tune is None else grid_cells(study, study.tune, place)
 
 
-def one_of_each(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
+def one_of_each(folder: Path, cells: Sequence[StudyCell]) -> list[StudyCell]:
     """The runs without those whose settings an earlier one has; writes which stands for which."""
     shared = alike(cells)
     share(folder, shared)
@@ -101,7 +101,7 @@ def _check_names(only: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
-def _print(folder: Path, cells: Sequence[Cell], *, has_grid: bool, say: Say) -> int:
+def _print(folder: Path, cells: Sequence[StudyCell], *, has_grid: bool, say: Say) -> int:
     lines = list(command_lines(folder, one_of_each(folder, cells)))
     for line in lines:
         say(line)

@@ -17,7 +17,7 @@ from lbaccel.runs.read import Point, Run, Series, load_run, read_metrics
 from lbaccel.studies.folder import State, run_folder, state_of
 from lbaccel.studies.outcome import final_value
 from lbaccel.studies.provenance import provenance
-from lbaccel.studies.spec import Cell, Study
+from lbaccel.studies.spec import Study, StudyCell
 
 ENDED: tuple[State, ...] = ("done", "diverged")
 CURVES = ("val/top1", "val/loss", "train/loss", "train/top1", "optim/lr")
@@ -40,7 +40,7 @@ class CellRun:
         warnings: on this run, sentences.
     """
 
-    cell: Cell
+    cell: StudyCell
     state: State
     folder: Path | None
     run: Run | None
@@ -60,7 +60,7 @@ class CellRun:
         return None if reached is None else reached["updates"]
 
 
-def read_cell(study: Study, cell: Cell, folder: Path) -> CellRun:
+def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
     """The run of a cell in the folder of a study; a damaged one becomes a warning."""
     path = run_folder(folder, cell)
     state = state_of(path)
@@ -84,19 +84,19 @@ def read_cell(study: Study, cell: Cell, folder: Path) -> CellRun:
     )
 
 
-def _without(cell: Cell, state: State, path: Path | None, warning: str = "") -> CellRun:
+def _without(cell: StudyCell, state: State, path: Path | None, warning: str = "") -> CellRun:
     names = ("value", "train_value", "num_updates", "samples", "seconds", "peak_gib")
     numbers: dict[str, Any] = dict.fromkeys((*names, "predicted_gib", "reached", "num_test"))
     more = {"censored": False, "events": [], "noise": [], "provenance": None}
     return CellRun(cell, state, path, None, None, {**numbers, **more}, (warning,) * bool(warning))
 
 
-def _warnings(cell: Cell, run: Run, study: Study, state: State) -> list[str]:
+def _warnings(cell: StudyCell, run: Run, study: Study, state: State) -> list[str]:
     found = list(run.notes[:1])
     if len(run.notes) > 1:
         found = [f"{found[0]} (and {len(run.notes) - 1} more)"]
     evaluations = len(run.history.get(study.metric, ()))
-    if state == "failed" and not evaluations:
+    if state == "failed":
         reason = str(run.summary.get("exit_reason") or f"it has no {study.metric}")
         found.append(f"{cell.name} has no result: {reason}")
     if state == "done" and evaluations < study.last:

@@ -15,7 +15,7 @@ from lbaccel.recipe import growth
 from lbaccel.recipe.checks import Checked, checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered, under_a_batch_schedule
-from lbaccel.studies.spec import Cell, Study
+from lbaccel.studies.spec import Study, StudyCell
 
 Say = Callable[[str], object]
 _TIMED_SECONDS = 20.0  # of updates, at each of two batch sizes
@@ -32,14 +32,14 @@ class CellLength:
         evaluations: of the test set.
     """
 
-    cell: Cell
+    cell: StudyCell
     num_updates: int
     samples: int
     evaluations: int
 
 
 @dataclass(frozen=True)
-class Pace:
+class StudyPace:
     """Seconds of a run: `update` a update, `sample` a sample, `evaluation` an evaluation."""
 
     update: float
@@ -55,7 +55,7 @@ class Pace:
         )
 
 
-def settings_of(cell: Cell) -> Checked:
+def settings_of(cell: StudyCell) -> Checked:
     """The settings of `lbaccel train` for a run of a study, checked.
 
     Raises:
@@ -78,7 +78,7 @@ def check_cells(study: Study) -> None:
         settings_of(study.cell(place, study.seeds[0]))
 
 
-def lengths(cells: Sequence[Cell]) -> list[CellLength]:
+def lengths(cells: Sequence[StudyCell]) -> list[CellLength]:
     """How long each run trains; the images of each data set are opened once.
 
     Raises:
@@ -96,7 +96,7 @@ def lengths(cells: Sequence[Cell]) -> list[CellLength]:
     return found
 
 
-def _length(cell: Cell, s: Checked, num_samples: int) -> CellLength:
+def _length(cell: StudyCell, s: Checked, num_samples: int) -> CellLength:
     phases = growth.phases_of(s.batch, s.rate, num_samples=num_samples, say=lambda _: None)
     epochs, last = s.rate.epochs, s.batch.last_update
     if phases:
@@ -114,7 +114,7 @@ def _length(cell: Cell, s: Checked, num_samples: int) -> CellLength:
     return CellLength(cell, updates, samples, max(1, round(epochs / s.run.eval_every)))
 
 
-def measured_pace(study: Study, *, jobs: int, say: Say) -> Pace:
+def measured_pace(study: Study, *, jobs: int, say: Say) -> StudyPace:
     """Seconds an update, a sample and an evaluation, timed on this machine at two batch sizes.
 
     Args:
@@ -146,7 +146,7 @@ def measured_pace(study: Study, *, jobs: int, say: Say) -> Pace:
     return _pace(found)
 
 
-def _pace(found: Sequence[tuple[int, Any]]) -> Pace:
+def _pace(found: Sequence[tuple[int, Any]]) -> StudyPace:
     """The line through two timings: seconds = update + sample x batch; one timing is all samples.
 
     >>> from types import SimpleNamespace as T
@@ -158,12 +158,12 @@ def _pace(found: Sequence[tuple[int, Any]]) -> Pace:
     (small, first), (large, last) = found[0], found[-1]
     evaluation = (first.evaluation + last.evaluation) / 2
     if small == large:
-        return Pace(0.0, first.update / small, evaluation)
+        return StudyPace(0.0, first.update / small, evaluation)
     sample = max(0.0, (last.update - first.update) / (large - small))
     update = first.update - sample * small
     if update < 0:  # the noise of the clock: the larger one is the surer
         update, sample = 0.0, last.update / large
-    return Pace(update, sample, evaluation)
+    return StudyPace(update, sample, evaluation)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from lbaccel.runs.columns import columns
 from lbaccel.runs.pace import clock_time
 from lbaccel.studies.judging import resolution
-from lbaccel.studies.outlook import CellLength, Pace
+from lbaccel.studies.outlook import CellLength, StudyPace
 from lbaccel.studies.spec import Study
 
 
 def lines(
-    study: Study, found: Sequence[CellLength], pace: Pace | None, *, jobs: int
+    study: Study, found: Sequence[CellLength], pace: StudyPace | None, *, jobs: int
 ) -> Iterator[str]:
     """Runs, updates, samples and hours, and what the seeds can resolve.
 
@@ -48,13 +48,13 @@ def lines(
 FEW_UPDATES = 250
 
 
-def _head(pace: Pace | None) -> tuple[str, ...]:
+def _head(pace: StudyPace | None) -> tuple[str, ...]:
     timed = () if pace is None else ("time",)
     return ("arm", "batch", "runs", "updates", "samples", *timed)
 
 
 def _rows(
-    study: Study, found: Sequence[CellLength], pace: Pace | None
+    study: Study, found: Sequence[CellLength], pace: StudyPace | None
 ) -> Iterator[tuple[str, ...]]:
     for place in study.places():
         of = [one for one in found if (one.cell.arm, one.cell.batch) == (place.arm, place.batch)]

@@ -9,11 +9,11 @@ from typing import Any
 
 from lbaccel.noise.arithmetic import Interval, rounded
 from lbaccel.studies.one_run import ENDED, CellRun, noise
-from lbaccel.studies.spec import Place, Study
+from lbaccel.studies.spec import ArmBatch, Study
 from lbaccel.studies.to_target import Attempt, Bend, fit_bend, points_of
 
 
-def to_target(study: Study, arm: str, runs: Mapping[Place, Sequence[CellRun]]) -> dict[str, Any]:
+def to_target(study: Study, arm: str, runs: Mapping[ArmBatch, Sequence[CellRun]]) -> dict[str, Any]:
     """Updates to the target of an arm, the fitted critical batch, and that of the noise scale."""
     ended = {
         place.batch: [one for one in of if one.state in ENDED]
@@ -21,7 +21,7 @@ def to_target(study: Study, arm: str, runs: Mapping[Place, Sequence[CellRun]]) -
         if place.arm == arm
     }
     attempts = {
-        batch: {one.cell.seed: Attempt(batch, one.reached_at, one.until) for one in of}
+        batch: {one.cell.seed: _attempt(study, one) for one in of}
         for batch, of in ended.items()
         if of
     }
@@ -44,6 +44,15 @@ def to_target(study: Study, arm: str, runs: Mapping[Place, Sequence[CellRun]]) -
         "noise_scale": predicted,
         "sentence": sentence,
     }
+
+
+def _attempt(study: Study, one: CellRun) -> Attempt:
+    """When a run met the target, and its evaluation before that."""
+    after = 0
+    if study.target is not None and one.run is not None and one.reached_at is not None:
+        evaluated = one.run.history.get(study.target.metric, ())
+        after = max((p.update for p in evaluated if p.update < one.reached_at), default=0)
+    return Attempt(one.cell.batch, one.reached_at, one.until, after)
 
 
 def _predicted(runs: Sequence[CellRun]) -> dict[str, float | None] | None:

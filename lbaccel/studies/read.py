@@ -17,8 +17,8 @@ from lbaccel.studies.spec import (
     NORM,
     SCALES,
     Arm,
-    Pair,
-    Place,
+    ArmBatch,
+    ArmPair,
     Publication,
     Study,
     Surface,
@@ -369,19 +369,19 @@ def _source(value: Any) -> Publication | None:
     )
 
 
-def _place(value: Any, where: str = "baseline") -> Place:
+def _place(value: Any, where: str = "baseline") -> ArmBatch:
     found = _mapping(value, where)
     _known(found, ("arm", "batch"), where)
-    return Place(str(found.get("arm")), _count(found.get("batch"), f"{where}: batch"))
+    return ArmBatch(str(found.get("arm")), _count(found.get("batch"), f"{where}: batch"))
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: Any) -> ArmPair:
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        return Pair(str(value[0]), str(value[1]))
+        return ArmPair(str(value[0]), str(value[1]))
     found = _mapping(value, "pairs")
     _known(found, ("arm", "against", "batch", "against_batch"), "pairs")
     batch, other = found.get("batch"), found.get("against_batch")
-    return Pair(
+    return ArmPair(
         str(found.get("arm")),
         str(found.get("against")),
         None if batch is None else _count(batch, "pairs: batch"),

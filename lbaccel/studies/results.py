@@ -22,16 +22,17 @@ from lbaccel.studies.one_run import (
     CellRun,
     curves,
     read_cell,
+    thinned,
 )
 from lbaccel.studies.reaching import to_target
 from lbaccel.studies.settings_of_runs import settings_of_runs
-from lbaccel.studies.spec import Pair, Place, Study
+from lbaccel.studies.spec import ArmBatch, ArmPair, Study
 from lbaccel.studies.spread import spread_of
 from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
 LIMITS = (0.5, 1.0)  # points of the scaling limits
-ALL_POINTS = 30_000  # of all curves of a study, so that its page stays small
+ALL_POINTS = 20_000  # of all curves of a study, so that its page stays small
 
 
 def study_result(folder: Path) -> dict[str, Any]:
@@ -46,9 +47,9 @@ def study_result(folder: Path) -> dict[str, Any]:
         InputError: the folder is no study's.
     """
     study = study_in(folder)
-    runs: dict[Place, list[CellRun]] = {place: [] for place in study.places()}
+    runs: dict[ArmBatch, list[CellRun]] = {place: [] for place in study.places()}
     for cell in study.cells():
-        runs[Place(cell.arm, cell.batch)].append(read_cell(study, cell, folder))
+        runs[ArmBatch(cell.arm, cell.batch)].append(read_cell(study, cell, folder))
     every = [one for of in runs.values() for one in of]
     outcomes = {place: outcomes_of(of) for place, of in runs.items()}
     of_arms, equal = settings_of_runs(study, every)
@@ -104,7 +105,7 @@ def outcomes_of(runs: Sequence[CellRun]) -> Outcomes:
     return Outcomes(values, frozenset(r.cell.seed for r in runs if r.state == "diverged"))
 
 
-def baseline_of(study: Study) -> Place:
+def baseline_of(study: Study) -> ArmBatch:
     """The place that every other one is compared with."""
     return study.baseline or study.places()[0]
 
@@ -122,13 +123,14 @@ def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str,
             "seed": one.cell.seed,
             "status": one.state,
             **one.numbers,
+            "noise": thinned(one.numbers["noise"], most),
             "history": {} if one.run is None else curves(one.run, study.metric, most=most),
         }
         for one in runs
     ]
 
 
-def _row(study: Study, place: Place, runs: Sequence[CellRun]) -> dict[str, Any]:
+def _row(study: Study, place: ArmBatch, runs: Sequence[CellRun]) -> dict[str, Any]:
     """A row of the table: the mean over the runs that ended, and how many did not."""
     done = [one for one in runs if one.value is not None]
     diverged = sum(one.state == "diverged" for one in runs)
@@ -172,7 +174,7 @@ def _wilson(study: Study, mean: float | None, runs: Sequence[CellRun]) -> list[f
 
 
 def comparisons(
-    study: Study, outcomes: Mapping[Place, Outcomes], runs: Mapping[Place, Sequence[CellRun]]
+    study: Study, outcomes: Mapping[ArmBatch, Outcomes], runs: Mapping[ArmBatch, Sequence[CellRun]]
 ) -> list[dict[str, Any]]:
     """Every place against the baseline, and the pairs of the study, each once.
 
@@ -208,7 +210,7 @@ def share_runs(one: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
     return bool(folders[0] & folders[1])
 
 
-def _apart(runs: Mapping[Place, Sequence[CellRun]], base: Place) -> list[Place]:
+def _apart(runs: Mapping[ArmBatch, Sequence[CellRun]], base: ArmBatch) -> list[ArmBatch]:
     """The places that share no run with the baseline or with one before."""
     found = [base]
     for place, of in runs.items():
@@ -217,21 +219,22 @@ def _apart(runs: Mapping[Place, Sequence[CellRun]], base: Place) -> list[Place]:
     return found
 
 
-def places_of(pair: Pair, places: Mapping[Place, Any]) -> list[tuple[Place, Place]]:
+def places_of(pair: ArmPair, places: Mapping[ArmBatch, Any]) -> list[tuple[ArmBatch, ArmBatch]]:
     """The two places of each comparison that a pair stands for; those that the study has."""
     sizes = sorted({place.batch for place in places}) if pair.batch is None else [pair.batch]
     both = [
-        (Place(pair.arm, size), Place(pair.against, pair.against_batch or size)) for size in sizes
+        (ArmBatch(pair.arm, size), ArmBatch(pair.against, pair.against_batch or size))
+        for size in sizes
     ]
     return [(one, other) for one, other in both if one in places and other in places]
 
 
-def place_name(study: Study, place: Place) -> str:
+def place_name(study: Study, place: ArmBatch) -> str:
     """An arm at a batch size, for a sentence."""
     return f"{study.arm(place.arm).title} at batch {place.batch:,}"
 
 
-def _limits(study: Study, outcomes: Mapping[Place, Outcomes]) -> list[dict[str, Any]]:
+def _limits(study: Study, outcomes: Mapping[ArmBatch, Outcomes]) -> list[dict[str, Any]]:
     """The scaling limits of each arm that has several batch sizes, from the baseline's size on."""
     if not is_in_points(study.metric):
         return []
@@ -250,21 +253,21 @@ def _limits(study: Study, outcomes: Mapping[Place, Outcomes]) -> list[dict[str, 
     return found
 
 
-def _aggregates(study: Study, outcomes: Mapping[Place, Outcomes]) -> list[dict[str, Any]]:
+def _aggregates(study: Study, outcomes: Mapping[ArmBatch, Outcomes]) -> list[dict[str, Any]]:
     """The interquartile mean of each arm over the batch sizes that all arms have.
 
     A diverged run counts as 0 %. There is none where a run has no result yet, and for a metric that
     is not in %.
     """
     arms = [arm.name for arm in study.arms]
-    sizes = [b for b in study.batches if all(Place(arm, b) in outcomes for arm in arms)]
+    sizes = [b for b in study.batches if all(ArmBatch(arm, b) in outcomes for arm in arms)]
     if len(arms) < 2 or len(sizes) < 2 or not is_in_points(study.metric):
         return []
     found = []
     for arm in arms:
         places = []
         for size in sizes:
-            of = outcomes[Place(arm, size)]
+            of = outcomes[ArmBatch(arm, size)]
             places.append([*of.values.values(), *(0.0 for _ in of.diverged)])
         if any(len(values) < len(study.seeds) for values in places):
             return []

@@ -26,7 +26,7 @@ from lbaccel.runs.folder import atomic_write_text, plain, strict_json
 from lbaccel.runs.pace import clock_time
 from lbaccel.studies.folder import CLAIM, LOG, SETTINGS, State, cell_folder, run_folder, state_of
 from lbaccel.studies.outcome import value_in
-from lbaccel.studies.spec import Cell, Study
+from lbaccel.studies.spec import Study, StudyCell
 from lbaccel.text import printable
 
 Say = Callable[[str], object]
@@ -85,7 +85,7 @@ class Worker:
     _lock: Lock = field(default_factory=Lock)
     _refused: str = ""
 
-    def run(self, cells: Sequence[Cell]) -> Tally:
+    def run(self, cells: Sequence[StudyCell]) -> Tally:
         """Run all cells that have no result yet; a signal ends the runs in good order.
 
         Raises:
@@ -106,7 +106,7 @@ class Worker:
             raise InputError(self._refused)
         return tally
 
-    def _one(self, cell: Cell, tally: Tally, slot: int) -> None:
+    def _one(self, cell: StudyCell, tally: Tally, slot: int) -> None:
         if self.stopped or self._refused:
             return
         home = cell_folder(self.folder, cell)
@@ -124,7 +124,7 @@ class Worker:
             code = self._process(cell, home, slot)
             self._after(cell, code, time.monotonic() - start, tally)
 
-    def _process(self, cell: Cell, home: Path, slot: int) -> int:
+    def _process(self, cell: StudyCell, home: Path, slot: int) -> int:
         prepare(self.study, cell, home)
         line = [*self.command, *arguments(home)]
         environment = {**os.environ, **_share_of_machine(self.jobs, slot)}
@@ -145,7 +145,7 @@ class Worker:
             del self._children[cell.name]
         return code
 
-    def _after(self, cell: Cell, code: int, seconds: float, tally: Tally) -> None:
+    def _after(self, cell: StudyCell, code: int, seconds: float, tally: Tally) -> None:
         state = self._state(cell)
         if state in _ENDED:
             with self._lock:
@@ -160,7 +160,7 @@ class Worker:
                 why = reason.removeprefix("error: ")
                 self._refused = f"arm {cell.arm} at batch {cell.batch} can't run: {why}"
 
-    def _result(self, cell: Cell, state: State) -> str:
+    def _result(self, cell: StudyCell, state: State) -> str:
         run = run_folder(self.folder, cell)
         value = None if run is None else value_in(run, self.study)
         shown = "no value" if value is None else f"{value:.2f}"
@@ -172,7 +172,7 @@ class Worker:
             if what:
                 self.say(f"[{tally.ended}/{tally.total}] {what}{tally.left(self.jobs)}")
 
-    def _state(self, cell: Cell) -> State:
+    def _state(self, cell: StudyCell) -> State:
         return state_of(run_folder(self.folder, cell))
 
     def _stop(self) -> None:
@@ -182,7 +182,7 @@ class Worker:
             child.terminate()
 
 
-def prepare(study: Study, cell: Cell, home: Path) -> None:
+def prepare(study: Study, cell: StudyCell, home: Path) -> None:
     """Write the settings of a cell, as `--config` reads them; a study is a group of wandb."""
     own: dict[str, Any] = {}
     if "wandb" in words(cell.settings.get("log_with", default_of("log_with"))):
@@ -203,7 +203,7 @@ def arguments(home: Path) -> list[str]:
     return ["--config", str(home / SETTINGS), "--output", str(home), "--resume", "auto"]
 
 
-def alike(cells: Sequence[Cell]) -> dict[str, str]:
+def alike(cells: Sequence[StudyCell]) -> dict[str, str]:
     """Of each run whose settings an earlier one has too, the name of that one."""
     first: dict[str, str] = {}
     found = {}
@@ -215,11 +215,13 @@ def alike(cells: Sequence[Cell]) -> dict[str, str]:
     return found
 
 
-def command_lines(folder: Path, cells: Sequence[Cell]) -> Iterator[str]:
+def command_lines(folder: Path, cells: Sequence[StudyCell]) -> Iterator[str]:
     """A shell line for each run that has no result yet; any machine may take it, at any time."""
     for cell in cells:
         if state_of(run_folder(folder, cell)) not in _ENDED:
-            yield shlex.join(["lbaccel", "study", "run", str(folder), "--only", cell.name])
+            yield shlex.join(
+                ["lbaccel", "study", "run", str(folder.absolute()), "--only", cell.name]
+            )
 
 
 @contextmanager

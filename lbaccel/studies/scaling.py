@@ -16,7 +16,7 @@ from lbaccel.runs.compare import lower_is_better
 from lbaccel.studies.folder import rewrite, run_folder
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.read import MOST_SEEDS, judged_on_test_images, splits
-from lbaccel.studies.spec import NO_NORM, NORM, Arm, Place, Study, Target, Tune
+from lbaccel.studies.spec import NO_NORM, NORM, Arm, ArmBatch, Study, Target, Tune
 
 ARM = "recipe"
 GRID = Tune("base_lr", (0.5, 1.0, 2.0))
@@ -64,7 +64,7 @@ def scaling_study(
             f"--data {data} can't be split, and a rate is tuned on a part of the "
             "training set. Use folder:PATH, parquet:PATH or the like, or --tune none."
         )
-    first = Place(ARM, sizes[0])
+    first = ArmBatch(ARM, sizes[0])
     study = Study(
         name="scaling",
         scale="",

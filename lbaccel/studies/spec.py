@@ -54,7 +54,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Place:
+class ArmBatch:
     """An arm at a batch size."""
 
     arm: str
@@ -62,7 +62,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ArmPair:
     """Two arms that are compared at each batch size, or at one each, seed by seed.
 
     Attributes:
@@ -86,7 +86,7 @@ class Surface:
         samples: images of the training set; 0 is all.
     """
 
-    place: Place
+    place: ArmBatch
     x: str = "-1:1:51"
     y: str = ""
     samples: int = 0
@@ -163,8 +163,8 @@ class Study:
     seeds: tuple[int, ...]
     metric: str = "val/top1"
     last: int = 5
-    baseline: Place | None = None
-    pairs: tuple[Pair, ...] = ()
+    baseline: ArmBatch | None = None
+    pairs: tuple[ArmPair, ...] = ()
     target: Target | None = None
     spread: float = 0.4
     fixed: tuple[str, ...] = ()
@@ -178,19 +178,21 @@ class Study:
         """The arm of that name."""
         return next(one for one in self.arms if one.name == name)
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[ArmBatch]:
         """Every arm at each of its batch sizes, in order."""
-        return [Place(arm.name, b) for arm in self.arms for b in arm.batches or self.batches]
+        return [ArmBatch(arm.name, b) for arm in self.arms for b in arm.batches or self.batches]
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[StudyCell]:
         """Every run of the study, the first seed of all places first."""
         return [self.cell(place, seed) for seed in self.seeds for place in self.places()]
 
-    def stated(self, place: Place) -> Mapping[str, Any]:
+    def stated(self, place: ArmBatch) -> Mapping[str, Any]:
         """The settings that the study states for an arm at a batch size, as they are written."""
         return self._merged(place)
 
-    def cell(self, place: Place, seed: int, *, more: Mapping[str, Any] | None = None) -> Cell:
+    def cell(
+        self, place: ArmBatch, seed: int, *, more: Mapping[str, Any] | None = None
+    ) -> StudyCell:
         """The run of an arm at a batch size with a seed; `more` settings are laid on top."""
         merged = self._merged(place, more or {}, {BATCH: place.batch, "seed": seed})
         if merged.get(NORM) == NO_NORM:
@@ -200,9 +202,9 @@ class Study:
             for name, value in merged.items()
             if value is not None
         }
-        return Cell(place.arm, place.batch, seed, settings)
+        return StudyCell(place.arm, place.batch, seed, settings)
 
-    def _merged(self, place: Place, *more: Mapping[str, Any]) -> dict[str, Any]:
+    def _merged(self, place: ArmBatch, *more: Mapping[str, Any]) -> dict[str, Any]:
         arm = self.arm(place.arm)
         layers = (
             self.settings,
@@ -218,7 +220,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One run of a study, before it is run: a value for each setting that the study names."""
 
     arm: str
@@ -231,7 +233,7 @@ class Cell:
     def name(self) -> str:
         """Of its folder; a word.
 
-        >>> Cell("linear", 256, 0, {}).name
+        >>> StudyCell("linear", 256, 0, {}).name
         'linear-gbs256-seed0'
         """
         end = f"-{self.variant}" if self.variant else ""

@@ -8,7 +8,7 @@ from statistics import variance
 from typing import Any
 
 from lbaccel.studies.judging import Outcomes, is_in_points, paired, resolves
-from lbaccel.studies.spec import Place, Study
+from lbaccel.studies.spec import ArmBatch, Study
 
 
 def pooled(samples: Iterable[Sequence[float]]) -> tuple[float, int] | None:
@@ -27,7 +27,9 @@ def pooled(samples: Iterable[Sequence[float]]) -> tuple[float, int] | None:
     return math.sqrt(squares / freedom), freedom
 
 
-def spread_of(study: Study, outcomes: Mapping[Place, Outcomes], base: Place) -> dict[str, Any]:
+def spread_of(
+    study: Study, outcomes: Mapping[ArmBatch, Outcomes], base: ArmBatch
+) -> dict[str, Any]:
     """The spread of one run and of a paired difference, pooled over places.
 
     Args:

@@ -33,11 +33,14 @@ class Attempt:
         batch: its global batch size.
         updates: after which it first met the target; None: never, so the run is censored.
         until: its last update, where it is censored.
+        after: the last evaluation before `updates`, or 0: the run met the target in between. None
+            where `updates` is exact.
     """
 
     batch: int
     updates: int | None
     until: int = 0
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ def fit_bend(attempts: Sequence[Attempt]) -> Bend:
     censored runs that is the F-test of least squares. It needs no resampling, so it holds for one
     seed too: the scatter of the batch sizes around the curve takes the place of the seeds'.
 
+    A run is looked at by its evaluations alone, so when it met the target is known to the time
+    between two of them, w in log updates; w^2 / 12 is added to the variance (that of a uniform
+    error). Runs that meet it at their first evaluation have w = log 2.
+
     Args:
         attempts: of all seeds at all batch sizes, in any order.
 
@@ -166,6 +173,7 @@ class _Profile:
         self.batches = np.array([one.batch for one in (*met, *censored)], dtype=float)
         times = [one.updates or one.until for one in (*met, *censored)]
         self.log_times = np.log(np.array(times, dtype=float))
+        self.rounding = fmean(map(_rounding, met))
 
     def _residuals(self, log_batch: float) -> Any:
         import numpy as np
@@ -184,14 +192,25 @@ class _Profile:
         """Of normal values, of which those behind the first `num_met` are lower bounds."""
         n, met, bounds = self.num_met, values[: self.num_met], values[self.num_met :]
         mean = float(met.mean())
-        variance = max(float(((met - mean) ** 2).sum()), LEAST) / n
+        variance = max(float(((met - mean) ** 2).sum()), LEAST) / n + self.rounding
         if not len(bounds):
             return -n / 2 * math.log(variance) - n / 2, mean
-        return _with_censored((met - mean), bounds - mean, math.sqrt(variance), shift=mean)
+        return _with_censored(
+            met - mean, bounds - mean, math.sqrt(variance), shift=mean, least=self.rounding
+        )
 
 
-def _with_censored(met: Any, bounds: Any, spread: float, *, shift: float) -> tuple[float, float]:
-    """The maximum of a censored normal likelihood, and its mean.
+def _rounding(one: Attempt) -> float:
+    """The variance of log updates that the distance of two evaluations leaves."""
+    if one.after is None or not one.updates:
+        return 0.0
+    return math.log(one.updates / max(one.after, one.updates / 2)) ** 2 / 12
+
+
+def _with_censored(
+    met: Any, bounds: Any, spread: float, *, shift: float, least: float
+) -> tuple[float, float]:
+    """The maximum of a censored normal likelihood of at least the variance `least`, and its mean.
 
     In the parameters 1 / sigma and mu / sigma it is concave (Olsen 1978), so one search finds it.
     """
@@ -217,7 +236,7 @@ def _with_censored(met: Any, bounds: Any, spread: float, *, shift: float) -> tup
         np.array([1.0, 0.0]),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(1e-6, None), (None, None)],
+        bounds=[(1e-6, spread / math.sqrt(least) if least else None), (None, None)],
         options={"ftol": 1e-14, "gtol": 1e-9},
     )
     precision, centre = found.x

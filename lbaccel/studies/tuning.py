@@ -12,21 +12,21 @@ from lbaccel.runs.compare import lower_is_better
 from lbaccel.studies.folder import choose, chosen_in, run_folder, state_of
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.running import Worker
-from lbaccel.studies.spec import Cell, Place, Study, Tune
+from lbaccel.studies.spec import ArmBatch, Study, StudyCell, Tune
 
 HELD_OUT = 0.1  # of the training set, as the runs of a grid have it in place of the test set
 
 
-def grid_cells(study: Study, tune: Tune, place: Place) -> list[tuple[float, Cell]]:
+def grid_cells(study: Study, tune: Tune, place: ArmBatch) -> list[tuple[float, StudyCell]]:
     """Value to run at a place, each with the first seed and without the test set."""
     own = study.cell(place, study.seeds[0]).settings
     base = own.get(tune.setting, default_of(tune.setting))
-    found: list[tuple[float, Cell]] = []
+    found: list[tuple[float, StudyCell]] = []
     for value in tune.at(base if tune.relative else 1.0):
         more = {tune.setting: value, **held_out(str(own.get("data", default_of("data"))))}
         cell = study.cell(place, study.seeds[0], more=more)
         variant = f"{tune.setting}-{value:.6g}"
-        found.append((value, Cell(cell.arm, cell.batch, cell.seed, cell.settings, variant)))
+        found.append((value, StudyCell(cell.arm, cell.batch, cell.seed, cell.settings, variant)))
     return found
 
 
@@ -44,7 +44,7 @@ def held_out(data: str) -> Mapping[str, Any]:
     return more
 
 
-def tuned(worker: Worker, study: Study, tune: Tune) -> dict[Place, float]:
+def tuned(worker: Worker, study: Study, tune: Tune) -> dict[ArmBatch, float]:
     """Run the grid, and give the best value of each place; writes all that was found.
 
     Raises:
@@ -65,17 +65,17 @@ def tuned(worker: Worker, study: Study, tune: Tune) -> dict[Place, float]:
     return chosen(worker.folder)
 
 
-def chosen(folder: Path) -> dict[Place, float]:
+def chosen(folder: Path) -> dict[ArmBatch, float]:
     """The choices of a study's grid, by arm and batch size; empty before it was run."""
     return {
-        Place(str(one["arm"]), int(one["batch"])): float(one["best"])
+        ArmBatch(str(one["arm"]), int(one["batch"])): float(one["best"])
         for one in chosen_in(folder)
         if one.get("best") is not None
     }
 
 
 def _entry(
-    folder: Path, study: Study, tune: Tune, place: Place, grid: Sequence[tuple[float, Cell]]
+    folder: Path, study: Study, tune: Tune, place: ArmBatch, grid: Sequence[tuple[float, StudyCell]]
 ) -> dict[str, Any]:
     results: list[float | None] = []
     for _, cell in grid:

@@ -333,6 +333,7 @@ def test_weights_alone_leave_the_statistics_those_of_the_first_model_and_it_is_s
         first, second, x="0:1:2", direction="weights", output=tmp_path / "l", say=said.append
     )
     assert any("so that x = 1 is not the second one" in line for line in said)
+    assert not any("another split" in line for line in said)
     whole = loss_landscape(first, second, x="0:1:2", output=tmp_path / "s")
     assert found.loss[0] == whole.loss[0] and found.loss[1] != whole.loss[1]
 
@@ -364,6 +365,14 @@ def test_two_models_that_differ_in_more_than_their_weights_are_refused(tmp_path)
     larger = run_on(data, "--img-size", "16", output=tmp_path / "larger")
     with pytest.raises(InputError, match=r"img_size=16, and .* has 8"):
         loss_landscape(first, larger)
+
+
+def test_a_second_run_on_other_images_is_said(tmp_path):
+    _, first = photos_and_run()
+    second = run_on(make_photos(tmp_path / "p", seed=3, train=10), output=tmp_path / "runs")
+    said: list[str] = []
+    loss_landscape(first, second, x="0:1:2", samples=5, output=tmp_path / "l", say=said.append)
+    assert said == [f"note: {second} was trained with another split or other images"]
 
 
 def test_where_memory_does_not_suffice_the_surface_is_the_same_to_the_bit(tmp_path, monkeypatch):

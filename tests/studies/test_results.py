@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 from made_studies import NUM_TEST, add_run, fill, make_study
@@ -15,7 +16,7 @@ from lbaccel.runs.folder import strict_json
 from lbaccel.runs.groups import Mean
 from lbaccel.studies.folder import CELLS, cell_folder, choose, share, study_in
 from lbaccel.studies.results import check_result, study_result
-from lbaccel.studies.tables import as_text
+from lbaccel.studies.tables import as_csv, as_markdown, as_text
 
 LOSS = {("plain", 128): 0.1, ("plain", 512): 3.0, ("linear", 512): 0.7}
 
@@ -306,6 +307,57 @@ def test_a_damaged_run_is_one_warning_and_the_rest_is_judged(whole, damage):
     assert [one for one in found["runs"] if one["cell"] != "linear-gbs128-seed1"] == others
     assert of(found["table"], arm="linear", batch=128)["n"] == 2
     assert found["verdict"][-1] == "1 warning below."
+
+
+def test_a_run_that_failed_is_a_warning_with_its_reason(tmp_path):
+    study = make_study(tmp_path / "s")
+    cells = study.cells()
+    add_run(tmp_path / "s", cells[0], [80.0] * 3, status="failed", exit_reason="no disk left")
+    add_run(tmp_path / "s", cells[1], [], status="done")
+    found = study_result(tmp_path / "s")
+    assert {of(found["runs"], cell=cell.name)["status"] for cell in cells[:2]} == {"failed"}
+    assert found["warnings"] == [
+        f"{cells[0].name} has no result: no disk left",
+        f"{cells[1].name} has no result: it has no val/top1",
+    ]
+    assert of(found["table"], arm="plain", batch=32)["missing"] == 3
+
+
+def damaged(path, rng):
+    """A file with bytes changed, its end cut off, or a value of another kind."""
+    content = path.read_bytes()
+    way = rng.random()
+    if way < 0.3:
+        changed = bytearray(content)
+        for _ in range(rng.choice([1, 3, 20])):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        return bytes(changed)
+    if way < 0.4:
+        return content[: rng.randrange(len(content))]
+    lines = content.decode().splitlines()
+    place = rng.randrange(len(lines))
+    row = json.loads(lines[place])
+    row.pop("check", None)
+    inner = row[key] if isinstance(row[key := rng.choice(list(row))], dict) and row[key] else row
+    values = [None, "x", -1, float("nan"), 1e400, [], {}, True, 10**400, "", [[]], {"a": {}}]
+    inner[rng.choice(list(inner))] = rng.choice(values)
+    lines[place] = json.dumps(row)
+    return "\n".join([*lines, ""]).encode()
+
+
+@pytest.mark.slow
+def test_no_damage_to_the_files_of_a_run_ends_the_report(whole):
+    rng = random.Random(0)
+    files = [path for path in sorted((whole / CELLS).glob("*/*/*")) if path.is_file()]
+    for _ in range(120):
+        path = rng.choice(files)
+        content = path.read_bytes()
+        path.write_bytes(damaged(path, rng))
+        found = study_result(whole)
+        json.dumps(found, allow_nan=False)
+        as_text(found), as_markdown(found), as_csv(found)
+        assert len([one for one in found["runs"] if one["value"] is not None]) >= 17
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("summary", ["[]", "{", '{"status": "done", "num_updates": "many"}'])

@@ -30,7 +30,7 @@ from lbaccel.studies.folder import (
 from lbaccel.studies.launching import final_cells, one_of_each, run_study
 from lbaccel.studies.read import study_of, tune_of
 from lbaccel.studies.running import Worker, alike, claimed, command_lines
-from lbaccel.studies.spec import Place
+from lbaccel.studies.spec import ArmBatch
 from lbaccel.studies.tuning import best_of, grid_cells, held_out
 
 SCRIPT = """
@@ -239,6 +239,25 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path):
         begin(tmp_path / "file", study())
 
 
+def test_relative_paths_are_those_of_the_folder_that_a_study_is_begun_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").write_text("")
+    settings = {"data": "parquet:images", "norm_batch_size": 8, "checkpoint": "weights.pth"}
+    arms = {
+        "one": {"per_batch": {8: {"data": "csv:a.csv"}}},
+        "two": {"settings": {"data": "hf:a/b"}},
+    }
+    begin(tmp_path / "results", study(settings=settings, arms=arms))
+    found = study_in(tmp_path / "results")
+    assert found.settings["data"] == f"parquet:{tmp_path / 'images'}"
+    assert found.settings["checkpoint"] == str(tmp_path / "weights.pth")
+    assert found.arms[0].per_batch[8]["data"] == f"csv:{tmp_path / 'a.csv'}"
+    assert found.arms[1].settings["data"] == "hf:a/b"
+    assert begin(tmp_path / "results", study(settings=settings, arms=arms)) == found
+    monkeypatch.chdir("/")
+    assert study_in(tmp_path / "results") == found
+
+
 def test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken(tmp_path, script):
     command, begun = script
     folder, said = tmp_path / "results", []
@@ -252,10 +271,10 @@ def test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken(tmp_pat
     assert (found["one"]["best"], found["one"]["at_edge"]) == (0.2, True)
     assert (found["two"]["best"], found["two"]["at_edge"]) == (0.2, False)
     assert len(begun()) == 6 + 2  # both arms are the same run after the grid
-    cells = final_cells(mine, {Place("one", 8): 0.2, Place("two", 8): 0.2})
+    cells = final_cells(mine, {ArmBatch("one", 8): 0.2, ArmBatch("two", 8): 0.2})
     run = yaml.safe_load((run_folder(folder, cells[0]) / "config.yaml").read_text())
     assert (run["base_lr"], run["test_split"]) == (0.2, "val")
-    cell = grid_cells(mine, mine.tune, Place("one", 8))[0][1]
+    cell = grid_cells(mine, mine.tune, ArmBatch("one", 8))[0][1]
     run = yaml.safe_load((run_folder(folder, cell) / "config.yaml").read_text())
     assert (run["base_lr"], run["test_split"], run["val_fraction"]) == (0.05, "test", 0.1)
     assert run_study(folder, mine, say=said.append, command=command) == 0

@@ -32,7 +32,8 @@ def mine(tmp_path, monkeypatch):
 
 def test_ls_and_show_say_what_there_is(capsys):
     assert main(["study", "ls"]) == 0
-    assert all(name in capsys.readouterr().out for name in shipped())
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in shipped())
     assert main(["study", "show", "trivial"]) == 0
     assert "88.33" in capsys.readouterr().out
     assert main(["study", "show", "trivial", "--scale", "paper"]) == 0

@@ -9,7 +9,7 @@ from lbaccel.errors import InputError
 from lbaccel.studies.describe import describe, describe_runs
 from lbaccel.studies.find import find_study, shipped
 from lbaccel.studies.read import as_mapping, read_study, scales_in, study_of, tune_of
-from lbaccel.studies.spec import NORM, Pair, Place
+from lbaccel.studies.spec import NORM, ArmBatch, ArmPair
 
 SMALL = {
     "name": "mine",
@@ -47,14 +47,14 @@ def test_arms_batches_and_seeds_are_the_runs(tmp_path):
         "global_batch_size": 64,
         "seed": 0,
     }
-    assert study.pairs == (Pair("two", "one"),)
-    assert study.baseline == Place("one", 32)
+    assert study.pairs == (ArmPair("two", "one"),)
+    assert study.baseline == ArmBatch("one", 32)
 
 
 def test_layers_win_in_their_order_and_null_leaves_a_setting_out(tmp_path):
     arm = {"settings": {"epochs": 3}, "per_batch": {64: {"epochs": None, "base_lr": 0.4}}}
     study = read_study(written(tmp_path, arms={"one": arm}, pairs=...))
-    small, large = (study.cell(Place("one", b), 0).settings for b in (32, 64))
+    small, large = (study.cell(ArmBatch("one", b), 0).settings for b in (32, 64))
     assert (small["epochs"], small["base_lr"]) == (3, 0.1)
     assert "epochs" not in large
     assert large["base_lr"] == 0.4
@@ -63,8 +63,8 @@ def test_layers_win_in_their_order_and_null_leaves_a_setting_out(tmp_path):
 def test_a_network_without_batch_norm_is_stated_as_such_and_the_run_is_given_nothing(tmp_path):
     settings = {**SMALL["settings"], NORM: "none"}
     study = read_study(written(tmp_path, settings=settings))
-    assert study.stated(Place("one", 32))[NORM] == "none"
-    assert NORM not in study.cell(Place("one", 32), 0).settings
+    assert study.stated(ArmBatch("one", 32))[NORM] == "none"
+    assert NORM not in study.cell(ArmBatch("one", 32), 0).settings
 
 
 def test_a_scale_is_laid_on_top_and_may_take_a_few_arms(tmp_path):

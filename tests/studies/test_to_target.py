@@ -200,3 +200,34 @@ def test_a_mean_is_not_that_of_the_fast_seeds_alone():
         {"batch": 64, "updates": [100, None], "seeds": [0, 1], "mean": None, "censored": 1},
         {"batch": 256, "updates": [50, 60], "seeds": [0, 1], "mean": 55.0, "censored": 0},
     ]
+
+
+def test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit():
+    """Two batch sizes whose seeds meet the target at the same evaluation have no scatter at all."""
+    runs = [Attempt(batch, updates) for batch, updates in ((32, 45), (128, 23)) for _ in range(2)]
+    exact = fit_bend(runs)
+    assert exact.interval.high - exact.interval.low < 1  # as if it were known to the update
+    late = [Attempt(one.batch, one.updates, after=0) for one in runs]
+    close = [Attempt(one.batch, one.updates, after=one.updates - 2) for one in runs]
+    widths = []
+    for found in (fit_bend(close), fit_bend(late)):
+        assert found.critical_batch == pytest.approx(exact.critical_batch, rel=1e-3)
+        widths.append(found.interval.high / max(found.interval.low, 1e-9))
+    assert 1.1 < widths[0] < widths[1]
+
+
+def test_evaluations_that_are_far_apart_do_not_make_a_fit_too_sure():
+    """Coverage where runs are looked at few times: the interval holds the constant in most."""
+    rng, held, count = np.random.default_rng(5), 0, 150
+    for _ in range(count):
+        runs = []
+        for batch in (32, 64, 128, 256, 512):
+            every = max(1, round(law(batch, critical=100.0, fewest=50.0) / 5))
+            for _ in range(3):
+                exact = law(batch, critical=100.0, fewest=50.0) * math.exp(rng.normal(0, 0.02))
+                met = math.ceil((exact - rng.uniform(0, every)) / every) * every
+                met = max(every, met)
+                runs.append(Attempt(batch, met, after=met - every))
+        interval = fit_bend(runs).interval
+        held += interval.low <= 100 <= interval.high
+    assert held >= 0.9 * count, held / count
