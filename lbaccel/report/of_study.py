@@ -51,7 +51,7 @@ def of_study(
         "question": result.get("question"),
         "source": _source(result.get("source")),
         "study_note": result.get("note"),
-        "verdict": list(result["verdict"]) or ["No run of this study has come to its end."],
+        "verdict": _verdict(result),
         "rule": _rule(result),
         "warnings": result.get("warnings") or [],
         "lost": _lost(runs),
@@ -59,6 +59,7 @@ def of_study(
         "to_target": [one["sentence"] for one in result.get("to_target") or []],
         "error": error,
         "table": _table(result),
+        "aggregates": _aggregates(result),
         "comparisons": _comparisons(result),
         "limits": _limits(result),
         "gaps": gaps,
@@ -114,12 +115,17 @@ def _rule(result: Result) -> str:
     level = 100 * float(result.get("level", 0.95))
     return (
         f"The value of a run is the median of its last {result['last']} evaluations of "
-        f"{result['metric']}, never its best. Intervals over seeds are Student's at {level:g} %. "
-        "A difference is taken seed by seed (same order of the data, same augmentation, same "
-        'initial weights). "No loss" is an interval inside plus and minus 0.5 points; "loss" and '
-        '"gain" are intervals that lie wholly on one side of 0. '
-        "Wilson's interval is over the test images, and is another thing."
+        f"{result['metric']}, never its best. Intervals over seeds are Student's at {level:g} %, "
+        "and a difference is taken seed by seed. Wilson's interval is over the test images, and "
+        "is another thing."
     )
+
+
+def _verdict(result: Result) -> list[str]:
+    """The sentences that stand at no other place of the page."""
+    below = {one["sentence"] for one in result.get("to_target") or ()}
+    said = [line for line in result["verdict"] if line not in below]
+    return said or ["No run of this study has come to its end."]
 
 
 def _lost(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -216,7 +222,38 @@ def _comparisons(result: Result) -> dict[str, Any] | None:
             ]
         )
     head = ["arm, batch", "against", "pairs", "difference", "95 % interval, paired", "verdict"]
-    return {"head": [*head, "by seed"], "rows": body, "words": [1, 5, 6]}
+    head.append("by seed")
+    if any(one.get("on_images") for one in found):
+        head.append("on the same test images (McNemar)")
+        for row, one in zip(body, found, strict=True):
+            row.append("; ".join(map(_on_images, one.get("on_images") or ())) or "-")
+    return {"head": head, "rows": body, "words": [1, 5, 6, 7]}
+
+
+def _on_images(test: Mapping[str, Any]) -> str:
+    return (
+        f"seed {test['seed']}: right alone on {test['only_one']} and {test['only_other']} of "
+        f"{test['num_images']:,}, p = {test['p']:.2g}"
+    )
+
+
+def _aggregates(result: Result) -> dict[str, Any] | None:
+    """Interquartile means over batch sizes and seeds."""
+    metric, titles = result["metric"], _titles(result)
+    known = [one for one in result.get("aggregates") or () if one["value"] is not None]
+    if not known:
+        return None
+    body = [
+        [
+            titles.get(one["arm"], one["arm"]),
+            f"{one['num_runs']}",
+            number(one["value"], metric),
+            ends(one["low"], one["high"], metric=metric),
+        ]
+        for one in known
+    ]
+    head = ["arm", "runs", f"interquartile mean{unit_of(metric)}", "95 % interval (bootstrap)"]
+    return {"head": head, "rows": body}
 
 
 def _limits(result: Result) -> dict[str, Any] | None:

@@ -197,7 +197,10 @@ def test_a_study_on_disk_is_a_page_with_the_numbers_of_its_report(tmp_path):
     text, (part,) = report([folder])
     found = Page(text)
     result = study_result(folder)
-    assert part.content["verdict"] == result["verdict"] and result["verdict"][0] in found.text
+    below = {arm["sentence"] for arm in result["to_target"]}
+    assert part.content["verdict"] == [line for line in result["verdict"] if line not in below]
+    for line in [*result["verdict"], *below, "Interquartile means"]:
+        assert found.text.count(line) >= 1
     inside = json.loads(found.scripts["study"])
     for run in result["runs"]:
         del run["history"], run["noise"]
@@ -226,3 +229,11 @@ def test_a_study_that_has_not_begun_is_a_page(tmp_path):
     make_study(tmp_path / "study")
     text, _ = report([tmp_path / "study"])
     assert "18 of 18 runs are missing" in Page(text).text
+
+
+def test_mcnemar_stands_beside_the_interval_over_seeds_and_not_in_it(result, tmp_path):
+    test = {"seed": 0, "num_images": 2000, "only_one": 5, "only_other": 19, "p": 0.0066}
+    compared = [{**result["comparisons"][0], "on_images": [test]}, *result["comparisons"][1:]]
+    found = Page(page([of_study({**result, "comparisons": compared}, tmp_path)]))
+    assert "on the same test images (McNemar)" in found.text
+    assert "seed 0: right alone on 5 and 19 of 2,000, p = 0.0066" in found.text
