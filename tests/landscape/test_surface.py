@@ -210,7 +210,7 @@ class Shared(nn.Module):
 
 
 def test_batchnorm_is_not_merged_where_rounding_changes_the_outputs():
-    """A running mean far beyond the deviation: merged, the difference of both is lost in float32."""
+    """A mean far beyond the deviation: merged, the difference of both is lost in float32."""
     torch.manual_seed(0)
     model = moments(timm.create_model("cifar_resnet8", num_classes=10))
     images = torch.randn(4, 3, 8, 8)
