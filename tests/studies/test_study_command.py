@@ -123,7 +123,7 @@ def test_a_study_of_ones_own_runs_is_reported_and_a_damaged_run_costs_no_other(m
     (run_folder(folder, study.cells()[0]) / "metrics.jsonl").write_text("{")
     (run_folder(folder, study.cells()[2]) / "config.yaml").write_text("[")
     assert main(["study", "report", "results"]) == 0
-    assert "warning: " in capsys.readouterr().err
+    assert "warning: " in capsys.readouterr().out
     # another study is not written over it
     assert main(["study", "run", "mine.yaml", "--output", "results", "--epochs", "2"]) == 2
     assert "holds the results of another study" in capsys.readouterr().err
