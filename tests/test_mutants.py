@@ -120,6 +120,13 @@ MUTANTS = {
         "tests/recipe/test_model_arguments.py::"
         "test_a_checkpoint_and_a_run_are_built_again_with_them",
     ),
+    "the line that runs a run again leaves the network's own arguments out": (
+        "studies.provenance",
+        'words, config = ["lbaccel", "train"], joined(config)',
+        'words = ["lbaccel", "train"]',
+        "tests/studies/test_provenance.py::"
+        "test_the_line_read_again_has_the_settings_of_the_experiment",
+    ),
     "a list in the network's arguments is another value than the tuple that was typed": (
         "network_arguments",
         "        return tuple(_plain(item, where, depth=depth + 1) for item in value)",
