@@ -127,6 +127,32 @@ MUTANTS = {
         "tests/studies/test_provenance.py::"
         "test_the_line_read_again_has_the_settings_of_the_experiment",
     ),
+    "a line is drawn between two networks of other arguments": (
+        "landscape.request",
+        "ARGUMENTS: own, ",
+        "",
+        "tests/landscape/test_request.py::"
+        "test_two_networks_of_other_arguments_and_equal_shapes_have_no_line",
+    ),
+    "a summary that is too deep ends the whole report": (
+        "studies.folder",
+        "except (Malformed, OutOfBounds):",
+        "except Malformed:",
+        "tests/studies/test_results.py::test_an_edited_summary_costs_no_more_than_its_run",
+    ),
+    "a damaged choice of the grid ends the whole report": (
+        "studies.folder",
+        "return [one for one in found if _is_choice(one)] if",
+        "return found if",
+        "tests/studies/test_results.py::test_a_damaged_choice_of_the_grid_is_left_out",
+    ),
+    "the noise scale at the target is one of those that a page shows": (
+        "studies.one_run",
+        "return [[_number(value) for value in row] for row in found]",
+        "return thinned([[_number(value) for value in row] for row in found], MOST_POINTS)",
+        "tests/studies/test_results.py::"
+        "test_the_noise_scale_at_the_target_is_the_last_reading_before_it",
+    ),
     "a list in the network's arguments is another value than the tuple that was typed": (
         "network_arguments",
         "        return tuple(_plain(item, where, depth=depth + 1) for item in value)",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lbaccel.documents import Malformed, json_in
+from lbaccel.documents import Malformed, OutOfBounds, json_in
 from lbaccel.errors import InputError, brief
 from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, strict_json
 from lbaccel.runs.lock import is_held
@@ -125,9 +125,25 @@ def share(folder: Path, cells: Mapping[str, str]) -> None:
 
 
 def chosen_in(folder: Path) -> list[dict[str, Any]]:
-    """The choices of the grid: a mapping for each arm and batch size."""
+    """The choices of the grid: a mapping for each arm and batch size; damaged ones are left out."""
     found = _json_at(folder / CHOSEN)
-    return found if isinstance(found, list) else []
+    return [one for one in found if _is_choice(one)] if isinstance(found, list) else []
+
+
+def _is_choice(one: Any) -> bool:
+    if not isinstance(one, dict):
+        return False
+    values, results, best = one.get("values"), one.get("results"), one.get("best")
+    numbers = (
+        [*values, *results] if isinstance(values, list) and isinstance(results, list) else [""]
+    )
+    return (
+        isinstance(one.get("arm"), str)
+        and isinstance(one.get("batch"), int)
+        and isinstance(one.get("setting"), str)
+        and all(n is None or isinstance(n, (int, float)) for n in [*numbers, best])
+        and None not in values
+    )
 
 
 def choose(folder: Path, found: list[dict[str, Any]]) -> None:
@@ -156,5 +172,5 @@ def state_of(run: Path | None) -> State:
 def _json_at(path: Path) -> Any:
     try:
         return json_in(path) if path.is_file() else None
-    except Malformed:
+    except (Malformed, OutOfBounds):
         return None

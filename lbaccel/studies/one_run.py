@@ -62,8 +62,12 @@ class CellRun:
 
 def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
     """The run of a cell in the folder of a study; a damaged one becomes a warning."""
-    path = run_folder(folder, cell)
-    state = state_of(path)
+    path: Path | None = None
+    try:
+        path = run_folder(folder, cell)
+        state = state_of(path)
+    except InputError as error:
+        return _without(cell, "failed", path, _left_out(cell, error))
     if path is None:
         return _without(cell, state, None)
     try:
@@ -71,8 +75,7 @@ def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
         numbers = {**measures(run, study, ended=state in ENDED), "events": events(run, path)}
         numbers |= {"noise": noise(run), "provenance": provenance(run, path)}
     except _UNREADABLE as error:
-        why = str(error) or type(error).__name__
-        return _without(cell, "failed", path, f"{cell.name} can't be read, and is left out: {why}")
+        return _without(cell, "failed", path, _left_out(cell, error))
     value = numbers["value"]
     if state == "done" and value is None:
         state = "diverged" if run.history.get(study.metric) else "failed"
@@ -82,6 +85,11 @@ def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
     return CellRun(
         cell, state, path, run, value, numbers, tuple(_warnings(cell, run, study, state))
     )
+
+
+def _left_out(cell: StudyCell, error: Exception) -> str:
+    why = str(error) or type(error).__name__
+    return f"{cell.name} can't be read, and is left out: {why}"
 
 
 def _without(cell: StudyCell, state: State, path: Path | None, warning: str = "") -> CellRun:
@@ -221,8 +229,7 @@ def noise(run: Run) -> list[list[float | int | None]]:
         [update, one.samples_seen, one.critical, one.interval.low, one.interval.high]
         for update, one in zip(updates, readings(run), strict=True)
     ]
-    rows: list[list[float | int | None]] = [[_number(value) for value in row] for row in found]
-    return thinned(rows, MOST_POINTS)
+    return [[_number(value) for value in row] for row in found]
 
 
 def curves(run: Run, metric: str, *, most: int) -> dict[str, list[list[float | int | None]]]:

@@ -42,7 +42,7 @@ def experiment(config):
         "--norm-batch-size frozen --loss-dropout 1 2 --hflip 0.0 --clip-grad-norm 5 --patience 3",
         "--micro-batch-size 64 --workers 1 --output elsewhere --wandb-name mine --decay-all false",
         "--model cifar_resnet8 --model-kwargs stem=8 'widths=(8,16,32)' zero_init_last=False",
-        "--model test_resnet --model-kwargs act_layer=gelu \"block_args={'attn':{'rd':2}}\" tag='8'",
+        "--model test_resnet --model-kwargs act=gelu \"block_args={'attn':{'rd':2}}\" tag='8'",
     ],
 )
 def test_the_line_read_again_has_the_settings_of_the_experiment(flags):

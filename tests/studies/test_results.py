@@ -14,9 +14,11 @@ from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import strict_json
 from lbaccel.runs.groups import Mean
-from lbaccel.studies.folder import CELLS, cell_folder, choose, share, study_in
-from lbaccel.studies.results import check_result, study_result
+from lbaccel.studies.folder import CELLS, CHOSEN, cell_folder, choose, share, study_in
+from lbaccel.studies.results import study_result
+from lbaccel.studies.spec import ArmBatch
 from lbaccel.studies.tables import as_csv, as_markdown, as_text
+from lbaccel.studies.tuning import chosen
 
 LOSS = {("plain", 128): 0.1, ("plain", 512): 3.0, ("linear", 512): 0.7}
 
@@ -41,7 +43,6 @@ def of(rows, **where):
 def test_the_schema_is_whole_and_strict_json(whole):
     found = study_result(whole)
     assert json.loads(strict_json(found)) == found
-    assert check_result(found) is found
     assert set(found) >= {
         *("kind", "name", "title", "question", "source", "scale", "note", "metric", "last"),
         *("level", "arms", "settings", "batches", "seeds", "baseline", "target", "runs", "table"),
@@ -361,13 +362,46 @@ def test_no_damage_to_the_files_of_a_run_ends_the_report(whole):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("summary", ["[]", "{", '{"status": "done", "num_updates": "many"}'])
+DEEP = '{"status": ' + "[" * 500 + "]" * 500 + "}"
+LARGE = '{"status": "done", "note": "' + "x" * (33 * 2**20) + '"}'
+
+
+@pytest.mark.parametrize(
+    "summary",
+    ["[]", "{", '{"status": "done", "num_updates": "many"}', DEEP, LARGE],
+    ids=["list", "half", "text", "deep", "large"],
+)
 def test_an_edited_summary_costs_no_more_than_its_run(whole, summary):
     path = whole / CELLS / "plain-gbs32-seed0" / "20260101-000000-run" / "summary.json"
     path.write_text(summary)
     found = study_result(whole)
     assert len([one for one in found["runs"] if one["value"] is not None]) >= 17
     assert of(found["table"], arm="plain", batch=512)["n"] == 3
+    assert summary not in (DEEP, LARGE) or "plain-gbs32-seed0" in found["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "text",
+        {},
+        {"batch": None},
+        {"values": [None]},
+        {"results": "71"},
+        {"best": "0.1"},
+        {"setting": 3},
+        {"arm": ["plain"]},
+    ],
+)
+def test_a_damaged_choice_of_the_grid_is_left_out(whole, damage):
+    entry = {"arm": "plain", "batch": 32, "setting": "base_lr", "values": [0.05, 0.1, 0.2]}
+    entry |= {"results": [70.0, 71.0, None], "best": 0.1, "at_edge": False}
+    wrong = {**entry, "batch": 128, **damage} if damage and isinstance(damage, dict) else damage
+    (whole / CHOSEN).write_text(json.dumps([wrong, entry]))
+    found = study_result(whole)
+    as_text(found), as_markdown(found), as_csv(found)
+    assert found["tuning"] == [entry]
+    assert chosen(whole) == {ArmBatch("plain", 32): 0.1}
 
 
 def test_fewer_evaluations_than_the_median_takes_are_said(tmp_path):
@@ -422,6 +456,27 @@ def test_the_noise_scale_stands_beside_the_fit(tmp_path):
     assert linear["noise_scale"] == {"critical_batch": 101.0, "low": 50.0, "high": None}
     assert "The noise scale of its runs gives 100 (50 to unbounded)." in linear["sentence"]
     assert found["runs"][0]["noise"][0] == [3, 96, 100.0, 50.0, None]
+
+
+def test_the_noise_scale_at_the_target_is_the_last_reading_before_it(tmp_path):
+    folder = tmp_path / "s"
+    study = make_study(folder, target=80.0, batches=[32, 128])
+    for cell in study.cells():
+        run = add_run(folder, cell, [70.0, 90.0])
+        at = 2 * 2048 // cell.batch
+        # at the target the reading is its update; many follow, so a page shows few of all
+        lines = [
+            {"update": u, "samples_seen": u * cell.batch, "noise/critical_batch_size": float(u)}
+            | {"noise/low": 1.0, "noise/high": 1e6}
+            for u in [*range(1, at), *range(at + 1, at + 4000)]
+        ]
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        both = sorted([*logged, *lines], key=lambda line: line["update"])
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in both))
+    found = study_result(folder)
+    # batch 32 meets it at update 128 and batch 128 at 32: the last readings are one update before
+    assert of(found["to_target"], arm="linear")["noise_scale"]["critical_batch"] == 79.0
+    assert max(len(one["noise"]) for one in found["runs"]) <= 200
 
 
 def test_an_arm_whose_batch_grows_has_no_critical_batch(tmp_path):
@@ -534,8 +589,6 @@ def test_curves_are_short_and_keep_their_last_point(tmp_path):
 def test_a_folder_that_is_no_study_s_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"holds no study\.yaml"):
         study_result(tmp_path)
-    with pytest.raises(InputError, match="no result of a study"):
-        check_result({"kind": "run"})
 
 
 def test_the_verdict_begins_with_what_was_asked(whole):
