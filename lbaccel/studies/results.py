@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
@@ -287,14 +286,3 @@ def _edges(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
         for one in tuning
         if one.get("at_edge") and isinstance(one.get("best"), (int, float))
     ]
-
-
-def check_result(result: Any) -> dict[str, Any]:
-    """A study's result as it was printed before; stops at anything else.
-
-    Raises:
-        InputError: it is none.
-    """
-    if isinstance(result, dict) and result.get("kind") == "study" and "table" in result:
-        return result
-    raise InputError("this is no result of a study, as lbaccel study report DIR --json prints it.")
