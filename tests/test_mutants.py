@@ -153,6 +153,26 @@ MUTANTS = {
         "tests/studies/test_results.py::"
         "test_the_noise_scale_at_the_target_is_the_last_reading_before_it",
     ),
+    "a setting that one arm alone states is equal in all runs before they begin": (
+        "studies.settings_of_runs",
+        "whole = _with_defaults(one.cell.settings, stated)",
+        "whole = dict(one.cell.settings)",
+        "tests/studies/test_results.py::"
+        "test_before_its_runs_an_arm_has_the_default_of_what_another_arm_states",
+    ),
+    "a table of predictions of any size is read": (
+        "studies.on_images",
+        "text_of(path, most=MOST_TABLE_BYTES)",
+        'path.read_text(encoding="utf-8")',
+        "tests/studies/test_results.py::test_a_table_of_predictions_is_read_within_a_bound",
+    ),
+    "a resume towards another target forgets the evaluations of before": (
+        "runs.target",
+        'self.seen = {name: [EvaluationAt(*one) for one in of] for name, of in state["seen"].items()}',
+        "self.seen = {}",
+        "tests/runs/test_target.py::"
+        "test_a_resume_towards_another_target_knows_the_evaluations_of_before",
+    ),
     "a list in the network's arguments is another value than the tuple that was typed": (
         "network_arguments",
         "        return tuple(_plain(item, where, depth=depth + 1) for item in value)",
