@@ -58,7 +58,7 @@ def experiment_settings(
     >>> experiment_settings([{"seed": 0, "workers": 2, "output": "runs", "origin/seed": "flag"}])
     [{'seed': 0}]
     """
-    whole = [completed(_as_typed(joined(one))) for one in configs]
+    whole = [_completed(as_typed(joined(one))) for one in configs]
 
     def counts(key: str) -> bool:
         group, _, name = key.partition("/")
@@ -96,8 +96,8 @@ def joined(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_typed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With text in place of mappings."""
+def as_typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with text in place of mappings."""
     return {k: shown(v) if isinstance(v, Mapping) else v for k, v in config.items()}
 
 
@@ -105,8 +105,7 @@ def _of_the_recipe(config: Mapping[str, Any]) -> bool:
     return any(key.startswith(f"{PLAN}/") for key in config)
 
 
-def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings with those that it does not name, since it is older, as they were then."""
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
     if not _of_the_recipe(config):
         return dict(config)
     added = {

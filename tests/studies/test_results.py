@@ -193,6 +193,17 @@ def test_predictions_of_other_images_are_not_compared(whole):
     assert not any(one["on_images"] for one in found["comparisons"])
 
 
+def test_a_table_of_predictions_is_read_within_a_bound(whole, monkeypatch):
+    cells = {cell.name: cell for cell in study_in(whole).cells()}
+    for name in ("plain-gbs32-seed1", "plain-gbs512-seed1"):
+        names = ["a\u2028.png", "b.png", "c.png", "d.png"]
+        write_predictions(whole, cells[name], "1101", names=names)
+    (test,) = of(study_result(whole)["comparisons"], arm="plain", batch=512)["on_images"]
+    assert test["num_images"] == 4
+    monkeypatch.setattr("lbaccel.studies.on_images.MOST_TABLE_BYTES", 40)
+    assert of(study_result(whole)["comparisons"], arm="plain", batch=512)["on_images"] == []
+
+
 def test_a_study_without_a_baseline_takes_its_first_place(tmp_path):
     study = make_study(tmp_path / "s", baseline=None, pairs=[])
     fill(tmp_path / "s", study, top)
@@ -522,6 +533,28 @@ def test_a_study_before_its_first_run_has_the_settings_that_it_states(tmp_path):
     assert found["settings"] == {"norm_batch_size": 32, "model": "resnet10t", "epochs": 6.0}
     assert "18 of 18 runs have no result yet." in found["verdict"]
     assert {row["n"] for row in found["table"]} == {0}
+
+
+def test_before_its_runs_an_arm_has_the_default_of_what_another_arm_states(tmp_path):
+    arms = {
+        "a": {"settings": {}},
+        "b": {"settings": {"mixup": 0.8, "warmup": "none", "model_kwargs": {"stem": 8}}},
+        "c": {"settings": {"batch_schedule": "bsi", "factor": [2], "milestones": [1]}},
+    }
+    study = make_study(tmp_path / "s", arms=arms, pairs=[], expected={}, baseline=None)
+    for begun in (False, True):  # where arm c has runs, the others have what they state still
+        if begun:
+            cells = [cell for cell in study.cells() if cell.arm == "c"]
+            for cell in cells:
+                add_run(tmp_path / "s", cell, [70.0, 80.0])
+        found = study_result(tmp_path / "s")
+        of_arms = {arm["name"]: arm["settings"] for arm in found["arms"]}
+        assert {name: one["mixup"] for name, one in of_arms.items()} == {"a": 0, "b": 0.8, "c": 0}
+        assert of_arms["b"]["model_kwargs"] == "stem=8"
+        assert of_arms["a"]["model_kwargs"] is None
+        assert "mixup" not in found["settings"] and "model_kwargs" not in found["settings"]
+    # under a batch schedule there is no warmup unless it is asked for
+    assert (of_arms["a"]["warmup"], of_arms["b"]["warmup"]) == ("gradual", "none")
 
 
 def test_a_best_value_at_the_edge_of_its_grid_is_a_warning(whole):
