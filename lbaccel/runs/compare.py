@@ -61,6 +61,15 @@ def lower_is_better(metric: str) -> bool:
     return "loss" in metric.rsplit("/", 1)[-1]
 
 
+def is_in_points(metric: str) -> bool:
+    """Whether a metric is a share of right images in %, so that its differences are points.
+
+    >>> is_in_points("val/top1"), is_in_points("val/top5_ema"), is_in_points("val/loss")
+    (True, True, False)
+    """
+    return "top" in metric.rsplit("/", 1)[-1]
+
+
 def best_point(series: Series, metric: str) -> Point | None:
     """The first of the best finite points: the lowest of a loss, the highest of anything else."""
     finite = [(point.value, point) for point in series if point.value is not None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lbaccel.errors import check_number, check_whole
-from lbaccel.runs.compare import lower_is_better
+from lbaccel.runs.compare import is_in_points, lower_is_better
 from lbaccel.runs.groups import LEVEL, Mean
 
 Verdict = Literal["no loss", "loss", "gain", "not resolved", "not enough seeds"]
@@ -52,15 +52,6 @@ class Judgement:
     high: float | None
     verdict: Verdict
     sentence: str
-
-
-def is_in_points(metric: str) -> bool:
-    """Whether a metric is a share in %, so that its differences are points.
-
-    >>> is_in_points("val/top1"), is_in_points("val/top5_ema"), is_in_points("val/loss")
-    (True, True, False)
-    """
-    return "top" in metric.rsplit("/", 1)[-1]
 
 
 def paired(one: Outcomes, other: Outcomes) -> dict[int, float]:
@@ -213,18 +204,31 @@ def amount(difference: float, metric: str) -> str:
     ('1.58 points lower', '0.02 higher')
     """
     side = "lower" if difference < 0 else "higher"
-    if is_in_points(metric):
-        return f"{abs(difference):.2f} points {side}"
-    return f"{abs(difference):.4g} {side}"
+    return f"{number(abs(difference), metric)}{' points' * is_in_points(metric)} {side}"
 
 
-def signed(value: float, metric: str) -> str:
-    """A bound of a difference.
+def number(value: float | None, metric: str) -> str:
+    """A value of a metric in a sentence or a table; `-` where there is none.
+
+    >>> number(91.204, "val/top1"), number(0.25, "val/loss"), number(None, "val/top1")
+    ('91.20', '0.25', '-')
+    """
+    return _written(value, metric)
+
+
+def signed(value: float | None, metric: str) -> str:
+    """A difference of a metric, or a bound of one, in the same digits.
 
     >>> signed(-0.5, "val/top1"), signed(0.02, "val/loss")
     ('-0.50', '+0.02')
     """
-    return f"{value:+.2f}" if is_in_points(metric) else f"{value:+.4g}"
+    return _written(value, metric, sign="+")
+
+
+def _written(value: float | None, metric: str, *, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.2f}" if is_in_points(metric) else f"{value:{sign}.4g}"
 
 
 def quantile(n: int) -> float:

@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from lbaccel.product.shares import wilson
+from lbaccel.runs.compare import is_in_points
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
 from lbaccel.studies.folder import chosen_in, shared_names, study_in
-from lbaccel.studies.judging import Outcomes, is_in_points, judge
+from lbaccel.studies.judging import Outcomes, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
 from lbaccel.studies.on_images import on_the_same_images
 from lbaccel.studies.one_run import (
