@@ -115,8 +115,8 @@ MUTANTS = {
     ),
     "a checkpoint forgets the arguments of its network": (
         "runs.saved_weights",
-        '    model = create_backbone(pre["model"], **sizes, arguments=arguments)',
-        '    model = create_backbone(pre["model"], **sizes)',
+        'pre["model"], **sizes, arguments=arguments, described=described',
+        'pre["model"], **sizes',
         "tests/recipe/test_model_arguments.py::"
         "test_a_checkpoint_and_a_run_are_built_again_with_them",
     ),
@@ -172,6 +172,19 @@ MUTANTS = {
         "self.seen = {}",
         "tests/runs/test_target.py::"
         "test_a_resume_towards_another_target_knows_the_evaluations_of_before",
+    ),
+    "a network of any size is built": (
+        "network_build",
+        "    if 4 * values > free:",
+        "    if False:",
+        "tests/test_network_arguments.py::"
+        "test_a_network_that_does_not_fit_into_memory_is_a_sentence_with_the_numbers",
+    ),
+    "a checkpoint builds its network of other arguments twice on the meta device": (
+        "runs.saved_weights",
+        ", described=described",
+        "",
+        "tests/recipe/test_model_arguments.py::test_a_checkpoint_tries_its_arguments_once",
     ),
     "a list in the network's arguments is another value than the tuple that was typed": (
         "network_arguments",
