@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+OMP_THREADS, VISIBLE_GPUS = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 PARENT = os.getppid()  # of this process as it started: a launcher, where there is one
 
 
@@ -61,6 +63,33 @@ def deepspeed_config_file() -> str | None:
     """The DeepSpeed JSON that a launcher names: a path, or the text itself in base64."""
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     return None if named == "none" else named
+
+
+def chose_threads() -> bool:
+    """Whether somebody set how many threads a process of this machine has."""
+    return OMP_THREADS in os.environ
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that a process may be given, as CUDA_VISIBLE_DEVICES has them."""
+    visible = os.environ.get(VISIBLE_GPUS)
+    if visible is not None:
+        return [word.strip() for word in visible.split(",") if word.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def with_variables(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process for a child, with more variables."""
+    return {**os.environ, **more}
 
 
 def keeps_all_output() -> bool:

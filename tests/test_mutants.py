@@ -568,7 +568,7 @@ MUTANTS = {
     ),
     "test-*.parquet chooses the checkpoint": (
         "data.parquet",
-        "            if test and not val and test_is_val:\n",
+        "            if test and not val and test_split == AS_VAL:\n",
         "            if test and not val:\n",
         "tests/data/test_folders.py::test_parquet_without_validation_leaves_the_test_set_alone",
     ),
@@ -2038,10 +2038,10 @@ MUTANTS = {
     ),
     "a study's grid sees the test set": (
         "studies.tuning",
-        'more: dict[str, Any] = {"val_fraction": HELD_OUT, "test_split": "test"}',
-        "more: dict[str, Any] = {}",
+        '"test_split": "unused"}',
+        '"test_split": "val"}',
         "tests/studies/test_running.py::"
-        "test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken",
+        "test_a_grid_never_sees_the_images_that_the_study_is_judged_on[others0]",
     ),
     "a diverged run of a grid is its best": (
         "studies.tuning",
@@ -2052,14 +2052,14 @@ MUTANTS = {
     ),
     "two workers take one run": (
         "studies.running",
-        "        yield False\n",
-        "        yield True\n",
+        "        yield None\n",
+        "        yield 0\n",
         "tests/studies/test_running.py::test_any_number_of_workers_share_the_runs_of_one_folder",
     ),
     "a diverged run of a study is run again": (
-        "studies.running",
-        '_ENDED: tuple[State, ...] = ("done", "diverged")',
-        '_ENDED: tuple[State, ...] = ("done",)',
+        "studies.folder",
+        'ENDED = ("done", "diverged")',
+        'ENDED = ("done",)',
         "tests/studies/test_running.py::"
         "test_a_failed_run_is_told_and_tried_again_and_a_diverged_one_is_a_result",
     ),
@@ -2097,6 +2097,18 @@ MUTANTS = {
         "LEAST) / n",
         "tests/studies/test_to_target.py::"
         "test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit",
+    ),
+    "a claim ends with its worker": (
+        "studies.running",
+        'pass_fds=(claim,) if os.name == "posix" else (),',
+        "pass_fds=(),",
+        "tests/studies/test_running.py::test_a_run_keeps_its_claim_though_its_worker_is_killed",
+    ),
+    "a study forgets what was pinned": (
+        "commands.study",
+        "sorted({*study.pinned, *typed})",
+        "sorted(typed)",
+        "tests/studies/test_study_command.py::test_a_study_goes_on_in_its_folder_as_it_was_begun",
     ),
     "the noise scale forgets that an epoch draws without replacement": (
         "noise.arithmetic",

@@ -51,7 +51,7 @@ def run(a: argparse.Namespace) -> int:
         InputError: batch sizes, a grid or settings of no use.
     """
     from lbaccel.studies.launching import run_study
-    from lbaccel.studies.outlook import check_cells
+    from lbaccel.studies.outlook import check_cells, check_grid_images
     from lbaccel.studies.results import study_result
     from lbaccel.studies.scaling import scaling_study, set_target
     from lbaccel.studies.tables import as_text
@@ -63,6 +63,7 @@ def run(a: argparse.Namespace) -> int:
     if tune is not None:
         check_tune(study, tune)
     check_cells(study)
+    check_grid_images(study)
     folder = a.to or Path("studies", study.name)
     if a.target is None and is_study(folder):  # it was set when the runs had ended
         study = replace(study, target=study_in(folder).target)

@@ -12,6 +12,7 @@ from lbaccel.recipe import bounds
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import add_options, layered, typed_options
 from lbaccel.runs.columns import columns
+from lbaccel.runs.folder import plain
 from lbaccel.studies.find import find_study, shipped
 from lbaccel.studies.folder import begin, is_study, study_in
 from lbaccel.studies.read import (
@@ -23,7 +24,7 @@ from lbaccel.studies.read import (
     seeds_of,
     tune_of,
 )
-from lbaccel.studies.spec import SCALES, Study, StudyCell, Target
+from lbaccel.studies.spec import SCALES, Study, Target
 from lbaccel.text import printable
 
 LAUNCHERS = ("local", "print", "submitit")
@@ -131,8 +132,8 @@ def study_of(a: argparse.Namespace) -> Study:
     path = find_study(a.study)
     study = read_study(path, a.at_scale)
     typed = pinned_by(a)
-    layered(Settings(), typed, origin="flag")  # each value is one of its setting
-    study = replace(study, settings={**study.settings, **typed}, pinned=tuple(sorted(typed)))
+    pinned = tuple(sorted({*study.pinned, *typed}))
+    study = replace(study, settings={**study.settings, **typed}, pinned=pinned)
     study = judged_on_test_images(study)
     if a.seeds is not None:
         study = replace(study, seeds=seeds_of(a.seeds))
@@ -146,18 +147,26 @@ def study_of(a: argparse.Namespace) -> Study:
 
 
 def pinned_by(a: argparse.Namespace) -> dict[str, Any]:
-    """The settings that flags pin in all runs."""
-    return {name: value for name, value in typed_options(vars(a)).items() if name not in OWN}
+    """The settings that flags pin in all runs, as a file has them.
+
+    Raises:
+        InputError: a value that is none of its setting.
+    """
+    typed = {name: value for name, value in typed_options(vars(a)).items() if name not in OWN}
+    parsed = layered(Settings(), typed, origin="flag")
+    return {name: plain(parsed.value(name)) for name in typed}
 
 
 def _plan(a: argparse.Namespace) -> int:
-    from lbaccel.studies.outlook import check_cells, lengths, measured_pace
+    from lbaccel.studies.outlook import check_cells, check_grid_images, lengths, measured_pace
     from lbaccel.studies.outlook_text import lines
     from lbaccel.studies.running import alike
+    from lbaccel.studies.tuning import grid_of
 
     study = study_of(a)
     check_cells(study)
-    cells = _with_grid(study)
+    check_grid_images(study)
+    cells = [*grid_of(study), *study.cells()]
     shared = alike(cells)
     found = lengths([cell for cell in cells if cell.name not in shared])
     pace = None if a.no_timing else measured_pace(study, jobs=a.jobs, say=say)
@@ -166,24 +175,16 @@ def _plan(a: argparse.Namespace) -> int:
     return 0
 
 
-def _with_grid(study: Study) -> list[StudyCell]:
-    from lbaccel.studies.tuning import grid_cells
-
-    grid = []
-    if study.tune is not None:
-        grid = [c for place in study.places() for _, c in grid_cells(study, study.tune, place)]
-    return [*grid, *study.cells()]
-
-
 def _run(a: argparse.Namespace) -> int:
     from lbaccel.studies.launching import run_study
-    from lbaccel.studies.outlook import check_cells
+    from lbaccel.studies.outlook import check_cells, check_grid_images
 
     folder = Path(a.study) if is_study(Path(a.study)) and a.to is None else a.to
     study = study_of(a)
     check_cells(study)
     if folder is None:
         folder = Path("studies") / "-".join(filter(None, (study.name, study.scale)))
+    check_grid_images(study)
     study = begin(folder, study)
     return run_study(folder, study, launcher=a.launcher, jobs=a.jobs, only=a.only or (), say=say)
 

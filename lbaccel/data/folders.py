@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageFiles, read_image
-from lbaccel.data.opening import AS_VAL, Opening, Sets, some
+from lbaccel.data.opening import AS_UNUSED, AS_VAL, Opening, Sets, some
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.errors import CannotRead, InputError, reading
 
@@ -41,7 +41,8 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
         )
     folders = _sub_folders(root)
     val_folders = (*VAL_FOLDERS, TEST) if wanted.test_split == AS_VAL else VAL_FOLDERS
-    val_name = next((name for name in val_folders if name in folders), None)
+    alone = wanted.test_split == AS_UNUSED
+    val_name = next((n for n in val_folders if n in folders and not alone), None)
     read = partial(read_image, exif_orientation=wanted.exif_orientation)
     unread: Counter[str] = Counter()
     if "train" in folders and val_name:
@@ -56,7 +57,7 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
             "or give the folder that holds a sub-folder for each class."
         )
     nested = "train" in folders and bool(_sub_folders(root / "train"))
-    if nested and set(folders) - {"train", TEST}:
+    if nested and not alone and set(folders) - {"train", TEST}:
         raise InputError(
             f"folder:{root} has train/ with classes, and none of val/, validation/ or test/; what "
             f"are {', '.join(f'{name}/' for name in folders if name != 'train')}? Rename one to "
@@ -71,7 +72,8 @@ def open_folder(root: Path, wanted: Opening) -> Sets:
         seed=wanted.seed,
     )
     train, val = (everything.only(rows) for rows in halves)
-    test, note = _test_set(root, read, train.classes) if nested else (None, "")
+    looks = nested and not alone
+    test, note = _test_set(root, read, train.classes) if looks else (None, "")
     return Sets(train, val, f"{SPLIT} of the file name{note}{_said(unread)}", test)
 
 

@@ -10,7 +10,8 @@ from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.text import one_line
 
-AS_TEST, AS_VAL = "test", "val"
+AS_TEST, AS_VAL, AS_UNUSED = "test", "val", "unused"
+TEST_SPLITS = (AS_TEST, AS_VAL, AS_UNUSED)
 MOST_NAMED = 5  # in a message
 
 
@@ -22,7 +23,8 @@ class Opening:
         val_fraction: share of each class that is held out where there is no validation set.
         seed: of that split.
         test_split: what a test set is where there is no validation set beside it: "test", which
-            leaves it alone and holds out a share of the training images, or "val".
+            leaves it alone and holds out a share of the training images, or "val". "unused":
+            validation is held out of the training images, and no other set is opened.
         exif_orientation: turn each photograph upright as its EXIF entry says.
         max_train_samples: training images that are taken, after the split; None is all.
         max_val_samples: likewise of validation.
@@ -70,6 +72,8 @@ def divided(parts: Mapping[str, ImageFiles], wanted: Opening, *, hashed: str = "
         hashed: the thing that `names` are, in words.
     """
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
+    if wanted.test_split == AS_UNUSED:
+        val = test = None
     word = "val"
     if val is None and wanted.test_split == AS_VAL:
         val, test, word = test, None, "test"

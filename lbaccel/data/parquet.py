@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_VAL, Opening, Sets, some
+from lbaccel.data.opening import AS_TEST, AS_UNUSED, AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
@@ -50,7 +50,7 @@ def open_parquet(root: Path, wanted: Opening) -> Sets:
     Raises:
         InputError: the folder, a column or a label is missing, or a file or an image is broken.
     """
-    files = find_files(root, test_is_val=wanted.test_split == AS_VAL)
+    files = find_files(root, test_split=wanted.test_split)
     columns = find_columns(_schema(files.train[0]), files.train[0])
     train = _read_table(files.train, columns, wanted)
     classes, labels = _train_labels(train, columns)
@@ -144,12 +144,12 @@ class Files(NamedTuple):
     test: list[Path]
 
 
-def find_files(root: Path, *, test_is_val: bool = False) -> Files:
+def find_files(root: Path, *, test_split: str = AS_TEST) -> Files:
     """The files in `root` or `root`/data.
 
     Args:
         root: a folder.
-        test_is_val: take test-*.parquet as the validation set where there is no other.
+        test_split: see `Opening`.
 
     Raises:
         InputError: `root` is no folder, or holds no file named train-*.parquet.
@@ -161,10 +161,12 @@ def find_files(root: Path, *, test_is_val: bool = False) -> Files:
         )
     for folder in (root, root / "data"):
         if train := _shards(folder, "train"):
+            if test_split == AS_UNUSED:
+                return Files(train, [], "", [])
             found = ((_shards(folder, name), name) for name in VAL_NAMES)
             val, name = next(((files, name) for files, name in found if files), ([], ""))
             test = _shards(folder, TEST)
-            if test and not val and test_is_val:
+            if test and not val and test_split == AS_VAL:
                 return Files(train, test, TEST, [])
             return Files(train, val, name, test)
     names = sorted(path.name for path in root.rglob("*.parquet"))

@@ -19,7 +19,7 @@ from lbaccel.data.csv_files import open_csv
 from lbaccel.data.folders import open_folder
 from lbaccel.data.hub import open_hf
 from lbaccel.data.images import ImageArray, ImageFiles
-from lbaccel.data.opening import AS_TEST, AS_VAL, Opening, Sets
+from lbaccel.data.opening import AS_TEST, TEST_SPLITS, Opening, Sets
 from lbaccel.data.parquet import open_parquet
 from lbaccel.data.split import SPLIT, check_val_fraction, split_by_hash
 from lbaccel.data.subset import limited
@@ -80,6 +80,8 @@ def open_source(
         test_split: what a test set (test/, test-*.parquet) is where there is no validation set
             beside it: "test", so that validation is held out of the training images and nothing
             that trains looks at it, or "val". CIFAR's test set is always its validation set.
+            "unused": validation is held out of the training images though there may be a
+            validation set, and neither that nor a test set is opened.
         exif_orientation: turn photographs upright as their EXIF entry says.
         max_train_samples: training images to take, in proportion to the classes, the same for
             every seed: see `lbaccel.data.subset.drawn`. The validation set is held out before.
@@ -96,7 +98,7 @@ def open_source(
     """
     check_val_fraction(val_fraction)
     seed = check_seed("seed", seed)
-    check_choice("test_split", test_split, choices=(AS_TEST, AS_VAL))
+    check_choice("test_split", test_split, choices=TEST_SPLITS)
     for name, most in (
         ("max_train_samples", max_train_samples),
         ("max_val_samples", max_val_samples),

@@ -129,8 +129,9 @@ class DataOptions:
         "test",
         str,
         "what a test set (test/, test-*.parquet) is where there is no validation set beside it: "
-        "test, which training never touches, or val",
-        choices=("test", "val"),
+        "test, which training never touches, or val; unused: validation is held out of the "
+        "training images in any case",
+        choices=("test", "val", "unused"),
         reads_with=(
             ReadWith(
                 "data",

@@ -33,7 +33,11 @@ def _anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(name: str, value: Any) -> Any:
     if name == "data" and isinstance(value, str):
         kind, colon, path = value.partition(":")
-        return f"{kind}{colon}{Path(path).absolute()}" if kind in _KINDS and path else value
-    if name in _FILES and isinstance(value, str) and Path(value).exists():
-        return str(Path(value).absolute())
+        return (
+            f"{kind}{colon}{Path(path).expanduser().absolute()}"
+            if kind in _KINDS and path
+            else value
+        )
+    if name in _FILES and isinstance(value, str) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().absolute())
     return value

@@ -23,6 +23,7 @@ STUDY, CELLS, TUNING, LANDSCAPES = "study.yaml", "cells", "tuning", "landscapes"
 CHOSEN, SHARED = "tuning.json", "cells.json"
 SETTINGS, LOG, CLAIM = "settings.yaml", "log.txt", ".claim.lock"  # of a cell
 
+ENDED = ("done", "diverged")  # states of a run that has its result
 State = Literal["done", "diverged", "failed", "running", "stopped", "missing"]
 
 
@@ -109,7 +110,7 @@ def run_folder(folder: Path, cell: StudyCell) -> Path | None:
     if not home.is_dir():
         return None
     runs = sorted((path for path in home.iterdir() if (path / CONFIG).is_file()), reverse=True)
-    ended = [path for path in runs if state_of(path) in ("done", "diverged")]
+    ended = [path for path in runs if state_of(path) in ENDED]
     return next(iter((*ended, *runs)), None)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from lbaccel.errors import InputError, brief
 from lbaccel.recipe.values import nearest_name
-from lbaccel.studies.folder import share
+from lbaccel.studies.folder import share, shared_names
 from lbaccel.studies.running import TRAIN, Tally, Worker, alike, command_lines
 from lbaccel.studies.spec import ArmBatch, Study, StudyCell
-from lbaccel.studies.tuning import chosen, grid_cells, tuned
+from lbaccel.studies.tuning import grid_of, settled
 
 Say = Callable[[str], object]
 
@@ -40,32 +40,61 @@ def run_study(
         InputError: an arm can't run, or no such run.
         RunFailed: a run of the grid failed, so the others have no value.
     """
-    grid = [cell for place in study.places() for _, cell in _grid(study, place)]
-    best = chosen(folder)
-    cells = final_cells(study, best) if best or study.tune is None else []
-    if only:
-        picked = [cell for cell in (*grid, *cells) if cell.name in only]
-        _check_names(only, [cell.name for cell in (*grid, *cells)])
-        return _ended(Worker(folder, study, jobs, say, command).run(picked), folder, say)
-    if launcher == "print":
-        return _print(folder, cells or grid, has_grid=bool(grid) and not cells, say=say)
-    if launcher == "submitit":
-        from lbaccel.studies.cluster import submit
-
-        return submit(folder, cells or grid, jobs=jobs, say=say)
     worker = Worker(folder, study, jobs, say, command)
-    if study.tune is not None and not best:
+    best = settled(folder, study)
+    if only:
+        return _these(worker, only, best)
+    if launcher != "local":
+        return _hand_out(folder, study, best, launcher=launcher, jobs=jobs, say=say)
+    if best is None:
+        grid = grid_of(study)
         say(f"grid: {study.tune} at each arm and batch size, {len(grid)} runs")
-        best = tuned(worker, study, study.tune)
-        if worker.stopped:
-            return 130
-        cells = final_cells(study, best)
-    tally = worker.run(one_of_each(folder, cells))
+        tally = worker.run(grid)
+        best = settled(folder, study)
+        if best is None:
+            return _ended(tally, folder, say, stopped=worker.stopped)
+    tally = worker.run(one_of_each(folder, final_cells(study, best)))
     if study.landscapes and tally.ended == tally.total:
         from lbaccel.studies.surfaces import draw_landscapes
 
         draw_landscapes(folder, study, say=say)
     return _ended(tally, folder, say, stopped=worker.stopped)
+
+
+def _these(worker: Worker, only: Sequence[str], best: dict[ArmBatch, float] | None) -> int:
+    """Run what was named; a run that stands for several arms may be named by each of them."""
+    folder, grid = worker.folder, grid_of(worker.study)
+    cells = [] if best is None else final_cells(worker.study, best)
+    _check_names(only, [cell.name for cell in (*grid, *cells)])
+    own = one_of_each(folder, cells)
+    names = {shared_names(folder).get(name, name) for name in only}
+    picked = [cell for cell in (*grid, *own) if cell.name in names]
+    return _ended(worker.run(picked), folder, worker.say, stopped=worker.stopped)
+
+
+def _hand_out(
+    folder: Path,
+    study: Study,
+    best: dict[ArmBatch, float] | None,
+    *,
+    launcher: str,
+    jobs: int,
+    say: Say,
+) -> int:
+    """Name the runs to a scheduler: those of the grid, and when all of them ended the others."""
+    cells = grid_of(study) if best is None else one_of_each(folder, final_cells(study, best))
+    if launcher == "submitit":
+        from lbaccel.studies.cluster import submit
+
+        submit(folder, cells, jobs=jobs, say=say)
+    else:
+        for line in command_lines(folder, cells):
+            say(line)
+    if best is None:
+        say("# these are the runs of the grid: when they have ended, type the same line again")
+    elif study.landscapes:
+        say(f"# when they have ended, the landscapes: lbaccel study run {folder.absolute()}")
+    return 0
 
 
 def final_cells(study: Study, best: dict[ArmBatch, float]) -> list[StudyCell]:
@@ -79,10 +108,6 @@ def final_cells(study: Study, best: dict[ArmBatch, float]) -> list[StudyCell]:
 
 def _chosen(study: Study, best: dict[ArmBatch, float], place: ArmBatch) -> dict[str, float]:
     return {study.tune.setting: best[place]} if study.tune and place in best else {}
-
-
-def _grid(study: Study, place: ArmBatch) -> list[tuple[float, StudyCell]]:
-    return [] if study.tune is None else grid_cells(study, study.tune, place)
 
 
 def one_of_each(folder: Path, cells: Sequence[StudyCell]) -> list[StudyCell]:
@@ -99,15 +124,6 @@ def _check_names(only: Sequence[str], names: Sequence[str]) -> None:
                 f"--only {brief(name)}: the study has no such run.{nearest_name(name, names)} "
                 f"Its {len(names)} runs have names such as {names[0]}."
             )
-
-
-def _print(folder: Path, cells: Sequence[StudyCell], *, has_grid: bool, say: Say) -> int:
-    lines = list(command_lines(folder, one_of_each(folder, cells)))
-    for line in lines:
-        say(line)
-    if has_grid:
-        say("# the runs of the grid: when they have ended, print again for the study's own")
-    return 0
 
 
 def _ended(tally: Tally, folder: Path, say: Say, *, stopped: bool = False) -> int:

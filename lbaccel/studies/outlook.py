@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from typing import Any
 from lbaccel.batch.phases import phase_updates
 from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
+from lbaccel.launch import chose_threads
 from lbaccel.recipe import growth
 from lbaccel.recipe.checks import Checked, checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered, under_a_batch_schedule
 from lbaccel.studies.spec import Study, StudyCell
+from lbaccel.studies.tuning import grid_of
 
 Say = Callable[[str], object]
 _TIMED_SECONDS = 20.0  # of updates, at each of two batch sizes
@@ -27,7 +28,7 @@ class CellLength:
 
     Attributes:
         cell: the run.
-        num_updates: None where its data were not read.
+        num_updates: of the whole run.
         samples: that it sees.
         evaluations: of the test set.
     """
@@ -40,7 +41,7 @@ class CellLength:
 
 @dataclass(frozen=True)
 class StudyPace:
-    """Seconds of a run: `update` a update, `sample` a sample, `evaluation` an evaluation."""
+    """Seconds of a run: `update` an update, `sample` a sample, `evaluation` an evaluation."""
 
     update: float
     sample: float
@@ -69,13 +70,34 @@ def settings_of(cell: StudyCell) -> Checked:
 
 
 def check_cells(study: Study) -> None:
-    """Stop at an arm that no run could have, before anything runs.
+    """Stop at an arm, or a value of the grid, that no run could have, before anything runs.
 
     Raises:
         InputError: see `settings_of`.
     """
-    for place in study.places():
-        settings_of(study.cell(place, study.seeds[0]))
+    places = [study.cell(place, study.seeds[0]) for place in study.places()]
+    for cell in (*places, *grid_of(study)):
+        settings_of(cell)
+
+
+def check_grid_images(study: Study) -> None:
+    """Stop where a grid would be judged on images that the study is judged on; opens the data.
+
+    Raises:
+        InputError: the data have neither a test nor a validation set, so that both would hold a
+            share of the training images out; or they are not there.
+    """
+    from lbaccel.recipe.images import open_data
+
+    if study.tune is None:
+        return
+    settings = settings_of(study.cells()[0])
+    if open_data(settings.data, seed=settings.run.seed).held_out:
+        raise InputError(
+            f"--tune {study.tune}: {settings.data.data} has no test set of its own, so the study "
+            "is judged on a share of its images, and the grid would be judged on the same ones. "
+            "Put a test/ or val/ beside train/, or leave --tune out."
+        )
 
 
 def lengths(cells: Sequence[StudyCell]) -> list[CellLength]:
@@ -171,7 +193,7 @@ def _threads(jobs: int) -> Any:
     import torch
 
     before = torch.get_num_threads()
-    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if jobs > 1 and not chose_threads():
         torch.set_num_threads(max(1, before // jobs))
     try:
         yield

@@ -32,6 +32,7 @@ OWN = (
     *("resume", "max_minutes", "max_hours", "dry_run", "extend"),
 )
 """Settings that a study gives itself, or that have no sense in one."""
+METRICS = tuple(f"val/{name}{end}" for end in ("", "_ema") for name in ("top1", "top5", "loss"))
 _SETTINGS = frozenset(OPTIONS) - set(OWN)
 _OF_ARM = ("title", "settings", "batches", "per_batch")
 _OF_SCALE = (
@@ -89,7 +90,7 @@ def study_of(content: Any, scale: str | None) -> Study:
         _fault(f"it has no scales, so there is no {brief(scale)}. Leave --scale out.")
     at = _mapping(scales.get(name) or {}, f"scale {name}")
     _known(at, _OF_SCALE, f"scale {name}")
-    return judged_on_test_images(_checked(_study({**_merged(whole, at), "scale": name})))
+    return _checked(_study({**_merged(whole, at), "scale": name}))
 
 
 def judged_on_test_images(study: Study) -> Study:
@@ -221,6 +222,11 @@ def _checked(study: Study) -> Study:
                 f"arm {place.arm} at batch {place.batch}: {still[0]} {brief(settings[still[0]])} "
                 "is no whole number of samples there."
             )
+    for metric in (study.metric, study.target.metric if study.target else study.metric):
+        if metric not in METRICS:
+            _fault(f"metric {brief(metric)} is none of an evaluation: {', '.join(METRICS)}.")
+    if study.spread <= 0:
+        _fault(f"spread {study.spread:g} is a standard deviation: a number above 0.")
     places = study.places()
     if study.baseline is not None and study.baseline not in places:
         _fault(f"baseline {study.baseline.arm} at {study.baseline.batch} is no run of the study.")

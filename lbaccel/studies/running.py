@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -19,19 +20,35 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lbaccel.errors import InputError, RunFailed
+from lbaccel.launch import (
+    OMP_THREADS,
+    VISIBLE_GPUS,
+    chose_threads,
+    num_cores,
+    visible_gpus,
+    with_variables,
+)
 from lbaccel.recipe.options import OPTIONS, default_of
 from lbaccel.recipe.signals import graceful_signals
 from lbaccel.recipe.values import words
 from lbaccel.runs.folder import atomic_write_text, plain, strict_json
 from lbaccel.runs.pace import clock_time
-from lbaccel.studies.folder import CLAIM, LOG, SETTINGS, State, cell_folder, run_folder, state_of
+from lbaccel.studies.folder import (
+    CLAIM,
+    ENDED,
+    LOG,
+    SETTINGS,
+    State,
+    cell_folder,
+    run_folder,
+    state_of,
+)
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.spec import Study, StudyCell
 from lbaccel.text import printable
 
 Say = Callable[[str], object]
 TRAIN = (sys.executable, "-m", "lbaccel.train")
-_ENDED: tuple[State, ...] = ("done", "diverged")
 _LOOK_EVERY = 0.2  # seconds, at the processes
 
 
@@ -83,6 +100,7 @@ class Worker:
     stopped: bool = False
     _children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
+    _slots: SimpleQueue[int] = field(default_factory=SimpleQueue)  # free ones, each with a GPU
     _refused: str = ""
 
     def run(self, cells: Sequence[StudyCell]) -> Tally:
@@ -91,7 +109,7 @@ class Worker:
         Raises:
             InputError: an arm can't run: the error of `lbaccel train`. Runs with a result stay.
         """
-        waiting = [cell for cell in cells if self._state(cell) not in _ENDED]
+        waiting = [cell for cell in cells if self._state(cell) not in ENDED]
         tally = Tally(len(cells), len(cells) - len(waiting))
         if tally.ended:
             self.say(f"{tally.ended} of {tally.total} runs have their result already")
@@ -99,35 +117,40 @@ class Worker:
             graceful_signals(self._stop),
             ThreadPoolExecutor(self.jobs, thread_name_prefix="run") as threads,
         ):
-            slots = iter(range(len(waiting)))
-            for _ in threads.map(lambda cell: self._one(cell, tally, next(slots)), waiting):
+            for slot in range(self.jobs):
+                self._slots.put(slot)
+            for _ in threads.map(lambda cell: self._one(cell, tally), waiting):
                 pass
         if self._refused:
             raise InputError(self._refused)
         return tally
 
-    def _one(self, cell: StudyCell, tally: Tally, slot: int) -> None:
+    def _one(self, cell: StudyCell, tally: Tally) -> None:
         if self.stopped or self._refused:
             return
         home = cell_folder(self.folder, cell)
         home.mkdir(parents=True, exist_ok=True)
-        with claimed(home) as mine:
+        with claimed(home) as claim:
             state = self._state(cell)
-            if state in _ENDED:  # by another worker, since this one looked
+            if state in ENDED:  # by another worker, since this one looked
                 self._count(tally)
                 return
-            if not mine or state == "running":
+            if claim is None or state == "running":
                 with self._lock:
                     tally.elsewhere.append(cell.name)
                 return
             start = time.monotonic()
-            code = self._process(cell, home, slot)
+            slot = self._slots.get()
+            try:
+                code = self._process(cell, home, slot, claim)
+            finally:
+                self._slots.put(slot)
             self._after(cell, code, time.monotonic() - start, tally)
 
-    def _process(self, cell: StudyCell, home: Path, slot: int) -> int:
+    def _process(self, cell: StudyCell, home: Path, slot: int, claim: int) -> int:
         prepare(self.study, cell, home)
         line = [*self.command, *arguments(home)]
-        environment = {**os.environ, **_share_of_machine(self.jobs, slot)}
+        environment = with_variables(_share_of_machine(self.jobs, slot))
         with (home / LOG).open("ab") as log:
             log.write(f"$ {shlex.join(line)}\n".encode())
             log.flush()
@@ -135,7 +158,12 @@ class Worker:
                 if self.stopped:
                     return 130
                 child = subprocess.Popen(
-                    line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                    line,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    pass_fds=(claim,) if os.name == "posix" else (),
                 )
                 self._children[cell.name] = child
             if self.stopped:  # the signal came while the process was being made
@@ -147,7 +175,7 @@ class Worker:
 
     def _after(self, cell: StudyCell, code: int, seconds: float, tally: Tally) -> None:
         state = self._state(cell)
-        if state in _ENDED:
+        if state in ENDED:
             with self._lock:
                 tally.seconds.append(seconds)
             self._count(tally, f"{cell.name}: {self._result(cell, state)} in {clock_time(seconds)}")
@@ -218,15 +246,18 @@ def alike(cells: Sequence[StudyCell]) -> dict[str, str]:
 def command_lines(folder: Path, cells: Sequence[StudyCell]) -> Iterator[str]:
     """A shell line for each run that has no result yet; any machine may take it, at any time."""
     for cell in cells:
-        if state_of(run_folder(folder, cell)) not in _ENDED:
+        if state_of(run_folder(folder, cell)) not in ENDED:
             yield shlex.join(
                 ["lbaccel", "study", "run", str(folder.absolute()), "--only", cell.name]
             )
 
 
 @contextmanager
-def claimed(home: Path) -> Iterator[bool]:
-    """Whether this process is the one that runs the cell of a folder; a lock of the system.
+def claimed(home: Path) -> Iterator[int | None]:
+    """Claim the cell of a folder by a lock of the system; None where another process has it.
+
+    The value is the descriptor of the locked file. A process that inherits it keeps the claim until
+    it ends, though the one that made it may be killed.
 
     Raises:
         RunFailed: the folder lies where files can't be locked.
@@ -235,7 +266,7 @@ def claimed(home: Path) -> Iterator[bool]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        yield False
+        yield None
         return
     except (OSError, NotImplementedError) as error:
         raise RunFailed(
@@ -243,7 +274,7 @@ def claimed(home: Path) -> Iterator[bool]:
             "run. Use a folder on another file system."
         ) from error
     try:
-        yield True
+        yield lock._context.lock_file_fd
     finally:
         lock.release()
 
@@ -264,19 +295,9 @@ def last_line(log: Path) -> str:
 def _share_of_machine(jobs: int, slot: int) -> Mapping[str, str]:
     """Threads and a GPU for one of several runs at a time, where the user chose none."""
     found: dict[str, str] = {}
-    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        found["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
-    gpus = _gpus()
-    if jobs > 1 and len(gpus) > 1:
-        found["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if jobs > 1 and not chose_threads():
+        found[OMP_THREADS] = str(max(1, num_cores() // jobs))
+    gpus = visible_gpus() if jobs > 1 else []
+    if len(gpus) > 1:
+        found[VISIBLE_GPUS] = gpus[slot % len(gpus)]
     return found
-
-
-def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [word.strip() for word in visible.split(",") if word.strip()]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]

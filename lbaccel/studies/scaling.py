@@ -13,7 +13,7 @@ from lbaccel.recipe.options import Settings, default_of
 from lbaccel.recipe.rate import freezes_norm_alone
 from lbaccel.recipe.settings import layered
 from lbaccel.runs.compare import lower_is_better
-from lbaccel.studies.folder import rewrite, run_folder
+from lbaccel.studies.folder import rewrite, run_folder, state_of
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.read import MOST_SEEDS, judged_on_test_images, splits
 from lbaccel.studies.spec import NO_NORM, NORM, Arm, ArmBatch, Study, Target, Tune
@@ -95,6 +95,7 @@ def set_target(folder: Path, study: Study) -> Study:
         value
         for cell in study.cells()
         if (run := run_folder(folder, cell)) is not None
+        and state_of(run) == "done"
         and (value := value_in(run, study)) is not None
     ]
     if not values:

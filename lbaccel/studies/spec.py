@@ -121,8 +121,18 @@ class Tune:
         return tuple(own * v for v in self.values) if self.relative else self.values
 
     def __str__(self) -> str:
-        values = ",".join(f"{value:g}" for value in self.values)
+        values = ",".join(map(exact, self.values))
         return f"{self.setting} {'x ' if self.relative else ''}{values}"
+
+
+def exact(value: float) -> str:
+    """A number in as many digits as it needs to be read back.
+
+    >>> exact(0.05), exact(1 / 3)
+    ('0.05', '0.3333333333333333')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 @dataclass(frozen=True)

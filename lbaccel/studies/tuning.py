@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.errors import RunFailed
 from lbaccel.recipe.options import default_of
 from lbaccel.runs.compare import lower_is_better
-from lbaccel.studies.folder import choose, chosen_in, run_folder, state_of
+from lbaccel.studies.folder import ENDED, choose, chosen_in, run_folder, state_of
 from lbaccel.studies.outcome import value_in
-from lbaccel.studies.running import Worker
-from lbaccel.studies.spec import ArmBatch, Study, StudyCell, Tune
+from lbaccel.studies.spec import ArmBatch, Study, StudyCell, Tune, exact
 
-HELD_OUT = 0.1  # of the training set, as the runs of a grid have it in place of the test set
+OF_THE_GRID: Mapping[str, Any] = {"val_fraction": 0.1, "test_split": "unused"}
+"""A tenth of the training set stands for the images that the study is judged on."""
 
 
 def grid_cells(study: Study, tune: Tune, place: ArmBatch) -> list[tuple[float, StudyCell]]:
@@ -23,46 +22,38 @@ def grid_cells(study: Study, tune: Tune, place: ArmBatch) -> list[tuple[float, S
     base = own.get(tune.setting, default_of(tune.setting))
     found: list[tuple[float, StudyCell]] = []
     for value in tune.at(base if tune.relative else 1.0):
-        more = {tune.setting: value, **held_out(str(own.get("data", default_of("data"))))}
+        more = {tune.setting: value, **OF_THE_GRID}
         cell = study.cell(place, study.seeds[0], more=more)
-        variant = f"{tune.setting}-{value:.6g}"
+        variant = f"{tune.setting}-{exact(value)}"
         found.append((value, StudyCell(cell.arm, cell.batch, cell.seed, cell.settings, variant)))
     return found
 
 
-def held_out(data: str) -> Mapping[str, Any]:
-    """The settings under which a part of the training set stands for the test set.
+def grid_of(study: Study) -> list[StudyCell]:
+    """Every run of a study's grid; none where nothing is tuned."""
+    if study.tune is None:
+        return []
+    return [cell for place in study.places() for _, cell in grid_cells(study, study.tune, place)]
 
-    A folder with `val/` and no `test/` is read as its `train/` alone: its `val/` is the test set
-    of the study.
+
+def settled(folder: Path, study: Study) -> dict[ArmBatch, float] | None:
+    """The values that the grid chose; None before all of its runs have ended.
+
+    Whoever ran them, here or elsewhere, the choice is written by the first that asks after that.
+    A place whose runs diverged all has none.
     """
-    kind, _, path = data.partition(":")
-    inside = Path(path)
-    more: dict[str, Any] = {"val_fraction": HELD_OUT, "test_split": "test"}
-    if kind == "folder" and (inside / "train").is_dir() and not (inside / "test").is_dir():
-        more = {"val_fraction": HELD_OUT, "data": f"folder:{inside / 'train'}"}
-    return more
-
-
-def tuned(worker: Worker, study: Study, tune: Tune) -> dict[ArmBatch, float]:
-    """Run the grid, and give the best value of each place; writes all that was found.
-
-    Raises:
-        InputError: an arm can't run.
-        RunFailed: not every run of the grid has ended.
-    """
-    grids = {place: grid_cells(study, tune, place) for place in study.places()}
-    tally = worker.run([cell for grid in grids.values() for _, cell in grid])
-    if tally.ended < tally.total:
-        missing = [*tally.failed, *tally.elsewhere]
-        raise RunFailed(
-            f"{tally.total - tally.ended} of {tally.total} runs of the grid have no result yet"
-            + (f" ({missing[0]} among them)" if missing else "")
-            + f". Go on: lbaccel study run {worker.folder}"
-        )
-    found = [_entry(worker.folder, study, tune, place, grid) for place, grid in grids.items()]
-    choose(worker.folder, found)
-    return chosen(worker.folder)
+    if study.tune is None:
+        return {}
+    if not chosen_in(folder):
+        if any(state_of(run_folder(folder, cell)) not in ENDED for cell in grid_of(study)):
+            return None
+        tune = study.tune
+        found = [
+            _entry(folder, study, tune, place, grid_cells(study, tune, place))
+            for place in study.places()
+        ]
+        choose(folder, found)
+    return chosen(folder)
 
 
 def chosen(folder: Path) -> dict[ArmBatch, float]:

@@ -75,6 +75,8 @@ def test_a_test_split_without_val_is_left_alone(tmp_path):
     assert (len(source.train), len(source.val), len(source.test)) == (6, 2, 4)
     source = open_source(spec, test_split="val")
     assert (len(source.train), len(source.val), source.test) == (8, 4, None)
+    source = open_source(spec, test_split="unused", val_fraction=0.25)
+    assert (len(source.train), len(source.val), source.test) == (6, 2, None)
 
 
 def test_the_images_of_a_table_have_an_identity(tmp_path):

@@ -40,6 +40,15 @@ def test_test_without_val_chooses_no_checkpoint(tmp_path):
     assert roots == {str(tmp_path / "train")}
 
 
+@pytest.mark.parametrize("others", [{"val": 4}, {"test": 3}, {"val": 4, "test": 3}, {"odd": 2}])
+def test_unused_holds_out_of_train_whatever_else_there_is(tmp_path, others):
+    source = open_source(folder_with(tmp_path, train=10, **others), test_split="unused")
+    assert (len(source.train), len(source.val), source.test) == (16, 4, None)
+    assert source.held_out
+    alone = open_source(f"folder:{tmp_path / 'train'}")
+    assert (source.train.names, source.val.names) == (alone.train.names, alone.val.names)
+
+
 def test_test_is_the_validation_set_where_that_is_asked_for(tmp_path):
     source = open_source(folder_with(tmp_path, train=10, test=3), test_split="val")
     assert (len(source.train), len(source.val), source.test) == (20, 6, None)
@@ -99,6 +108,9 @@ def test_parquet_without_validation_leaves_the_test_set_alone(tmp_path):
     assert (len(source.train), len(source.val), len(source.test)) == (16, 4, 2)
     source = open_source(spec, test_split="val")
     assert (len(source.train), len(source.val), source.test) == (20, 2, None)
+    spec = parquet_with(tmp_path, train=[0, 1] * 10, test=[1, 0], validation=[0, 1, 1])
+    source = open_source(spec, test_split="unused")
+    assert (len(source.train), len(source.val), source.test) == (16, 4, None)
 
 
 def test_a_test_set_of_the_hub_without_labels_is_left_out(tmp_path):

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -28,10 +29,10 @@ from lbaccel.studies.folder import (
     study_in,
 )
 from lbaccel.studies.launching import final_cells, one_of_each, run_study
-from lbaccel.studies.read import study_of, tune_of
+from lbaccel.studies.read import judged_on_test_images, study_of, tune_of
 from lbaccel.studies.running import Worker, alike, claimed, command_lines
 from lbaccel.studies.spec import ArmBatch
-from lbaccel.studies.tuning import best_of, grid_cells, held_out
+from lbaccel.studies.tuning import best_of, grid_cells, grid_of, settled
 
 SCRIPT = """
 import json, os, sys, time, yaml
@@ -66,7 +67,7 @@ def study(**changed):
         "batches": [8, 16],
         "seeds": 2,
     }
-    return study_of({**whole, **changed}, None)
+    return judged_on_test_images(study_of({**whole, **changed}, None))
 
 
 @pytest.fixture
@@ -189,18 +190,18 @@ def test_a_killed_worker_leaves_no_claim(tmp_path):
     home.mkdir()
     program = (
         "import sys, time; from pathlib import Path; from lbaccel.studies.running import claimed\n"
-        "with claimed(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
+        "with claimed(Path(sys.argv[1])) as c: print(c is not None, flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(home)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "True\n"
-    with claimed(home) as mine:
-        assert not mine
+    with claimed(home) as claim:
+        assert claim is None
     holder.kill()
     holder.communicate()
-    with claimed(home) as mine:
-        assert mine
+    with claimed(home) as claim:
+        assert claim is not None
 
 
 def test_runs_of_equal_settings_are_one_run(tmp_path, script):
@@ -242,14 +243,15 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path):
 def test_relative_paths_are_those_of_the_folder_that_a_study_is_begun_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pth").write_text("")
-    settings = {"data": "parquet:images", "norm_batch_size": 8, "checkpoint": "weights.pth"}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    settings = {"data": "parquet:~/images", "norm_batch_size": 8, "checkpoint": "weights.pth"}
     arms = {
         "one": {"per_batch": {8: {"data": "csv:a.csv"}}},
         "two": {"settings": {"data": "hf:a/b"}},
     }
     begin(tmp_path / "results", study(settings=settings, arms=arms))
     found = study_in(tmp_path / "results")
-    assert found.settings["data"] == f"parquet:{tmp_path / 'images'}"
+    assert found.settings["data"] == f"parquet:{tmp_path / 'home' / 'images'}"
     assert found.settings["checkpoint"] == str(tmp_path / "weights.pth")
     assert found.arms[0].per_batch[8]["data"] == f"csv:{tmp_path / 'a.csv'}"
     assert found.arms[1].settings["data"] == "hf:a/b"
@@ -276,22 +278,145 @@ def test_a_grid_is_run_first_the_same_for_each_arm_and_its_best_is_taken(tmp_pat
     assert (run["base_lr"], run["test_split"]) == (0.2, "val")
     cell = grid_cells(mine, mine.tune, ArmBatch("one", 8))[0][1]
     run = yaml.safe_load((run_folder(folder, cell) / "config.yaml").read_text())
-    assert (run["base_lr"], run["test_split"], run["val_fraction"]) == (0.05, "test", 0.1)
+    assert (run["base_lr"], run["test_split"], run["val_fraction"]) == (0.05, "unused", 0.1)
     assert run_study(folder, mine, say=said.append, command=command) == 0
     assert len(begun()) == 8
 
 
-def test_a_grid_never_sees_the_images_that_the_study_is_judged_on(tmp_path):
-    photos = tmp_path / "photos"
-    for part in ("train", "val"):
-        (photos / part / "rose").mkdir(parents=True)
-    assert held_out(f"folder:{photos}") == {
-        "val_fraction": 0.1,
-        "data": f"folder:{photos / 'train'}",
-    }
-    (photos / "test").mkdir()
-    assert held_out(f"folder:{photos}") == {"val_fraction": 0.1, "test_split": "test"}
-    assert held_out("parquet:x") == {"val_fraction": 0.1, "test_split": "test"}
+def folder_of_pictures(root, **parts):
+    """Sub-folders of two classes with tiny pictures: part to the grey of its pixels."""
+    from PIL import Image
+
+    for part, grey in parts.items():
+        for name in ("rose", "tulip"):
+            home = root / part / name
+            home.mkdir(parents=True)
+            for number in range(20):
+                color = (grey, number, ord(name[0]))
+                Image.new("RGB", (8, 8), color).save(home / f"{part}{number}.png")
+    return root
+
+
+def parts_of(images):
+    """The parts that pictures come from, by their names."""
+    return {Path(name).stem.rstrip("0123456789") for name in images.names}
+
+
+@pytest.mark.parametrize("others", [{"val": 2}, {"test": 3}, {"val": 2, "test": 3}])
+def test_a_grid_never_sees_the_images_that_the_study_is_judged_on(tmp_path, others):
+    from lbaccel.recipe.images import open_data
+    from lbaccel.studies.outlook import check_grid_images, settings_of
+
+    folder_of_pictures(tmp_path / "photos", train=1, **others)
+    data = f"folder:{tmp_path / 'photos'}"
+    mine = study(
+        tune="base_lr x 0.5,1", settings={"data": data, "norm_batch_size": 8, "base_lr": 0.1}
+    )
+    judged = open_data(settings_of(mine.cells()[0]).data, seed=0)
+    grid = open_data(settings_of(grid_of(mine)[0]).data, seed=0)
+    assert parts_of(judged.val) == {"val" if "val" in others else "test"}
+    assert parts_of(grid.train) == parts_of(grid.val) == {"train"}
+    assert len(grid.val) == 4  # a tenth of each class
+    assert grid.test is None
+    check_grid_images(mine)
+
+
+def test_a_grid_is_refused_where_the_study_itself_holds_images_out(tmp_path):
+    from lbaccel.studies.outlook import check_grid_images
+
+    folder_of_pictures(tmp_path / "photos", train=1)
+    data = f"folder:{tmp_path / 'photos'}"
+    settings = {"data": data, "norm_batch_size": 8, "base_lr": 0.1}
+    with pytest.raises(InputError, match="has no test set of its own"):
+        check_grid_images(study(tune="base_lr x 0.5,1", settings=settings))
+    check_grid_images(study(settings=settings))
+
+
+def test_other_workers_may_run_the_grid_and_the_study_goes_past_it(tmp_path, script):
+    """Each run is named alone, as the lines of --launcher print do it."""
+    command, begun = script
+    folder = tmp_path / "results"
+    mine = begin(folder, study(tune="base_lr x 0.5,1", batches=[8], seeds=1))
+
+    def printed():
+        lines = []
+        assert run_study(folder, mine, launcher="print", say=lines.append) == 0
+        return [line.split()[-1] for line in lines if not line.startswith("#")]
+
+    grid = printed()
+    assert sorted(grid) == sorted(cell.name for cell in grid_of(mine))
+    for name in grid:
+        run_study(folder, mine, only=[name], say=lambda _: None, command=command)
+    final = printed()
+    assert final == ["one-gbs8-seed0", "two-gbs8-seed0"]
+    assert {one["arm"]: one["best"] for one in chosen_in(folder)} == {"one": 0.1, "two": 0.2}
+    assert len(begun()) == 4
+
+
+def test_a_run_that_stands_for_two_arms_may_be_named_by_both(tmp_path, script):
+    command, begun = script
+    folder, said = tmp_path / "results", []
+    mine = begin(folder, study(arms={"one": {}, "same": {}}, batches=[8], seeds=1))
+    for name in ("same-gbs8-seed0", "one-gbs8-seed0"):
+        assert run_study(folder, mine, only=[name], say=said.append, command=command) == 0
+    assert begun() == ["one-gbs8-seed0"]
+
+
+def test_a_place_whose_grid_diverged_is_trained_as_its_arm_says(tmp_path, script):
+    command, _ = script
+    folder = tmp_path / "results"
+    hot = study(
+        tune="weight_decay 0.1,0.2",
+        arms={"hot": {"settings": {"base_lr": 9}}},
+        batches=[8],
+        seeds=1,
+    )
+    mine = begin(folder, hot)
+    assert run_study(folder, mine, say=lambda _: None, command=command) == 0
+    assert [one["best"] for one in chosen_in(folder)] == [None]
+    assert settled(folder, mine) == {}
+
+
+def test_a_run_keeps_its_claim_though_its_worker_is_killed(tmp_path, script, monkeypatch):
+    command, begun = script
+    folder = tmp_path / "results"
+    begin(folder, study(batches=[8], seeds=1, arms={"one": {}}))
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from lbaccel.studies.folder import study_in
+        from lbaccel.studies.running import Worker
+        folder = Path({str(folder)!r})
+        mine = study_in(folder)
+        Worker(folder, mine, 1, print, {command!r}).run(mine.cells())
+    """)
+    monkeypatch.setenv("SLEEP", "4")
+    worker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    while not begun():
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    mine = study_in(folder)
+    tally = Worker(folder, mine, 1, lambda _: None, command).run(mine.cells())
+    assert (tally.ended, tally.elsewhere) == (0, ["one-gbs8-seed0"])
+    assert begun() == ["one-gbs8-seed0"]
+    while run_folder(folder, mine.cells()[0]) is None:  # it goes on to its end
+        time.sleep(0.1)
+
+
+def test_a_gpu_is_that_of_a_free_slot(tmp_path, script, monkeypatch):
+    command, _ = script
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    used = []
+    real = subprocess.Popen
+
+    def noted(line, **kwargs):
+        used.append(kwargs["env"]["CUDA_VISIBLE_DEVICES"])
+        return real(line, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    mine = begin(tmp_path / "results", study(batches=[8], seeds=3))
+    Worker(tmp_path / "results", mine, 2, lambda _: None, command).run(mine.cells())
+    assert set(used) == {"4", "5"}
 
 
 def test_data_that_cant_be_split_take_no_grid():

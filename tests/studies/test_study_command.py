@@ -92,6 +92,20 @@ def test_data_that_are_not_there_stop_the_study_with_the_runs_own_sentence(mine,
     assert "nowhere" in said
 
 
+def test_a_study_goes_on_in_its_folder_as_it_was_begun(mine, capsys):
+    """The settings that were pinned, the scale and the target stay, from any folder."""
+    line = "study run mine.yaml --output results --epochs 2 --target 50 --seeds 2 --launcher print"
+    assert main(shlex.split(line)) == 0
+    capsys.readouterr()
+    before = study_in(Path("results"))
+    assert (before.pinned, before.settings["epochs"]) == (("epochs",), 2.0)
+    assert main(["study", "run", str(mine / "results"), "--launcher", "print"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert study_in(Path("results")) == before
+    assert main(["study", "run", "results", "--momentum", "0.8", "--launcher", "print"]) == 2
+    assert "holds the results of another study" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_study_of_ones_own_runs_is_reported_and_a_damaged_run_costs_no_other(mine, capsys):
     assert main(["study", "run", "mine.yaml", "--output", "results", "--seeds", "2"]) == 0
@@ -104,7 +118,7 @@ def test_a_study_of_ones_own_runs_is_reported_and_a_damaged_run_costs_no_other(m
     whole = json.loads(capsys.readouterr().out)
     assert [one["n"] for one in whole["table"]] == [2, 2]
     assert whole["comparisons"]
-    assert len(Path("runs.csv").read_text().splitlines()) == 5
+    assert len(Path("runs.csv").read_text().splitlines()) == 3  # a place a line
     (run_folder(folder, study.cells()[0]) / "metrics.jsonl").write_text("{")
     (run_folder(folder, study.cells()[2]) / "config.yaml").write_text("[")
     assert main(["study", "report", "results"]) == 0
@@ -124,6 +138,7 @@ def test_the_smoke_of_a_shipped_study_runs_to_its_end(name, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of its processes
 def test_submitit_runs_each_run_as_a_job_of_its_own(mine, capsys):
     import time
 

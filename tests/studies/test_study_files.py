@@ -123,6 +123,9 @@ FAULTS = {
     "tune fixed": ({"tune": "base_lr x 1,2", "fixed": ["base_lr"]}, "no grid may move it"),
     "tune what is not": ({"tune": "betaz x 1,2"}, "there is no setting 'betaz'"),
     "tune factors of nothing": ({"tune": "weight_decay x 1,2"}, "states no number for"),
+    "metric": ({"metric": "val/top_1"}, "none of an evaluation: val/top1"),
+    "target's metric": ({"target": {"metric": "train/loss", "value": 1}}, "none of an evaluation"),
+    "spread": ({"spread": -1}, "a number above 0"),
     "target": ({"target": "high"}, "target is 'high', and has to be a mapping"),
     "too many": ({"batches": list(range(1, 2000)), "seeds": 1000, "baseline": None}, "at most"),
 }
@@ -166,6 +169,8 @@ def test_a_grid_of_values_and_one_of_factors():
     assert tune_of("base-lr 0.2,0.1").at(5.0) == (0.1, 0.2)
     assert tune_of("--base-lr x 2 4").at(5.0) == (10.0, 20.0)
     assert str(tune_of("base_lr x 0.5,1")) == "base_lr x 0.5,1"
+    third = tune_of(f"base_lr x {1 / 3!r},1")
+    assert tune_of(str(third)) == third
 
 
 def test_a_study_is_found_by_name_file_and_folder(tmp_path):
