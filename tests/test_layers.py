@@ -100,6 +100,7 @@ NO_TORCH = (  # those without numpy first
     "product.shares",
     "studies.spec",
     "studies.judging",
+    "studies.seeds",
     "studies.limits",
     "studies.on_images",
     "studies.spread",

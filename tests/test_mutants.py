@@ -168,8 +168,8 @@ MUTANTS = {
     ),
     "a resume towards another target forgets the evaluations of before": (
         "runs.target",
-        'self.seen = {name: [EvaluationAt(*one) for one in of] for name, of in state["seen"].items()}',
-        "self.seen = {}",
+        'in state["seen"].items()}',
+        "in {}.items()}",
         "tests/runs/test_target.py::"
         "test_a_resume_towards_another_target_knows_the_evaluations_of_before",
     ),
@@ -755,10 +755,10 @@ MUTANTS = {
         "test_a_place_with_a_diverged_seed_has_no_no_loss_and_no_gain",
     ),
     "the resolution of seeds forgets that two runs differ": (
-        "studies.judging",
+        "studies.seeds",
         "spread * math.sqrt(2 * (1 - correlation) / num_seeds)",
         "spread * math.sqrt((1 - correlation) / num_seeds)",
-        "tests/studies/test_judging.py::test_the_resolution_is_the_half_width_that_studies_come_to",
+        "tests/studies/test_seeds.py::test_the_resolution_is_the_half_width_that_studies_come_to",
     ),
     "the scaling limit is the largest batch that is good again": (
         "studies.limits",

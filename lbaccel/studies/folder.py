@@ -134,16 +134,12 @@ def chosen_in(folder: Path) -> list[dict[str, Any]]:
 def _is_choice(one: Any) -> bool:
     if not isinstance(one, dict):
         return False
-    values, results, best = one.get("values"), one.get("results"), one.get("best")
-    numbers = (
-        [*values, *results] if isinstance(values, list) and isinstance(results, list) else [""]
-    )
-    return (
-        isinstance(one.get("arm"), str)
-        and isinstance(one.get("batch"), int)
-        and isinstance(one.get("setting"), str)
-        and all(n is None or isinstance(n, (int, float)) for n in [*numbers, best])
-        and None not in values
+    values, results = one.get("values"), one.get("results")
+    if not isinstance(values, list) or not isinstance(results, list) or None in values:
+        return False
+    kinds = {"arm": str, "batch": int, "setting": str}
+    return all(isinstance(one.get(name), kind) for name, kind in kinds.items()) and all(
+        n is None or isinstance(n, (int, float)) for n in (*values, *results, one.get("best"))
     )
 
 

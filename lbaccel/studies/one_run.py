@@ -14,12 +14,11 @@ from lbaccel.runs.compare import first_reaching, totals
 from lbaccel.runs.folder import RESUMES
 from lbaccel.runs.noise_readings import readings
 from lbaccel.runs.read import Point, Run, Series, load_run, read_metrics
-from lbaccel.studies.folder import State, run_folder, state_of
+from lbaccel.studies.folder import ENDED, State, run_folder, state_of
 from lbaccel.studies.outcome import final_value
 from lbaccel.studies.provenance import provenance
 from lbaccel.studies.spec import Study, StudyCell
 
-ENDED: tuple[State, ...] = ("done", "diverged")
 CURVES = ("val/top1", "val/loss", "train/loss", "train/top1", "optim/lr")
 FEWEST_POINTS, MOST_POINTS = 25, 200  # of a curve
 _UNREADABLE = (InputError, OSError, LookupError, TypeError, ValueError, ArithmeticError)

@@ -8,7 +8,8 @@ from statistics import variance
 from typing import Any
 
 from lbaccel.runs.compare import is_in_points
-from lbaccel.studies.judging import Outcomes, paired, resolves
+from lbaccel.studies.judging import Outcomes, paired
+from lbaccel.studies.seeds import resolves
 from lbaccel.studies.spec import ArmBatch, Study
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lbaccel.runs.compare import is_in_points
-from lbaccel.studies.judging import MARGIN, Verdict, signed
+from lbaccel.studies.judging import Verdict, signed
+from lbaccel.studies.seeds import MARGIN
 
 _ORDER: tuple[Verdict, ...] = ("loss", "gain", "no loss", "not resolved", "not enough seeds")
 _PHRASES: dict[Verdict, tuple[str, str]] = {
