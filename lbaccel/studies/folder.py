@@ -49,7 +49,8 @@ def is_study(folder: Path) -> bool:
 def begin(folder: Path, study: Study) -> Study:
     """Make the folder of a study, or go on in one of the same; gives the study that it holds now.
 
-    More seeds than before are taken over; fewer leave those that are there. Relative paths become
+    More seeds than before are taken over, and another target; fewer seeds leave those that are
+    there. Relative paths become
     absolute.
 
     Raises:
@@ -65,6 +66,8 @@ def begin(folder: Path, study: Study) -> Study:
         rewrite(folder, study)
         return study
     there = study_in(folder)
+    if study.target is not None:  # it changes no run
+        there = replace(there, target=study.target)
     before, now = flatten(as_mapping(there)), flatten(as_mapping(study))
     differing = [k for k in {**before, **now} if k != "seeds" and before.get(k) != now.get(k)]
     if differing:
@@ -75,10 +78,9 @@ def begin(folder: Path, study: Study) -> Study:
             f"with that one: lbaccel study run {folder}"
         )
     more = [seed for seed in study.seeds if seed not in there.seeds]
-    if not more:
-        return there
     grown = replace(there, seeds=(*there.seeds, *more))
-    rewrite(folder, grown)
+    if grown != study_in(folder):
+        rewrite(folder, grown)
     return grown
 
 

@@ -25,6 +25,15 @@ def final_value(points: Sequence[Point], last: int) -> float | None:
     return float(median(value for value in values if value is not None))
 
 
+def unreadable(run: Path) -> str | None:
+    """Why the files of a run can't be read, a sentence; None where they can."""
+    try:
+        load_run(run)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def value_in(run: Path, study: Study) -> float | None:
     """Of a run folder; None where it has none, or can't be read."""
     try:

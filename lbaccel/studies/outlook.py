@@ -16,6 +16,7 @@ from lbaccel.recipe.checks import Checked, checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered, under_a_batch_schedule
 from lbaccel.studies.spec import Study, StudyCell
+from lbaccel.studies.surfaces import check_surface
 from lbaccel.studies.tuning import grid_of
 
 Say = Callable[[str], object]
@@ -78,6 +79,8 @@ def check_cells(study: Study) -> None:
     places = [study.cell(place, study.seeds[0]) for place in study.places()]
     for cell in (*places, *grid_of(study)):
         settings_of(cell)
+    for surface in study.landscapes:
+        check_surface(surface)
 
 
 def check_grid_images(study: Study) -> None:

@@ -12,6 +12,7 @@ from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
 from lbaccel.recipe.options import OPTIONS, Settings, default_of, is_read
 from lbaccel.recipe.values import nearest_name
+from lbaccel.studies.own_values import own_value
 from lbaccel.studies.spec import (
     BATCH,
     NORM,
@@ -27,6 +28,7 @@ from lbaccel.studies.spec import (
 )
 
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
+MOST_LETTERS = 80  # of an arm: its name is a part of folders' names
 OWN = (
     *(BATCH, "seed", "output", "target", "monitor"),
     *("resume", "max_minutes", "max_hours", "dry_run", "extend"),
@@ -43,8 +45,8 @@ _KEYS = {f.name for f in fields(Study)} | {"scales", "only"}
 _WORD = re.compile(r"[a-z0-9][a-z0-9_.]*(-[a-z0-9_.]+)*")
 
 
-class _Fault(ValueError):
-    """A sentence without the file's name."""
+class _Fault(InputError):
+    """A sentence without the file's name, which `read_study` puts before it."""
 
 
 def read_study(path: Path, scale: str | None = None) -> Study:
@@ -150,7 +152,8 @@ def _merged(whole: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
             arms[name][key] = laid
     only = found.pop("only", None)
     if only is not None:
-        unknown = [name for name in _list(only, "only") if name not in arms]
+        only = [_text(name, "only") for name in _list(only, "only")]
+        unknown = [name for name in only if name not in arms]
         if unknown:
             _fault(f"only: there is no arm {brief(unknown[0])}; there are {', '.join(arms)}.")
         arms = {name: arms[name] for name in arms if name in only}
@@ -235,10 +238,24 @@ def _checked(study: Study) -> Study:
             _fault(
                 f"landscapes: {surface.place.arm} at {surface.place.batch} is no run of the study."
             )
+    kinds = [surface.name for surface in study.landscapes]
+    twice = next((name for name in kinds if kinds.count(name) > 1), None)
+    if twice is not None:
+        _fault(f"landscapes: {twice} is there twice, and both would have one folder.")
+    for name in study.fixed:
+        if name not in OPTIONS:
+            _fault(f"fixed: there is no setting {brief(name)}.{nearest_name(name, OPTIONS)}")
     for pair in study.pairs:
         for arm in (pair.arm, pair.against):
             if arm not in names:
                 _fault(f"pairs: there is no arm {brief(arm)}; there are {', '.join(names)}.")
+        one = ArmBatch(pair.arm, pair.batch or 0)
+        other = ArmBatch(pair.against, pair.against_batch or pair.batch or 0)
+        if one == other:
+            _fault(f"pairs: {pair.arm} is compared with itself.")
+        for place in (one, other):
+            if place.batch and place not in places:
+                _fault(f"pairs: {place.arm} at {place.batch} is no run of the study.")
     if len(places) * len(study.seeds) > MOST_RUNS:
         _fault(f"it has {len(places) * len(study.seeds):,} runs; at most {MOST_RUNS:,} are made.")
     if study.tune is not None:
@@ -269,7 +286,7 @@ def check_tune(study: Study, tune: Tune) -> None:
         )
     for place in study.places():
         settings = study.cell(place, 0).settings
-        own, data = settings.get(name), str(settings.get("data", default_of("data")))
+        own, data = own_value(settings, name), str(settings.get("data", default_of("data")))
         if not splits(data):
             raise InputError(
                 f"--tune {tune}: a grid is judged on a part of the training set, and --data "
@@ -326,8 +343,11 @@ def seeds_of(value: Any) -> tuple[int, ...]:
 
 def _arm(name: Any, value: Any) -> Arm:
     name = str(name)
-    if not _WORD.fullmatch(name):
-        _fault(f"arm {brief(name)} is no word of small letters, digits, - and _.")
+    if not _WORD.fullmatch(name) or len(name) > MOST_LETTERS:
+        _fault(
+            f"arm {brief(name)} is no word of small letters, digits, - and _, of at most "
+            f"{MOST_LETTERS} characters."
+        )
     found = _mapping(value or {}, f"arm {name}")
     _known(found, _OF_ARM, f"arm {name}")
     where = f"arm {name}"
@@ -411,7 +431,7 @@ def _target(value: Any) -> Target | None:
     if value is None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Target("val/top1", float(value))
+        return Target("val/top1", _number(value, "target"))
     found = _mapping(value, "target")
     _known(found, ("metric", "value"), "target")
     return Target(

@@ -43,7 +43,7 @@ from lbaccel.studies.folder import (
     run_folder,
     state_of,
 )
-from lbaccel.studies.outcome import value_in
+from lbaccel.studies.outcome import unreadable, value_in
 from lbaccel.studies.spec import Study, StudyCell
 from lbaccel.text import printable
 
@@ -111,6 +111,7 @@ class Worker:
         """
         waiting = [cell for cell in cells if self._state(cell) not in ENDED]
         tally = Tally(len(cells), len(cells) - len(waiting))
+        self._look_at(cells, tally)
         if tally.ended:
             self.say(f"{tally.ended} of {tally.total} runs have their result already")
         with (
@@ -124,6 +125,21 @@ class Worker:
         if self._refused:
             raise InputError(self._refused)
         return tally
+
+    def _look_at(self, cells: Sequence[StudyCell], tally: Tally) -> None:
+        """A run that ended and can't be read has no result: it is told, and left as it is."""
+        for cell in cells:
+            run = run_folder(self.folder, cell)
+            if run is None or state_of(run) not in ENDED:
+                continue
+            fault = unreadable(run)
+            if fault is not None:
+                tally.ended -= 1
+                tally.failed[cell.name] = f"it ended, and can't be read any more: {fault}"
+                self.say(
+                    f"{cell.name} ended, and can't be read any more: {fault} To run it again, move "
+                    f"{run} away."
+                )
 
     def _one(self, cell: StudyCell, tally: Tally) -> None:
         if self.stopped or self._refused:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.optim.defaults import default_base_lr, default_weight_decay
 from lbaccel.recipe.options import Settings, default_of
-from lbaccel.recipe.rate import freezes_norm_alone
 from lbaccel.recipe.settings import layered
 from lbaccel.runs.compare import lower_is_better
 from lbaccel.studies.folder import rewrite, run_folder, state_of
 from lbaccel.studies.outcome import value_in
+from lbaccel.studies.own_values import own_value
 from lbaccel.studies.read import MOST_SEEDS, judged_on_test_images, splits
 from lbaccel.studies.spec import NO_NORM, NORM, Arm, ArmBatch, Study, Target, Tune
 
@@ -58,7 +57,7 @@ def scaling_study(
     data = str(stated.setdefault("data", default_of("data")))
     stated.setdefault(NORM, _norm_of(stated, smallest=sizes[0]))
     if tune is not None and tune.relative:
-        stated.setdefault(tune.setting, _own_value(stated, tune.setting))
+        stated.setdefault(tune.setting, own_value(stated, tune.setting))
     if tune is not None and not splits(data):
         raise InputError(
             f"--data {data} can't be split, and a rate is tuned on a part of the "
@@ -114,17 +113,3 @@ def _norm_of(settings: Mapping[str, Any], *, smallest: int) -> int | str:
     s = layered(Settings(), settings, origin="flag")
     model = create_backbone(s.model.model, num_classes=s.model.num_classes or 2)
     return min(NORM_BATCH, smallest) if has_batch_norm(model) else NO_NORM
-
-
-def _own_value(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting that a grid of factors multiplies: what was typed, or the default."""
-    s = layered(Settings(), settings, origin="flag")
-    if s.value(name) is None and name == "base_lr":
-        return default_base_lr(
-            s.optimizer.optimizer,
-            pretrained=s.model.pretrained,
-            frozen_norm=freezes_norm_alone(s),
-        )
-    if s.value(name) is None and name == "weight_decay":
-        return default_weight_decay(s.optimizer.optimizer)
-    return s.value(name)

@@ -39,6 +39,17 @@ def draw_landscapes(folder: Path, study: Study, *, say: Say) -> None:
         )
 
 
+def check_surface(surface: Surface) -> None:
+    """Stop at axes that no landscape has, before anything runs.
+
+    Raises:
+        InputError: as `axis_of` and `check_grid`.
+    """
+    from lbaccel.landscape.axes import axis_of, check_grid
+
+    check_grid(axis_of(surface.x), axis_of(surface.y) if surface.y else None)
+
+
 def landscape_folder(folder: Path, surface: Surface) -> Path:
     """Where the files of a landscape of a study lie."""
     return folder / LANDSCAPES / surface.name

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbaccel.recipe.options import default_of
 from lbaccel.runs.compare import lower_is_better
 from lbaccel.studies.folder import ENDED, choose, chosen_in, run_folder, state_of
 from lbaccel.studies.outcome import value_in
+from lbaccel.studies.own_values import own_value
 from lbaccel.studies.spec import ArmBatch, Study, StudyCell, Tune, exact
 
 OF_THE_GRID: Mapping[str, Any] = {"val_fraction": 0.1, "test_split": "unused"}
@@ -19,7 +19,7 @@ OF_THE_GRID: Mapping[str, Any] = {"val_fraction": 0.1, "test_split": "unused"}
 def grid_cells(study: Study, tune: Tune, place: ArmBatch) -> list[tuple[float, StudyCell]]:
     """Value to run at a place, each with the first seed and without the test set."""
     own = study.cell(place, study.seeds[0]).settings
-    base = own.get(tune.setting, default_of(tune.setting))
+    base = own_value(own, tune.setting)
     found: list[tuple[float, StudyCell]] = []
     for value in tune.at(base if tune.relative else 1.0):
         more = {tune.setting: value, **OF_THE_GRID}

@@ -204,6 +204,35 @@ def test_a_killed_worker_leaves_no_claim(tmp_path):
         assert claim is not None
 
 
+def test_a_run_that_ended_and_is_damaged_is_told_and_counts_as_none(tmp_path, script):
+    command, begun = script
+    folder, said = tmp_path / "results", []
+    mine = begin(folder, study(batches=[8], seeds=1))
+    assert run_study(folder, mine, say=said.append, command=command) == 0
+    run = run_folder(folder, mine.cells()[0])
+    (run / "metrics.jsonl").write_text("{")
+    (run / "metrics.jsonl").write_text('{"update": "x"}\n{"update": 2}\n')
+    assert run_study(folder, mine, say=said.append, command=command) == 1
+    assert any("can't be read any more" in line and str(run) in line for line in said)
+    assert "1 of 2 runs have their result" in said[-1]
+    run.rename(tmp_path / "away")
+    assert run_study(folder, mine, say=said.append, command=command) == 0
+    assert len(begun()) == 3
+
+
+def test_another_target_is_taken_over_since_it_changes_no_run(tmp_path):
+    folder = tmp_path / "results"
+    assert begin(folder, study()).target is None
+    assert begin(folder, study(target=70)).target.value == 70
+    assert study_in(folder).target.value == 70
+    assert begin(folder, study(target=80)).target.value == 80
+
+
+def test_factors_multiply_the_default_where_an_arm_states_none():
+    mine = study(tune="base_lr x 0.5,1", settings={"data": "folder:x", "norm_batch_size": 8})
+    assert [value for value, _ in grid_cells(mine, mine.tune, ArmBatch("one", 8))] == [0.05, 0.1]
+
+
 def test_runs_of_equal_settings_are_one_run(tmp_path, script):
     command, begun = script
     arms = {"one": {}, "same": {"per_batch": {16: {"base_lr": 0.3}}}}

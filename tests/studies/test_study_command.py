@@ -67,6 +67,7 @@ BAD = {
     "study run mine.yaml --only three": "no such run",
     "study run mine.yaml --norm-batch-size 48 --epochs 0": "--epochs",
     "study run mine.yaml --final-lr 0.1 --schedule constant": "arm one at batch 64 can't run",
+    "study plan mine.yaml --seeds 5000 --no-timing": "a study has 1 to 1000",
     "study report .": "holds no study.yaml",
     "scaling --batches 64 --data digits": "at least two",
     "scaling --batches 64,64 --data digits": "at least two",

@@ -122,7 +122,20 @@ FAULTS = {
     "tune norm": ({"tune": f"{NORM} 16,32"}, "is no hyper-parameter"),
     "tune fixed": ({"tune": "base_lr x 1,2", "fixed": ["base_lr"]}, "no grid may move it"),
     "tune what is not": ({"tune": "betaz x 1,2"}, "there is no setting 'betaz'"),
-    "tune factors of nothing": ({"tune": "weight_decay x 1,2"}, "states no number for"),
+    "tune factors of nothing": ({"tune": "clip_grad_norm x 1,2"}, "states no number for"),
+    "only": ({"only": [["one"]]}, "only is ['one'], and has to be text"),
+    "long name": ({"arms": {"a" * 300: {}}}, "of at most 80 characters"),
+    "huge target": ({"target": 10**400}, "has to be a number"),
+    "fixed": ({"fixed": ["bogus"]}, "fixed: there is no setting 'bogus'"),
+    "itself": ({"pairs": [["one", "one"]]}, "one is compared with itself"),
+    "pair's batch": (
+        {"pairs": [{"arm": "one", "against": "two", "batch": 9}]},
+        "one at 9 is no run of the study",
+    ),
+    "landscapes": (
+        {"landscapes": [{"arm": "one", "batch": 32}, {"arm": "one", "batch": 32, "x": "0:1:3"}]},
+        "one-gbs32-1d is there twice",
+    ),
     "metric": ({"metric": "val/top_1"}, "none of an evaluation: val/top1"),
     "target's metric": ({"target": {"metric": "train/loss", "value": 1}}, "none of an evaluation"),
     "spread": ({"spread": -1}, "a number above 0"),
@@ -134,7 +147,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_one_sentence_that_names_the_entry(fault, tmp_path):
     changed, says = FAULTS[fault]
-    if fault != "pair":
+    if "pairs" not in changed:
         changed = {"pairs": ..., **changed}
     with pytest.raises(InputError) as raised:
         read_study(written(tmp_path, **changed))
