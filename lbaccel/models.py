@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lbaccel import networks
 from lbaccel.errors import CannotRead, InputError, RunFailed, brief, reading
-from lbaccel.network_build import try_arguments
+from lbaccel.network_build import check_room, try_arguments
 from lbaccel.text import printable, without_tokens
 from lbaccel.torch_files import check_torch_file
 
@@ -40,12 +40,14 @@ def create_backbone(
     drop_rate: float = 0.0,
     drop_path: float = 0.0,
     arguments: Mapping[str, Any] | None = None,
+    described: nn.Module | None = None,
 ) -> nn.Module:
     """A timm model, with its own pretrained weights, those of a file, or fresh ones.
 
     `pretrained` with `checkpoint` reads the file as pretrained weights: timm adapts channels and
     puts in a new classifier where the number of classes differs. `checkpoint` alone must fit the
-    model exactly. `arguments` are the network's own, as `network_arguments` gives them.
+    model exactly. `arguments` are the network's own, as `network_arguments` gives them;
+    `described` is what `try_arguments` gave for them, where the caller has tried them before.
 
     Raises:
         InputError: an unknown model, arguments that it does not take, or weights that do not fit.
@@ -59,7 +61,9 @@ def create_backbone(
     if drop_path:
         options["drop_path_rate"] = drop_path
     if arguments:
-        try_arguments(name, arguments, options)
+        if described is None:
+            described = try_arguments(name, arguments, options)
+        check_room(name, arguments, described)
         options |= arguments
     weights = None
     if checkpoint is not None:

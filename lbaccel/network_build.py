@@ -15,6 +15,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 from lbaccel.errors import InputError, brief
+from lbaccel.host_memory import host_memory
 from lbaccel.network_arguments import ZERO_INIT_LAST
 from lbaccel.text import printable
 
@@ -60,6 +61,34 @@ def try_arguments(name: str, arguments: Mapping[str, Any], options: Mapping[str,
             f"{MOST_VALUES:,} are the most. Use smaller ones."
         )
     return model
+
+
+def check_room(name: str, arguments: Mapping[str, Any], described: nn.Module) -> None:
+    """Stop before a network is built on the CPU whose weights alone need more than what is free.
+
+    A name has a size that is known; arguments have any.
+
+    Args:
+        name: of timm's.
+        arguments: of the network.
+        described: by `try_arguments`.
+
+    Raises:
+        InputError: with the values, the bytes in float32, and the bytes that are free.
+    """
+    if torch.empty(0).device.type != "cpu":  # torch's default device
+        return
+    try:
+        free, _ = host_memory()
+    except InputError:  # the system does not say
+        return
+    values = num_values(described)
+    if 4 * values > free:
+        raise InputError(
+            f"--model-kwargs: {name} with {brief(dict(arguments))} has {values:,} values, which "
+            f"need {4 * values / 2**30:,.1f} GiB in float32, and {free / 2**30:,.1f} GiB of this "
+            "machine's memory are free. Use smaller ones."
+        )
 
 
 def num_values(model: nn.Module) -> int:

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "lbaccel"
 
 # The rooms, from the ground up: each imports only from those before it (shared/layout.md).
 ROOMS = (
-    *("errors", "documents", "torch_files", "text", "launch", "network_arguments"),
+    *("errors", "documents", "torch_files", "text", "launch", "host_memory"),
+    "network_arguments",
     *("networks", "network_build", "models"),
     *("batch", "optim", "noise", "randomness", "data", "runs", "update"),
     *("hyperparameters", "planning", "verification", "configs", "doctor"),
@@ -42,6 +43,7 @@ NO_TORCH = (  # those without numpy first
     "documents",
     "torch_files",
     "text",
+    "host_memory",
     "network_arguments",
     "batch.stream",
     "batch.duration",
@@ -98,6 +100,7 @@ NO_TORCH = (  # those without numpy first
     "product.shares",
     "studies.spec",
     "studies.judging",
+    "studies.seeds",
     "studies.limits",
     "studies.on_images",
     "studies.spread",

@@ -115,10 +115,76 @@ MUTANTS = {
     ),
     "a checkpoint forgets the arguments of its network": (
         "runs.saved_weights",
-        '    model = create_backbone(pre["model"], **sizes, arguments=arguments)',
-        '    model = create_backbone(pre["model"], **sizes)',
+        'pre["model"], **sizes, arguments=arguments, described=described',
+        'pre["model"], **sizes',
         "tests/recipe/test_model_arguments.py::"
         "test_a_checkpoint_and_a_run_are_built_again_with_them",
+    ),
+    "the line that runs a run again leaves the network's own arguments out": (
+        "studies.provenance",
+        'words, config = ["lbaccel", "train"], joined(config)',
+        'words = ["lbaccel", "train"]',
+        "tests/studies/test_provenance.py::"
+        "test_the_line_read_again_has_the_settings_of_the_experiment",
+    ),
+    "a line is drawn between two networks of other arguments": (
+        "landscape.request",
+        "ARGUMENTS: own, ",
+        "",
+        "tests/landscape/test_request.py::"
+        "test_two_networks_of_other_arguments_and_equal_shapes_have_no_line",
+    ),
+    "a summary that is too deep ends the whole report": (
+        "studies.folder",
+        "except (Malformed, OutOfBounds):",
+        "except Malformed:",
+        "tests/studies/test_results.py::test_an_edited_summary_costs_no_more_than_its_run",
+    ),
+    "a damaged choice of the grid ends the whole report": (
+        "studies.folder",
+        "return [one for one in found if _is_choice(one)] if",
+        "return found if",
+        "tests/studies/test_results.py::test_a_damaged_choice_of_the_grid_is_left_out",
+    ),
+    "the noise scale at the target is one of those that a page shows": (
+        "studies.one_run",
+        "return [[_number(value) for value in row] for row in found]",
+        "return thinned([[_number(value) for value in row] for row in found], MOST_POINTS)",
+        "tests/studies/test_results.py::"
+        "test_the_noise_scale_at_the_target_is_the_last_reading_before_it",
+    ),
+    "a setting that one arm alone states is equal in all runs before they begin": (
+        "studies.settings_of_runs",
+        "whole = _with_defaults(one.cell.settings, stated)",
+        "whole = dict(one.cell.settings)",
+        "tests/studies/test_results.py::"
+        "test_before_its_runs_an_arm_has_the_default_of_what_another_arm_states",
+    ),
+    "a table of predictions of any size is read": (
+        "studies.on_images",
+        "text_of(path, most=MOST_TABLE_BYTES)",
+        'path.read_text(encoding="utf-8")',
+        "tests/studies/test_results.py::test_a_table_of_predictions_is_read_within_a_bound",
+    ),
+    "a resume towards another target forgets the evaluations of before": (
+        "runs.target",
+        'in state["seen"].items()}',
+        "in {}.items()}",
+        "tests/runs/test_target.py::"
+        "test_a_resume_towards_another_target_knows_the_evaluations_of_before",
+    ),
+    "a network of any size is built": (
+        "network_build",
+        "    if 4 * values > free:",
+        "    if False:",
+        "tests/test_network_arguments.py::"
+        "test_a_network_that_does_not_fit_into_memory_is_a_sentence_with_the_numbers",
+    ),
+    "a checkpoint builds its network of other arguments twice on the meta device": (
+        "runs.saved_weights",
+        ", described=described",
+        "",
+        "tests/recipe/test_model_arguments.py::test_a_checkpoint_tries_its_arguments_once",
     ),
     "a list in the network's arguments is another value than the tuple that was typed": (
         "network_arguments",
@@ -689,10 +755,10 @@ MUTANTS = {
         "test_a_place_with_a_diverged_seed_has_no_no_loss_and_no_gain",
     ),
     "the resolution of seeds forgets that two runs differ": (
-        "studies.judging",
+        "studies.seeds",
         "spread * math.sqrt(2 * (1 - correlation) / num_seeds)",
         "spread * math.sqrt((1 - correlation) / num_seeds)",
-        "tests/studies/test_judging.py::test_the_resolution_is_the_half_width_that_studies_come_to",
+        "tests/studies/test_seeds.py::test_the_resolution_is_the_half_width_that_studies_come_to",
     ),
     "the scaling limit is the largest batch that is good again": (
         "studies.limits",

@@ -10,6 +10,7 @@ import torch
 import torchvision
 import yaml
 
+from lbaccel import network_build
 from lbaccel.errors import InputError
 from lbaccel.models import create_backbone
 from lbaccel.network_arguments import as_words, network_arguments
@@ -104,6 +105,16 @@ def test_an_argument_that_the_network_does_not_take_is_one_sentence(name, argume
     assert "\n" not in text
     for word in words:
         assert word in text, text
+
+
+def test_a_network_that_does_not_fit_into_memory_is_a_sentence_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(network_build, "host_memory", lambda: (2**30, 2**34))
+    words = r"stem.: 20000000.* has 3,\d+,\d+,\d+ values, which need 1\d\.\d GiB in float32, and "
+    with pytest.raises(InputError, match=rf"{words}1\.0 GiB of this machine's memory are free"):
+        build("cifar_resnet8", ["stem=20000000"])
+    with torch.device("meta"):
+        build("cifar_resnet8", ["stem=20000000"])  # a plan needs no memory
+    build("cifar_resnet8", ["stem=8"])
 
 
 def test_the_trial_without_memory_moves_no_random_number():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,21 +13,13 @@ from numpy.typing import NDArray
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.opening import AS_TEST, AS_UNUSED, AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
+from lbaccel.data.parquet_columns import Columns, find_columns, other_columns
 from lbaccel.data.row_images import ROW_RULE, RowImages, decode_rows, opened
 from lbaccel.data.split import SPLIT, split_by_hash
-from lbaccel.data.subset import drawn, noted
-from lbaccel.documents import OutOfBounds, json_of
+from lbaccel.data.subset import noted, part
 from lbaccel.errors import CannotRead, InputError
 
 VAL_NAMES, TEST = ("validation", "val"), "test"
-
-
-class Columns(NamedTuple):
-    """Names of the two columns, and the class names that the file gives."""
-
-    image: str
-    label: str
-    classes: tuple[str, ...] | None
 
 
 class Table(NamedTuple):
@@ -93,16 +84,23 @@ def _drawn(
     table: Table, rows: NDArray[np.int64], labels: NDArray[np.int64], most: int | None, name: str
 ) -> tuple[NDArray[np.int64], str]:
     """The rows that are wanted, before any image is decoded."""
-    if most is None:
-        return rows, ""
-    keys = _keys(table)
-    kept, told = drawn([keys[row] for row in rows], labels[rows].tolist(), most, name=name)
+
+    def names() -> list[str]:
+        keys = _keys(table)
+        return [keys[row] for row in rows]
+
+    kept, told = part(labels[rows].tolist(), most, names=names, name=name)
     return rows[kept], told
+
+
+def _are_named(table: Table) -> bool:
+    """Whether each row has a path of its own."""
+    return None not in table.paths and len(set(table.paths)) == len(table.labels)
 
 
 def _keys(table: Table) -> list[str]:
     """Names that no two rows share: the files' own, or else the numbers of the rows."""
-    named = None not in table.paths and len(set(table.paths)) == len(table.labels)
+    named = _are_named(table)
     return [str(path if named else row) for row, path in enumerate(table.paths)]
 
 
@@ -181,73 +179,6 @@ def _shards(folder: Path, name: str) -> list[Path]:
     return sorted([*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")])
 
 
-def find_columns(schema: pa.Schema, path: Path) -> Columns:
-    """The image and the label column: by the hub's features, else by their types.
-
-    Of several label columns `label` or `fine_label` counts, of several image columns `image` or
-    `img`.
-
-    Raises:
-        InputError: there is none, or several of which none has such a name.
-
-    >>> image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    >>> find_columns(pa.schema({"picture": image, "kind": pa.int64()}), Path("train-0.parquet"))
-    Columns(image='picture', label='kind', classes=None)
-    """
-    features = _features(schema)
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _has_bytes(f.type)]
-    image = _choose(
-        [n for n in structs if features.get(n, {}).get("_type") == "Image"] or structs,
-        ("image", "img"),
-        path=path,
-        schema=schema,
-        rule="one image column, a struct {bytes, path}",
-    )
-    integers = [f.name for f in schema if pa.types.is_integer(f.type)]
-    label = _choose(
-        [n for n in integers if features.get(n, {}).get("_type") == "ClassLabel"] or integers,
-        ("label", "fine_label"),
-        path=path,
-        schema=schema,
-        rule="one label column of whole numbers",
-    )
-    names = features.get(label, {}).get("names")
-    return Columns(image, label, tuple(map(str, names)) if names else None)
-
-
-def _features(schema: pa.Schema) -> Mapping[str, Any]:
-    try:
-        info = json_of(
-            (schema.metadata or {}).get(b"huggingface", b"{}"), "the 'huggingface' entry"
-        )
-        return {k: v for k, v in info["info"]["features"].items() if isinstance(v, dict)}
-    except OutOfBounds:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # absent, or not as the hub writes it: the types of the columns decide
-
-
-def _has_bytes(struct: pa.StructType) -> bool:
-    index = struct.get_field_index("bytes")
-    if index < 0:
-        return False
-    kind = struct.field(index).type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _choose(
-    found: list[str], preferred: tuple[str, str], *, path: Path, schema: pa.Schema, rule: str
-) -> str:
-    best = found if len(found) == 1 else [name for name in preferred if name in found]
-    if best:
-        return best[0]
-    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
-    raise InputError(
-        f"{path} needs {rule}; it has {len(found)} among its columns: {columns}. Keep one, or "
-        f"name it {preferred[0]!r}."
-    )
-
-
 def _schema(path: Path) -> pa.Schema:
     with opened(path) as file:
         return file.schema_arrow
@@ -263,7 +194,7 @@ def _read_table(files: list[Path], columns: Columns, wanted: Opening) -> Table:
             schema = file.schema_arrow
             here = find_columns(schema, path)
             if here != columns:
-                raise InputError(_other_columns(path, here, columns))
+                raise InputError(other_columns(path, here, columns))
             check_rows(file, str(path), file_bytes=path.stat().st_size)
             in_file = 0
             for group in range(file.num_row_groups):
@@ -290,28 +221,6 @@ def _read_table(files: list[Path], columns: Columns, wanted: Opening) -> Table:
         exif_orientation=wanted.exif_orientation,
     )
     return Table(images, np.concatenate(labels), paths)
-
-
-def _other_columns(path: Path, here: Columns, first: Columns) -> str:
-    found = [
-        f"its {what} is {mine!r}, there {theirs!r}"
-        for what, mine, theirs in (
-            ("image column", here.image, first.image),
-            ("label column", here.label, first.label),
-        )
-        if mine != theirs
-    ]
-    if here.classes != first.classes:
-        mine, theirs = here.classes or (), first.classes or ()
-        strange = sorted(set(mine) ^ set(theirs))
-        found.append(
-            f"it has {len(mine)} class names, there are {len(theirs)} there, "
-            + (f"only one has {some(strange)}" if strange else "in other order")
-        )
-    return (
-        f"{path} differs from the first training file: {'; '.join(found)}. All files of a set need "
-        "the same columns and classes: take this one out, or write it anew."
-    )
 
 
 def _train_labels(table: Table, columns: Columns) -> tuple[tuple[str, ...], NDArray[np.int64]]:

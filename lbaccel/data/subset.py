@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from lbaccel.data.images import ImageArray, ImageFiles, taken
@@ -70,6 +70,18 @@ def drawn(
     return sorted(chosen), f"{len(labels):,} {WORDS[name]}"
 
 
+def part(
+    labels: Sequence[int],
+    most: int | None,
+    *,
+    names: Callable[[], Sequence[str | bytes]],
+    name: str,
+) -> tuple[list[int], str]:
+    """`drawn`, which makes the names only where some samples are left out."""
+    whole = most is None or most == len(labels)
+    return drawn(() if whole else names(), labels, most, name=name)
+
+
 def shares(counts: dict[int, int], most: int) -> dict[int, int]:
     """How many of each class, by the largest remainders; none is left out.
 
@@ -103,15 +115,14 @@ def _check(there: int, classes: int, most: int, name: str) -> None:
 def _limited(
     images: ImageArray | ImageFiles, most: int | None, name: str
 ) -> tuple[ImageArray | ImageFiles, str]:
-    if most is None or most == len(images):
-        return images, ""
-    if isinstance(images, ImageArray):
-        names: Sequence[str | bytes] = [one.numpy().tobytes() for one in images.images]
-        labels = images.labels.tolist()
-    else:
-        names, labels = _apart(images.names), list(images.labels)
-    rows, told = drawn(names, labels, most, name=name)
-    return taken(images, rows), told
+    def names() -> Sequence[str | bytes]:
+        if isinstance(images, ImageArray):
+            return [one.numpy().tobytes() for one in images.images]
+        return _apart(images.names)
+
+    labels = images.labels.tolist() if isinstance(images, ImageArray) else images.labels
+    rows, told = part(labels, most, names=names, name=name)
+    return (taken(images, rows) if told else images), told
 
 
 def _apart(names: Sequence[str]) -> list[str]:

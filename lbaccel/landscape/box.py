@@ -83,7 +83,8 @@ def box_sharpness(
     reach = epsilon * (np.abs(x) + 1)
     low: Any = x - reach
     high: Any = x + reach
-    box, best, count = Bounds(low, high), -np.inf, 0
+    box, options = Bounds(low, high), {"maxiter": iterations}
+    best, count = -np.inf, 0
 
     def fallen(w: NDArray[Any]) -> tuple[float, NDArray[Any]]:
         nonlocal best, count
@@ -99,12 +100,5 @@ def box_sharpness(
         raise RunFailed("the loss is not finite at these weights, so their sharpness is not known.")
     drawn = np.random.default_rng(seed).uniform(-1, 1, len(x))
     for start in (x, x + reach * drawn):
-        minimize(
-            fallen,
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=box,
-            options={"maxiter": iterations},
-        )
+        minimize(fallen, start, jac=True, method="L-BFGS-B", bounds=box, options=options)
     return BoxSharpness(epsilon, centre, max(float(best), centre), count + 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,6 @@ from lbaccel.landscape.directions import (
     DIRECTIONS,
     STATES,
     WEIGHTS,
-    cosine,
-    length,
-    random_direction,
 )
 from lbaccel.landscape.images import first_images, prepared, subset
 from lbaccel.landscape.network import MovedNetwork
@@ -34,19 +29,16 @@ from lbaccel.landscape.request import (
     random_options,
 )
 from lbaccel.landscape.result import Landscape
-from lbaccel.landscape.surface import Plane, PointsDone, values_at
-from lbaccel.product.judged import Judged, judged_on
+from lbaccel.landscape.surface import PointsDone, values_at
+from lbaccel.landscape.work import Work, folder_of
+from lbaccel.product.judged import judged_on
 from lbaccel.recipe.accelerator import make_accelerator
-from lbaccel.recipe.trained_model import TrainedModel, read_trained
-from lbaccel.runs.environment import versions
-from lbaccel.runs.folder import checkpoint_name, strict_json
+from lbaccel.recipe.trained_model import read_trained
 from lbaccel.runs.lock import give_back, take
 from lbaccel.runs.ranks import decided, on_each_rank
 
 logger = logging.getLogger("lbaccel")
 Say = Callable[[str], object]
-CPU = torch.device("cpu")
-LANDSCAPES = "landscapes"  # in a run folder
 SPLITS = ("train", "val")
 AROUND, BETWEEN = "-1:1:51", "-0.5:1.5:51"  # the axes of Li et al.'s figures
 
@@ -131,10 +123,15 @@ def loss_landscape(
         for line in notes_on_second(other, judged, direction=direction):
             say(line)
     judged = replace(judged, images=subset(judged.images, samples))
-    work = _Work(first, other, judged, axes, {"direction": direction, **options})
-    folder = _folder(work, output)
+    work = Work(first, other, judged, axes, {"direction": direction, **options})
+    folder = folder_of(work, output)
     if folder is None:
         return work.result(_computed(work, accelerator, {}, None, say=say), None)
+    return _in_folder(work, accelerator, folder, say=say)
+
+
+def _in_folder(work: Work, accelerator: Any, folder: Path, *, say: Say) -> Landscape:
+    """The landscape with its files; a folder that holds a part of it is gone on with."""
 
     def opened() -> files.Points:
         files.check_own(folder)
@@ -162,77 +159,8 @@ def write_files(result: Landscape, folder: Path) -> None:
     draw(result, folder)
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """The models, images, axes and directions of a landscape."""
-
-    first: TrainedModel
-    second: TrainedModel | None
-    judged: Judged
-    axes: tuple[Axis, Axis | None]
-    options: dict[str, Any]  # direction, norm, ignore, seed
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """All that decides the surface, but for rounding."""
-        x, y = self.axes
-        return {
-            "x": _described(x),
-            "y": None if y is None else _described(y),
-            **self.options,
-            "weights": _weights(self.first),
-            "second": None if self.second is None else _weights(self.second),
-            "data": {
-                "split": self.judged.split,
-                "fingerprint": self.judged.identity["fingerprint"],
-                "num_samples": len(self.judged.images),
-            },
-        }
-
-    @cached_property
-    def plane(self) -> Plane:
-        """Origin and directions, on the CPU."""
-        direction, random = self.options["direction"], dict(self.options)
-        random.pop("direction")
-        origin = MovedNetwork(self.first.model, device=CPU).tensors(direction)
-        drawn = [
-            random_direction(origin, axis=axis, **random)
-            for axis in (0, 1)
-            if self.axes[axis] is not None and (axis == 1 or self.second is None)
-        ]
-        if self.second is None:
-            return Plane(origin, drawn[0], drawn[1] if drawn[1:] else None)
-        ends = MovedNetwork(self.second.model, device=CPU).tensors(direction)
-        ends = {name: tensor.to(origin[name].dtype) for name, tensor in ends.items()}
-        return Plane(origin, ends, drawn[0] if drawn else None, between=True)
-
-    def places(self) -> list[tuple[float, float]]:
-        """(x, y) of each point, row by row."""
-        x, y = self.axes
-        return [(a, b) for b in ((0.0,) if y is None else y.values) for a in x.values]
-
-    def result(self, points: files.Points, folder: Path | None) -> Landscape:
-        """The landscape with all that `landscape.json` says."""
-        plane, identity = self.plane, self.identity
-        along = plane.x
-        if plane.between:
-            along = {name: end - plane.origin[name] for name, end in plane.x.items()}
-        more = {
-            "lengths": {"x": length(along), "y": None if plane.y is None else length(plane.y)},
-            "cosine": None if plane.y is None else cosine(along, plane.y),
-            "versions": versions(),
-        }
-        content = identity | more
-        content["weights"] = _described_model(self.first)
-        content["second"] = None if self.second is None else _described_model(self.second)
-        about = {"data": self.judged.data, "description": self.judged.description}
-        content["data"] = identity["data"] | about
-        x, y = self.axes
-        return Landscape(x, y, dict(sorted(points.items())), content, folder)
-
-
 def _computed(
-    work: _Work, accelerator: Any, known: files.Points, folder: Path | None, *, say: Say
+    work: Work, accelerator: Any, known: files.Points, folder: Path | None, *, say: Say
 ) -> files.Points:
     """All points: those that are known, and the rest, of which each rank computes a share."""
     places, world_size = work.places(), accelerator.num_processes
@@ -265,7 +193,7 @@ def _computed(
 
 
 def _share(
-    work: _Work, device: torch.device, mine: list[int], file: Any, pace: PointsDone
+    work: Work, device: torch.device, mine: list[int], file: Any, pace: PointsDone
 ) -> files.Points:
     """The points of this rank, each written to its file when it is done."""
     if not mine:
@@ -282,29 +210,3 @@ def _share(
         if file is not None:
             files.add_point(file, place, *point)
     return found
-
-
-def _weights(trained: TrainedModel) -> dict[str, Any]:
-    return {"sha256": trained.sha256, "ema": trained.ema}
-
-
-def _described_model(trained: TrainedModel) -> dict[str, Any]:
-    named = {"path": trained.path, "model": trained.preprocessing["model"]}
-    return named | _weights(trained) | {"update": trained.update}
-
-
-def _described(axis: Axis) -> dict[str, Any]:
-    return {**asdict(axis), "values": list(axis.values)}
-
-
-def _folder(work: _Work, output: str | Path | None) -> Path | None:
-    """`output`, or a folder of this landscape alone in that of the run; None without a run."""
-    if output is not None:
-        return Path(output)
-    if work.first.run is None:
-        return None
-    digest = hashlib.sha256(strict_json(work.identity).encode()).hexdigest()[:8]
-    parts = [checkpoint_name(work.first.update or 0), work.judged.split]
-    kind = "curve" if work.axes[1] is None else "plane"
-    parts += ["to-second"] * (work.second is not None) + [kind, digest]
-    return work.first.run / LANDSCAPES / "-".join(parts)

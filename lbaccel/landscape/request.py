@@ -7,9 +7,12 @@ from typing import Any
 from lbaccel.errors import InputError, brief, check_choice, check_seed
 from lbaccel.landscape.axes import Axis, axis_of
 from lbaccel.landscape.directions import BIAS_AND_NORM, IGNORED, NORMS, WEIGHTS
+from lbaccel.network_arguments import ZERO_INIT_LAST
 from lbaccel.product.judged import Judged, check_same_classes
 from lbaccel.recipe.bounds import Unfit
 from lbaccel.recipe.trained_model import TrainedModel
+from lbaccel.runs.kinds import ARGUMENTS
+from lbaccel.runs.saved_weights import arguments_of
 
 
 def axis_from(given: Axis | str | None, usual: str, flag: str) -> Axis:
@@ -60,17 +63,28 @@ def check_comparable(first: TrainedModel, second: TrainedModel) -> None:
             f"{first.path} and {second.path} have the same classes in another order, so that their "
             "outputs can't be interpolated. Train both on the same data."
         )
-    a, b = first.preprocessing, second.preprocessing
-    for key in ("model", "img_size", "num_channels", "stem", "mean", "std", "interpolation"):
-        if a.get(key) != b.get(key):
+    a, b = _seen_and_built(first), _seen_and_built(second)
+    for key in a:
+        if a[key] != b[key]:
             raise InputError(
-                f"{second.path} has {key}={brief(b.get(key))}, and {first.path} has "
-                f"{brief(a.get(key))}: there is a line only between two sets of weights of one "
+                f"{second.path} has {key}={brief(b[key])}, and {first.path} has "
+                f"{brief(a[key])}: there is a line only between two sets of weights of one "
                 "network that sees the same images. Give two such models."
             )
     shapes = [{n: t.shape for n, t in m.model.state_dict().items()} for m in (first, second)]
     if shapes[0] != shapes[1]:
         raise InputError(f"{first.path} and {second.path} have tensors of different shapes.")
+
+
+def _seen_and_built(trained: TrainedModel) -> dict[str, Any]:
+    """All that two models have alike where a line lies between their weights alone."""
+    pre = trained.preprocessing
+    own = arguments_of(pre)
+    own.pop(ZERO_INIT_LAST, None)  # it says where the weights began
+    seen = {
+        key: pre.get(key) for key in ("img_size", "num_channels", "mean", "std", "interpolation")
+    }
+    return {"model": pre.get("model"), ARGUMENTS: own, "stem": pre.get("stem"), **seen}
 
 
 def notes_on_second(second: TrainedModel, judged: Judged, *, direction: str) -> list[str]:

@@ -32,7 +32,7 @@ class Landscape:
 
     @property
     def loss(self) -> list[Any]:
-        """[x.num], or [y.num][x.num]."""
+        """Of shape `[x.num]`, or `[y.num][x.num]`; None is not finite."""
         return self._rows(0)
 
     @property

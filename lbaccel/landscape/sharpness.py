@@ -20,10 +20,11 @@ from lbaccel.landscape.landscape import SPLITS
 from lbaccel.landscape.mean_loss import MeanLoss
 from lbaccel.landscape.network import Measure, MovedNetwork, cross_entropy
 from lbaccel.landscape.surface import Plane, values_at
+from lbaccel.landscape.work import described_model
 from lbaccel.launch import asks_for_ranks
 from lbaccel.product.device import one_device
-from lbaccel.product.judged import judged_on
-from lbaccel.recipe.trained_model import read_trained
+from lbaccel.product.judged import Judged, judged_on
+from lbaccel.recipe.trained_model import TrainedModel, read_trained
 from lbaccel.runs.environment import versions
 from lbaccel.stability.curvature import START_SEED
 from lbaccel.stability.eigenvalues import Eigenvalues, largest_eigenvalues
@@ -151,13 +152,12 @@ def sharpness(
     (41.2, 3.7, 0.021)
     """
     say = say or logger.warning
-    check_whole("top", top)
-    check_whole("directions", directions)
+    for name, count in (("top", top), ("directions", directions), ("samples", samples)):
+        if count is not None or name != "samples":
+            check_whole(name, count)
     check_number("epsilon", epsilon)
     check_number("radius", radius)
     check_seed("seed", seed)
-    if samples is not None:
-        check_whole("samples", samples)
     if asks_for_ranks():
         raise InputError(
             "sharpness works in one process, and a launcher started several. Type lbaccel "
@@ -169,14 +169,15 @@ def sharpness(
     device = one_device()
     dtype = MovedNetwork(trained.model, device=torch.device("cpu")).dtype
     ready = prepared(trained, judged.images, device=device, dtype=dtype)
-    content = {
-        "weights": {
-            "path": trained.path,
-            "model": trained.preprocessing["model"],
-            "sha256": trained.sha256,
-            "update": trained.update,
-            "ema": trained.ema,
-        },
+    options = {"top": top, "epsilon": epsilon, "radius": radius, "directions": directions}
+    found = sharpness_of(trained.model, ready, device=device, seed=seed, say=say, **options)
+    return replace(found, content={**_described(trained, judged), "seed": seed})
+
+
+def _described(trained: TrainedModel, judged: Judged) -> dict[str, Any]:
+    """The model and the images, for a reader."""
+    return {
+        "weights": described_model(trained),
         "data": {
             "data": judged.data,
             "split": judged.split,
@@ -184,11 +185,7 @@ def sharpness(
             "fingerprint": judged.identity["fingerprint"],
             "num_samples": len(judged.images),
         },
-        "seed": seed,
     }
-    options = {"top": top, "epsilon": epsilon, "radius": radius, "directions": directions}
-    found = sharpness_of(trained.model, ready, device=device, seed=seed, say=say, **options)
-    return replace(found, content=content)
 
 
 def sharpness_of(

@@ -58,7 +58,7 @@ def experiment_settings(
     >>> experiment_settings([{"seed": 0, "workers": 2, "output": "runs", "origin/seed": "flag"}])
     [{'seed': 0}]
     """
-    whole = [_completed(_joined(one)) for one in configs]
+    whole = [_completed(as_typed(joined(one))) for one in configs]
 
     def counts(key: str) -> bool:
         group, _, name = key.partition("/")
@@ -77,17 +77,28 @@ def experiment_settings(
     return [{key: value for key, value in one.items() if counts(key)} for one in whole]
 
 
-def _joined(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat config in which a setting that is a mapping is one entry again, as it is typed."""
-    found, parts = {}, {}
+def joined(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config in which a setting that is a mapping is one entry again.
+
+    >>> joined({"model_kwargs/stem": 8, "model_kwargs/act": "gelu", "origin/seed": "flag"})
+    {'model_kwargs': {'stem': 8, 'act': 'gelu'}, 'origin/seed': 'flag'}
+    """
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        name, _, rest = key.partition("/")
-        if rest and name in OPTIONS:
-            parts.setdefault(name, {})[rest] = value
-            found[name] = None
+        name, *inner = key.split("/")
+        if inner and name in OPTIONS:
+            place = found.setdefault(name, {})
+            for part in inner[:-1]:
+                place = place.setdefault(part, {})
+            place[inner[-1]] = value
         else:
             found[key] = value
-    return found | {name: shown(of) for name, of in parts.items()}
+    return found
+
+
+def as_typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with text in place of mappings."""
+    return {k: shown(v) if isinstance(v, Mapping) else v for k, v in config.items()}
 
 
 def _of_the_recipe(config: Mapping[str, Any]) -> bool:

@@ -68,6 +68,7 @@ class ModelOptions:
         "arguments of the network itself, as timm has them: stem=8 'widths=(8,16,32)'",
         shown="none",
         repeatable=True,
+        says_where=True,
     )
     zero_init_last: bool | None = option(
         None,

@@ -10,7 +10,6 @@ from typing import Any
 
 from lbaccel.documents import Malformed, yaml_in
 from lbaccel.errors import InputError, brief
-from lbaccel.network_arguments import network_arguments
 from lbaccel.optim.scaling import find_rule
 from lbaccel.recipe.bounds import Bounded, BoundedList
 from lbaccel.recipe.command_line import CommandParser
@@ -343,8 +342,8 @@ def parse(option: Option, raw: Any, origin: str) -> Any:
         if option.may_be_none:
             return None
         raise InputError(f"{where} is empty; leave it out for its default, {option.default!r}.")
-    if option.parse is network_arguments:
-        return network_arguments(raw, where=where)
+    if option.says_where:
+        return option.parse(raw, where=where)
     is_list = option.parse is numbers or isinstance(option.parse, BoundedList)
     if isinstance(raw, list) and is_list:
         raw = [part for item in raw for part in str(item).replace(",", " ").split()]

@@ -190,12 +190,13 @@ class Option:
         reads_with: what makes it read; one of several is enough.
         neutral: values that ask for nothing, so that they may be given where nothing reads them.
         repeatable: its flag may be typed several times, for a word each.
+        says_where: `parse` takes any value as it is and, by `where`, the name for its own errors.
         common: one of the fifteen that most people need, which --help shows; --help all has all.
         before: its value in a run that does not name it, since the option is younger than the run;
             the default where it is not given.
     """
 
-    parse: Callable[[Any], Any]
+    parse: Callable[..., Any]
     default: Any
     help: str
     choices: tuple[str, ...] = ()
@@ -209,6 +210,7 @@ class Option:
     reads_with: tuple[ReadWith, ...] = ()
     neutral: tuple[Any, ...] = ()
     repeatable: bool = False
+    says_where: bool = False
     common: bool = False
     before: Any = None
     name: str = ""
@@ -225,6 +227,6 @@ class Option:
         return flag_of(self.name)
 
 
-def option(default: Any, parse: Callable[[Any], Any], help: str, **known: Any) -> Any:
+def option(default: Any, parse: Callable[..., Any], help: str, **known: Any) -> Any:
     """A field of a group: its row; name and group follow from where it stands."""
     return field(default=default, metadata={"row": Option(parse, default, help, **known)})

@@ -20,6 +20,7 @@ from lbaccel.runs.compare import (
     cells_of,
     distinct_names,
     formatted,
+    is_in_points,
     split_settings,
     table,
 )
@@ -40,6 +41,7 @@ from lbaccel.runs.groups import (
     with_groups,
 )
 from lbaccel.runs.read import Run
+from lbaccel.studies.judging import signed
 from lbaccel.studies.one_run import events
 
 PREFIX = "runs"  # of the part's names in the page
@@ -217,7 +219,7 @@ def _drawn(
 def _group_table(groups: Sequence[Group], metric: str, last: int) -> dict[str, Any]:
     """A row a group: what tells it apart, its value, and its difference to the first group."""
     unit = unit_of(metric)
-    points = " (points)" if unit == " (%)" else ""
+    points = " (points)" if is_in_points(metric) else ""
     of = f"median of last {last}" if last > 1 else "last"
     told = [list(row) for row in differing_settings(groups)]
     head = [
@@ -243,8 +245,7 @@ def _group_table(groups: Sequence[Group], metric: str, last: int) -> dict[str, A
             cells += ["-", "-", "-"]
         else:
             apart = verdict.judged(group, groups[0], metric, last)
-            gap = apart.difference
-            cells += ["-" if gap is None else f"{gap:+.2f}" if points else f"{gap:+.4g}"]
+            cells.append(signed(apart.difference, metric))
             cells += [ends(apart.low, apart.high, metric=metric, signed=True), apart.verdict]
         mean = row["mean"]
         cells.append(verdict.number(mean if isinstance(mean, float) else None, metric))

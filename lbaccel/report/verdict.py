@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from lbaccel.runs.compare import lower_is_better
+from lbaccel.runs.compare import is_in_points, lower_is_better
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.groups import (
     LEVEL,
@@ -19,7 +19,7 @@ from lbaccel.runs.groups import (
     label_of,
 )
 from lbaccel.runs.read import Run
-from lbaccel.studies.judging import MARGIN, Judgement, Outcomes, is_in_points, judge
+from lbaccel.studies.judging import MARGIN, Judgement, Outcomes, judge, number
 from lbaccel.studies.judging import signed as differing
 from lbaccel.studies.outcome import final_value
 from lbaccel.text import one_line
@@ -72,10 +72,10 @@ def names_of(groups: Sequence[Group]) -> list[str]:
         return ["this group of runs" if len(groups[0].runs) > 1 else "the run"]
     word = "group" if are_grouped(groups) else "run"
     names = []
-    for number, settings in enumerate(differing_settings(groups), 1):
-        label = one_line(label_of(settings, number))
+    for place, settings in enumerate(differing_settings(groups), 1):
+        label = one_line(label_of(settings, place))
         short = label if len(label) <= 60 else f"{label[:57]}..."
-        names.append(f"{word} {number}" + (f" ({short})" if settings else ""))
+        names.append(f"{word} {place}" + (f" ({short})" if settings else ""))
     return names
 
 
@@ -159,13 +159,6 @@ def _paired(apart: Judgement, metric: str) -> str:
     ends = f"{number(low, metric)} to {number(high, metric)}"
     said = _SAID.get(apart.verdict, "resolved")
     return f"{ends}, paired by {len(apart.per_seed)} seeds ({said})"
-
-
-def number(value: float | None, metric: str) -> str:
-    """A value of a metric as it stands in a sentence."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if is_in_points(metric) else f"{value:.4g}"
 
 
 def ends(low: float | None, high: float | None, *, metric: str, signed: bool = False) -> str:

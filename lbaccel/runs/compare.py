@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from lbaccel.errors import InputError
 from lbaccel.runs.columns import columns, markdown_columns
@@ -61,6 +61,15 @@ def lower_is_better(metric: str) -> bool:
     return "loss" in metric.rsplit("/", 1)[-1]
 
 
+def is_in_points(metric: str) -> bool:
+    """Whether a metric is a share of right images in %, so that its differences are points.
+
+    >>> is_in_points("val/top1"), is_in_points("val/top5_ema"), is_in_points("val/loss")
+    (True, True, False)
+    """
+    return "top" in metric.rsplit("/", 1)[-1]
+
+
 def best_point(series: Series, metric: str) -> Point | None:
     """The first of the best finite points: the lowest of a loss, the highest of anything else."""
     finite = [(point.value, point) for point in series if point.value is not None]
@@ -68,7 +77,18 @@ def best_point(series: Series, metric: str) -> Point | None:
     return choose(finite, key=lambda pair: pair[0])[1] if finite else None
 
 
-def first_reaching(series: Series, metric: str, *, target: float) -> Point | None:
+class Valued(Protocol):
+    """A measured value, with whatever is known of it; None is not finite."""
+
+    @property
+    def value(self) -> float | None:
+        """The value itself."""
+
+
+Found = TypeVar("Found", bound=Valued)
+
+
+def first_reaching(series: Sequence[Found], metric: str, *, target: float) -> Found | None:
     """The first point at least as good as `target`: <= for a loss, >= for anything else."""
     sign = -1 if lower_is_better(metric) else 1
     reached = (p for p in series if p.value is not None and sign * p.value >= sign * target)

@@ -14,6 +14,7 @@ from lbaccel.runs.compare import (
     as_cell,
     axis_value,
     check_metric,
+    is_in_points,
     split_settings,
     value_or_nan,
 )
@@ -147,9 +148,10 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 def unit_of(metric: str) -> str:
     """Unit of a metric for an axis label, by lbaccel's names; empty where there is none.
 
-    >>> unit_of("val/top1"), unit_of("memory/peak_gib"), unit_of("train/loss")
+    >>> unit_of("val/top1_ema"), unit_of("memory/peak_gib"), unit_of("train/loss")
     (' (%)', ' (GiB)', '')
     """
+    if is_in_points(metric):
+        return " (%)"
     ends = {"_gib": "GiB", "_seconds": "s", "_pct": "%", "_per_second": "1/s"}
-    ends |= {"top1": "%", "top5": "%"}
     return next((f" ({unit})" for end, unit in ends.items() if metric.endswith(end)), "")

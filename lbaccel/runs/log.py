@@ -225,7 +225,7 @@ class RunLog:
             self.notices.load_state_dict(state["notices"])
         if "patience" in state:  # none before there was one
             self.patience.load_state_dict(state["patience"])
-        if "target" in state:  # none before there was one
+        if "seen" in state.get("target", {}):  # none before there was one
             self.target.load_state_dict(state["target"])
         self._started = time.perf_counter()
 

@@ -88,14 +88,14 @@ def network_of(pre: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Modu
         InputError: timm here does not know the model, or builds another one.
     """
     sizes = {name: pre[name] for name in ("num_classes", "num_channels", "img_size")}
-    arguments = arguments_of(pre)
+    arguments, described = arguments_of(pre), None
     if arguments:
         described = try_arguments(pre["model"], arguments, model_options(pre["model"], **sizes))
         if pre["stem"] == "small":
             with torch.device("meta"):
                 adapt_stem(described)
         check_described(described, weights, PREPROCESSING)
-    model = create_backbone(pre["model"], **sizes, arguments=arguments)
+    model = create_backbone(pre["model"], **sizes, arguments=arguments, described=described)
     if pre["stem"] == "small":
         adapt_stem(model)
     model.to(dtype_of(weights))

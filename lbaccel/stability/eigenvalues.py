@@ -7,6 +7,7 @@ vectors of the recursion, since rounding would bring back copies of those that h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.linalg import eigh_tridiagonal
@@ -98,13 +99,20 @@ def largest_eigenvalues(
         else:
             beside.append(norm)
             q = w / norm
-    found, residuals = [], []
-    for value, column in zip(values[::-1], vectors.T[::-1], strict=True):
-        x = sum((float(s) * q for s, q in zip(column, kept, strict=True)), torch.zeros_like(start))
-        x = x / torch.linalg.vector_norm(x)
-        found.append(float(value))
-        residuals.append(float(torch.linalg.vector_norm(product(x) - float(value) * x)))
-    return Eigenvalues(tuple(found), tuple(residuals), len(kept) + len(found))
+    found = tuple(float(value) for value in values[::-1])
+    residuals = tuple(
+        _residual(product, value, column, kept)
+        for value, column in zip(found, vectors.T[::-1], strict=True)
+    )
+    return Eigenvalues(found, residuals, len(kept) + len(found))
+
+
+def _residual(product: Product, value: float, column: Any, kept: list[Tensor]) -> float:
+    """|A x - value x| of the unit vector x that has these coordinates in the kept vectors."""
+    parts = (float(s) * q for s, q in zip(column, kept, strict=True))
+    x = sum(parts, torch.zeros_like(kept[0]))
+    x = x / torch.linalg.vector_norm(x)
+    return float(torch.linalg.vector_norm(product(x) - value * x))
 
 
 def _orthogonal(w: Tensor, kept: list[Tensor]) -> Tensor:

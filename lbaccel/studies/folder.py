@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lbaccel.documents import Malformed, json_in
+from lbaccel.documents import Malformed, OutOfBounds, json_in
 from lbaccel.errors import InputError, brief
 from lbaccel.runs.folder import CONFIG, SUMMARY, atomic_write_text, plain, strict_json
 from lbaccel.runs.lock import is_held
@@ -128,9 +128,21 @@ def share(folder: Path, cells: Mapping[str, str]) -> None:
 
 
 def chosen_in(folder: Path) -> list[dict[str, Any]]:
-    """The choices of the grid: a mapping for each arm and batch size."""
+    """The choices of the grid: a mapping for each arm and batch size; damaged ones are left out."""
     found = _json_at(folder / CHOSEN)
-    return found if isinstance(found, list) else []
+    return [one for one in found if _is_choice(one)] if isinstance(found, list) else []
+
+
+def _is_choice(one: Any) -> bool:
+    if not isinstance(one, dict):
+        return False
+    values, results = one.get("values"), one.get("results")
+    if not isinstance(values, list) or not isinstance(results, list) or None in values:
+        return False
+    kinds = {"arm": str, "batch": int, "setting": str}
+    return all(isinstance(one.get(name), kind) for name, kind in kinds.items()) and all(
+        n is None or isinstance(n, (int, float)) for n in (*values, *results, one.get("best"))
+    )
 
 
 def choose(folder: Path, found: list[dict[str, Any]]) -> None:
@@ -159,5 +171,5 @@ def state_of(run: Path | None) -> State:
 def _json_at(path: Path) -> Any:
     try:
         return json_in(path) if path.is_file() else None
-    except Malformed:
+    except (Malformed, OutOfBounds):
         return None

@@ -52,7 +52,7 @@ def scaling_limit(
         why = "has no result" if first is None or not first.diverged else "diverged"
         said = f"{title}: no scaling limit, since batch {base:,} {why}."
         return ScalingLimit(points, None, None, False, said)
-    limit, resolved, stopped, unresolved = base, True, "", ""
+    limit, stopped, unresolved = base, "", ""
     for batch in sorted(b for b in places if b > base):
         mean = Mean(tuple(paired(places[batch], first).values()))
         if places[batch].diverged:
@@ -67,7 +67,6 @@ def scaling_limit(
         if low < -points - ROUNDING and not unresolved:
             unresolved = _not_excluded(batch, low, n=mean.n, points=points)
         limit = batch
-    resolved = not unresolved
     if limit == base:
         said = f"{title}: no batch size above {base:,} stays within {points:.1f} points of it."
     else:
@@ -76,7 +75,7 @@ def scaling_limit(
             f"a factor of {limit / base:g}. {unresolved or 'The intervals resolve it.'}"
         )
     last = stopped or "No larger batch was run."
-    return ScalingLimit(points, limit, limit / base, resolved, f"{said} {last}")
+    return ScalingLimit(points, limit, limit / base, not unresolved, f"{said} {last}")
 
 
 def _not_excluded(batch: int, low: float, *, n: int, points: float) -> str:

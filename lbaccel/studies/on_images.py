@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lbaccel.documents import text_of
 from lbaccel.product.shares import mcnemar
 from lbaccel.runs.folder import EVALUATED, EVALUATIONS, update_of
 from lbaccel.studies.one_run import CellRun
 
 Rights = dict[str, bool]
+MOST_TABLE_BYTES = 128 * 2**20  # the training set of ImageNet has 80 MB
 
 
 def on_the_same_images(one: Sequence[CellRun], other: Sequence[CellRun]) -> list[dict[str, Any]]:
@@ -69,10 +72,10 @@ def _tables(run: Path) -> dict[str, Path]:
 
 
 def _rights(path: Path) -> Rights:
-    """Image to whether it is right; {} of a table that can't be read, or names an image twice."""
+    """Image to whether it is right; {} where it is too large, damaged, or names one twice."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [(row["file"], row["right"]) for row in csv.DictReader(file)]
+        text = io.StringIO(text_of(path, most=MOST_TABLE_BYTES), newline="")
+        rows = [(row["file"], row["right"]) for row in csv.DictReader(text)]
     except (OSError, ValueError, LookupError, csv.Error):
         return {}
     found = {name: right == "1" for name, right in rows}

@@ -14,12 +14,11 @@ from lbaccel.runs.compare import first_reaching, totals
 from lbaccel.runs.folder import RESUMES
 from lbaccel.runs.noise_readings import readings
 from lbaccel.runs.read import Point, Run, Series, load_run, read_metrics
-from lbaccel.studies.folder import State, run_folder, state_of
+from lbaccel.studies.folder import ENDED, State, run_folder, state_of
 from lbaccel.studies.outcome import final_value
 from lbaccel.studies.provenance import provenance
 from lbaccel.studies.spec import Study, StudyCell
 
-ENDED: tuple[State, ...] = ("done", "diverged")
 CURVES = ("val/top1", "val/loss", "train/loss", "train/top1", "optim/lr")
 FEWEST_POINTS, MOST_POINTS = 25, 200  # of a curve
 _UNREADABLE = (InputError, OSError, LookupError, TypeError, ValueError, ArithmeticError)
@@ -62,8 +61,12 @@ class CellRun:
 
 def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
     """The run of a cell in the folder of a study; a damaged one becomes a warning."""
-    path = run_folder(folder, cell)
-    state = state_of(path)
+    path: Path | None = None
+    try:
+        path = run_folder(folder, cell)
+        state = state_of(path)
+    except InputError as error:
+        return _without(cell, "failed", path, _left_out(cell, error))
     if path is None:
         return _without(cell, state, None)
     try:
@@ -71,8 +74,7 @@ def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
         numbers = {**measures(run, study, ended=state in ENDED), "events": events(run, path)}
         numbers |= {"noise": noise(run), "provenance": provenance(run, path)}
     except _UNREADABLE as error:
-        why = str(error) or type(error).__name__
-        return _without(cell, "failed", path, f"{cell.name} can't be read, and is left out: {why}")
+        return _without(cell, "failed", path, _left_out(cell, error))
     value = numbers["value"]
     if state == "done" and value is None:
         state = "diverged" if run.history.get(study.metric) else "failed"
@@ -82,6 +84,11 @@ def read_cell(study: Study, cell: StudyCell, folder: Path) -> CellRun:
     return CellRun(
         cell, state, path, run, value, numbers, tuple(_warnings(cell, run, study, state))
     )
+
+
+def _left_out(cell: StudyCell, error: Exception) -> str:
+    why = str(error) or type(error).__name__
+    return f"{cell.name} can't be read, and is left out: {why}"
 
 
 def _without(cell: StudyCell, state: State, path: Path | None, warning: str = "") -> CellRun:
@@ -221,8 +228,7 @@ def noise(run: Run) -> list[list[float | int | None]]:
         [update, one.samples_seen, one.critical, one.interval.low, one.interval.high]
         for update, one in zip(updates, readings(run), strict=True)
     ]
-    rows: list[list[float | int | None]] = [[_number(value) for value in row] for row in found]
-    return thinned(rows, MOST_POINTS)
+    return [[_number(value) for value in row] for row in found]
 
 
 def curves(run: Run, metric: str, *, most: int) -> dict[str, list[list[float | int | None]]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from lbaccel.runs.columns import columns
 from lbaccel.runs.pace import clock_time
-from lbaccel.studies.judging import resolution
 from lbaccel.studies.outlook import CellLength, StudyPace
+from lbaccel.studies.seeds import resolution
 from lbaccel.studies.spec import Study
 
 

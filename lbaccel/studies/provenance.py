@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbaccel.network_arguments import as_words
+from lbaccel.recipe.experiment import joined
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import EXTENSIONS, ORIGIN, PLAN
 from lbaccel.runs.folder import ENVIRONMENT, plain
@@ -72,14 +74,10 @@ def reproduce(config: Mapping[str, Any]) -> str:
     >>> reproduce({"data": "folder:my photos", "seed": 3, "momentum": 0.9, "workers": 8})
     "lbaccel train --data 'folder:my photos' --seed 3"
     """
-    words = ["lbaccel", "train"]
+    words, config = ["lbaccel", "train"], joined(config)
     for name, row in OPTIONS.items():
         if name in config and (row.contract or row.length) and _is_said(name, config):
-            value = config[name]
-            listed = (
-                value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            )
-            words += [row.flag, *map(_typed, listed)]
+            words += [row.flag, *_words(config[name])]
     line = shlex.join(words)
     if config.get(EXTENSIONS):
         return f"{line}  # this run was extended after that: see config.yaml"
@@ -89,7 +87,7 @@ def reproduce(config: Mapping[str, Any]) -> str:
 def _is_said(name: str, config: Mapping[str, Any]) -> bool:
     value, default = config[name], plain(OPTIONS[name].default)
     fitted = config.get(_LENGTH_OF_TIME) is not None  # the epochs that fitted stand in its place
-    if name == _LENGTH_OF_TIME or value is None or value == []:
+    if name == _LENGTH_OF_TIME or value is None or value in ([], {}):
         return False
     if name == "epochs" and fitted:
         return True
@@ -97,6 +95,14 @@ def _is_said(name: str, config: Mapping[str, Any]) -> bool:
         return False
     # a batch schedule has defaults of its own
     return value != default or config.get("batch_schedule") is not None
+
+
+def _words(value: Any) -> list[str]:
+    """A value as the words behind its flag."""
+    if isinstance(value, Mapping):
+        return as_words(value)
+    listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [_typed(one) for one in listed]
 
 
 def _typed(value: Any) -> str:

@@ -8,7 +8,8 @@ from statistics import median
 from typing import Any
 
 from lbaccel.noise.arithmetic import Interval, rounded
-from lbaccel.studies.one_run import ENDED, CellRun, noise
+from lbaccel.studies.folder import ENDED
+from lbaccel.studies.one_run import CellRun, noise
 from lbaccel.studies.spec import ArmBatch, Study
 from lbaccel.studies.to_target import Attempt, Bend, fit_bend, points_of
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
+from lbaccel.runs.compare import is_in_points
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
 from lbaccel.studies.folder import chosen_in, shared_names, study_in
-from lbaccel.studies.judging import Outcomes, is_in_points, judge
+from lbaccel.studies.judging import Outcomes, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
 from lbaccel.studies.on_images import on_the_same_images
 from lbaccel.studies.one_run import (
@@ -287,14 +287,3 @@ def _edges(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
         for one in tuning
         if one.get("at_edge") and isinstance(one.get("best"), (int, float))
     ]
-
-
-def check_result(result: Any) -> dict[str, Any]:
-    """A study's result as it was printed before; stops at anything else.
-
-    Raises:
-        InputError: it is none.
-    """
-    if isinstance(result, dict) and result.get("kind") == "study" and "table" in result:
-        return result
-    raise InputError("this is no result of a study, as lbaccel study report DIR --json prints it.")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lbaccel.recipe.experiment import experiment_settings
+from lbaccel.recipe.experiment import as_typed, experiment_settings
+from lbaccel.recipe.options import OPTIONS, Settings
+from lbaccel.recipe.settings import layered, under_a_batch_schedule
 from lbaccel.recipe.values import shown
 from lbaccel.runs.folder import plain
+from lbaccel.studies.folder import STUDY
 from lbaccel.studies.one_run import CellRun
 from lbaccel.studies.spec import BATCH, Study
 
@@ -20,17 +23,20 @@ def settings_of_runs(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Of each arm the settings in which arms differ; and those that are equal in all runs.
 
-    They are the settings of the experiment as the runs took them. A place of which no run was
-    begun has those that the study states. A setting that follows the batch size is a text, such as
-    "0.1 at 256, 0.2 at 512".
+    They are the settings of the experiment as the runs took them. A place of which no run was begun
+    has those that the study states, and the defaults of those that other places state. A setting
+    that follows the batch size is a text, such as "0.1 at 256, 0.2 at 512".
     """
     read = [one for one in runs if one.run is not None]
     found = experiment_settings([one.run.config for one in read if one.run is not None])
     by_place: dict[tuple[str, int], Mapping[str, Any]] = {}
     for one, settings in zip(read, found, strict=True):
         by_place.setdefault((one.cell.arm, one.cell.batch), settings)
+    stated = list(dict.fromkeys(name for one in runs for name in one.cell.settings))
     for one in runs:
-        by_place.setdefault((one.cell.arm, one.cell.batch), plain(dict(one.cell.settings)))
+        if (one.cell.arm, one.cell.batch) not in by_place:
+            whole = _with_defaults(one.cell.settings, stated)
+            by_place[one.cell.arm, one.cell.batch] = as_typed(plain(whole))
     names = [n for n in dict.fromkeys(n for of in by_place.values() for n in of) if n not in _OWN]
     arms: dict[str, dict[str, Any]] = {arm.name: {} for arm in study.arms}
     equal: dict[str, Any] = {}
@@ -45,6 +51,14 @@ def settings_of_runs(
             for arm, values in of_arms.items():
                 arms[arm][name] = _by_batch(values) if values else _ABSENT
     return arms, equal
+
+
+def _with_defaults(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The settings with the values that these others have in a run that does not state them."""
+    whole = under_a_batch_schedule(layered(Settings(), settings, origin=STUDY))
+    return dict(settings) | {
+        name: whole.value(name) for name in names if name not in settings and name in OPTIONS
+    }
 
 
 def _same(of_arms: Mapping[str, Mapping[int, Any]]) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import variance
 from typing import Any
 
-from lbaccel.studies.judging import Outcomes, is_in_points, paired, resolves
+from lbaccel.runs.compare import is_in_points
+from lbaccel.studies.judging import Outcomes, paired
+from lbaccel.studies.seeds import resolves
 from lbaccel.studies.spec import ArmBatch, Study
 
 

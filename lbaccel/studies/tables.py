@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lbaccel.recipe.values import shown
 from lbaccel.runs.columns import columns, markdown_columns
-from lbaccel.runs.compare import Cell
+from lbaccel.runs.compare import Cell, is_in_points
 from lbaccel.runs.compare import as_csv as rows_as_csv
 from lbaccel.runs.outputs import Own, ends_of
-from lbaccel.studies.judging import is_in_points
+from lbaccel.studies.judging import number, signed
 from lbaccel.text import in_markdown, printable
 
 Result = Mapping[str, Any]
@@ -103,9 +103,9 @@ def _accuracy(row: Mapping[str, Any] | None, result: Result) -> str:
     total = row["n"] + row["diverged"] + row["missing"]
     text = _NONE
     if row["mean"] is not None:
-        text = _number(row["mean"], result)
+        text = number(row["mean"], result["metric"])
         if row["half_width"] is not None:
-            text += f" ± {_number(row['half_width'], result)}"
+            text += f" ± {number(row['half_width'], result['metric'])}"
     if row["updates"] is not None:
         text += f" ({row['updates']:,.0f})"
     text += f", {row['diverged']} of {total} diverged" if row["diverged"] else ""
@@ -116,22 +116,14 @@ def _expected(row: Mapping[str, Any] | None) -> str:
     return "" if row is None else _NONE if row["expected"] is None else f"{row['expected']:.2f}"
 
 
-def _number(value: float, result: Result) -> str:
-    return f"{value:.2f}" if is_in_points(result["metric"]) else f"{value:.4g}"
-
-
 def _comparisons(result: Result) -> tuple[str, Grid, str]:
     titles = {arm["name"]: arm["title"] for arm in result["arms"]}
-    points = is_in_points(result["metric"])
-    unit = " (points)" if points else ""
+    unit = " (points)" if is_in_points(result["metric"]) else ""
     grid: Grid = [
         ["compared", "against", f"difference{unit}", "low", "high", "seeds", "verdict"],
     ]
-    signed: Callable[[float | None], str] = lambda v: (  # noqa: E731
-        _NONE if v is None else f"{v:+.2f}" if points else f"{v:+.4g}"
-    )
     for one in result["comparisons"]:
-        numbers = [signed(one[key]) for key in ("difference", "low", "high")]
+        numbers = [signed(one[key], result["metric"]) for key in ("difference", "low", "high")]
         places = [
             f"{titles[one[arm]]} at {one[batch]:,}"
             for arm, batch in (("arm", "batch"), ("against_arm", "against_batch"))
@@ -197,7 +189,7 @@ def _aggregates(result: Result) -> tuple[str, Grid, str]:
 def _tuning(result: Result) -> tuple[str, Grid, str]:
     grid: Grid = [["tuned", "setting", "grid", "results", "best"]]
     for one in result["tuning"]:
-        results = [_NONE if value is None else _number(value, result) for value in one["results"]]
+        results = [number(value, result["metric"]) for value in one["results"]]
         best = _NONE if one["best"] is None else f"{one['best']:g}"
         grid.append(
             [

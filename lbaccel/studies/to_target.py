@@ -53,6 +53,7 @@ class Bend:
         interval: of B_crit, its ends 0 and infinity where the data give none; None below 3 runs.
         num_runs: that met the target.
         num_censored: that did not.
+        num_left_out: censored runs that the fit of two runs can't take in.
         reason: why there is no bend, a clause.
     """
 
@@ -61,6 +62,7 @@ class Bend:
     interval: Interval | None = None
     num_runs: int = 0
     num_censored: int = 0
+    num_left_out: int = 0
     reason: str = ""
 
     def as_json(self) -> dict[str, Any] | None:
@@ -85,6 +87,11 @@ class Bend:
         if self.num_censored:
             total = self.num_runs + self.num_censored
             censored = f" {self.num_censored} of {total} runs never reached it (censored)."
+        if self.num_left_out:
+            censored += (
+                " The curve leaves them out, since it goes through both runs that did and so "
+                "measures no scatter: as slow as those are, it may be too flat. Run more seeds."
+            )
         if self.critical_batch is None or self.min_updates is None:
             return f"{title}: no critical batch, since {self.reason}.{censored}"
         text = (
@@ -105,8 +112,10 @@ def fit_bend(attempts: Sequence[Attempt]) -> Bend:
     log S is taken to be normally distributed around log S_min + log(1 + B_crit / B), with one
     standard deviation at all batch sizes. A censored run contributes the probability that it had
     not met the target by its last update: without it, batch sizes at which slow seeds never get
-    there would look fast. With l(B_crit) the log-likelihood, maximised over the two other
-    parameters, and n runs that met the target, the interval holds every B_crit with
+    there would look fast. Beside only two runs that met it there is no standard deviation to judge
+    it by, so it is left out there, and the sentence says so. With l(B_crit) the log-likelihood,
+    maximised over the two other parameters, and n runs that met the target, the interval holds
+    every B_crit with
 
         2 (max l - l(B_crit)) <= n log(1 + F / (n - 2))
 
@@ -138,7 +147,9 @@ def fit_bend(attempts: Sequence[Attempt]) -> Bend:
             "no run reached the target"
         )  # fmt: skip
         return Bend(reason=where, **counts)
-    profile = _Profile(met, censored if len(met) > 2 else [])
+    if len(met) == 2:
+        counts["num_left_out"], censored = len(censored), []
+    profile = _Profile(met, censored)
     start, end = math.log(sizes[0] / BEYOND), math.log(sizes[-1] * BEYOND)
     steps = [start + STEP * i for i in range(math.ceil((end - start) / STEP) + 1)]
     likelihoods = [profile(u) for u in steps]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lbaccel.studies.judging import MARGIN, Verdict, is_in_points
+from lbaccel.runs.compare import is_in_points
+from lbaccel.studies.judging import Verdict, signed
+from lbaccel.studies.seeds import MARGIN
 
 _ORDER: tuple[Verdict, ...] = ("loss", "gain", "no loss", "not resolved", "not enough seeds")
 _PHRASES: dict[Verdict, tuple[str, str]] = {
@@ -110,10 +112,7 @@ def _verdicts(compared: Sequence[Comparison], metric: str) -> str:
 
 
 def _difference(one: Comparison, metric: str) -> str:
-    if one["difference"] is None:
-        return ""
-    digits = ".2f" if is_in_points(metric) else ".4g"
-    return f" ({one['difference']:+{digits}})"
+    return "" if one["difference"] is None else f" ({signed(one['difference'], metric)})"
 
 
 def _rule(result: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, cifar
 
 from lbaccel.data import row_images
 from lbaccel.data.images import decode_image, read_image
-from lbaccel.data.parquet import find_columns
+from lbaccel.data.parquet_columns import find_columns
 from lbaccel.data.sources import ImageArray, ImageFiles, open_source
 from lbaccel.data.split import name_hash, split_by_hash
 from lbaccel.errors import InputError, RunFailed

@@ -12,7 +12,7 @@ import yaml
 from runs_of_recipe import run
 from safetensors.torch import load_file
 
-from lbaccel import cli, train
+from lbaccel import cli, network_build, train
 from lbaccel.export.read import read_exported
 from lbaccel.models import create_backbone
 from lbaccel.recipe.experiment import experiment_settings
@@ -89,6 +89,14 @@ def test_a_checkpoint_and_a_run_are_built_again_with_them(begun):
     for path in (begun, begun / "checkpoints/last"):
         found = read_trained(path)
         assert found.model.conv1.out_channels == 8
+
+
+def test_a_checkpoint_tries_its_arguments_once(begun, monkeypatch):
+    tried = []
+    whole = network_build._on_meta
+    monkeypatch.setattr(network_build, "_on_meta", lambda *of: tried.append(of) or whole(*of))
+    read_trained(begun)
+    assert len(tried) == 1
 
 
 def test_a_checkpoint_without_the_entry_is_one_of_before(tmp_path):

@@ -1,5 +1,6 @@
 """The first evaluation that reaches a value."""
 
+import json
 import math
 
 import pytest
@@ -39,10 +40,30 @@ def test_without_a_target_nothing_is_said():
     assert watch.summary() == watch.line == {}
 
 
-@pytest.mark.parametrize(("value", "reached"), [(70.0, 1), (80.0, None)])
-def test_a_resume_knows_it_again_and_another_target_starts_afresh(value, reached):
-    watch = TargetWatch(70.0)
-    watch.after_evaluation(at(1), {"val/top1": 75.0})
-    resumed = TargetWatch(value)
-    resumed.load_state_dict(watch.state_dict())
-    assert resumed.summary()["target_update"] == reached
+@pytest.mark.parametrize(
+    ("value", "metric", "reached"),
+    [
+        (70.0, "val/top1", 2),
+        (75.0, "val/top1", 3),
+        (60.0, "val/top1", 1),
+        (90.0, "val/top1", None),
+        (0.5, "val/loss", 1),
+    ],
+)
+@pytest.mark.parametrize("before", [70.0, None])
+def test_a_resume_towards_another_target_knows_the_evaluations_of_before(
+    before, value, metric, reached
+):
+    watch = TargetWatch(before)
+    for update, top in enumerate((65.0, 71.0, 80.0), 1):
+        watch.after_evaluation(at(update), {"val/top1": top, "val/loss": 0.5, "perf/x": 1.0})
+    resumed = TargetWatch(value, metric)
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    resumed.after_evaluation(at(4), {"val/top1": 85.0, "val/loss": 0.1})
+    seconds = None if reached is None else 0.5 * reached
+    assert resumed.summary() == {
+        "target": value,
+        "target_update": reached,
+        "target_samples": None if reached is None else 10 * reached,
+        "target_seconds": seconds,
+    }

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lbaccel.recipe.experiment import joined
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.settings import ORIGIN, read_settings
 from lbaccel.runs.folder import plain
-from lbaccel.runs.read import load_run
+from lbaccel.runs.read import flatten, load_run
 from lbaccel.studies.provenance import provenance, reproduce
 
 BEFORE = Path(__file__).parents[1] / "fixtures/before_the_house"
@@ -22,10 +23,11 @@ def config_of(flags):
     settings, _ = read_settings(flags)
     origins = {f"{ORIGIN}/{name}": settings.origin(name) for name in OPTIONS}
     text = yaml.safe_dump(plain({**settings.values(), **origins}))
-    return yaml.safe_load(text)
+    return flatten(yaml.safe_load(text))  # as `load_run` reads it
 
 
 def experiment(config):
+    config = joined(config)
     return {name: config[name] for name, row in OPTIONS.items() if row.contract or row.length}
 
 
@@ -39,6 +41,8 @@ def experiment(config):
         "--batch-schedule bsi --factor 5 --base-lr 0.1 --epochs 4",
         "--norm-batch-size frozen --loss-dropout 1 2 --hflip 0.0 --clip-grad-norm 5 --patience 3",
         "--micro-batch-size 64 --workers 1 --output elsewhere --wandb-name mine --decay-all false",
+        "--model cifar_resnet8 --model-kwargs stem=8 'widths=(8,16,32)' zero_init_last=False",
+        "--model test_resnet --model-kwargs act=gelu \"block_args={'attn':{'rd':2}}\" tag='8'",
     ],
 )
 def test_the_line_read_again_has_the_settings_of_the_experiment(flags):

@@ -126,6 +126,19 @@ def test_a_censored_run_that_ended_at_once_says_nothing():
     assert "1 of 22 runs never reached it (censored)." in one_more.sentence("linear")
 
 
+def test_beside_two_runs_the_censored_ones_are_left_out_and_it_is_said():
+    both = [Attempt(64, 9000), Attempt(512, 2000)]
+    found = fit_bend([*both, Attempt(512, None, until=9000)])
+    assert found.critical_batch == fit_bend(both).critical_batch
+    assert found.num_left_out == 1
+    assert "(censored). The curve leaves them out, since" in found.sentence("linear")
+    of_three = fit_bend([*both, Attempt(128, 5000), Attempt(512, None, until=9000)])
+    assert of_three.num_left_out == fit_bend(both).num_left_out == 0
+    assert "leaves them out" not in of_three.sentence("linear")
+    alone = fit_bend([Attempt(64, 9000), Attempt(512, None, until=9000)])  # no curve at all
+    assert "leaves them out" not in alone.sentence("linear")
+
+
 def test_two_runs_give_a_bend_and_no_interval():
     found = fit_bend([Attempt(64, 9000), Attempt(512, 2000)])
     assert found.critical_batch == pytest.approx(512)

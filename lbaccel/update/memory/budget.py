@@ -6,11 +6,11 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from lbaccel.errors import InputError, brief
+from lbaccel.host_memory import host_memory
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**63  # what an address of 64 bits, and torch, can count
@@ -51,7 +51,7 @@ def default_budget(device: torch.device, *, ranks: int = 1) -> int:
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)
     else:
-        free, total = _host_memory()
+        free, total = host_memory()
         free //= ranks
     budget = free - max(MARGIN_BYTES, int(MARGIN_SHARE * total))
     if budget <= 0:
@@ -60,26 +60,6 @@ def default_budget(device: torch.device, *, ranks: int = 1) -> int:
             "Stop what uses the rest, or choose another device."
         )
     return budget
-
-
-def _host_memory() -> tuple[int, int]:
-    """Available and total bytes of this machine, or of its container where that is less."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError as error:
-        raise InputError(
-            "the free memory of this system can't be read. Give --memory, such as --memory 8GiB."
-        ) from error
-    kib = {name: int(value.split()[0]) for name, value in fields.items()}
-    available, total = (1024 * kib[name] for name in ("MemAvailable", "MemTotal"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        available, total = min(available, limit - used), min(total, limit)
-    except (OSError, ValueError):
-        pass  # no container, or one without a limit ("max")
-    return available, total
 
 
 @contextmanager
