@@ -1469,10 +1469,10 @@ MUTANTS = {
         "tests/report/test_page.py::test_a_page_that_would_be_too_large_has_fewer_points",
     ),
     "a thinned curve loses its peaks": (
-        "report.thin",
+        "runs.thin",
         "found |= {min(known)[1], max(known)[1]}",
         "found |= {known[0][1]}",
-        "tests/report/test_thin.py::test_the_extremes_and_the_ends_are_kept",
+        "tests/runs/test_thin.py::test_the_extremes_and_the_ends_are_kept",
     ),
     "a verdict counts runs that did not end": (
         "report.verdict",
@@ -1500,7 +1500,7 @@ MUTANTS = {
         "tests/report/test_study_page.py::test_figures_are_embedded_from_inside_the_study_alone",
     ),
     "a batch size with a censored seed looks like any other": (
-        "report.study_charts",
+        "report.target_chart",
         'whole = points[0], [p for p in points if not p["censored"]]',
         "whole = points[0], points",
         "tests/report/test_study_page.py::"

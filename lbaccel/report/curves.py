@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lbaccel.report.chart import Chart, Landmark, Stroke
-from lbaccel.report.thin import fair_share, kept, rounded
 from lbaccel.report.verdict import number
 from lbaccel.runs.compare import AXIS_LABELS
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.read import Point, Series
+from lbaccel.runs.thin import fair_share, kept, rounded
 
 PANELS = ("train/loss", "train/top1", "val/loss", "val/top1")
 TITLES = {

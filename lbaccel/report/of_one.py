@@ -13,10 +13,10 @@ from lbaccel.report.chart import Chart, Landmark, Stroke
 from lbaccel.report.curves import Strand, panels
 from lbaccel.report.judged import judged
 from lbaccel.report.pictures import PictureRoom
-from lbaccel.report.thin import kept, rounded
 from lbaccel.runs.compare import AXIS_LABELS
 from lbaccel.runs.noise_readings import batch_of, readings
 from lbaccel.runs.read import Run
+from lbaccel.runs.thin import kept, rounded
 
 MORE = ("perf/samples_per_second", "memory/peak_gib", "optim/lr", "optim/grad_norm")
 _TITLES = {

@@ -15,7 +15,8 @@ from study_results import a_study_result
 from lbaccel import cli
 from lbaccel.commands import compare as compare_command
 from lbaccel.errors import InputError
-from lbaccel.report.chart import Chart, Landmark, Stroke, view
+from lbaccel.report.chart import Chart, Landmark, Stroke
+from lbaccel.report.drawing import view
 from lbaccel.report.of_study import of_study
 from lbaccel.report.page import CURVES, MOST_BYTES, json_block, page
 from lbaccel.report.parts import report

@@ -14,7 +14,8 @@ from study_results import ARMS, BATCHES, a_study_result
 from lbaccel.report.of_study import of_study
 from lbaccel.report.page import CURVES, MOST_BYTES, page
 from lbaccel.report.parts import report
-from lbaccel.report.study_charts import updates_to_target, value_by_batch
+from lbaccel.report.study_charts import value_by_batch
+from lbaccel.report.target_chart import updates_to_target
 from lbaccel.studies.results import study_result
 
 

@@ -50,6 +50,11 @@ def fair_share(lengths: Sequence[int], budget: int) -> int:
     return max(LEAST, max(lengths, default=0))
 
 
+def all_rounded(values: Sequence[float | None]) -> list[float | int | None]:
+    """Each number as `rounded` gives it."""
+    return [rounded(value) for value in values]
+
+
 def rounded(value: float | None, digits: int = 5) -> float | int | None:
     """A number with so many digits, for a curve; None where it is not finite.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbaccel.report.thin import LEAST, fair_share, kept, rounded
+from lbaccel.runs.thin import LEAST, fair_share, kept, rounded
 
 VALUES = st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3)), min_size=1, max_size=400)
 
