@@ -1499,10 +1499,29 @@ MUTANTS = {
         "if True else",
         "tests/report/test_study_page.py::test_figures_are_embedded_from_inside_the_study_alone",
     ),
+    "a study whose runs never met the target does not say so": (
+        "report.of_study",
+        '[one["sentence"] for one in result.get("to_target") or []]',
+        '[one["sentence"] for one in result.get("to_target") or [] if updates]',
+        "tests/report/test_study_page.py::test_where_no_run_met_the_target_the_page_says_so",
+    ),
+    "an event is the reason why a run ended": (
+        "report.of_study",
+        '"reason": run.get("exit_reason"),',
+        '"reason": "; ".join(event["text"] for event in run.get("events") or ()),',
+        "tests/report/test_study_page.py::test_an_event_is_no_reason_of_the_end",
+    ),
+    "a run that stands for two cells counts twice": (
+        "studies.verdict",
+        '[run for run in runs if run["shared_with"] is None]',
+        "list(runs)",
+        "tests/report/test_study_page.py::"
+        "test_a_run_that_stopped_is_in_a_line_and_a_shared_one_counts_once",
+    ),
     "a batch size with a censored seed looks like any other": (
         "report.target_chart",
-        'whole = points[0], [p for p in points if not p["censored"]]',
-        "whole = points[0], points",
+        'points = [p for p in arm["points"] if p["mean_met"] is not None]',
+        'points = [p for p in arm["points"] if p["mean"] is not None]',
         "tests/report/test_study_page.py::"
         "test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark",
     ),

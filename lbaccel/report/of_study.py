@@ -13,6 +13,7 @@ from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, shared_and_own
 from lbaccel.report.target_chart import updates_to_target
+from lbaccel.studies.verdict import once
 from lbaccel.text import without_tokens
 
 Result = Mapping[str, Any]
@@ -78,7 +79,8 @@ def of_study(
                 "entries": list(mine.items()),
                 "reproduce": without_tokens((run.get("provenance") or {}).get("reproduce") or ""),
                 "status": run["status"],
-                "reason": "; ".join(event["text"] for event in run.get("events") or ()),
+                "reason": run.get("exit_reason"),
+                "events": "; ".join(event["text"] for event in run.get("events") or ()),
             }
             for run, mine in zip(runs, own, strict=True)
         ],
@@ -99,7 +101,7 @@ def _about(result: Result) -> str:
     counts = [(len(arms), "arm"), (len(batches), "batch size"), (len(seeds), "seed")]
     said = " x ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counts)
     scale = f", scale {result['scale']}" if result.get("scale") else ""
-    return f"Study {result['name']}{scale}: {said}, {len(result['runs'])} runs."
+    return f"Study {result['name']}{scale}: {said}, {len(once(result['runs']))} runs."
 
 
 def _source(source: Mapping[str, Any] | None) -> str | None:
@@ -128,21 +130,22 @@ def _verdict(result: Result) -> list[str]:
 
 
 def _lost(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on runs that diverged, failed, are missing, or did not reach the target."""
-    found = []
+    """Sentences on runs that diverged, failed, have not ended, or did not reach the target."""
+    own, found = once(runs), []
     for status, words in (
         ("diverged", "diverged and count as such"),
         ("failed", "failed"),
+        ("stopped", "stopped and can go on"),
         ("running", "still go on"),
         ("missing", "are missing"),
     ):
-        names = [run["cell"] for run in runs if run["status"] == status]
+        names = [run["cell"] for run in own if run["status"] == status]
         if names:
-            found.append(f"{len(names)} of {len(runs)} runs {words}: {tables.some(names)}.")
-    censored = [run["cell"] for run in runs if run.get("censored")]
+            found.append(f"{len(names)} of {len(own)} runs {words}: {tables.some(names)}.")
+    censored = [run["cell"] for run in own if run.get("censored")]
     if censored:
         found.append(
-            f"{len(censored)} of {len(runs)} runs ended without reaching the target (censored): "
+            f"{len(censored)} of {len(own)} runs ended without reaching the target (censored): "
             f"{tables.some(censored)}."
         )
     return found

@@ -16,8 +16,8 @@ _FITTED = 40  # points of a fitted curve
 def updates_to_target(result: Result, key: str) -> Chart | None:
     """Updates to the target against batch size, log-log; None where the study has no target.
 
-    Each arm has its seeds' mean, the line of perfect scaling through its smallest batch, and the
-    fitted bend S(B) = S_min (1 + B_crit / B) with the critical batch marked.
+    Each arm has its seeds' mean, the line of perfect scaling through the smallest batch that has
+    one, and the fitted bend S(B) = S_min (1 + B_crit / B) with the critical batch marked.
     """
     found, target = result.get("to_target") or [], result.get("target")
     if not found or not target:
@@ -42,8 +42,9 @@ def updates_to_target(result: Result, key: str) -> Chart | None:
         x_kind="log2",
         y_kind="log",
         marks=marks,
-        note="Dots are means over the seeds that reached the target, small dots the seeds, hollow "
-        "ones batch sizes of which a seed did not reach it (censored). Dotted: perfect scaling, "
+        note="Dots are means over seeds, small dots the seeds. A "
+        "hollow dot is a batch size of which a seed did not reach it (censored): the mean of those "
+        "that did, which is a lower bound. Dotted: perfect scaling, "
         "half the updates for twice the batch. Dashed: the fitted bend; its critical batch is the "
         "vertical line.",
     )
@@ -52,17 +53,21 @@ def updates_to_target(result: Result, key: str) -> Chart | None:
 
 
 def _arm_to_target(arm: Mapping[str, Any], title: str, color: int) -> list[Stroke]:
-    points = [p for p in arm["points"] if p["mean"] is not None]
+    points = [p for p in arm["points"] if p["mean_met"] is not None]
     if not points:
         return []
+    whole = [p for p in points if p["mean"] is not None]
+    cut = [p for p in points if p["mean"] is None]  # a seed is censored
 
     def line(name: str, style: Style, at: Numbers, values: Numbers, **more: Any) -> Stroke:
         return Stroke(name, {BATCH: all_rounded(at)}, all_rounded(values), color, style, **more)
 
     batches = [p[BATCH] for p in points]
-    first, whole = points[0], [p for p in points if not p["censored"]]
-    perfect = [first["mean"] * first[BATCH] / b for b in batches]
-    lines = [line(f"{title}: perfect scaling", "reference", batches, perfect, listed=False)]
+    lines: list[Stroke] = []
+    if whole:  # a lower bound is no place to draw a line from
+        at = [b for b in batches if b >= whole[0][BATCH]]
+        perfect = [whole[0]["mean"] * whole[0][BATCH] / b for b in at]
+        lines.append(line(f"{title}: perfect scaling", "reference", at, perfect, listed=False))
     fit = arm.get("fit")
     if fit and len(batches) > 1:
         at = _between(batches[0], batches[-1])
@@ -71,9 +76,8 @@ def _arm_to_target(arm: Mapping[str, Any], title: str, color: int) -> list[Strok
     seeds = [(p[BATCH], value) for p in points for value in p["updates"] if value is not None]
     at, values = [b for b, _ in seeds], [value for _, value in seeds]
     lines.append(line(f"{title}: each seed", "seeds", at, values, listed=False))
-    cut = [p for p in points if p["censored"]]
     if cut:
-        at, values = [p[BATCH] for p in cut], [p["mean"] for p in cut]
+        at, values = [p[BATCH] for p in cut], [p["mean_met"] for p in cut]
         lines.append(line(f"{title}: a seed is censored", "hollow", at, values, listed=False))
     label = title if len(title) <= LONGEST_LABEL else str(arm["arm"])[:LONGEST_LABEL]
     at, values = [p[BATCH] for p in whole], [p["mean"] for p in whole]

@@ -59,8 +59,13 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def once(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs of a result, each once: not again for another cell that it stands for."""
+    return [run for run in runs if run["shared_with"] is None]
+
+
 def _incomplete(result: Mapping[str, Any]) -> list[str]:
-    own = [run for run in result["runs"] if run["shared_with"] is None]
+    own = once(result["runs"])
     diverged = sum(run["status"] == "diverged" for run in own)
     missing = sum(run["value"] is None for run in own) - diverged
     total, said = len(own), []

@@ -16,7 +16,9 @@ from lbaccel.report.page import CURVES, MOST_BYTES, page
 from lbaccel.report.parts import report
 from lbaccel.report.study_charts import value_by_batch
 from lbaccel.report.target_chart import updates_to_target
+from lbaccel.studies.folder import share
 from lbaccel.studies.results import study_result
+from lbaccel.studies.to_target import Attempt, points_of
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,16 @@ def test_updates_to_target_is_log_log_with_perfect_scaling_and_the_bend(charts, 
     assert marks == [("gradual: 700", 700.0), ("ghost: 700", 700.0)]
 
 
-def test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark(charts):
+def test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark(charts, result):
     (hollow,) = lines_of(charts["study-1-updates"], k="hollow")
     assert hollow["x"]["batch"] == [2048] and hollow["c"] == 0
+    (point,) = [p for p in result["to_target"][0]["points"] if p["censored"]]
+    met = [u for u in point["updates"] if u is not None]
+    assert point["mean"] is None and len(met) == 2
+    assert hollow["y"] == pytest.approx([sum(met) / 2], rel=1e-4)  # a lower bound
+    (seeds,) = lines_of(charts["study-1-updates"], k="seeds", c=0)
+    drawn = zip(seeds["x"]["batch"], seeds["y"], strict=True)
+    assert [y for b, y in drawn if b == 2048] == met
     (means,) = lines_of(charts["study-1-updates"], k="points", c=0)
     assert 2048 not in means["x"]["batch"]
 
@@ -83,7 +92,7 @@ def test_a_single_arm_shows_its_interval_and_the_noise_scale(result):
 
 def test_a_study_without_a_target_has_no_such_figure(result):
     assert updates_to_target({**result, "target": None}, "k") is None
-    never = [{"batch": b, "updates": [None], "mean": None, "censored": 1} for b in BATCHES]
+    never = points_of({b: {0: Attempt(b, None, until=9)} for b in BATCHES})
     nothing = [{**arm, "points": never, "fit": None} for arm in result["to_target"]]
     assert updates_to_target({**result, "to_target": nothing}, "k") is None
 
@@ -154,6 +163,42 @@ def test_a_study_of_which_nothing_has_ended_is_a_page_too(result, tmp_path):
     assert found.unclosed == []
     assert "No run of this study has come to its end." in found.text
     assert "45 of 45 runs are missing" in found.text
+
+
+def test_where_no_run_met_the_target_the_page_says_so(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder, target=99.0)
+    fill(folder, study, lambda cell: 90 + cell.seed / 10)
+    found = Page(report([folder])[0])
+    for title in ("batch alone", "linear rule"):
+        assert f"{title}: no critical batch, since no run reached the target." in found.text
+    assert "study-1-updates" not in json.loads(found.scripts[CURVES])
+
+
+def test_an_event_is_no_reason_of_the_end(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder, batches=[32], seeds=2, pairs=[], arms={"plain": {}})
+    first, second = study.cells()
+    run = add_run(folder, first, [50.0] * 6)
+    (run / "resumes.jsonl").write_text(json.dumps({"update": 40}) + "\n")
+    add_run(folder, second, [50.0], status="failed", exit_reason="the disk is full")
+    text = Page(report([folder])[0]).text
+    assert "eventsresumed after update 40" in text
+    assert text.count("reason of the end") == 1 and "reason of the endthe disk is full" in text
+
+
+def test_a_run_that_stopped_is_in_a_line_and_a_shared_one_counts_once(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder, batches=[32, 128], seeds=1, pairs=[])
+    cells = study.cells()
+    share(folder, {cells[2].name: cells[0].name})
+    add_run(folder, cells[0], [50.0] * 6, status="running")  # of which no process is left
+    add_run(folder, cells[1], [50.0] * 6)
+    text = Page(report([folder])[0]).text
+    assert f"1 of 3 runs stopped and can go on: {cells[0].name}." in text
+    assert f"1 of 3 runs are missing: {cells[3].name}." in text
+    assert "2 of 3 runs have no result yet." in text
+    assert "1 seed, 3 runs." in text
 
 
 def test_figures_are_embedded_from_inside_the_study_alone(tmp_path):

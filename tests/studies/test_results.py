@@ -60,6 +60,7 @@ def test_the_schema_is_whole_and_strict_json(whole):
     run = of(found["runs"], cell="linear-gbs512-seed2")
     assert set(run) >= {
         "shared_with",
+        "exit_reason",
         *("cell", "name", "folder", "arm", "batch", "seed", "status", "value", "train_value"),
         *("num_updates", "samples", "seconds", "peak_gib", "predicted_gib", "reached"),
         *("censored", "num_test", "history", "events", "noise", "provenance"),
