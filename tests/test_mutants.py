@@ -1474,6 +1474,20 @@ MUTANTS = {
         "found |= {known[0][1]}",
         "tests/runs/test_thin.py::test_the_extremes_and_the_ends_are_kept",
     ),
+    "the seeds of a place are thinned at updates of their own": (
+        "studies.curves",
+        "zip(curves.items(), kept_together(each, most), strict=True)",
+        "zip(curves.items(), (kept_together([c], most)[0] for c in each), strict=True)",
+        "tests/report/test_study_page.py::"
+        "test_thinned_curves_of_a_study_are_said_to_be_and_their_mean_is_whole",
+    ),
+    "a study's page does not say that its curves are thinned": (
+        "report.study_charts",
+        'for name in run.get("thinned") or ()',
+        "for name in ()",
+        "tests/report/test_study_page.py::"
+        "test_thinned_curves_of_a_study_are_said_to_be_and_their_mean_is_whole",
+    ),
     "a verdict counts runs that did not end": (
         "report.verdict",
         "return final_value(one.history.get(metric, ()), last) if ended(one) else None",

@@ -67,7 +67,6 @@ class Chart:
         marks: beside the lines.
         head, rows: of the table behind it, as text.
         note: a sentence below it.
-        switch: whether the reader may choose another axis.
     """
 
     key: str
@@ -83,7 +82,6 @@ class Chart:
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     note: str = ""
-    switch: bool = False
 
     @property
     def axis(self) -> str:
@@ -114,7 +112,6 @@ def spec(chart: Chart) -> dict[str, Any]:
         one: dict[str, Any] = {
             "n": line.name,
             "c": line.color,
-            "k": line.style,
             "x": {axis: list(values) for axis, values in line.x.items()},
             "y": list(line.y),
         }
@@ -124,16 +121,13 @@ def spec(chart: Chart) -> dict[str, Any]:
             one["label"] = line.label
         lines.append(one)
     return {
-        "title": chart.title,
         "axes": dict(chart.x_labels),
         "at": chart.axis,
-        "yLabel": chart.y_label,
         "most": chart.most,
         "x": _axis(x),
         "y": _axis(y),
         "lines": lines,
         "marks": [{"n": m.text, "x": dict(m.x), "y": m.y, "c": m.color} for m in chart.marks],
-        "switch": chart.switch,
     }
 
 

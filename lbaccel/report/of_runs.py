@@ -9,7 +9,7 @@ from typing import Any
 from lbaccel.recipe.experiment import beside_defaults, with_experiment
 from lbaccel.report import of_one, verdict
 from lbaccel.report.chart import Chart
-from lbaccel.report.curves import PANELS, POINTS, Strand, panels, share_of_points
+from lbaccel.report.curves import POINTS, Strand, panels, share_of_points
 from lbaccel.report.events import marks_of
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
@@ -40,6 +40,7 @@ from lbaccel.runs.groups import (
     with_groups,
 )
 from lbaccel.runs.read import Run
+from lbaccel.studies.curves import panels_with
 from lbaccel.studies.one_run import events
 
 PREFIX = "runs"  # of the part's names in the page
@@ -192,7 +193,7 @@ def _drawn(
 ) -> tuple[list[Chart], dict[str, Any] | None]:
     """The curves, and what there is of a single run."""
     strands = _strands(runs, groups)
-    metrics = [*PANELS, *([metric] if metric not in PANELS else [])]
+    metrics = panels_with(metric)
     share = share_of_points([strands], metrics, points)
     aim = None if target is None else (metric, target)
     alone = len(runs) == 1

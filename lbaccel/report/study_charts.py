@@ -13,6 +13,7 @@ from lbaccel.runs.compare import lower_is_better
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.read import Point, Series
 from lbaccel.runs.thin import all_rounded
+from lbaccel.studies.curves import panels_with
 
 Result = Mapping[str, Any]
 BATCH = "batch"
@@ -173,9 +174,7 @@ def curves_of_arms(
         for arm in result["arms"]
     ]
     found = [(arm, own) for arm, own in strands if own]
-    metrics = ["train/loss", "train/top1", "val/loss", "val/top1"]
-    if result["metric"] not in metrics:
-        metrics.append(result["metric"])
+    metrics = panels_with(result["metric"])
     share = share_of_points([own for _, own in found], metrics, points)
     target = result.get("target")
     aim = (target["metric"], target["value"]) if target else None
@@ -188,6 +187,12 @@ def curves_of_arms(
                 share=share,
                 metrics=metrics,
                 of=_title(arm),
+                thinned=[
+                    name
+                    for run in result["runs"]
+                    if run["arm"] == arm["name"]
+                    for name in run.get("thinned") or ()
+                ],
                 target=aim,
             ),
         )

@@ -12,18 +12,12 @@ from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
+from lbaccel.studies.curves import curves_of
 from lbaccel.studies.folder import chosen_in, shared_names, study_in
 from lbaccel.studies.judging import Outcomes, is_in_points, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
 from lbaccel.studies.on_images import on_the_same_images
-from lbaccel.studies.one_run import (
-    FEWEST_POINTS,
-    MOST_POINTS,
-    CellRun,
-    curves,
-    read_cell,
-    thinned,
-)
+from lbaccel.studies.one_run import CellRun, read_cell
 from lbaccel.studies.reaching import to_target
 from lbaccel.studies.settings_of_runs import settings_of_runs
 from lbaccel.studies.spec import ArmBatch, ArmPair, Study
@@ -32,7 +26,6 @@ from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
 LIMITS = (0.5, 1.0)  # points of the scaling limits
-ALL_POINTS = 20_000  # of all curves of a study, so that its page stays small
 
 
 def study_result(folder: Path) -> dict[str, Any]:
@@ -112,8 +105,6 @@ def baseline_of(study: Study) -> ArmBatch:
 
 def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str, Any]]:
     shared = shared_names(folder)
-    series = 5 * max(1, sum(one.run is not None for one in runs))
-    most = min(MOST_POINTS, max(FEWEST_POINTS, ALL_POINTS // series))
     return [
         {
             "cell": one.cell.name,
@@ -126,10 +117,9 @@ def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str,
             "status": one.state,
             "exit_reason": None if one.run is None else one.run.summary.get("exit_reason") or None,
             **one.numbers,
-            "noise": thinned(one.numbers["noise"], most),
-            "history": {} if one.run is None else curves(one.run, study.metric, most=most),
+            **curves,
         }
-        for one in runs
+        for one, curves in zip(runs, curves_of(runs, study.metric), strict=True)
     ]
 
 
