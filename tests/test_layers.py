@@ -103,6 +103,7 @@ NO_TORCH = (  # those without numpy first
     "studies.on_images",
     "studies.spread",
     "studies.to_target",
+    "studies.rules",
     "studies.curves",
     "studies.results",
     "studies.tables",

@@ -42,6 +42,7 @@ from lbaccel.runs.groups import (
 from lbaccel.runs.read import Run
 from lbaccel.studies.curves import panels_with
 from lbaccel.studies.one_run import events
+from lbaccel.studies.rules import over_images
 
 PREFIX = "runs"  # of the part's names in the page
 _LONGEST_LABEL = 16  # at the end of a line
@@ -137,15 +138,11 @@ def _about(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 def _over_images(runs: Sequence[Run], whole: Sequence[Run], metric: str, last: int) -> list[str]:
     """Of a single run Wilson's interval of a top-1, where the number of images is known."""
     n = whole[0].config.get("data_identity/num_val")
-    value = verdict.value_of(runs[0], metric, last)
-    known = isinstance(n, int) and n > 0 and value is not None and metric.startswith("val/top1")
-    if len(whole) != 1 or not known or value is None or not isinstance(n, int):
+    ends = over_images(verdict.value_of(runs[0], metric, last), n, metric)
+    if len(whole) != 1 or ends is None:
         return []
-    from lbaccel.product.shares import wilson
-
-    low, high = wilson(round(value / 100 * n), n)
     return [
-        f"Over the {n:,} validation images its interval is {100 * low:.2f} to {100 * high:.2f} % "
+        f"Over the {n:,} validation images its interval is {ends[0]:.2f} to {ends[1]:.2f} % "
         "(Wilson, 95 %): that is the chance in the choice of images, and not the chance over seeds."
     ]
 

@@ -13,6 +13,7 @@ from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, shared_and_own
 from lbaccel.report.target_chart import updates_to_target
+from lbaccel.studies.rules import study_rule
 from lbaccel.studies.verdict import once
 from lbaccel.text import without_tokens
 
@@ -113,18 +114,12 @@ def _source(source: Mapping[str, Any] | None) -> str | None:
 
 
 def _rule(result: Result) -> str:
-    level = 100 * float(result.get("level", 0.95))
-    return (
-        f"The value of a run is the median of its last {result['last']} evaluations of "
-        f"{result['metric']}, never its best. Intervals over seeds are Student's at {level:g} %, "
-        "and a difference is taken seed by seed. Wilson's interval is over the test images, and "
-        "is another thing."
-    )
+    return f"{study_rule(result)} Wilson's interval is over the test images, and is another thing."
 
 
 def _verdict(result: Result) -> list[str]:
     """The sentences that stand at no other place of the page."""
-    below = {one["sentence"] for one in result.get("to_target") or ()}
+    below = {study_rule(result), *(one["sentence"] for one in result.get("to_target") or ())}
     said = [line for line in result["verdict"] if line not in below]
     return said or ["No run of this study has come to its end."]
 
@@ -141,12 +136,12 @@ def _lost(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ):
         names = [run["cell"] for run in own if run["status"] == status]
         if names:
-            found.append(f"{len(names)} of {len(own)} runs {words}: {tables.some(names)}.")
+            found.append(f"{len(names)} of {len(own)} runs {words}: {_some(names)}.")
     censored = [run["cell"] for run in own if run.get("censored")]
     if censored:
         found.append(
             f"{len(censored)} of {len(own)} runs ended without reaching the target (censored): "
-            f"{tables.some(censored)}."
+            f"{_some(censored)}."
         )
     return found
 
@@ -159,3 +154,8 @@ def _figures(result: Result, folder: Path, room: PictureRoom) -> list[dict[str, 
         source, note = room.embedded(path) if inside else (None, "lies outside the study's folder.")
         found.append({"name": one["name"], "alt": one["alt"], "source": source, "note": note})
     return found
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

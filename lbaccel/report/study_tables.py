@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lbaccel.report.verdict import ends, in_unit, number
@@ -177,16 +177,8 @@ def tuning(result: Result) -> dict[str, Any] | None:
                 edge,
             ]
         )
-    edges = [row for row, one in zip(body, found, strict=True) if one.get("at_edge")]
-    warning = ""
-    if edges:
-        places = some([f"{row[0]} at {row[1]}" for row in edges])
-        warning = (
-            f"{len(edges)} of {len(body)} best values lie at the edge of their grid, so a better "
-            f"one may lie beyond it: {places}."
-        )
     head = ["arm", "batch", "setting", "best", "each value with its result", "warning"]
-    return {"head": head, "rows": body, "words": [2, 4, 5], "warning": warning}
+    return {"head": head, "rows": body, "words": [2, 4, 5]}
 
 
 def run_table(result: Result, prefix: str) -> dict[str, Any]:
@@ -221,9 +213,3 @@ def run_table(result: Result, prefix: str) -> dict[str, Any]:
 
 def _gib(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def some(names: Sequence[str], most: int = 6) -> str:
-    """The first names, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lbaccel.studies.judging import MARGIN, Verdict, is_in_points
+from lbaccel.studies.judging import Verdict, is_in_points
+from lbaccel.studies.rules import study_rule
 
 _ORDER: tuple[Verdict, ...] = ("loss", "gain", "no loss", "not resolved", "not enough seeds")
 _PHRASES: dict[Verdict, tuple[str, str]] = {
@@ -32,7 +33,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     said += [one["sentence"] for one in result["to_target"]]
     said += [result["spread"]["sentence"]] * (result["spread"]["sentence"] is not None)
     if is_in_points(result["metric"]) and compared:
-        said.append(_rule(result))
+        said.append(study_rule(result))
     number = len(result["warnings"])
     if number:
         said.append(f"{number} warning{'s' * (number > 1)} below.")
@@ -119,12 +120,3 @@ def _difference(one: Comparison, metric: str) -> str:
         return ""
     digits = ".2f" if is_in_points(metric) else ".4g"
     return f" ({one['difference']:+{digits}})"
-
-
-def _rule(result: Mapping[str, Any]) -> str:
-    return (
-        f"Differences are in points of {result['metric']}, the median of the last "
-        f'{result["last"]} evaluations, paired by seed. "No loss" means that the '
-        f"{100 * result['level']:g} % interval of the mean difference lies inside ±{MARGIN:g} "
-        'points; "loss" and "gain" mean that it excludes 0.'
-    )

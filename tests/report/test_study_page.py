@@ -16,8 +16,9 @@ from lbaccel.report.page import MOST_BYTES, page
 from lbaccel.report.parts import report
 from lbaccel.report.study_charts import value_by_batch
 from lbaccel.report.target_chart import updates_to_target
-from lbaccel.studies.folder import share
+from lbaccel.studies.folder import choose, share
 from lbaccel.studies.results import study_result
+from lbaccel.studies.rules import study_rule
 from lbaccel.studies.to_target import Attempt, points_of
 
 
@@ -134,8 +135,19 @@ def test_what_went_wrong_is_said_before_the_figures(found):
     note = found.text.index("1 of 45 runs diverged and count as such: none-gbs2048-seed1.")
     assert note < found.text.index("Updates to target")
     assert "1 of 45 runs ended without reaching the target (censored)" in found.text
-    assert "1 of 2 best values lie at the edge of their grid" in found.text
+    assert found.text.count("at the edge of its grid") == 1  # in its row of the table
     assert "not reached" in found.text
+
+
+def test_a_best_value_at_the_edge_of_its_grid_is_one_warning(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder)
+    fill(folder, study, lambda cell: 90 + cell.seed / 10)
+    entry = {"arm": "plain", "batch": 32, "setting": "base_lr", "values": [0.05, 0.1]}
+    choose(folder, [{**entry, "results": [70.0, 71.0], "best": 0.1, "at_edge": True}])
+    text = Page(report([folder])[0]).text
+    assert text.count("so a better one may lie beyond it") == 1
+    assert text.count("at the edge of its grid") == 2  # and in its row of the table
 
 
 def test_the_source_s_numbers_stand_beside_ours(found, result):
@@ -262,10 +274,11 @@ def test_a_study_on_disk_is_a_page_with_the_numbers_of_its_report(tmp_path):
     text, (part,) = report([folder])
     found = Page(text)
     result = study_result(folder)
-    below = {arm["sentence"] for arm in result["to_target"]}
+    below = {study_rule(result), *(arm["sentence"] for arm in result["to_target"])}
     assert part.content["verdict"] == [line for line in result["verdict"] if line not in below]
     for line in [*result["verdict"], *below, "Interquartile means"]:
         assert found.text.count(line) >= 1
+    assert found.text.count(study_rule(result)) == 1
     inside = json.loads(found.scripts["study"])
     for run in result["runs"]:
         del run["history"], run["noise"]

@@ -556,7 +556,8 @@ def test_the_verdict_begins_with_what_was_asked(whole):
     # the two limits of "batch alone" lie at one batch size
     assert len([line for line in said if line.startswith("batch alone: within")]) == 1
     assert len([line for line in said if line.startswith("linear rule: within")]) == 2
-    assert said[-1].startswith("Differences are in points of val/top1, the median of the last 5")
+    assert said[-1].startswith("The value of a run is the median of its last 5 evaluations of val")
+    assert "A difference is taken seed by seed" in said[-1] and "inside ±0.5 points" in said[-1]
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
