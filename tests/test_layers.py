@@ -123,6 +123,8 @@ NO_TORCH = (  # those without numpy first
     "report.study_charts",
     "report.target_chart",
     "report.study_tables",
+    "report.runs_strands",
+    "report.runs_tables",
     "report.of_study",
     "commands.report",
     "commands.schedule",

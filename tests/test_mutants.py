@@ -1519,6 +1519,12 @@ MUTANTS = {
         '[one["sentence"] for one in result.get("to_target") or [] if updates]',
         "tests/report/test_study_page.py::test_where_no_run_met_the_target_the_page_says_so",
     ),
+    "classes are left out of a page without a word": (
+        "report.judged",
+        '"num_classes": len(figures["classes"]),',
+        '"num_classes": len(figures["classes"][:MOST_ROWS]),',
+        "tests/report/test_one_run.py::test_classes_that_are_left_out_are_counted",
+    ),
     "an event is the reason why a run ended": (
         "report.of_study",
         '"reason": run.get("exit_reason"),',

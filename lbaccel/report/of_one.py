@@ -28,6 +28,17 @@ _TITLES = {
 _NOISE_POINTS = 400
 
 
+def drawn(
+    one: Run, *, share: Mapping[str, int], marks: Sequence[Landmark], on_cpu: bool
+) -> dict[str, Any]:
+    """Facts of a run, and its charts beside the curves, for the template."""
+    return {
+        "facts": facts(one, on_cpu=on_cpu),
+        "panels": more_panels(one, "one", share=share, marks=marks, on_cpu=on_cpu),
+        "noise": noise_chart(one, "noise"),
+    }
+
+
 def more_panels(
     one: Run, key: str, *, share: Mapping[str, int], marks: Sequence[Landmark], on_cpu: bool
 ) -> list[Chart]:

@@ -63,6 +63,7 @@ def of_study(
         "aggregates": tables.aggregates(result),
         "comparisons": tables.comparisons(result),
         "limits": tables.limits(result),
+        "noise_scale": tables.noise_scale(result),
         "gaps": gaps,
         "gap_table": tables.gaps(result) if gaps else None,
         "arms": [
@@ -74,20 +75,26 @@ def of_study(
         "settings": dict(result.get("settings") or {}),
         "run_table": tables.run_table(result, prefix),
         "shared": list(shared.items()),
-        "runs": [
-            {
-                "name": run["cell"],
-                "entries": list(mine.items()),
-                "reproduce": without_tokens((run.get("provenance") or {}).get("reproduce") or ""),
-                "status": run["status"],
-                "reason": run.get("exit_reason"),
-                "events": "; ".join(event["text"] for event in run.get("events") or ()),
-            }
-            for run, mine in zip(runs, own, strict=True)
-        ],
+        "runs": _details(runs, own),
     }
     drawn = [*filter(None, [updates, error]), *gaps, *(c for _, views in curves for c in views)]
     return Part(content, _without_curves(result), drawn)
+
+
+def _details(
+    runs: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": run["cell"],
+            "entries": list(mine.items()),
+            "reproduce": without_tokens((run.get("provenance") or {}).get("reproduce") or ""),
+            "status": run["status"],
+            "reason": run.get("exit_reason"),
+            "events": "; ".join(event["text"] for event in run.get("events") or ()),
+        }
+        for run, mine in zip(runs, own, strict=True)
+    ]
 
 
 def _without_curves(result: Result) -> dict[str, Any]:

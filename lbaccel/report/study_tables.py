@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from lbaccel.report.verdict import ends, in_unit, number
@@ -132,6 +134,25 @@ def limits(result: Result) -> dict[str, Any] | None:
     ]
     head = ["arm", "points lost at most", "largest batch", "of the baseline's", "in words"]
     return {"head": head, "rows": body, "words": [4]}
+
+
+def noise_scale(result: Result) -> dict[str, Any] | None:
+    """The last reading of the noise scale, the median over the runs of each arm and batch size."""
+    titles = _titles(result)
+    last: dict[tuple[str, int], list[list[float]]] = {}
+    for run in result["runs"]:
+        if run.get("noise") and run["noise"][-1][2] is not None:
+            ends = [math.inf if v is None else v for v in run["noise"][-1][2:]]
+            last.setdefault((run["arm"], run["batch"]), []).append(ends)
+    if not last:
+        return None
+    body = []
+    for (arm, batch), of in last.items():
+        found = [median(values) for values in zip(*of, strict=True)]
+        cells = [f"{v:,.0f}" if math.isfinite(v) else "unbounded" for v in found]
+        body.append([titles.get(arm, arm), f"{batch:,}", str(len(of)), *cells])
+    head = ["arm", "batch", "runs", "critical batch S / |G|²", "low", "high"]
+    return {"head": head, "rows": body}
 
 
 def gaps(result: Result) -> dict[str, Any]:

@@ -150,6 +150,18 @@ def test_a_best_value_at_the_edge_of_its_grid_is_one_warning(tmp_path):
     assert text.count("at the edge of its grid") == 2  # and in its row of the table
 
 
+def test_the_noise_scale_of_each_place_is_a_row(tmp_path):
+    folder = tmp_path / "study"
+    study = make_study(folder, batches=[32], pairs=[], arms={"plain": {}})
+    for cell in study.cells():
+        noise = {"noise/critical_batch_size": 4000.0 + cell.seed, "noise/low": 900.0}
+        line = {"update": 500, "samples_seen": 16_000, **noise, "noise/high": None}
+        add_run(folder, cell, [80.0] * 6, more=[line])
+    text = " ".join(Page(report([folder])[0]).text.split())
+    assert "criticalbatchS/|G|²lowhigh" in text.replace(" ", "")
+    assert "plain3234,001900unbounded" in text
+
+
 def test_the_source_s_numbers_stand_beside_ours(found, result):
     (row,) = (r for r in result["table"] if (r["arm"], r["batch"]) == ("gradual", 128))
     assert f"{row['mean'] - 91.2:+.2f}" in found.text
