@@ -46,13 +46,14 @@ def curves_of(runs: Sequence[CellRun], metric: str) -> list[dict[str, Any]]:
                 one.history.get(name))}  # fmt: skip
             each = [[(p.update, p.value) for p in series] for series in curves.values()]
             for (i, series), at in zip(curves.items(), kept_together(each, most), strict=True):
-                found[i]["history"][name] = _rows(series, at)
+                found[i]["history"][name] = rows_of(series, at)
                 if len(at) < len(series):
                     found[i]["thinned"][name] = len(series)
     return found
 
 
-def _rows(series: Series, places: Sequence[int]) -> list[Row]:
+def rows_of(series: Series, places: Sequence[int]) -> list[Row]:
+    """Update, samples, hours and value of a curve at these places."""
     points = [series[i] for i in places]
     return [[p.update, p.samples_seen, rounded(p.hours), rounded(p.value)] for p in points]
 
