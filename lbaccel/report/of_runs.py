@@ -8,6 +8,7 @@ from typing import Any
 
 from lbaccel.recipe.experiment import beside_defaults, with_experiment
 from lbaccel.report import of_one, verdict
+from lbaccel.report.chart import Chart, Landmark
 from lbaccel.report.curves import POINTS, panels, share_of_points
 from lbaccel.report.events import marks_of
 from lbaccel.report.page import Part
@@ -62,19 +63,10 @@ def of_runs(
     last = verdict.num_last(runs, metric)
     found = [provenance_of(one, folder) for one, folder in zip(whole, folders, strict=True)]
     shared, own = shared_and_own([entries(one) for one in found])
-    strands = strands_of(runs, groups)
-    share = share_of_points([strands], panels_with(metric), points)
+    share = share_of_points([strands_of(runs, groups)], panels_with(metric), points)
     happened = events(whole[0], folders[0]) if len(runs) == 1 else []
     marks = marks_of(happened, whole[0].history)
-    charts = panels(
-        strands,
-        PREFIX,
-        share=share,
-        metrics=panels_with(metric),
-        marks=marks,
-        of=whole[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        target=None if target is None else (metric, target),
-    )
+    charts = _curves(runs, groups, metric=metric, target=target, share=share, marks=marks)
     single = None
     if len(runs) == 1:
         single = {"events": happened, "evaluation": of_one.evaluation(folders[0], room)}
@@ -106,6 +98,26 @@ def of_runs(
     }
     of_single = [] if single is None else [*single["panels"], *filter(None, [single["noise"]])]
     return Part(content, data, [*charts, *of_single])
+
+
+def _curves(
+    runs: Sequence[Run],
+    groups: Sequence[Group],
+    *,
+    metric: str,
+    target: float | None,
+    share: Mapping[str, int],
+    marks: Sequence[Landmark],
+) -> list[Chart]:
+    return panels(
+        strands_of(runs, groups),
+        PREFIX,
+        share=share,
+        metrics=panels_with(metric),
+        marks=marks,
+        of=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        target=None if target is None else (metric, target),
+    )
 
 
 def _details(
