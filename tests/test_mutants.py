@@ -1535,10 +1535,24 @@ MUTANTS = {
         "tests/report/test_page.py::test_a_page_that_would_be_too_large_has_fewer_points",
     ),
     "a thinned curve loses its peaks": (
-        "report.thin",
+        "runs.thin",
         "found |= {min(known)[1], max(known)[1]}",
         "found |= {known[0][1]}",
-        "tests/report/test_thin.py::test_the_extremes_and_the_ends_are_kept",
+        "tests/runs/test_thin.py::test_the_extremes_and_the_ends_are_kept",
+    ),
+    "the seeds of a place are thinned at updates of their own": (
+        "studies.curves",
+        "zip(curves.items(), kept_together(each, most), strict=True)",
+        "zip(curves.items(), (kept_together([c], most)[0] for c in each), strict=True)",
+        "tests/report/test_study_page.py::"
+        "test_thinned_curves_of_a_study_are_said_to_be_and_their_mean_is_whole",
+    ),
+    "a study's page does not say that its curves are thinned": (
+        "report.study_charts",
+        'for name in run.get("thinned") or ()',
+        "for name in ()",
+        "tests/report/test_study_page.py::"
+        "test_thinned_curves_of_a_study_are_said_to_be_and_their_mean_is_whole",
     ),
     "a verdict counts runs that did not end": (
         "report.verdict",
@@ -1565,10 +1579,35 @@ MUTANTS = {
         "if True else",
         "tests/report/test_study_page.py::test_figures_are_embedded_from_inside_the_study_alone",
     ),
+    "a study whose runs never met the target does not say so": (
+        "report.of_study",
+        '[one["sentence"] for one in result.get("to_target") or []]',
+        '[one["sentence"] for one in result.get("to_target") or [] if updates]',
+        "tests/report/test_study_page.py::test_where_no_run_met_the_target_the_page_says_so",
+    ),
+    "classes are left out of a page without a word": (
+        "report.judged",
+        '"num_classes": len(figures["classes"]),',
+        '"num_classes": len(figures["classes"][:MOST_ROWS]),',
+        "tests/report/test_one_run.py::test_classes_that_are_left_out_are_counted",
+    ),
+    "an event is the reason why a run ended": (
+        "report.of_study",
+        '"reason": run.get("exit_reason"),',
+        '"reason": "; ".join(event["text"] for event in run.get("events") or ()),',
+        "tests/report/test_study_page.py::test_an_event_is_no_reason_of_the_end",
+    ),
+    "a run that stands for two cells counts twice": (
+        "studies.verdict",
+        '[run for run in runs if run["shared_with"] is None]',
+        "list(runs)",
+        "tests/report/test_study_page.py::"
+        "test_a_run_that_stopped_is_in_a_line_and_a_shared_one_counts_once",
+    ),
     "a batch size with a censored seed looks like any other": (
-        "report.study_charts",
-        'whole = points[0], [p for p in points if not p["censored"]]',
-        "whole = points[0], points",
+        "report.target_chart",
+        'points = [p for p in arm["points"] if p["mean_met"] is not None]',
+        'points = [p for p in arm["points"] if p["mean"] is not None]',
         "tests/report/test_study_page.py::"
         "test_a_batch_size_of_which_a_seed_is_censored_is_a_hollow_mark",
     ),

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lbaccel.report.chart import Chart, Landmark, Stroke
-from lbaccel.report.thin import fair_share, kept, rounded
 from lbaccel.report.verdict import number
 from lbaccel.runs.compare import AXIS_LABELS
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.read import Point, Series
+from lbaccel.runs.thin import fair_share, kept, rounded
+from lbaccel.studies.curves import PANELS
 
-PANELS = ("train/loss", "train/top1", "val/loss", "val/top1")
 TITLES = {
     "train/loss": "Training loss",
     "train/top1": "Training top-1",
@@ -84,15 +84,27 @@ def panels(
     metrics: Sequence[str] = PANELS,
     marks: Sequence[Landmark] = (),
     of: str = "the runs",
+    thinned: Sequence[str] = (),
     target: tuple[str, float] | None = None,
 ) -> list[Chart]:
-    """A chart a metric that any run has logged, over samples, updates or hours."""
+    """A chart a metric that any run has logged, over samples, updates or hours.
+
+    Args:
+        strands: the runs.
+        key: of the charts' keys the beginning.
+        share: as `share_of_points` gives it.
+        metrics: in order.
+        marks: on each chart.
+        of: the runs in words.
+        thinned: metrics of which points are left out already.
+        target: a metric and its value.
+    """
     charts = []
     for place, metric in enumerate(metrics):
         if not any(history.get(metric) for strand in strands for _, history in strand.runs):
             continue
         most = share["val" if metric.startswith("val/") else "train"]
-        lines, thinned = _lines(strands, metric, most)
+        lines, shortened = _lines(strands, metric, most)
         heights = [Landmark(f"target {target[1]:g}", y=target[1])] if target and (
             target[0] == metric
         ) else []  # fmt: skip
@@ -109,14 +121,18 @@ def panels(
                 marks=[*heights, *marks],
                 head=["run", *(f"at {100 * s:g} %" for s in _SHARES), "updates"],
                 rows=_rows(strands, metric),
-                note=f"Thinned to at most {most} points a curve; the lowest and the highest value "
-                "of each stretch are kept."
-                if thinned
-                else "",
-                switch=True,
+                note=_thinned(lines) if shortened or metric in thinned else "",
             )
         )
     return charts
+
+
+def _thinned(lines: Sequence[Stroke]) -> str:
+    most = max(len(line.y) for line in lines)
+    return (
+        f"Thinned to at most {most} points a curve; the lowest and the highest value of each "
+        "stretch are kept."
+    )
 
 
 def _axes(lines: Sequence[Stroke]) -> dict[str, str]:
@@ -180,10 +196,15 @@ def _rows(strands: Sequence[Strand], metric: str) -> list[list[str]]:
             series = history.get(metric, ())
             if not series:
                 continue
-            places = [max(0, round(share * len(series)) - 1) for share in _SHARES]
-            cells = [number(series[i].value, metric) for i in places]
+            cells = [number(_at(share, series), metric) for share in _SHARES]
             rows.append([name, *cells, f"{series[-1].update:,}"])
     return rows
+
+
+def _at(share: float, series: Series) -> float | None:
+    """The last value at so much of a run's updates; the first one where it comes later."""
+    before = [p for p in series if p.update <= share * series[-1].update]
+    return (before or series)[-1 if before else 0].value
 
 
 def _in_words(strands: Sequence[Strand], metric: str) -> str:

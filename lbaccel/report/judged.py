@@ -13,6 +13,7 @@ from lbaccel.report.pictures import PictureRoom
 
 MOST_CLASSES = 20  # of a matrix with a number in each cell
 MOST_PAIRS = 20
+MOST_ROWS = 200  # of the table of classes
 
 
 def evaluations_in(run: Path) -> list[Path]:
@@ -66,7 +67,8 @@ def _content(figures: Mapping[str, Any]) -> dict[str, Any]:
         "matrix": matrix(names, triples) if len(names) <= MOST_CLASSES else None,
         "pairs": pairs,
         "num_wrong_pairs": len(wrong),
-        "classes": [_of_one(one) for one in figures["classes"]][:200],
+        "classes": [_of_one(one) for one in figures["classes"][:MOST_ROWS]],
+        "num_classes": len(figures["classes"]),
         "worst": "; ".join(f"{p['is']} as {p['said']} ({p['count']})" for p in pairs[:3]) or "none",
     }
 

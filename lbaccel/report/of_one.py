@@ -13,10 +13,10 @@ from lbaccel.report.chart import Chart, Landmark, Stroke
 from lbaccel.report.curves import Strand, panels
 from lbaccel.report.judged import judged
 from lbaccel.report.pictures import PictureRoom
-from lbaccel.report.thin import kept, rounded
 from lbaccel.runs.compare import AXIS_LABELS
 from lbaccel.runs.noise_readings import batch_of, readings
 from lbaccel.runs.read import Run
+from lbaccel.runs.thin import kept, rounded
 
 MORE = ("perf/samples_per_second", "memory/peak_gib", "optim/lr", "optim/grad_norm")
 _TITLES = {
@@ -26,6 +26,17 @@ _TITLES = {
     "optim/grad_norm": ("Norm of the gradient", "norm of the gradient"),
 }
 _NOISE_POINTS = 400
+
+
+def drawn(
+    one: Run, *, share: Mapping[str, int], marks: Sequence[Landmark], on_cpu: bool
+) -> dict[str, Any]:
+    """Facts of a run, and its charts beside the curves, for the template."""
+    return {
+        "facts": facts(one, on_cpu=on_cpu),
+        "panels": more_panels(one, "one", share=share, marks=marks, on_cpu=on_cpu),
+        "noise": noise_chart(one, "noise"),
+    }
 
 
 def more_panels(

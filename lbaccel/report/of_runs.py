@@ -8,44 +8,34 @@ from typing import Any
 
 from lbaccel.recipe.experiment import beside_defaults, with_experiment
 from lbaccel.report import of_one, verdict
-from lbaccel.report.chart import Chart
-from lbaccel.report.curves import PANELS, POINTS, Strand, panels, share_of_points
+from lbaccel.report.chart import Chart, Landmark
+from lbaccel.report.curves import POINTS, panels, share_of_points
 from lbaccel.report.events import marks_of
 from lbaccel.report.page import Part
 from lbaccel.report.pictures import PictureRoom
 from lbaccel.report.provenance import entries, is_on_cpu, provenance_of, shared_and_own
-from lbaccel.report.verdict import ends
+from lbaccel.report.runs_strands import strands_of
+from lbaccel.report.runs_tables import group_table, run_table
 from lbaccel.runs.compare import (
-    Cell,
-    cells_of,
     distinct_names,
-    formatted,
-    is_in_points,
     split_settings,
     table,
 )
-from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.groups import (
-    SEED,
     Group,
-    Mean,
     are_grouped,
     comparison,
-    differing_settings,
     ended,
-    group_rows,
     groups_of,
-    label_of,
     left_out,
-    numbers_of,
     with_groups,
 )
 from lbaccel.runs.read import Run
-from lbaccel.studies.judging import signed
+from lbaccel.studies.curves import panels_with
 from lbaccel.studies.one_run import events
+from lbaccel.studies.rules import over_images
 
 PREFIX = "runs"  # of the part's names in the page
-_LONGEST_LABEL = 16  # at the end of a line
 
 
 def of_runs(
@@ -71,21 +61,16 @@ def of_runs(
     equal, _ = split_settings([one.config for one in runs])
     told = beside_defaults(equal)
     last = verdict.num_last(runs, metric)
-    charts, single = _drawn(
-        runs, whole, folders, groups, metric=metric, target=target, room=room, points=points
-    )
     found = [provenance_of(one, folder) for one, folder in zip(whole, folders, strict=True)]
     shared, own = shared_and_own([entries(one) for one in found])
-    details = [
-        {
-            "name": run.name,
-            "entries": list(mine.items()),
-            "reproduce": of["reproduce"],
-            "status": run.summary.get("status"),
-            "reason": run.summary.get("exit_reason"),
-        }
-        for run, mine, of in zip(runs, own, found, strict=True)
-    ]
+    share = share_of_points([strands_of(runs, groups)], panels_with(metric), points)
+    happened = events(whole[0], folders[0]) if len(runs) == 1 else []
+    marks = marks_of(happened, whole[0].history)
+    charts = _curves(runs, groups, metric=metric, target=target, share=share, marks=marks)
+    single = None
+    if len(runs) == 1:
+        single = {"events": happened, "evaluation": of_one.evaluation(folders[0], room)}
+        single |= of_one.drawn(whole[0], share=share, marks=marks, on_cpu=is_on_cpu(found[0]))
     content = {
         "kind": "runs",
         "prefix": PREFIX,
@@ -99,8 +84,8 @@ def of_runs(
         "settings": told,
         "num_defaults": len(equal) - len(told),
         "num_runs": len(runs),
-        "groups": _group_table(groups, metric, last) if are_grouped(groups) else None,
-        "rows": _run_table(runs, rows, groups, metric),
+        "groups": group_table(groups, metric, last) if are_grouped(groups) else None,
+        "rows": run_table(runs, rows, groups, metric, prefix=PREFIX),
         "notes": [
             *left_out(groups, metric),
             *_did_not_end(runs),
@@ -109,10 +94,47 @@ def of_runs(
         "charts": charts,
         "single": single,
         "shared": list(shared.items()),
-        "runs": details,
+        "runs": _details(runs, own, found),
     }
     of_single = [] if single is None else [*single["panels"], *filter(None, [single["noise"]])]
     return Part(content, data, [*charts, *of_single])
+
+
+def _curves(
+    runs: Sequence[Run],
+    groups: Sequence[Group],
+    *,
+    metric: str,
+    target: float | None,
+    share: Mapping[str, int],
+    marks: Sequence[Landmark],
+) -> list[Chart]:
+    return panels(
+        strands_of(runs, groups),
+        PREFIX,
+        share=share,
+        metrics=panels_with(metric),
+        marks=marks,
+        of=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        target=None if target is None else (metric, target),
+    )
+
+
+def _details(
+    runs: Sequence[Run],
+    own: Sequence[Mapping[str, str]],
+    found: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": run.name,
+            "entries": list(mine.items()),
+            "reproduce": of["reproduce"],
+            "status": run.summary.get("status"),
+            "reason": run.summary.get("exit_reason"),
+        }
+        for run, mine, of in zip(runs, own, found, strict=True)
+    ]
 
 
 def _title(whole: Sequence[Run]) -> str:
@@ -138,15 +160,11 @@ def _about(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 def _over_images(runs: Sequence[Run], whole: Sequence[Run], metric: str, last: int) -> list[str]:
     """Of a single run Wilson's interval of a top-1, where the number of images is known."""
     n = whole[0].config.get("data_identity/num_val")
-    value = verdict.value_of(runs[0], metric, last)
-    known = isinstance(n, int) and n > 0 and value is not None and metric.startswith("val/top1")
-    if len(whole) != 1 or not known or value is None or not isinstance(n, int):
+    ends = over_images(verdict.value_of(runs[0], metric, last), n, metric)
+    if len(whole) != 1 or ends is None:
         return []
-    from lbaccel.product.shares import wilson
-
-    low, high = wilson(round(value / 100 * n), n)
     return [
-        f"Over the {n:,} validation images its interval is {100 * low:.2f} to {100 * high:.2f} % "
+        f"Over the {n:,} validation images its interval is {ends[0]:.2f} to {ends[1]:.2f} % "
         "(Wilson, 95 %): that is the chance in the choice of images, and not the chance over seeds."
     ]
 
@@ -159,115 +177,3 @@ def _did_not_end(runs: Sequence[Run]) -> list[str]:
             more = f": {reason}" if isinstance(reason, str) and reason else ""
             notes.append(f"{one.name} is {one.summary.get('status')}{more}")
     return notes
-
-
-def _strands(runs: Sequence[Run], groups: Sequence[Group]) -> list[Strand]:
-    settings = differing_settings(groups)
-    grouped = are_grouped(groups)
-    found = []
-    for number, (group, differing) in enumerate(zip(groups, settings, strict=True), 1):
-        label = label_of(differing, number)
-        short = label if len(label) <= _LONGEST_LABEL else f"group {number}"
-        name = f"group {number}: {label}" if differing else label
-        if not grouped:
-            name = group.runs[0].name if not differing else f"{group.runs[0].name} ({label})"
-            short = label if len(label) <= _LONGEST_LABEL else f"run {number}"
-        if len(groups) == 1:
-            name, short = ("all runs" if grouped else group.runs[0].name), ""
-        counted = [i for i, one in enumerate(group.runs) if ended(one)]
-        seeds = {group.runs[i].config.get(SEED) for i in counted}
-        averaged = counted if len(seeds) == len(counted) > 1 else []
-        found.append(Strand(name, short, [(r.name, r.history) for r in group.runs], averaged))
-    return found
-
-
-def _drawn(
-    runs: Sequence[Run],
-    whole: Sequence[Run],
-    folders: Sequence[Path | None],
-    groups: Sequence[Group],
-    *,
-    metric: str,
-    target: float | None,
-    room: PictureRoom,
-    points: int,
-) -> tuple[list[Chart], dict[str, Any] | None]:
-    """The curves, and what there is of a single run."""
-    strands = _strands(runs, groups)
-    metrics = [*PANELS, *([metric] if metric not in PANELS else [])]
-    share = share_of_points([strands], metrics, points)
-    aim = None if target is None else (metric, target)
-    alone = len(runs) == 1
-    happened = events(whole[0], folders[0]) if alone else []
-    marks = marks_of(happened, whole[0].history)
-    words = whole[0].name if alone else f"{len(runs)} runs"
-    charts = panels(
-        strands, "runs", share=share, metrics=metrics, marks=marks, of=words, target=aim
-    )
-    if not alone:
-        return charts, None
-    on_cpu = is_on_cpu(folders[0])
-    return charts, {
-        "facts": of_one.facts(whole[0], on_cpu=on_cpu),
-        "events": happened,
-        "panels": of_one.more_panels(whole[0], "one", share=share, marks=marks, on_cpu=on_cpu),
-        "noise": of_one.noise_chart(whole[0], "noise"),
-        "evaluation": of_one.evaluation(folders[0], room),
-    }
-
-
-def _group_table(groups: Sequence[Group], metric: str, last: int) -> dict[str, Any]:
-    """A row a group: what tells it apart, its value, and its difference to the first group."""
-    unit = unit_of(metric)
-    points = " (points)" if is_in_points(metric) else ""
-    of = f"median of last {last}" if last > 1 else "last"
-    told = [list(row) for row in differing_settings(groups)]
-    head = [
-        *("group", *told[0], "seeds", f"{of} {metric}{unit}", "95 % interval"),
-        *(
-            f"difference to group 1{points}",
-            "95 % interval, paired",
-            "verdict",
-            f"best {metric}{unit}",
-        ),
-    ]
-    rows = []
-    for row, group, settings in zip(
-        group_rows(groups, metric), groups, differing_settings(groups), strict=True
-    ):
-        found = Mean(tuple(verdict.outcomes_of(group, metric, last).values.values()))
-        cells = [str(row["group"]), *(formatted(k, v) for k, v in settings.items()), str(found.n)]
-        cells += [
-            verdict.number(found.mean, metric),
-            ends(*(found.interval or (None, None)), metric=metric),
-        ]
-        if group is groups[0]:
-            cells += ["-", "-", "-"]
-        else:
-            apart = verdict.judged(group, groups[0], metric, last)
-            cells.append(signed(apart.difference, metric))
-            cells += [ends(apart.low, apart.high, metric=metric, signed=True), apart.verdict]
-        mean = row["mean"]
-        cells.append(verdict.number(mean if isinstance(mean, float) else None, metric))
-        rows.append(cells)
-    return {"head": head, "rows": rows, "words": [len(head) - 2]}
-
-
-def _run_table(
-    runs: Sequence[Run],
-    rows: Sequence[Mapping[str, Cell]],
-    groups: Sequence[Group],
-    metric: str,
-) -> dict[str, Any]:
-    """The table of `lbaccel compare`, a row a run, with the number of its group."""
-    wide = [dict(row) for row in rows]
-    if are_grouped(groups):
-        wide = [
-            {"name": row["name"], "group": n, **{k: v for k, v in row.items() if k != "name"}}
-            for n, row in zip(numbers_of(runs, groups), wide, strict=True)
-        ]
-    cells = cells_of(wide, metric)
-    told = {name for one in runs for name in one.config}
-    links = [f"{PREFIX}-run-{number}" for number in range(1, len(runs) + 1)]
-    head = [title.replace("_", " ") if title not in told else title for title in cells[0]]
-    return {"head": head, "rows": cells[1:], "links": links}

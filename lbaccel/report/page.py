@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbaccel.report.chart import Chart, legend, spec, view
+from lbaccel.report.chart import Chart, legend, spec
+from lbaccel.report.drawing import view
 from lbaccel.runs.folder import strict_json
 from lbaccel.runs.outputs import Own, ends_of
 from lbaccel.text import printable

@@ -8,8 +8,7 @@ from typing import Any
 
 from lbaccel.recipe.settings import ORIGIN
 from lbaccel.recipe.values import shown
-from lbaccel.runs.folder import ENVIRONMENT
-from lbaccel.runs.read import Run, read_mapping
+from lbaccel.runs.read import Run
 from lbaccel.studies.provenance import provenance
 from lbaccel.text import without_tokens
 
@@ -29,10 +28,9 @@ def provenance_of(one: Run, folder: Path | None) -> dict[str, Any]:
     return {**found, "reproduce": without_tokens(found["reproduce"])}
 
 
-def is_on_cpu(folder: Path | None) -> bool:
-    """Whether a run had no other device, as far as its folder says."""
-    env = read_mapping(folder / ENVIRONMENT) if folder is not None else {}
-    return env.get("devices") == ["cpu"]
+def is_on_cpu(found: Mapping[str, Any]) -> bool:
+    """Whether a run had no other device, as far as its provenance says."""
+    return found["devices"] == ["cpu"]
 
 
 def entries(found: Mapping[str, Any]) -> dict[str, str]:

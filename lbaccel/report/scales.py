@@ -72,7 +72,7 @@ def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [min(max(i * step, low), high) for i in range(first, last + 1)]  # 3 x 0.2 > 0.6
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -49,7 +49,7 @@
     const step = [1, 2, 5, 10].map((m) => m * size).find((s) => s >= raw * (1 - 1e-9));
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i <= Math.floor(high / step + 1e-9); i++) {
-      found.push(i * step);
+      found.push(Math.min(Math.max(i * step, low), high));
     }
     return found;
   }

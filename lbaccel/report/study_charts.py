@@ -1,4 +1,4 @@
-"""The figures of a study: updates to target, error by batch size, curves (no torch)."""
+"""The figures of a study over batch size, and the curves of its runs (no torch)."""
 
 from __future__ import annotations
 
@@ -6,109 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lbaccel.report.chart import Chart, Landmark, Numbers, Stroke, Style, table_of_points
+from lbaccel.report.chart import Chart, Stroke, table_of_points
 from lbaccel.report.curves import POINTS, Strand, panels, share_of_points
-from lbaccel.report.thin import rounded
 from lbaccel.report.verdict import number
 from lbaccel.runs.compare import lower_is_better
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.read import Point, Series
+from lbaccel.runs.thin import all_rounded
+from lbaccel.studies.curves import panels_with
 
 Result = Mapping[str, Any]
 BATCH = "batch"
-_AXIS = {BATCH: "global batch size (samples an update, log2)"}
-_FITTED = 40  # points of a fitted curve
-_LONGEST_LABEL = 18  # at the end of a line
-
-
-def updates_to_target(result: Result, key: str) -> Chart | None:
-    """Updates to the target against batch size, log-log; None where the study has no target.
-
-    Each arm has its seeds' mean, the line of perfect scaling through its smallest batch, and the
-    fitted bend S(B) = S_min (1 + B_crit / B) with the critical batch marked.
-    """
-    found, target = result.get("to_target") or [], result.get("target")
-    if not found or not target:
-        return None
-    titles = {arm["name"]: arm.get("title") or arm["name"] for arm in result["arms"]}
-    lines: list[Stroke] = []
-    marks: list[Landmark] = []
-    for color, arm in enumerate(found):
-        lines += _arm_to_target(arm, titles.get(arm["arm"], arm["arm"]), color)
-        marks += _critical(arm, color, only=len(found) == 1)
-    if not any(value for line in lines for value in line.y):
-        return None
-    name = f"{target['metric']} of {target['value']:g}"
-    chart = Chart(
-        key=key,
-        title=f"Updates to {name} against batch size",
-        alt=f"Updates until {name} is reached, against the global batch size, both on log axes. "
-        + " ".join(arm["sentence"] for arm in found),
-        x_labels=_AXIS,
-        y_label="updates to target (optimizer steps, log)",
-        lines=lines,
-        x_kind="log2",
-        y_kind="log",
-        marks=marks,
-        note="Dots are means over the seeds that reached the target, small dots the seeds, hollow "
-        "ones batch sizes of which a seed did not reach it (censored). Dotted: perfect scaling, "
-        "half the updates for twice the batch. Dashed: the fitted bend; its critical batch is the "
-        "vertical line.",
-    )
-    head, rows = table_of_points(chart)
-    return replace(chart, head=head, rows=rows)
-
-
-def _arm_to_target(arm: Mapping[str, Any], title: str, color: int) -> list[Stroke]:
-    points = [p for p in arm["points"] if p["mean"] is not None]
-    if not points:
-        return []
-
-    def line(name: str, style: Style, at: Numbers, values: Numbers, **more: Any) -> Stroke:
-        return Stroke(name, {BATCH: _short(at)}, _short(values), color, style, **more)
-
-    batches = [p[BATCH] for p in points]
-    first, whole = points[0], [p for p in points if not p["censored"]]
-    perfect = [first["mean"] * first[BATCH] / b for b in batches]
-    lines = [line(f"{title}: perfect scaling", "reference", batches, perfect, listed=False)]
-    fit = arm.get("fit")
-    if fit and len(batches) > 1:
-        at = _between(batches[0], batches[-1])
-        bend = [fit["min_updates"] * (1 + fit["critical_batch"] / b) for b in at]
-        lines.append(line(f"{title}: fitted bend", "dash", at, bend, listed=False))
-    seeds = [(p[BATCH], value) for p in points for value in p["updates"] if value is not None]
-    at, values = [b for b, _ in seeds], [value for _, value in seeds]
-    lines.append(line(f"{title}: each seed", "seeds", at, values, listed=False))
-    cut = [p for p in points if p["censored"]]
-    if cut:
-        at, values = [p[BATCH] for p in cut], [p["mean"] for p in cut]
-        lines.append(line(f"{title}: a seed is censored", "hollow", at, values, listed=False))
-    label = title if len(title) <= _LONGEST_LABEL else str(arm["arm"])[:_LONGEST_LABEL]
-    at, values = [p[BATCH] for p in whole], [p["mean"] for p in whole]
-    return [*lines, line(title, "points", at, values, label=label)]
-
-
-def _critical(arm: Mapping[str, Any], color: int, *, only: bool) -> list[Landmark]:
-    """The measured critical batch, with its interval where one arm has the chart to itself."""
-    marks = []
-    fit, noise = arm.get("fit"), arm.get("noise_scale")
-    if fit:
-        batch = fit["critical_batch"]
-        name = f"critical batch {batch:,.0f}" if only else f"{arm['arm']}: {batch:,.0f}"
-        ends = (fit.get("low"), fit.get("high")) if only else (None, None)
-        marks.append(Landmark(name, x={BATCH: batch}, low=ends[0], high=ends[1], color=color))
-    if noise and only:
-        batch = noise["critical_batch"]
-        marks.append(Landmark(f"by the noise scale {batch:,.0f}", x={BATCH: batch}))
-    return marks
-
-
-def _between(low: float, high: float) -> list[float]:
-    return [low * (high / low) ** (i / (_FITTED - 1)) for i in range(_FITTED)]
-
-
-def _short(values: Sequence[float | None]) -> list[float | int | None]:
-    return [rounded(value) for value in values]
+BATCH_AXIS = {BATCH: "global batch size (samples an update, log2)"}
+LONGEST_LABEL = 18  # at the end of a line
 
 
 def value_by_batch(result: Result, key: str) -> Chart | None:
@@ -136,7 +46,7 @@ def value_by_batch(result: Result, key: str) -> Chart | None:
                 Stroke(
                     f"{_title(arm)}: the source",
                     {BATCH: [row[BATCH] for row in expected]},
-                    _short(values),
+                    all_rounded(values),
                     color,
                     "hollow",
                 )
@@ -146,7 +56,7 @@ def value_by_batch(result: Result, key: str) -> Chart | None:
         key=key,
         title=f"{what} against batch size",
         alt=f"{what} of each arm against the global batch size: " + _arms_in_words(result, rows),
-        x_labels=_AXIS,
+        x_labels=BATCH_AXIS,
         y_label=f"{metric} error, 100 less top-1 (%)" if is_error else f"{metric}{unit_of(metric)}",
         lines=lines,
         x_kind="log2",
@@ -174,16 +84,16 @@ def _arm_by_batch(
     ends = [[_turned(row.get(name), is_error) for name in names] for row in rows]
     known = any(low is not None for low, _ in ends)
     title = _title(arm)
-    label = title if len(title) <= _LONGEST_LABEL else str(arm["name"])[:_LONGEST_LABEL]
+    label = title if len(title) <= LONGEST_LABEL else str(arm["name"])[:LONGEST_LABEL]
     return [
         Stroke(
             _title(arm),
             {BATCH: [row[BATCH] for row in rows]},
-            _short([_turned(row["mean"], is_error) for row in rows]),
+            all_rounded([_turned(row["mean"], is_error) for row in rows]),
             color,
             "line-points",
-            low=_short([low for low, _ in ends]) if known else None,
-            high=_short([high for _, high in ends]) if known else None,
+            low=all_rounded([low for low, _ in ends]) if known else None,
+            high=all_rounded([high for _, high in ends]) if known else None,
             label=label,
         )
     ]
@@ -220,7 +130,7 @@ def train_beside_test(result: Result, key: str) -> list[Chart]:
             Stroke(
                 "training",
                 {BATCH: batches},
-                _short([r["train_mean"] for r in rows]),
+                all_rounded([r["train_mean"] for r in rows]),
                 1,
                 "line-points",
                 label="training",
@@ -228,7 +138,7 @@ def train_beside_test(result: Result, key: str) -> list[Chart]:
             Stroke(
                 "validation",
                 {BATCH: batches},
-                _short([r["mean"] for r in rows]),
+                all_rounded([r["mean"] for r in rows]),
                 0,
                 "line-points",
                 label="validation",
@@ -239,7 +149,7 @@ def train_beside_test(result: Result, key: str) -> list[Chart]:
             title=_title(arm),
             alt=f"Training and validation {metric} of {_title(arm)} against batch size. "
             + _gap_in_words(batches, gaps),
-            x_labels=_AXIS,
+            x_labels=BATCH_AXIS,
             y_label=f"{metric.rpartition('/')[2].replace('top1', 'top-1')}{unit_of(metric)}",
             lines=lines,
             x_kind="log2",
@@ -264,9 +174,7 @@ def curves_of_arms(
         for arm in result["arms"]
     ]
     found = [(arm, own) for arm, own in strands if own]
-    metrics = ["train/loss", "train/top1", "val/loss", "val/top1"]
-    if result["metric"] not in metrics:
-        metrics.append(result["metric"])
+    metrics = panels_with(result["metric"])
     share = share_of_points([own for _, own in found], metrics, points)
     target = result.get("target")
     aim = (target["metric"], target["value"]) if target else None
@@ -279,6 +187,12 @@ def curves_of_arms(
                 share=share,
                 metrics=metrics,
                 of=_title(arm),
+                thinned=[
+                    name
+                    for run in result["runs"]
+                    if run["arm"] == arm["name"]
+                    for name in run.get("thinned") or ()
+                ],
                 target=aim,
             ),
         )

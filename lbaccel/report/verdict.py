@@ -9,7 +9,6 @@ from typing import Any
 from lbaccel.runs.compare import is_in_points, lower_is_better
 from lbaccel.runs.compare_figure import unit_of
 from lbaccel.runs.groups import (
-    LEVEL,
     SEED,
     Group,
     Mean,
@@ -22,6 +21,7 @@ from lbaccel.runs.read import Run
 from lbaccel.studies.judging import MARGIN, Judgement, Outcomes, judge, number
 from lbaccel.studies.judging import signed as differing
 from lbaccel.studies.outcome import final_value
+from lbaccel.studies.rules import seeds_rule, value_rule
 from lbaccel.text import one_line
 
 LAST = 5  # evaluations of which a run's value is the median
@@ -185,17 +185,6 @@ def in_unit(value: float | None, metric: str) -> str:
 
 def how_counted(metric: str, last: int, groups: Sequence[Group]) -> str:
     """The rule behind the figures, in words."""
-    of = f"the median of its last {last} evaluations" if last > 1 else "its last evaluation"
-    text = f"The value of a run is {of} of {metric}, not its best one."
     if any(len(outcomes_of(group, metric, last).values) > 1 for group in groups):
-        text += (
-            f" Intervals are Student's at {100 * LEVEL:g} %, over seeds. A difference is taken "
-            "seed by seed: runs of one seed share the order of the data, the augmentation and the "
-            "initial weights."
-        )
-        if is_in_points(metric):
-            text += (
-                f' "No loss" is an interval inside plus and minus {MARGIN:g} points; "loss" and '
-                '"gain" are intervals that lie wholly on one side of 0.'
-            )
-    return text
+        return f"{value_rule(metric, last)} {seeds_rule(metric)}"
+    return value_rule(metric, last)

@@ -19,8 +19,6 @@ from lbaccel.studies.outcome import final_value
 from lbaccel.studies.provenance import provenance
 from lbaccel.studies.spec import Study, StudyCell
 
-CURVES = ("val/top1", "val/loss", "train/loss", "train/top1", "optim/lr")
-FEWEST_POINTS, MOST_POINTS = 25, 200  # of a curve
 _UNREADABLE = (InputError, OSError, LookupError, TypeError, ValueError, ArithmeticError)
 """What a damaged or edited file may bring about; such a run is told of, and the rest is judged."""
 
@@ -229,47 +227,3 @@ def noise(run: Run) -> list[list[float | int | None]]:
         for update, one in zip(updates, readings(run), strict=True)
     ]
     return [[_number(value) for value in row] for row in found]
-
-
-def curves(run: Run, metric: str, *, most: int) -> dict[str, list[list[float | int | None]]]:
-    """The curves that a page shows: update, samples, hours, value; at most so many points each.
-
-    Training metrics are means over the points that one stands for; of others some are left out.
-    """
-    found = {}
-    for name in dict.fromkeys((*CURVES, metric)):
-        series = run.history.get(name, ())
-        if series:
-            rows = [[p.update, p.samples_seen, _short(p.hours), p.value] for p in series]
-            averaged = name.startswith("train/")
-            found[name] = [
-                [*row[:3], _short(row[3])] for row in thinned(rows, most, averaged=averaged)
-            ]
-    return found
-
-
-def thinned(rows: list[Any], most: int, *, averaged: bool = False) -> list[Any]:
-    """At most `most` of the rows, the last one always among them.
-
-    With `averaged` the last cell is the mean over the rows that a row stands for; None where one
-    of them is.
-
-    >>> thinned([[1, 2.0], [2, 4.0], [3, 8.0], [4, 10.0]], 2, averaged=True)
-    [[2, 3.0], [4, 9.0]]
-    """
-    if len(rows) <= most:
-        return rows
-    ends = [round((i + 1) * len(rows) / most) for i in range(most)]
-    kept = []
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        row = list(rows[end - 1])
-        if averaged:
-            values = [one[-1] for one in rows[start:end]]
-            row[-1] = None if None in values else sum(values) / len(values)
-        kept.append(row)
-    return kept
-
-
-def _short(value: float | None) -> float | None:
-    """Six digits: what a picture can show."""
-    return None if value is None else float(f"{value:.6g}")

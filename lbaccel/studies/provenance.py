@@ -34,6 +34,7 @@ def provenance(run: Run, folder: Path | None) -> dict[str, Any]:
         "commit": env.get("git_commit"),
         "versions": dict(versions) if isinstance(versions, Mapping) else {},
         "hardware": hardware(env),
+        "devices": _devices(env),
         "plan": _group(run.config, PLAN),
         "origin": {k: v for k, v in _group(run.config, ORIGIN).items() if v != "default"},
         "reproduce": reproduce(run.config),
@@ -45,14 +46,18 @@ def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {k.removeprefix(start): v for k, v in config.items() if k.startswith(start)}
 
 
+def _devices(env: Mapping[str, Any]) -> list[str]:
+    found = env.get("devices")
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
 def hardware(env: Mapping[str, Any]) -> str | None:
     """The machine of an `env.json` in words; None where it says nothing.
 
     >>> hardware({"devices": ["cpu"], "cpu_count": 2, "platform": "Linux", "python": "3.12.1"})
     'cpu (2 cores), Linux, Python 3.12.1'
     """
-    devices, count = env.get("devices"), env.get("cpu_count")
-    named = [str(one) for one in devices] if isinstance(devices, list) else []
+    named, count = _devices(env), env.get("cpu_count")
     kinds = [
         f"{named.count(one)} x {one}" if named.count(one) > 1 else one
         for one in dict.fromkeys(named)

@@ -8,23 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lbaccel.product.shares import wilson
 from lbaccel.runs.compare import is_in_points
 from lbaccel.runs.folder import plain
 from lbaccel.runs.groups import LEVEL, Mean
+from lbaccel.studies.curves import curves_of
 from lbaccel.studies.folder import chosen_in, shared_names, study_in
 from lbaccel.studies.judging import Outcomes, judge
 from lbaccel.studies.limits import interquartile_mean, scaling_limit
 from lbaccel.studies.on_images import on_the_same_images
-from lbaccel.studies.one_run import (
-    FEWEST_POINTS,
-    MOST_POINTS,
-    CellRun,
-    curves,
-    read_cell,
-    thinned,
-)
+from lbaccel.studies.one_run import CellRun, read_cell
 from lbaccel.studies.reaching import to_target
+from lbaccel.studies.rules import edge_warnings, over_images
 from lbaccel.studies.settings_of_runs import settings_of_runs
 from lbaccel.studies.spec import ArmBatch, ArmPair, Study
 from lbaccel.studies.spread import spread_of
@@ -32,7 +26,6 @@ from lbaccel.studies.surfaces import pictures
 from lbaccel.studies.verdict import verdict
 
 LIMITS = (0.5, 1.0)  # points of the scaling limits
-ALL_POINTS = 20_000  # of all curves of a study, so that its page stays small
 
 
 def study_result(folder: Path) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def study_result(folder: Path) -> dict[str, Any]:
         else [],
         "tuning": tuning,
         "figures": _figures(folder, study),
-        "warnings": [*(w for one in every for w in one.warnings), *_edges(tuning)],
+        "warnings": [*(w for one in every for w in one.warnings), *edge_warnings(tuning)],
     }
     return plain({**result, "verdict": verdict(result)}, finite=True)
 
@@ -112,8 +105,6 @@ def baseline_of(study: Study) -> ArmBatch:
 
 def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str, Any]]:
     shared = shared_names(folder)
-    series = 5 * max(1, sum(one.run is not None for one in runs))
-    most = min(MOST_POINTS, max(FEWEST_POINTS, ALL_POINTS // series))
     return [
         {
             "cell": one.cell.name,
@@ -124,11 +115,11 @@ def _runs(study: Study, runs: Sequence[CellRun], folder: Path) -> list[dict[str,
             "batch": one.cell.batch,
             "seed": one.cell.seed,
             "status": one.state,
+            "exit_reason": None if one.run is None else one.run.summary.get("exit_reason") or None,
             **one.numbers,
-            "noise": thinned(one.numbers["noise"], most),
-            "history": {} if one.run is None else curves(one.run, study.metric, most=most),
+            **curves,
         }
-        for one in runs
+        for one, curves in zip(runs, curves_of(runs, study.metric), strict=True)
     ]
 
 
@@ -167,12 +158,8 @@ def _mean_of(runs: Sequence[CellRun], name: str) -> float | None:
 def _wilson(study: Study, mean: float | None, runs: Sequence[CellRun]) -> list[float] | None:
     """In %: the interval over test images of one network that has this share of them right."""
     sizes = {one.numbers["num_test"] for one in runs}
-    if mean is None or not is_in_points(study.metric) or len(sizes) != 1:
-        return None
-    size = sizes.pop()
-    if not size or not 0 <= mean <= 100:
-        return None
-    return [100 * bound for bound in wilson(round(size * mean / 100), size)]
+    found = over_images(mean, sizes.pop(), study.metric) if len(sizes) == 1 else None
+    return None if found is None else list(found)
 
 
 def comparisons(
@@ -277,13 +264,3 @@ def _aggregates(study: Study, outcomes: Mapping[ArmBatch, Outcomes]) -> list[dic
         if aggregate is not None:
             found.append({"arm": arm, "batches": sizes, **asdict(aggregate)})
     return found
-
-
-def _edges(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning for each place whose best value lies at the edge of its grid."""
-    return [
-        f"{one['arm']} at batch {one['batch']}: the best {one['setting']}, {one['best']:g}, lies "
-        "at the edge of its grid, so a better one may lie beyond it. Widen the grid with --tune."
-        for one in tuning
-        if one.get("at_edge") and isinstance(one.get("best"), (int, float))
-    ]

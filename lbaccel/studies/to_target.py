@@ -294,10 +294,12 @@ def _interval(
 def points_of(attempts: Mapping[int, Mapping[int, Attempt]]) -> list[dict[str, Any]]:
     """Each batch size with the updates of its seeds; None is a censored run.
 
-    The mean is None where a run is censored: the mean of those that got there would be too small.
+    The mean is None where a run is censored: `mean_met`, the mean of those that got there, is too
+    small, and a lower bound of it.
 
-    >>> points_of({64: {0: Attempt(64, 100), 1: Attempt(64, None, until=400)}})
-    [{'batch': 64, 'updates': [100, None], 'seeds': [0, 1], 'mean': None, 'censored': 1}]
+    >>> (point,) = points_of({64: {0: Attempt(64, 100), 1: Attempt(64, None, until=400)}})
+    >>> point["updates"], point["mean"], point["mean_met"], point["censored"]
+    ([100, None], None, 100.0, 1)
     """
     points = []
     for batch, by_seed in sorted(attempts.items()):
@@ -310,6 +312,7 @@ def points_of(attempts: Mapping[int, Mapping[int, Attempt]]) -> list[dict[str, A
                 "updates": updates,
                 "seeds": sorted(by_seed),
                 "mean": None if censored or not met else fmean(met),
+                "mean_met": fmean(met) if met else None,
                 "censored": censored,
             }
         )

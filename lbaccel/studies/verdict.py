@@ -7,7 +7,7 @@ from typing import Any
 
 from lbaccel.runs.compare import is_in_points
 from lbaccel.studies.judging import Verdict, signed
-from lbaccel.studies.seeds import MARGIN
+from lbaccel.studies.rules import study_rule
 
 _ORDER: tuple[Verdict, ...] = ("loss", "gain", "no loss", "not resolved", "not enough seeds")
 _PHRASES: dict[Verdict, tuple[str, str]] = {
@@ -34,7 +34,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     said += [one["sentence"] for one in result["to_target"]]
     said += [result["spread"]["sentence"]] * (result["spread"]["sentence"] is not None)
     if is_in_points(result["metric"]) and compared:
-        said.append(_rule(result))
+        said.append(study_rule(result))
     number = len(result["warnings"])
     if number:
         said.append(f"{number} warning{'s' * (number > 1)} below.")
@@ -61,8 +61,13 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def once(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs of a result, each once: not again for another cell that it stands for."""
+    return [run for run in runs if run["shared_with"] is None]
+
+
 def _incomplete(result: Mapping[str, Any]) -> list[str]:
-    own = [run for run in result["runs"] if run["shared_with"] is None]
+    own = once(result["runs"])
     diverged = sum(run["status"] == "diverged" for run in own)
     missing = sum(run["value"] is None for run in own) - diverged
     total, said = len(own), []
@@ -113,12 +118,3 @@ def _verdicts(compared: Sequence[Comparison], metric: str) -> str:
 
 def _difference(one: Comparison, metric: str) -> str:
     return "" if one["difference"] is None else f" ({signed(one['difference'], metric)})"
-
-
-def _rule(result: Mapping[str, Any]) -> str:
-    return (
-        f"Differences are in points of {result['metric']}, the median of the last "
-        f'{result["last"]} evaluations, paired by seed. "No loss" means that the '
-        f"{100 * result['level']:g} % interval of the mean difference lies inside ±{MARGIN:g} "
-        'points; "loss" and "gain" mean that it excludes 0.'
-    )

@@ -75,5 +75,17 @@ class Page(HTMLParser):
         elif not (self.open and self.open[-1] == "style"):
             self.text += data
 
+    def charts(self):
+        """The charts of the script by key; each line with the style in which it is drawn."""
+        found = json.loads(self.scripts["curves"])
+        for key, chart in found.items():
+            start = self.elements.index(
+                ("figure", {"class": "chart", "id": key, "data-chart": key})
+            )
+            drawn = [attrs["class"] for tag, attrs in self.elements[start:] if tag == "g"]
+            for line, style in zip(chart["lines"], drawn, strict=False):
+                line["style"] = style.split()[0]
+        return found
+
     def ids(self):
         return [attrs["id"] for _, attrs in self.elements if "id" in attrs]

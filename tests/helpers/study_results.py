@@ -6,6 +6,8 @@ import math
 import random
 from statistics import fmean, stdev
 
+from lbaccel.studies.to_target import Attempt, points_of
+
 ARMS = {
     "none": "no warmup",
     "gradual": "gradual warmup",
@@ -127,18 +129,16 @@ def a_comparison(rows, arm, batch, verdict):
 
 
 def to_target(runs, arm):
-    points = []
-    for batch in BATCHES:
-        own = [run for run in runs if (run["arm"], run["batch"]) == (arm, batch)]
-        updates = [run["reached"] and run["reached"]["updates"] for run in own]
-        known = [value for value in updates if value is not None]
-        censored = updates.count(None)
-        mean = fmean(known) if known else None
-        points.append({"batch": batch, "updates": updates, "mean": mean, "censored": censored})
+    attempts = {batch: {} for batch in BATCHES}
+    for run in runs:
+        if run["arm"] == arm:
+            updates = run["reached"] and run["reached"]["updates"]
+            attempt = Attempt(run["batch"], updates, run["num_updates"])
+            attempts[run["batch"]][run["seed"]] = attempt
     fit = {"min_updates": 18.0, "critical_batch": 700.0, "low": 520.0, "high": 960.0, "level": 0.95}
     return {
         "arm": arm,
-        "points": points,
+        "points": points_of(attempts),
         "fit": fit if arm != "none" else None,
         "noise_scale": {"critical_batch": 610.0, "low": 400.0, "high": 900.0},
         "sentence": f"{ARMS[arm]}: the critical batch is 700 (520 to 960).",

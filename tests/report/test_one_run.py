@@ -126,6 +126,14 @@ def test_many_classes_are_pairs_alone(run):
     assert "Most confused pairs" in found.text
 
 
+def test_classes_that_are_left_out_are_counted(run):
+    evaluated(run, classes=30)
+    assert "Each classclass" in page_of(run).text
+    evaluated(run, classes=1203, name="update_000041-val")
+    found = page_of(run)
+    assert "Each class (the first 200 of 1,203; the file of the evaluation has all)" in found.text
+
+
 def a_picture(path, side):
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)

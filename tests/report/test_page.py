@@ -15,7 +15,8 @@ from study_results import a_study_result
 from lbaccel import cli
 from lbaccel.commands import compare as compare_command
 from lbaccel.errors import InputError
-from lbaccel.report.chart import Chart, Landmark, Stroke, view
+from lbaccel.report.chart import Chart, Landmark, Stroke
+from lbaccel.report.drawing import view
 from lbaccel.report.of_study import of_study
 from lbaccel.report.page import CURVES, MOST_BYTES, json_block, page
 from lbaccel.report.parts import report
@@ -129,8 +130,7 @@ def test_63_runs_of_5000_updates_stay_below_2_mb(tmp_path):
     text = text_of(*runs)
     assert len(text.encode()) < MOST_BYTES
     found = Page(text)
-    charts = json.loads(found.scripts[CURVES])
-    (val,) = [chart for chart in charts.values() if chart["title"] == "Validation top-1"]
+    val = found.charts()["runs-3"]
     assert {len(line["y"]) for line in val["lines"]} == {100}, "evaluations are not thinned"
     assert "Thinned to at most" in found.text
 
@@ -165,9 +165,9 @@ def test_a_thinned_curve_has_its_extremes(tmp_path, monkeypatch):
 
 
 def test_each_seed_is_thin_and_the_mean_is_thick(six):
-    lines = json.loads(Page(text_of(*six)).scripts[CURVES])["runs-3"]["lines"]
-    assert [line["k"] for line in lines] == ["thin"] * 6 + ["thick"] * 2
-    means = [line for line in lines if line["k"] == "thick"]
+    lines = Page(text_of(*six)).charts()["runs-3"]["lines"]
+    assert [line["style"] for line in lines] == ["thin"] * 6 + ["thick"] * 2
+    means = [line for line in lines if line["style"] == "thick"]
     each = [line["y"] for line in lines[:3]]
     expected = [sum(values) / 3 for values in zip(*each, strict=True)]
     assert means[0]["y"] == pytest.approx(expected, rel=1e-4)
@@ -243,3 +243,13 @@ def test_the_command_writes_the_file_and_prints_the_verdict(six, tmp_path, capsy
     assert first.startswith("Group 2 (base_lr=0.4) reaches") and second.startswith(f"{file} (0.")
     assert Page(file.read_text()).unclosed == []
     assert cli.main(["report", str(six[0]), "--output", str(file)]) == 0  # its own file again
+
+
+def test_the_script_reads_all_that_it_is_given(tmp_path):
+    text = page([of_study(a_study_result(), tmp_path)])
+    script = Page(text).scripts[""]
+    names = set()
+    for chart in json.loads(Page(text).scripts[CURVES]).values():
+        for one in (chart, chart["x"], *chart["lines"], *chart["marks"]):
+            names |= set(one)
+    assert len(names) > 10 and not [name for name in names if f".{name}" not in script]

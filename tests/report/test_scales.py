@@ -27,6 +27,10 @@ def test_every_value_of_a_log_axis_stands_on_it(kind, values):
     assert all(scale.low <= tick <= scale.high for tick, _ in scale.ticks())
 
 
+def test_no_tick_lies_beyond_an_axis_by_rounding():
+    assert linear_ticks(0.15, 0.6, 4)[-1] == 0.6  # and not 3 x 0.2
+
+
 @given(NUMBERS, st.floats(1e-3, 1e6))
 def test_linear_ticks_lie_inside_and_are_few(low, width):
     ticks = linear_ticks(low, low + width)

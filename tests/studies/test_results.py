@@ -61,6 +61,7 @@ def test_the_schema_is_whole_and_strict_json(whole):
     run = of(found["runs"], cell="linear-gbs512-seed2")
     assert set(run) >= {
         "shared_with",
+        "exit_reason",
         *("cell", "name", "folder", "arm", "batch", "seed", "status", "value", "train_value"),
         *("num_updates", "samples", "seconds", "peak_gib", "predicted_gib", "reached"),
         *("censored", "num_test", "history", "events", "noise", "provenance"),
@@ -73,7 +74,8 @@ def test_the_schema_is_whole_and_strict_json(whole):
         0.5,
     )
     assert run["history"]["val/top1"][0] == [4, 2048, pytest.approx(2 / 3600, rel=1e-5), 69.4]
-    assert set(run["history"]) == {"val/top1", "val/loss", "train/loss", "train/top1", "optim/lr"}
+    assert set(run["history"]) == {"val/top1", "val/loss", "train/loss", "train/top1"}
+    assert run["thinned"] == {}
 
 
 def test_a_result_is_the_median_of_the_last_evaluations_and_never_the_best(tmp_path):
@@ -608,15 +610,18 @@ def test_each_number_has_its_provenance(whole):
 def test_curves_are_short_and_keep_their_last_point(tmp_path):
     study = make_study(tmp_path / "s", batches=[32], pairs=[], seeds=1)
     many = [
-        {"update": 640 + i, "samples_seen": 9000 + i, "train/loss": float(i % 2)}
+        {"update": 640 + i, "samples_seen": 9000 + i, "train/loss": 77.0 if i == 3333 else i % 2}
         for i in range(4000)
     ]
     add_run(tmp_path / "s", study.cells()[0], [80.0] * 5, more=many)
-    history = study_result(tmp_path / "s")["runs"][0]["history"]
-    assert len(history["train/loss"]) == 200
+    run = study_result(tmp_path / "s")["runs"][0]
+    history = run["history"]
+    assert 150 < len(history["train/loss"]) <= 200
     assert history["train/loss"][-1][0] == 640 + 3999
-    assert history["train/loss"][-1][3] == pytest.approx(0.5, abs=0.05)  # a mean, and no sample
+    values = [point[3] for point in history["train/loss"]]
+    assert max(values) == 77.0 and min(values) == 0.0, "the extremes are kept"
     assert len(history["val/top1"]) == 5
+    assert run["thinned"] == {"train/loss": 4010}
 
 
 def test_a_folder_that_is_no_study_s_is_one_sentence(tmp_path):
@@ -637,7 +642,8 @@ def test_the_verdict_begins_with_what_was_asked(whole):
     # the two limits of "batch alone" lie at one batch size
     assert len([line for line in said if line.startswith("batch alone: within")]) == 1
     assert len([line for line in said if line.startswith("linear rule: within")]) == 2
-    assert said[-1].startswith("Differences are in points of val/top1, the median of the last 5")
+    assert said[-1].startswith("The value of a run is the median of its last 5 evaluations of val")
+    assert "A difference is taken seed by seed" in said[-1] and "inside ±0.5 points" in said[-1]
 
 
 def test_one_seed_gives_no_verdict(tmp_path):

@@ -210,9 +210,11 @@ def test_a_mean_is_not_that_of_the_fast_seeds_alone():
         64: {0: Attempt(64, 100), 1: Attempt(64, None, until=400)},
     }
     assert points_of(attempts) == [
-        {"batch": 64, "updates": [100, None], "seeds": [0, 1], "mean": None, "censored": 1},
-        {"batch": 256, "updates": [50, 60], "seeds": [0, 1], "mean": 55.0, "censored": 0},
-    ]
+        {"batch": 64, "updates": [100, None], "seeds": [0, 1], "mean": None, "mean_met": 100.0,
+         "censored": 1},
+        {"batch": 256, "updates": [50, 60], "seeds": [0, 1], "mean": 55.0, "mean_met": 55.0,
+         "censored": 0},
+    ]  # fmt: skip
 
 
 def test_the_distance_of_two_evaluations_widens_the_interval_and_moves_no_fit():
