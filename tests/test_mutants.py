@@ -138,7 +138,7 @@ MUTANTS = {
         "studies.folder",
         "except (Malformed, OutOfBounds):",
         "except Malformed:",
-        "tests/studies/test_results.py::test_an_edited_summary_costs_no_more_than_its_run",
+        "tests/studies/test_results.py::test_files_out_of_bounds_are_read_as_damaged_ones",
     ),
     "a damaged choice of the grid ends the whole report": (
         "studies.folder",

@@ -14,7 +14,7 @@ from lbaccel.errors import InputError
 from lbaccel.product.shares import wilson
 from lbaccel.runs.folder import strict_json
 from lbaccel.runs.groups import Mean
-from lbaccel.studies.folder import CELLS, CHOSEN, cell_folder, choose, share, study_in
+from lbaccel.studies.folder import CELLS, CHOSEN, cell_folder, choose, share, state_of, study_in
 from lbaccel.studies.results import study_result
 from lbaccel.studies.spec import ArmBatch
 from lbaccel.studies.tables import as_csv, as_markdown, as_text
@@ -391,6 +391,15 @@ def test_an_edited_summary_costs_no_more_than_its_run(whole, summary):
     assert len([one for one in found["runs"] if one["value"] is not None]) >= 17
     assert of(found["table"], arm="plain", batch=512)["n"] == 3
     assert summary not in (DEEP, LARGE) or "plain-gbs32-seed0" in found["warnings"][0]
+
+
+@pytest.mark.parametrize("content", [DEEP, LARGE], ids=["deep", "large"])
+def test_files_out_of_bounds_are_read_as_damaged_ones(whole, content):
+    run = whole / CELLS / "plain-gbs32-seed0" / "20260101-000000-run"
+    (run / "summary.json").write_text(content)
+    (whole / CHOSEN).write_text(content)
+    assert state_of(run) == "stopped"  # `lbaccel study run` asks too
+    assert study_result(whole)["tuning"] == []
 
 
 @pytest.mark.parametrize(
