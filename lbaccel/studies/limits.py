@@ -67,7 +67,9 @@ def scaling_limit(
         if low < -points - ROUNDING and not unresolved:
             unresolved = _not_excluded(batch, low, n=mean.n, points=points)
         limit = batch
-    if limit == base:
+    if limit == base and "has no result yet" in stopped:
+        said = f"{title}: no scaling limit is known yet."
+    elif limit == base:
         said = f"{title}: no batch size above {base:,} stays within {points:.1f} points of it."
     else:
         said = (
