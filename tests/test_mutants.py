@@ -2069,7 +2069,7 @@ MUTANTS = {
         "tests/configs/test_resolve.py::test_what_make_writes_is_what_is_shipped[zero3]",
     ),
     "an arm need not state its norm batch": (
-        "studies.read",
+        "studies.checks",
         "if study.stated(place).get(NORM) is None:",
         "if False:",
         "tests/studies/test_study_files.py::"

@@ -11,8 +11,8 @@ from lbaccel.errors import InputError, brief
 from lbaccel.recipe import bounds
 from lbaccel.recipe.settings import add_options
 from lbaccel.runs.folder import atomic_write_text
+from lbaccel.studies.checks import OWN, check_tune, tune_of
 from lbaccel.studies.folder import begin, is_study, study_in
-from lbaccel.studies.read import OWN, check_tune, tune_of
 
 NO_GRID = "none"
 PAGE = "report.html"

@@ -13,17 +13,10 @@ from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import add_options, layered, typed_options
 from lbaccel.runs.columns import columns
 from lbaccel.runs.folder import plain
+from lbaccel.studies.checks import OWN, check_tune, judged_on_test_images, tune_of
 from lbaccel.studies.find import find_study, shipped
 from lbaccel.studies.folder import begin, is_study, study_in
-from lbaccel.studies.read import (
-    OWN,
-    check_tune,
-    judged_on_test_images,
-    read_study,
-    scales_in,
-    seeds_of,
-    tune_of,
-)
+from lbaccel.studies.read import read_study, scales_in, seeds_of
 from lbaccel.studies.spec import SCALES, Study, Target
 from lbaccel.text import printable
 

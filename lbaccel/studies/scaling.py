@@ -11,10 +11,11 @@ from lbaccel.errors import InputError
 from lbaccel.recipe.options import Settings, default_of
 from lbaccel.recipe.settings import layered
 from lbaccel.runs.compare import lower_is_better
+from lbaccel.studies.checks import judged_on_test_images, splits
 from lbaccel.studies.folder import rewrite, run_folder, state_of
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.own_values import own_value
-from lbaccel.studies.read import MOST_SEEDS, judged_on_test_images, splits
+from lbaccel.studies.read import MOST_SEEDS
 from lbaccel.studies.spec import NO_NORM, NORM, Arm, ArmBatch, Study, Target, Tune
 
 ARM = "recipe"

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from lbaccel.errors import InputError
+from lbaccel.studies.checks import judged_on_test_images, tune_of
 from lbaccel.studies.folder import (
     begin,
     cell_folder,
@@ -29,7 +30,7 @@ from lbaccel.studies.folder import (
     study_in,
 )
 from lbaccel.studies.launching import final_cells, one_of_each, run_study
-from lbaccel.studies.read import judged_on_test_images, study_of, tune_of
+from lbaccel.studies.read import study_of
 from lbaccel.studies.running import Worker, alike, claimed, command_lines
 from lbaccel.studies.spec import ArmBatch
 from lbaccel.studies.tuning import best_of, grid_cells, grid_of, settled

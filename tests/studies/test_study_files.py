@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from lbaccel.errors import InputError
+from lbaccel.studies.checks import tune_of
 from lbaccel.studies.describe import describe, describe_runs
 from lbaccel.studies.find import find_study, shipped
-from lbaccel.studies.read import as_mapping, read_study, scales_in, study_of, tune_of
+from lbaccel.studies.read import as_mapping, read_study, scales_in, study_of
 from lbaccel.studies.spec import NORM, ArmBatch, ArmPair
 
 SMALL = {
@@ -117,6 +118,7 @@ FAULTS = {
     "baseline": ({"baseline": {"arm": "one", "batch": 7}}, "baseline one at 7 is no run"),
     "pair": ({"pairs": [["two", "three"]]}, "there is no arm 'three'"),
     "part": ({"settings": {NORM: "batch / 7"}}, "is no whole number of samples there"),
+    "a long batch": ({"arms": {"one": {"per_batch": {"9" * 5000: {}}}}}, "a whole number from 1"),
     "per batch": ({"arms": {"one": {"per_batch": {7: {}}}}}, "per_batch names 7"),
     "tune": ({"tune": "base_lr"}, "is no grid"),
     "tune norm": ({"tune": f"{NORM} 16,32"}, "is no hyper-parameter"),
