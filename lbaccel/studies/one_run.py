@@ -105,10 +105,10 @@ def _warnings(cell: StudyCell, run: Run, study: Study, state: State) -> list[str
         reason = str(run.summary.get("exit_reason") or f"it has no {study.metric}")
         found.append(f"{cell.name} has no result: {reason}")
     if state == "done" and evaluations < study.last:
-        found.append(
-            f"{cell.name} has {evaluations} evaluations, so its result is their median and not "
-            f"that of the last {study.last}"
-        )
+        few = f"{evaluations} evaluations, so its result is their median"
+        if evaluations == 1:
+            few = "one evaluation, so its result is that one"
+        found.append(f"{cell.name} has {few} and not that of the last {study.last}")
     return found
 
 

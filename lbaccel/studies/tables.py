@@ -170,7 +170,7 @@ def _updates(point: Mapping[str, Any] | None) -> str:
     if point is None:
         return _NONE
     if point["mean"] is not None:
-        return f"{point['mean']:,.0f}"
+        return f"{point['mean']:,.1f}".removesuffix(".0")
     met = [f"{one:,}" for one in point["updates"] if one is not None]
     return f"{', '.join(met)}{', ' if met else ''}{point['censored']} censored"
 
