@@ -114,12 +114,13 @@ class Worker:
         self._look_at(cells, tally)
         if tally.ended:
             self.say(f"{tally.ended} of {tally.total} runs have their result already")
+        self._slots = SimpleQueue()
+        for slot in range(self.jobs):
+            self._slots.put(slot)
         with (
             graceful_signals(self._stop),
             ThreadPoolExecutor(self.jobs, thread_name_prefix="run") as threads,
         ):
-            for slot in range(self.jobs):
-                self._slots.put(slot)
             for _ in threads.map(lambda cell: self._one(cell, tally), waiting):
                 pass
         if self._refused:
