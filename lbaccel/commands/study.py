@@ -15,7 +15,7 @@ from lbaccel.runs.columns import columns
 from lbaccel.runs.folder import plain
 from lbaccel.studies.checks import OWN, check_tune, judged_on_test_images, tune_of
 from lbaccel.studies.find import find_study, shipped
-from lbaccel.studies.folder import begin, is_study, study_in
+from lbaccel.studies.folder import begin, is_study
 from lbaccel.studies.read import read_study, scales_in, seeds_of
 from lbaccel.studies.spec import SCALES, Study, Target
 from lbaccel.text import printable
@@ -159,9 +159,10 @@ def _plan(a: argparse.Namespace) -> int:
     study = study_of(a)
     check_cells(study)
     check_grid_images(study)
-    cells = [*grid_of(study), *study.cells()]
+    cells = study.cells()
     shared = alike(cells)
-    found = lengths([cell for cell in cells if cell.name not in shared])
+    own = [cell for cell in cells if cell.name not in shared]
+    found = lengths([*grid_of(study), *own])
     pace = None if a.no_timing else measured_pace(study, jobs=a.jobs, say=say)
     for line in lines(study, found, pace, jobs=a.jobs):
         print(line)
@@ -190,7 +191,6 @@ def _report(a: argparse.Namespace) -> int:
 
     if a.csv is not None:
         writable(a.csv, "--csv", own=TABLE_FILE)
-    study_in(a.folder)
     result = study_result(a.folder)
     if a.json:
         for warning in result["warnings"]:  # the others have them in their text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError
-from lbaccel.studies.folder import ENDED, run_folder, state_of
+from lbaccel.studies.folder import without_result
 from lbaccel.studies.spec import StudyCell
 
 JOBS = "submitit"  # a folder of the study
@@ -33,7 +33,7 @@ def submit(
             "--launcher submitit needs submitit: pip install 'lbaccel[submitit]'. Without it, "
             "--launcher print writes a line a run for any scheduler."
         ) from error
-    waiting = [cell for cell in cells if state_of(run_folder(folder, cell)) not in ENDED]
+    waiting = without_result(folder, cells)
     if not waiting:
         say("every run has its result")
         return 0

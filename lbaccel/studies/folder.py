@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -50,8 +50,7 @@ def begin(folder: Path, study: Study) -> Study:
     """Make the folder of a study, or go on in one of the same; gives the study that it holds now.
 
     More seeds than before are taken over, and another target; fewer seeds leave those that are
-    there. Relative paths become
-    absolute.
+    there. Relative paths become absolute.
 
     Raises:
         InputError: the folder holds another study's results, or something else.
@@ -65,9 +64,9 @@ def begin(folder: Path, study: Study) -> Study:
         _make(folder)
         rewrite(folder, study)
         return study
-    there = study_in(folder)
+    held = there = study_in(folder)
     if study.target is not None:  # it changes no run
-        there = replace(there, target=study.target)
+        there = replace(held, target=study.target)
     before, now = flatten(as_mapping(there)), flatten(as_mapping(study))
     differing = [k for k in {**before, **now} if k != "seeds" and before.get(k) != now.get(k)]
     if differing:
@@ -79,7 +78,7 @@ def begin(folder: Path, study: Study) -> Study:
         )
     more = [seed for seed in study.seeds if seed not in there.seeds]
     grown = replace(there, seeds=(*there.seeds, *more))
-    if grown != study_in(folder):
+    if grown != held:
         rewrite(folder, grown)
     return grown
 
@@ -114,6 +113,11 @@ def run_folder(folder: Path, cell: StudyCell) -> Path | None:
     runs = sorted((path for path in home.iterdir() if (path / CONFIG).is_file()), reverse=True)
     ended = [path for path in runs if state_of(path) in ENDED]
     return next(iter((*ended, *runs)), None)
+
+
+def without_result(folder: Path, cells: Sequence[StudyCell]) -> list[StudyCell]:
+    """The cells whose run has no result yet."""
+    return [cell for cell in cells if state_of(run_folder(folder, cell)) not in ENDED]
 
 
 def shared_names(folder: Path) -> Mapping[str, str]:

@@ -38,7 +38,6 @@ def run_study(
 
     Raises:
         InputError: an arm can't run, or no such run.
-        RunFailed: a run of the grid failed, so the others have no value.
     """
     worker = Worker(folder, study, jobs, say, command)
     best = settled(folder, study)

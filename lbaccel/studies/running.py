@@ -42,6 +42,7 @@ from lbaccel.studies.folder import (
     cell_folder,
     run_folder,
     state_of,
+    without_result,
 )
 from lbaccel.studies.outcome import unreadable, value_in
 from lbaccel.studies.spec import Study, StudyCell
@@ -109,7 +110,7 @@ class Worker:
         Raises:
             InputError: an arm can't run: the error of `lbaccel train`. Runs with a result stay.
         """
-        waiting = [cell for cell in cells if self._state(cell) not in ENDED]
+        waiting = without_result(self.folder, cells)
         tally = Tally(len(cells), len(cells) - len(waiting))
         self._look_at(cells, tally)
         if tally.ended:
@@ -262,11 +263,8 @@ def alike(cells: Sequence[StudyCell]) -> dict[str, str]:
 
 def command_lines(folder: Path, cells: Sequence[StudyCell]) -> Iterator[str]:
     """A shell line for each run that has no result yet; any machine may take it, at any time."""
-    for cell in cells:
-        if state_of(run_folder(folder, cell)) not in ENDED:
-            yield shlex.join(
-                ["lbaccel", "study", "run", str(folder.absolute()), "--only", cell.name]
-            )
+    for cell in without_result(folder, cells):
+        yield shlex.join(["lbaccel", "study", "run", str(folder.absolute()), "--only", cell.name])
 
 
 @contextmanager

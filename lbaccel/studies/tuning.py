@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.runs.compare import lower_is_better
-from lbaccel.studies.folder import ENDED, choose, chosen_in, run_folder, state_of
+from lbaccel.studies.folder import choose, chosen_in, run_folder, state_of, without_result
 from lbaccel.studies.outcome import value_in
 from lbaccel.studies.own_values import own_value
 from lbaccel.studies.spec import ArmBatch, Study, StudyCell, Tune, exact
@@ -45,7 +45,7 @@ def settled(folder: Path, study: Study) -> dict[ArmBatch, float] | None:
     if study.tune is None:
         return {}
     if not chosen_in(folder):
-        if any(state_of(run_folder(folder, cell)) not in ENDED for cell in grid_of(study)):
+        if without_result(folder, grid_of(study)):
             return None
         tune = study.tune
         found = [
