@@ -138,8 +138,13 @@ def _merged(whole: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
         unknown = [name for name in only if name not in arms]
         if unknown:
             fault(f"only: there is no arm {brief(unknown[0])}; there are {', '.join(arms)}.")
-        arms = {name: arms[name] for name in arms if name in only}
-    found["arms"] = arms
+    expected = a_mapping(found.get("expected") or {}, "expected")
+    unknown = [name for name in expected if name not in arms]
+    if unknown:
+        fault(f"expected: there is no arm {brief(unknown[0])}; there are {', '.join(arms)}.")
+    kept = arms if only is None else {name: arms[name] for name in arms if name in only}
+    found["expected"] = {name: expected[name] for name in expected if name in kept}
+    found["arms"] = kept
     return found
 
 

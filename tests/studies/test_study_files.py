@@ -126,6 +126,7 @@ FAULTS = {
     "tune what is not": ({"tune": "betaz x 1,2"}, "there is no setting 'betaz'"),
     "tune factors of nothing": ({"tune": "clip_grad_norm x 1,2"}, "states no number for"),
     "only": ({"only": [["one"]]}, "only is ['one'], and has to be text"),
+    "expected": ({"expected": {"on": {32: 90.0}}}, "expected: there is no arm 'on'"),
     "long name": ({"arms": {"a" * 300: {}}}, "of at most 80 characters"),
     "huge target": ({"target": 10**400}, "has to be a number"),
     "fixed": ({"fixed": ["bogus"]}, "fixed: there is no setting 'bogus'"),
