@@ -22,7 +22,6 @@ from lbaccel.network_build import check_room, try_arguments
 from lbaccel.text import printable, without_tokens
 from lbaccel.torch_files import check_torch_file
 
-SMALL_IMAGE = 64
 OWN_NETWORKS = tuple(networks.__all__)  # that timm builds once lbaccel.networks is imported
 MOST_EXPANDED = 64 * 2**20  # bytes of a view over fewer, such as an expanded buffer
 # A tensor of this name beside exported weights stops every loader whose network has another stem.

@@ -11,6 +11,7 @@ from typing import Any
 
 from lbaccel.errors import InputError, brief
 
+SMALL_IMAGE = 64  # pixels a side: below, a network made for photographs needs another stem
 MOST = 100  # arguments, and values in one of them
 MOST_CHARACTERS = 1000  # of a value
 MOST_NUMBER = 2**53

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from lbaccel.errors import InputError, check_number
 
+IMAGENET = 1_281_167  # training images of ImageNet-1k
 MOST_EPOCHS = 1e6  # of a run: what goes through its epochs one by one then ends within a second
 
 

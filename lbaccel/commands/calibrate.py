@@ -6,16 +6,16 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lbaccel.errors import RunFailed
 from lbaccel.launch import calibration_file
-from lbaccel.planning.cost.calibrate import calibrate
-from lbaccel.planning.cost.devices import Device, read_calibration, write_calibration
 from lbaccel.recipe import bounds
 from lbaccel.runs.columns import columns
 from lbaccel.runs.outputs import writable
+
+if TYPE_CHECKING:  # flags and help need no torch
+    from lbaccel.planning.cost.devices import Device
 
 SECONDS = 10.0
 
@@ -54,6 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: a device that is not there, or a file that can't be written.
         RunFailed: the device has no memory left.
     """
+    import torch
+
+    from lbaccel.planning.cost.calibrate import calibrate
+    from lbaccel.planning.cost.devices import read_calibration, write_calibration
+
     a = arguments
     name = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     path: Path = writable(a.output or calibration_file(), "--output", parents=True)
@@ -73,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(device: Device) -> str:
     """Aligned lines of class and rate, of this device."""
+    import torch
+
     head = device.name if device.kind == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
     rows: list[tuple[str, str]] = []
     for name, rate in {**device.rates, "bandwidth": device.bandwidth}.items():

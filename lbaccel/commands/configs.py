@@ -8,10 +8,10 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.commands.plan import add_plan_arguments
-from lbaccel.configs.launcher import Launch, ResolvedValue
 from lbaccel.configs.shipped import copy, find, launch_lines, shipped, write
 from lbaccel.errors import InputError
 from lbaccel.launch import variables
@@ -19,6 +19,9 @@ from lbaccel.recipe import bounds
 from lbaccel.recipe.presets import listed, recipes
 from lbaccel.runs.columns import columns
 from lbaccel.text import printable
+
+if TYPE_CHECKING:  # `configs ls` and `cp` need no torch
+    from lbaccel.configs.launcher import Launch, ResolvedValue
 
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 32, 2048
 

@@ -6,23 +6,17 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lbaccel.configs.shipped import find
-from lbaccel.doctor.checks import CHECKS, diagnose
-from lbaccel.doctor.environment_checks import builds
-from lbaccel.doctor.facts import Facts, Finding, gather, this_environment
 from lbaccel.doctor.script import read_script
 from lbaccel.errors import InputError
-from lbaccel.models import create_backbone
-from lbaccel.planning.planner import plan
-from lbaccel.planning.zero import explain_zero
 from lbaccel.recipe import bounds
 from lbaccel.recipe.values import flag_of
 from lbaccel.text import printable
-from lbaccel.update.normalization import has_batch_norm
+
+if TYPE_CHECKING:  # flags and help need no torch
+    from lbaccel.doctor.facts import Facts, Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("micro_batch_size", "world_size", "memory", "device", "img_size"):
         if a.global_batch_size is None and getattr(a, name) is not None:
             raise InputError(f"{flag_of(name)} is for a plan. Add --global-batch-size 4096, say.")
+    from lbaccel.doctor.checks import CHECKS, diagnose
+    from lbaccel.doctor.facts import gather, this_environment
+
     script = None if a.script is None else read_script(a.script)
     model = a.model or (script.model_name if script else None)
     yaml_path, json_path = _config(a.config)
@@ -80,9 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     findings = diagnose(facts)
     says = list(_says(a, facts))
     if a.json:
-        print(json.dumps(_as_json(facts, findings, says)))
+        found = {**_as_json(facts, findings, says), "checks": [check.name for check in CHECKS]}
+        print(json.dumps(found))
     else:
-        print(printable("\n".join(_lines(facts, findings, says))))
+        print(printable("\n".join(_lines(facts, findings, says, num_checks=len(CHECKS)))))
     return 1 if findings else 0
 
 
@@ -98,6 +96,11 @@ def _config(text: str | None) -> tuple[Path | None, Path | None]:
 
 
 def _has_batch_norm(model: str, img_size: int | None) -> bool:
+    import torch
+
+    from lbaccel.models import create_backbone
+    from lbaccel.update.normalization import has_batch_norm
+
     with torch.device("meta"):
         return has_batch_norm(create_backbone(model, num_classes=10, img_size=img_size))
 
@@ -108,6 +111,9 @@ def _says(a: argparse.Namespace, facts: Facts) -> Iterator[str]:
         yield from _operators(facts)
     if facts.model is None or a.global_batch_size is None:
         return
+    from lbaccel.planning.planner import plan
+    from lbaccel.planning.zero import explain_zero
+
     world = facts.launch.world_size if facts.launch else a.world_size or 1
     found = plan(
         facts.model,
@@ -127,6 +133,8 @@ def _says(a: argparse.Namespace, facts: Facts) -> Iterator[str]:
 
 
 def _operators(facts: Facts) -> Iterator[str]:
+    from lbaccel.doctor.environment_checks import builds
+
     here = facts.environment
     needed = builds(facts)
     if not needed:
@@ -144,7 +152,9 @@ def _operators(facts: Facts) -> Iterator[str]:
     yield "  " + ", ".join(f"{name}: {value or 'none'}" for name, value in tools.items())
 
 
-def _lines(facts: Facts, findings: list[Finding], says: list[str]) -> Iterator[str]:
+def _lines(
+    facts: Facts, findings: list[Finding], says: list[str], *, num_checks: int
+) -> Iterator[str]:
     here = facts.environment
     versions = [f"{name} {version}" for name, version in here.packages.items() if version]
     yield f"{', '.join(versions)}; {here.num_gpus} GPUs"
@@ -158,7 +168,7 @@ def _lines(facts: Facts, findings: list[Finding], says: list[str]) -> Iterator[s
         yield f"  type: {finding.fix}"
     yield ""
     count = len(findings)
-    yield f"{count or 'no'} finding{'' if count == 1 else 's'} in {len(CHECKS)} checks"
+    yield f"{count or 'no'} finding{'' if count == 1 else 's'} in {num_checks} checks"
 
 
 def _as_json(facts: Facts, findings: list[Finding], says: list[str]) -> dict[str, Any]:
@@ -167,5 +177,4 @@ def _as_json(facts: Facts, findings: list[Finding], says: list[str]) -> dict[str
         "says": says,
         "packages": dict(facts.environment.packages),
         "num_gpus": facts.environment.num_gpus,
-        "checks": [check.name for check in CHECKS],
     }

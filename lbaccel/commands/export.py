@@ -9,10 +9,6 @@ from pathlib import Path
 
 from lbaccel.errors import InputError
 from lbaccel.export.hub import check_repo_id, push
-from lbaccel.export.model_card import model_card, usage
-from lbaccel.export.read import read_exported
-from lbaccel.export.tables import total
-from lbaccel.export.write import FILES, build, check_target, write_folder
 from lbaccel.runs.lock import writing
 from lbaccel.text import printable
 
@@ -39,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder, and upload it where that was asked for; 0, or an error."""
+    from lbaccel.export.model_card import model_card, usage
+    from lbaccel.export.read import read_exported
+    from lbaccel.export.tables import total
+    from lbaccel.export.write import FILES, build, check_target, write_folder
+
     repo_id: str | None = args.push_to_hub
     if repo_id is not None:
         check_repo_id(repo_id)

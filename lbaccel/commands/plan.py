@@ -6,19 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from lbaccel.batch.duration import IMAGENET
 from lbaccel.errors import InputError
 from lbaccel.network_arguments import network_arguments
-from lbaccel.planning.plan import Plan
-from lbaccel.planning.planner import IMAGENET, plan
-from lbaccel.planning.sweep import plot
-from lbaccel.planning.text import lines
 from lbaccel.recipe import bounds
 from lbaccel.runs.figures import check_plot
 from lbaccel.text import printable
+
+if TYPE_CHECKING:  # flags and help need no torch
+    from torch import nn
+
+    from lbaccel.planning.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_report(a.report)
 
+    from lbaccel.planning.sweep import plot
+    from lbaccel.planning.text import lines
+
     found = find_plan(a, sweeps=a.sweep)
     if a.plot is not None:
         title = f"{found.model}, global batch {a.global_batch_size}, {found.device.name}"
@@ -137,6 +140,8 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
     Raises:
         InputError: see `plan`.
     """
+
+    from lbaccel.planning.planner import plan
 
     def asked(value: Any) -> Any:
         return None if value == "auto" else value

@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
-
+from lbaccel.batch.duration import IMAGENET
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
-from lbaccel.models import create_backbone
-from lbaccel.optim.optimizers import check_known
 from lbaccel.optim.scaling import scale_lr
-from lbaccel.planning.cost.devices import find_device
-from lbaccel.planning.planner import IMAGENET, plan
-from lbaccel.planning.text import lines as plan_lines
 from lbaccel.recipe import bounds
-from lbaccel.recipe.checks import checked
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.settings import layered, read_yaml
 from lbaccel.recipe.values import switch
@@ -31,7 +23,9 @@ from lbaccel.replication.sources import SOURCES, norms_of, read_source
 from lbaccel.runs.folder import atomic_write_text
 from lbaccel.runs.outputs import Own, writable
 from lbaccel.text import printable
-from lbaccel.update.memory.budget import parse_memory
+
+if TYPE_CHECKING:  # flags and help need no torch
+    from torch import nn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_machine(a: argparse.Namespace) -> None:
     """The same that the plan would refuse, before a file is written."""
+    from lbaccel.planning.cost.devices import find_device
+    from lbaccel.update.memory.budget import parse_memory
+
     if a.memory is not None:
         parse_memory(a.memory)
     if a.device is not None:
@@ -131,6 +128,9 @@ def check_contract(contract: Contract) -> None:
     Raises:
         InputError: such a value, under its name in the contract.
     """
+    from lbaccel.optim.optimizers import check_known
+    from lbaccel.recipe.checks import checked
+
     settings = layered(Settings(), contract.settings, origin="the contract")
     check_known(settings.optimizer.optimizer)
     # a GPU for fp16, and the images, are there where the contract is run, not where it is written
@@ -156,6 +156,10 @@ def _teacher(s: Settings) -> nn.Module | None:
     """The network of timm's teacher, without its weights, which a plan does not need."""
     if s.data.teacher is None:
         return None
+    import torch
+
+    from lbaccel.models import create_backbone
+
     with torch.device("meta"):
         return create_backbone(
             s.data.teacher.rpartition("/")[2],
@@ -169,6 +173,9 @@ def _plan(contract: Contract, a: argparse.Namespace) -> int:
     if "model" not in contract.settings:
         print("plan: none, since no network is named; add --model NAME")
         return 0
+    from lbaccel.planning.planner import plan
+    from lbaccel.planning.text import lines as plan_lines
+
     s = layered(Settings(), contract.settings, origin="the contract")
     found = plan(
         s.model.model,

@@ -16,10 +16,8 @@ from lbaccel.errors import InputError
 from lbaccel.hyperparameters.optimizers import DECAYS
 from lbaccel.hyperparameters.rows import Row, Sheet, shown
 from lbaccel.hyperparameters.transfer import transfer
-from lbaccel.optim.optimizers import check_known
 from lbaccel.optim.scaling import PER_SAMPLES, RULES, is_measured, rule_named
 from lbaccel.recipe import bounds
-from lbaccel.recipe.checks import check_read
 from lbaccel.recipe.options import Settings
 from lbaccel.recipe.rate import check_scaling, rate_of
 from lbaccel.recipe.settings import layered, read_yaml, under_a_batch_schedule
@@ -94,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif "base_batch_size" not in given:
         raise InputError("--base-batch-size is missing: the batch that the values belong to.")
     if "optimizer" in given:
+        from lbaccel.optim.optimizers import check_known  # it asks timm
+
         check_known(given["optimizer"])
     sheet = transfer(**given)
     if layer.get("batch_schedule") is not None:
@@ -115,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _values_of(layer: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values that `transfer` takes, at the batch of a recipe's file and with its peak rate."""
+    from lbaccel.recipe.checks import check_read
+
     s = under_a_batch_schedule(layered(Settings(), layer, origin=str(path)))
     check_read(s)
     batch, rule = s.batch.global_batch_size, s.rate.lr_scaling

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lbaccel.batch.duration import IMAGENET
 from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, brief, check_whole
 from lbaccel.network_arguments import network_arguments
@@ -38,7 +39,6 @@ from lbaccel.update.normalization import has_batch_norm
 
 WORLD_SIZES = (1, 2, 4, 8)
 NORM_BATCH_SIZE = 32
-IMAGENET = 1_281_167
 MOST_SAMPLES = 10**8  # of an update: a plan walks through its micro-batches one by one
 
 

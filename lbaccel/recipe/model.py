@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lbaccel.data.sources import ImageArray, Source
 from lbaccel.errors import InputError
 from lbaccel.models import (
-    SMALL_IMAGE,
     adapt_stem,
     create_backbone,
     load_exactly,
     preprocessing,
     read_weights,
 )
+from lbaccel.network_arguments import SMALL_IMAGE
 from lbaccel.optim.trained import train_only
 from lbaccel.recipe.model_arguments import arguments_of
 from lbaccel.recipe.options_data import DataOptions, ModelOptions

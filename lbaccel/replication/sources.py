@@ -6,12 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from lbaccel.documents import Malformed, json_of, text_of, yaml_of
 from lbaccel.errors import CannotRead, InputError
-from lbaccel.models import create_backbone
 from lbaccel.replication.contract import Norms
 from lbaccel.replication.many_gpus import Recipe
 from lbaccel.replication.readers.accelerate_config import (
@@ -128,6 +124,11 @@ def norms_of(model: str, recipe: Recipe) -> Norms:
     Raises:
         InputError: timm has no such network.
     """
+    import torch  # to read a source needs none
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from lbaccel.models import create_backbone
+
     try:
         with torch.device("meta"):
             network = create_backbone(model, num_classes=1000, arguments=_arguments(recipe))

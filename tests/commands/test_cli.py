@@ -270,6 +270,20 @@ def test_the_help_imports_no_command_and_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_flags_of_no_command_import_torch():
+    """`--help`, a mistyped flag and `configs ls` answer at once: torch alone takes seconds."""
+    code = (
+        "import sys; from lbaccel import cli\n"
+        "for name in set(cli.COMMANDS) - {'train'}:\n"
+        "    cli.parser_of(name)\n"
+        "    heavy = sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'timm', 'numpy'})\n"
+        "    assert not heavy, (name, heavy)\n"
+        "assert cli.main(['configs', 'ls']) == 0 and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # -- the README -----------------------------------------------------------------------------------
 
 

@@ -377,7 +377,9 @@ def test_the_environment_is_read_without_importing_deepspeed():
 
 @pytest.fixture
 def good_machine(monkeypatch):
-    monkeypatch.setattr(command, "this_environment", lambda: Environment(packages=GOOD, **GPUS))
+    monkeypatch.setattr(
+        "lbaccel.doctor.facts.this_environment", lambda: Environment(packages=GOOD, **GPUS)
+    )
 
 
 def doctor(*arguments) -> int:

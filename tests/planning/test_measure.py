@@ -188,7 +188,7 @@ def test_a_report_has_the_plan_both_numbers_and_what_they_depend_on(tmp_path, ca
 
 
 def test_a_file_that_is_there_is_named_and_kept(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lbaccel.commands.plan.plan", lambda *a, **k: pytest.fail("planned"))
+    monkeypatch.setattr("lbaccel.planning.planner.plan", lambda *a, **k: pytest.fail("planned"))
     path = tmp_path / "report.json"
     path.write_text("mine")
     assert cli.main(["plan", *FLAGS, "--device", "cpu", "--report", str(path)]) == 2

@@ -423,7 +423,7 @@ def test_weights_that_can_not_be_had_end_with_code_1_whatever_the_size(capsys, m
     def no_network(*args, **kwargs):
         raise RunFailed("pretrained weights can't be had")
 
-    monkeypatch.setattr("lbaccel.commands.verify.create_backbone", no_network)
+    monkeypatch.setattr("lbaccel.verification.of_timm.create_backbone", no_network)
     code, out, err = run(capsys, "--model", "resnet10t", "--pretrained")
     assert (code, out) == (1, "") and err == "run failed: pretrained weights can't be had\n"
 

@@ -9,9 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import get_pretrained_cfg
-
-from lbaccel.recipe.exported import HUB
 from lbaccel.recipe.values import shown
 from lbaccel.replication.many_gpus import Gap, Translation
 
@@ -91,6 +88,10 @@ def _not_carried(a: Mapping[str, Any]) -> str:
 
 
 def _on_the_hub(name: str) -> str | None:
+    from timm.models import get_pretrained_cfg
+
+    from lbaccel.recipe.exported import HUB
+
     found = get_pretrained_cfg(name, allow_unregistered=True)
     repo = None if found is None else found.hf_hub_id
     return f"{HUB}{repo}" if repo else None
