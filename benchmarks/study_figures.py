@@ -91,7 +91,7 @@ def difference(axes: Any, result: Result) -> None:
             one
             for one in result["comparisons"]
             if one["arm"] == arm["name"]
-            and one["difference"] is not None
+            and one["low"] is not None
             and (one["against_arm"], one["against_batch"]) == (base["arm"], base["batch"])
         ]
         if own:
@@ -131,8 +131,9 @@ def to_target(axes: Any, result: Result) -> None:
         axes.plot(x, [y[0] * x[0] / b for b in x], ls=":", lw=1, color=COLORS[i])
         fit, label = arm["fit"], titles[arm["arm"]]
         if fit:
-            bend = [fit["min_updates"] * (1 + fit["critical_batch"] / b) for b in x]
-            axes.plot(x, bend, ls="--", lw=1.2, color=COLORS[i])
+            at = [x[0] * (x[-1] / x[0]) ** (k / 40) for k in range(41)]
+            bend = [fit["min_updates"] * (1 + fit["critical_batch"] / b) for b in at]
+            axes.plot(at, bend, ls="--", lw=1.2, color=COLORS[i])
             label += f" (critical batch {fit['critical_batch']:,.0f})"
         axes.plot(x, y, MARKERS[i], color=COLORS[i], markersize=5, label=label)
         marks = [p["mean_met"] for p in cut]
@@ -173,6 +174,8 @@ def strands_of(result: Result) -> list[tuple[str, list[tuple[str, list[dict[str,
 
 def draw_curves(result: Result, path: Path) -> None:
     """Validation accuracy over samples and over updates: each seed thin, their mean thick."""
+    from matplotlib.ticker import FuncFormatter
+
     columns, metric = strands_of(result), result["metric"]
     across = len(columns) > 1
     shape = (2, len(columns)) if across else (1, 2)
@@ -198,7 +201,8 @@ def draw_curves(result: Result, path: Path) -> None:
             axes.grid(alpha=0.3)
             if row == 1:
                 axes.set_xscale("log")
-            elif title:
+            else:
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f} k"))
                 axes.set_title(title, fontsize=9)
             if axes is grid[0][0]:
                 axes.set_ylabel(f"{metric} (%)")

@@ -14,7 +14,7 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
 from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
-from lbaccel.planning.cost.cuda_allocator import replay
+from lbaccel.planning.cost.cuda_limit import Request, smallest_limit
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.time_model import seconds
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
@@ -297,8 +297,8 @@ class Estimator:
             }
         found |= {"allocator": 0, "context": 0}
         if self.device.kind == "cuda":
-            allocator = replay(_requests(trace))
-            found["allocator"] = max(0, allocator.peak_reserved - sum(found.values()))
+            limit = smallest_limit(*_requests(trace))
+            found["allocator"] = max(0, limit - sum(found.values()))
             found["workspace"] += self.device.library_workspace
             found["context"] = self.device.context
         found["workspace"] += self._margin
@@ -356,14 +356,18 @@ def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
     return found
 
 
-def _requests(trace: Trace) -> list[tuple[int, int]]:
-    """The trace as the allocator sees it: workspaces come and go."""
-    found: list[tuple[int, int]] = []
+def _requests(trace: Trace) -> tuple[list[Request], list[Request]]:
+    """The trace as the allocator sees it: what is there before an update, and the update."""
+    held: list[Request] = []
+    update: list[Request] = []
+    into = held
     for event in trace.events:
-        if isinstance(event, Allocate):
-            found.append((event.id, event.num_bytes))
+        if isinstance(event, Mark) and event.name.startswith("micro-step"):
+            into = update
+        elif isinstance(event, Allocate):
+            into.append((event.id, event.num_bytes))
         elif isinstance(event, Free):
-            found.append((event.id, -1))
+            into.append((event.id, -1))
         elif isinstance(event, Kernel) and event.workspace:
-            found += [(-1, event.workspace), (-1, -1)]
-    return found
+            into += [(-1, event.workspace), (-1, -1)]  # it comes and goes
+    return held, update

@@ -72,32 +72,36 @@ def _card(
     return name, Device(name, "cuda", int(gib * GIB), flops, bandwidth * 1e9, 10e-6)
 
 
-# TFLOP/s without sparsity (half: bf16 or fp16 with fp32 sums) and GB/s, of the makers' datasheets.
+# GiB that a process can have, TFLOP/s without sparsity (half: bf16 or fp16 with fp32 sums), GB/s.
+# The driver and error-correcting codes take their part first: a T4 of 16 GB has 14.56 GiB. The
+# sizes are the smallest "total capacity" that public out-of-memory messages name for the card
+# (docs/results/published_batches.md lists them); where none does, 97.5 % of its name (1080 Ti,
+# 4060, 4070, 4070 Ti SUPER, 4080, A6000). Rates are those of the makers' datasheets.
 CARDS: dict[str, Device] = dict(
     (
-        _card("GTX 1080 Ti", 11, 11.3, 11.3, 11.3, 484),
-        _card("RTX 2080 Ti", 11, 13.4, 13.4, 53.8, 616),
-        _card("RTX 3060", 12, 12.7, 12.7, 25.5, 360),
-        _card("RTX 3070", 8, 20.3, 20.3, 40.6, 448),
-        _card("RTX 3080", 10, 29.8, 29.8, 59.5, 760),
-        _card("RTX 3090", 24, 35.6, 35.6, 71.2, 936),
-        _card("RTX 4060", 8, 15.1, 15.1, 30.2, 272),
-        _card("RTX 4070", 12, 29.1, 29.1, 58.3, 504),
-        _card("RTX 4070 Ti SUPER", 16, 44.1, 44.1, 88.2, 672),
-        _card("RTX 4080", 16, 48.7, 48.7, 97.5, 717),
-        _card("RTX 4090", 24, 82.6, 82.6, 165.2, 1008),
-        _card("RTX 5090", 32, 104.8, 104.8, 209.5, 1792),
-        _card("RTX A4000", 16, 19.2, 38.3, 76.7, 448),
-        _card("RTX A6000", 48, 38.7, 77.4, 154.8, 768),
-        _card("T4", 16, 8.1, 8.1, 65.0, 320),
-        _card("V100", 16, 15.7, 15.7, 125.0, 900),
-        _card("A10", 24, 31.2, 62.5, 125.0, 600),
-        _card("A100-40GB", 40, 19.5, 156.0, 312.0, 1555),
-        _card("A100-80GB", 80, 19.5, 156.0, 312.0, 2039),
-        _card("L4", 24, 30.3, 60.0, 121.0, 300),
-        _card("L40S", 48, 91.6, 183.0, 362.0, 864),
-        _card("H100", 80, 67.0, 494.0, 989.0, 3350),
-        _card("H200", 141, 67.0, 494.0, 989.0, 4800),
+        _card("GTX 1080 Ti", 10.7, 11.3, 11.3, 11.3, 484),
+        _card("RTX 2080 Ti", 10.73, 13.4, 13.4, 53.8, 616),
+        _card("RTX 3060", 11.75, 12.7, 12.7, 25.5, 360),
+        _card("RTX 3070", 7.76, 20.3, 20.3, 40.6, 448),
+        _card("RTX 3080", 9.78, 29.8, 29.8, 59.5, 760),
+        _card("RTX 3090", 23.5, 35.6, 35.6, 71.2, 936),
+        _card("RTX 4060", 7.8, 15.1, 15.1, 30.2, 272),
+        _card("RTX 4070", 11.7, 29.1, 29.1, 58.3, 504),
+        _card("RTX 4070 Ti SUPER", 15.6, 44.1, 44.1, 88.2, 672),
+        _card("RTX 4080", 15.6, 48.7, 48.7, 97.5, 717),
+        _card("RTX 4090", 23.61, 82.6, 82.6, 165.2, 1008),
+        _card("RTX 5090", 31.36, 104.8, 104.8, 209.5, 1792),
+        _card("RTX A4000", 15.61, 19.2, 38.3, 76.7, 448),
+        _card("RTX A6000", 46.8, 38.7, 77.4, 154.8, 768),
+        _card("T4", 14.56, 8.1, 8.1, 65.0, 320),
+        _card("V100", 15.78, 15.7, 15.7, 125.0, 900),
+        _card("A10", 22, 31.2, 62.5, 125.0, 600),
+        _card("A100-40GB", 39.39, 19.5, 156.0, 312.0, 1555),
+        _card("A100-80GB", 79.14, 19.5, 156.0, 312.0, 2039),
+        _card("L4", 22, 30.3, 60.0, 121.0, 300),
+        _card("L40S", 44.4, 91.6, 183.0, 362.0, 864),
+        _card("H100", 79.1, 67.0, 494.0, 989.0, 3350),
+        _card("H200", 139, 67.0, 494.0, 989.0, 4800),
     )
 )
 

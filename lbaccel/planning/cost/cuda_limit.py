@@ -1,0 +1,77 @@
+"""The smallest limit under which torch's CUDA allocator runs an update again and again (no torch).
+
+Without a limit the allocator keeps each segment that it ever took, and takes new ones where no kept
+one fits: it reserves up to a fifth more than is in use. At a limit it gives unused segments back
+and takes others, once or twice, until its segments fit the update. So an update runs under less
+than it reserves without a limit (docs/results/published_batches.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory
+
+Request = tuple[int, int]  # an id and the bytes it takes; -1 frees it
+STEP = 0.02  # of the bytes in use, between the limits that are tried
+UPDATES = 5  # simulated under each limit
+SETTLED = 2  # the last of them, in which the cache is not emptied
+
+
+def smallest_limit(held: Sequence[Request], update: Sequence[Request]) -> int:
+    """Bytes of segments with which updates follow each other without emptying the cache.
+
+    Args:
+        held: requests of what stays over all updates: weights, states of the optimizer.
+        update: requests of one update. What it has not freed at its end is freed there.
+
+    Returns:
+        At least the most bytes in use at one time, at most what is reserved without a limit.
+
+    >>> MIB = 2**20
+    >>> update = [(1, 30 * MIB), (1, -1), (2, 40 * MIB), (3, 20 * MIB)]
+    >>> smallest_limit([], update) // MIB  # without a limit 70: the 30 MiB are kept
+    60
+    """
+    free = _Updates(held, None)
+    free.run(update)
+    in_use, reserved = free.allocator.peak_allocated, free.allocator.peak_reserved
+    steps = int((reserved - in_use) / (STEP * max(1, in_use)))
+    for limit in (int(in_use * (1 + STEP * i)) for i in range(steps + 1)):
+        if limit < reserved and _settles(held, update, limit):
+            return limit
+    return reserved
+
+
+def _settles(held: Sequence[Request], update: Sequence[Request], limit: int) -> bool:
+    try:
+        simulated = _Updates(held, limit)
+        retries = [simulated.run(update) for _ in range(UPDATES)]
+    except OutOfMemory:
+        return False
+    return not any(retries[-SETTLED:])
+
+
+class _Updates:
+    """An allocator that holds what stays, and runs updates."""
+
+    def __init__(self, held: Sequence[Request], limit: int | None) -> None:
+        self.allocator = CachingAllocator(capacity=limit)
+        self._handles: dict[int, int] = {}
+        self._play(held)
+        self._stay = set(self._handles)
+
+    def run(self, update: Sequence[Request]) -> int:
+        """One update; how often the cache was emptied."""
+        before = self.allocator.num_retries
+        self._play(update)
+        for name in set(self._handles) - self._stay:
+            self.allocator.free(self._handles.pop(name))
+        return self.allocator.num_retries - before
+
+    def _play(self, requests: Sequence[Request]) -> None:
+        for name, num_bytes in requests:
+            if num_bytes != -1:
+                self._handles[name] = self.allocator.malloc(num_bytes)
+            elif name in self._handles:
+                self.allocator.free(self._handles.pop(name))

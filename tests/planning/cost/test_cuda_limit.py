@@ -1,0 +1,101 @@
+"""The smallest limit of the CUDA allocator: closed cases, random updates, and a published fact."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory, replay
+from lbaccel.planning.cost.cuda_limit import SETTLED, UPDATES, smallest_limit
+from lbaccel.planning.cost.devices import GIB, find_device
+from lbaccel.planning.cost.update import classification_loss
+from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.network import Trained, network_of
+
+MIB = 2**20
+
+
+@st.composite
+def updates(draw):
+    """Requests of an update, most of them freed in some order."""
+    sizes = draw(st.lists(st.integers(1, 64 * MIB), min_size=1, max_size=30))
+    requests, live = [], []
+    for name, size in enumerate(sizes):
+        requests.append((name, size))
+        live.append(name)
+        while live and draw(st.booleans()):
+            requests.append((live.pop(draw(st.integers(0, len(live) - 1))), -1))
+    return requests
+
+
+def retries_of_updates(held, update, limit):
+    """By the allocator itself: how often each update empties the cache; raises OutOfMemory."""
+    allocator, found = CachingAllocator(capacity=limit), []
+    for _, size in held:
+        allocator.malloc(size)
+    for _ in range(UPDATES):
+        before, handles = allocator.num_retries, {}
+        for name, size in update:
+            if size == -1:
+                allocator.free(handles.pop(name))
+            else:
+                handles[name] = allocator.malloc(size)
+        for handle in handles.values():
+            allocator.free(handle)
+        found.append(allocator.num_retries - before)
+    return found
+
+
+@settings(deadline=None, max_examples=100)
+@given(updates(), st.lists(st.integers(1, 20 * MIB), max_size=5))
+def test_updates_settle_at_the_limit_which_lies_between_use_and_reserve(update, sizes):
+    held = [(-1 - i, size) for i, size in enumerate(sizes)]
+    limit = smallest_limit(held, update)
+    free = replay([*held, *update])
+    assert free.peak_allocated <= limit <= free.peak_reserved
+    assert not any(retries_of_updates(held, update, limit)[-SETTLED:])
+
+
+def test_a_kept_segment_that_fits_nothing_is_not_counted():
+    update = [(1, 30 * MIB), (1, -1), (2, 40 * MIB), (3, 20 * MIB)]
+    assert replay(update).peak_reserved == 70 * MIB
+    assert smallest_limit([], update) == 60 * MIB
+
+
+def test_where_blocks_in_use_pin_their_segments_all_that_is_reserved_is_needed():
+    update = [(1, 40 * MIB), (1, -1), (2, 30 * MIB), (3, 30 * MIB)]
+    free = replay(update)
+    assert (free.peak_allocated, free.peak_reserved) == (60 * MIB, 70 * MIB)
+    assert smallest_limit([], update) == 70 * MIB
+    with pytest.raises(OutOfMemory):
+        retries_of_updates([], update, 69 * MIB)
+
+
+def test_a_limit_at_which_updates_go_on_emptying_the_cache_is_not_enough():
+    sizes = (56, 58, None, 66, 66, 12, None, None, 74, None)
+    frees = iter((0, 1, 2, 5))
+    takes = iter(range(6))
+    update = [(next(frees), -1) if n is None else (next(takes), n * MIB) for n in sizes]
+    assert replay(update).peak_allocated == 202 * MIB
+    assert retries_of_updates([], update, 222 * MIB) == [2, 0, 1, 1, 1]
+    assert smallest_limit([], update) > 222 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "ran"), [("resnet50", 512, True), ("seresnet50", 512, False)]
+)
+def test_what_timm_trained_on_a_card_fits_and_what_it_could_not_does_not(name, batch, ran):
+    """timm's results of training under AMP on an RTX 3090 (benchmarks/published_batches.py)."""
+    card = find_device("RTX 3090")
+    trained = Trained(
+        model=name, img_size=224, num_classes=1000, optimizer="momentum", make_batch=None,
+        loss_fn=classification_loss, clips=False, precision="fp16",
+    )  # fmt: skip
+    plan = BatchPlan(
+        global_batch_size=batch, micro_batch_size=batch, world_size=1, norm_batch_size=batch
+    )
+    estimator = Estimator(network_of(trained, card), plan, card, "fp16")
+    peak = estimator.estimate(Candidate(batch, "channels_last")).peak
+    assert (peak <= card.memory) == ran, peak / GIB
