@@ -4,9 +4,9 @@ python benchmarks/published_batches.py [--only resnet50] [--output FILE.json]
 
 The facts are timm's `results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv` (Wightman, July
 2022; torch 1.12, CUDA 11.3, timm 0.6.6): training with SGD under AMP, channels-last, on an
-RTX 3090. timm tries 512 images first; after a failure it tries 384, 256, 192, 128, 96, 64, ... (two
-steps an octave) and writes the first that ran. So a row below 512 tells of two batches: one that ran and one
-that did not. Attention is not fused here, as it was not then.
+RTX 3090. timm tries 512 images first; after a failure it tries 384, 256, 192, 128, 96, 64, ...
+(two steps an octave) and writes the first that ran. So a row below 512 tells of two batches: one
+that ran and one that did not. Attention is not fused here, as it was not then.
 """
 
 from __future__ import annotations
