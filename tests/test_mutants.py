@@ -896,6 +896,20 @@ MUTANTS = {
         "tests/planning/cost/test_kernel_memory.py::"
         "test_the_path_that_ATen_changes_at_16_samples_is_followed",
     ),
+    "a plan for a GPU counts what is kept without a limit": (
+        "planning.cost.cuda_limit",
+        "if limit < reserved and _settles(held, update, limit):",
+        "if False:",
+        "tests/planning/cost/test_cuda_limit.py::"
+        "test_a_kept_segment_that_fits_nothing_is_not_counted",
+    ),
+    "a limit is enough at which each update empties the cache": (
+        "planning.cost.cuda_limit",
+        "return not any(retries[-SETTLED:])",
+        "return True",
+        "tests/planning/cost/test_cuda_limit.py::"
+        "test_a_limit_at_which_updates_go_on_emptying_the_cache_is_not_enough",
+    ),
     "a workspace holds for any number of threads": (
         "planning.cost.kernel_calls",
         "        torch.get_num_threads(),\n",

@@ -12,7 +12,6 @@ import torch
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.cli import main
-from lbaccel.commands import calibrate as calibrate_command
 from lbaccel.errors import InputError
 from lbaccel.launch import calibration_file
 from lbaccel.planning.cost import calibrate as module
@@ -150,7 +149,7 @@ def test_the_default_file_is_the_users_and_json_stands_alone(device, tmp_path, c
         asked.append((which.type, seconds))
         return device
 
-    monkeypatch.setattr(calibrate_command, "calibrate", measure)
+    monkeypatch.setattr(module, "calibrate", measure)
     assert main(["calibrate", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed.pop("file") == str(tmp_path / "mine.json")
@@ -181,7 +180,7 @@ def test_the_users_file_follows_the_environment(monkeypatch, tmp_path):
     ],
 )
 def test_bad_input_stops_before_the_measurement(arguments, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate_command, "calibrate", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(module, "calibrate", lambda *a, **k: pytest.fail("measured"))
     (tmp_path / "file").touch()
     filled = [text.replace("{folder}", str(tmp_path)) for text in arguments]
     default = [] if "--output" in filled else ["--output", str(tmp_path / "new.json")]
