@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lbaccel.errors import InputError
+
+GRACE = 30.0  # seconds for a case that has begun
 
 
 @dataclass
@@ -133,3 +136,48 @@ def append(path: Path, case: Any, row: dict[str, Any]) -> None:
 def results_file(name: str) -> Path:
     """In $OUT where it is set, else here."""
     return Path(os.environ.get("OUT", ".")) / name
+
+
+def run_cases(
+    name: str,
+    cases: Callable[[bool], Sequence[Any]],
+    run: Callable[[Any, str], dict[str, Any]],
+    table: Callable[[dict[Any, dict[str, Any]]], str],
+    *,
+    start: float,
+) -> int:
+    """The whole of a benchmark: flags, cases that are missing, a line each, and the table.
+
+    Args:
+        name: of the file of results, without its ending.
+        cases: all of them, or with True the few small ones of a dry run on a CPU.
+        run: (case, "cuda" or "cpu") -> what it found.
+        table: of the cases that did not fail.
+        start: `time.monotonic` at the beginning, imports included.
+
+    Returns:
+        0 where every case has its result, 1 where some are missing.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--results", type=Path, default=results_file(f"{name}.jsonl"))
+    parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--dry", action="store_true", help="a few small cases on the CPU")
+    a = parser.parse_args()
+    where = "cpu" if a.dry else "cuda"
+    device = {"name": "cpu, a dry run"} if a.dry else cuda_or_exit()
+    wanted = list(cases(a.dry))
+    rows = read(a.results, type(wanted[0]))
+    missing = [case for case in wanted if "error" in rows.get(case, {"error": "none"})]
+    print(f"{device['name']}: {len(missing)} of {len(wanted)} cases, {a.results}", flush=True)
+    until = start + a.seconds
+    found = run_each(lambda case: run(case, where), missing, until=until, kill_at=until + GRACE)
+    for case, row in found:
+        row = {**row, "device": device["name"]}
+        append(a.results, case, row)
+        rows[case] = row
+        print(*asdict(case).values(), row.get("error", "done"), flush=True)
+    done = {c: row for c in wanted if (row := rows.get(c)) is not None and "error" not in row}
+    if done:
+        print(table(done))
+    print(f"{len(done)} of {len(wanted)} cases")
+    return 0 if len(done) == len(wanted) else 1
