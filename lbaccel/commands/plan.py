@@ -13,6 +13,7 @@ from lbaccel.errors import InputError
 from lbaccel.network_arguments import network_arguments
 from lbaccel.recipe import bounds
 from lbaccel.runs.figures import check_plot
+from lbaccel.runs.waiting import Waiting
 from lbaccel.text import printable
 
 if TYPE_CHECKING:  # flags and help need no torch
@@ -146,28 +147,30 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
     def asked(value: Any) -> Any:
         return None if value == "auto" else value
 
-    return plan(
-        a.model,
-        global_batch_size=a.global_batch_size,
-        img_size=a.img_size,
-        memory=a.memory,
-        world_size=a.world_size,
-        device=a.device,
-        precision=a.precision,
-        optimizer=a.optimizer,
-        teacher=None if a.teacher is None else _teacher(a.teacher, img_size=a.img_size),
-        norm_batch_size=a.norm_batch_size,
-        num_classes=a.num_classes,
-        model_kwargs=network_arguments(a.model_kwargs),
-        micro_batch_size=asked(a.micro_batch_size),
-        activation_checkpointing=asked(a.activation_checkpointing),
-        memory_format=asked(a.memory_format),
-        zero_stage=a.zero,
-        offload=a.offload,
-        num_samples=a.num_samples,
-        epochs=a.epochs,
-        sweeps=sweeps,
-    )
+    with Waiting("plan") as waiting:
+        return plan(
+            a.model,
+            global_batch_size=a.global_batch_size,
+            img_size=a.img_size,
+            memory=a.memory,
+            world_size=a.world_size,
+            device=a.device,
+            precision=a.precision,
+            optimizer=a.optimizer,
+            teacher=None if a.teacher is None else _teacher(a.teacher, img_size=a.img_size),
+            norm_batch_size=a.norm_batch_size,
+            num_classes=a.num_classes,
+            model_kwargs=network_arguments(a.model_kwargs),
+            micro_batch_size=asked(a.micro_batch_size),
+            activation_checkpointing=asked(a.activation_checkpointing),
+            memory_format=asked(a.memory_format),
+            zero_stage=a.zero,
+            offload=a.offload,
+            num_samples=a.num_samples,
+            epochs=a.epochs,
+            sweeps=sweeps,
+            say=waiting.say,
+        )
 
 
 def _teacher(path: str, *, img_size: int | None) -> nn.Module:

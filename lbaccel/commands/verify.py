@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from lbaccel.commands.plan import add_model_kwargs
@@ -12,6 +11,7 @@ from lbaccel.errors import InputError
 from lbaccel.network_arguments import SMALL_IMAGE, network_arguments
 from lbaccel.recipe import bounds
 from lbaccel.recipe.values import flag_of
+from lbaccel.runs.waiting import Waiting
 from lbaccel.text import printable
 
 NUM_SAMPLES = 11  # prime: every cut is ragged
@@ -115,23 +115,30 @@ def run(arguments: argparse.Namespace) -> int:
         "seed": a.seed,
         "tolerance": a.tolerance,
         "name": a.model,
-        "say": _progress,
     }
-    if a.against == "ddp":
-        certificate = verify_against_ddp(
-            model,
-            cross_entropy,
-            samples,
-            gpus=gpus,
-            accumulation=accumulation,
-            sync_bn=a.sync_bn,
-            uneven=a.uneven,
-            data=data,
-            **common,
-        )
-    else:
-        certificate = verify(model, cross_entropy, samples, data=f"{num_samples} {data}", **common)
-    _progress("")
+    with Waiting("verify", after=0.0) as waiting:
+        if a.against == "ddp":
+            certificate = verify_against_ddp(
+                model,
+                cross_entropy,
+                samples,
+                gpus=gpus,
+                accumulation=accumulation,
+                sync_bn=a.sync_bn,
+                uneven=a.uneven,
+                data=data,
+                say=waiting.say,
+                **common,
+            )
+        else:
+            certificate = verify(
+                model,
+                cross_entropy,
+                samples,
+                data=f"{num_samples} {data}",
+                say=waiting.say,
+                **common,
+            )
     print(certificate.to_json() if a.json else printable(str(certificate)))
     return 0 if certificate.equivalent else 1
 
@@ -149,10 +156,3 @@ def _num_samples(a: argparse.Namespace) -> int:
         return math.prod(_cut(a))
     n = a.norm_batch_size
     return max(3 * n - 1, NUM_SAMPLES) if isinstance(n, int) else NUM_SAMPLES
-
-
-def _progress(line: str) -> None:
-    """One line on a terminal's standard error, overwritten; nothing where it is a file."""
-    if sys.stderr.isatty():
-        text = f"verify: {line} " if line else ""
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

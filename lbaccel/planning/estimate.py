@@ -77,6 +77,7 @@ class Estimator:
         self, network: Network, plan: BatchPlan, device: Device, precision: Precision
     ) -> None:
         self.observe: Callable[[Candidate, int], Estimate] | None = None
+        self.say: Callable[[str], object] = lambda _: None  # called before each trace
         self.network, self.plan, self.device = network, plan, device
         self.zero: Zero | None = None  # without: one process, or DDP
         self.precision: Precision = precision
@@ -138,6 +139,14 @@ class Estimator:
                 finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
             )
         return self._surveys[size]
+
+    def like(
+        self, *, plan: BatchPlan | None = None, precision: Precision | None = None
+    ) -> Estimator:
+        """One for another contract of the same network and device."""
+        other = Estimator(self.network, plan or self.plan, self.device, precision or self.precision)
+        other.say = self.say
+        return other.under(self.zero)
 
     def of_world(self, world_size: int) -> Estimator:
         """The same on another number of devices; what was traced is shared."""
@@ -259,6 +268,9 @@ class Estimator:
     ) -> Trace:
         self.num_traces += 1
         size = candidate.micro_batch_size
+        shown = candidate.checkpointing
+        how = shown if isinstance(shown, str) else f"{len(shown)} segments"
+        self.say(f"micro-batch {size}, recompute {how}, {candidate.memory_format}")
         plan = replace(
             self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size
         )

@@ -136,9 +136,7 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
         return Lever(name, saved / GIB, pct, True, _verdict(saved, peak, pct, why))
 
     if estimator.precision == "fp32":
-        half = Estimator(estimator.network, estimator.plan, estimator.device, "bf16")
-        half = half.under(estimator.zero)
-        yield against(half, "bf16", "another rounding: yours to decide")
+        yield against(estimator.like(precision="bf16"), "bf16", "another rounding: yours to decide")
     states = estimator.state_bytes
     if estimator.zero is not None and estimator.zero.stage:
         states = choice.estimate.breakdown["optimizer"]  # a rank's part
@@ -155,8 +153,7 @@ def _of_the_contract(search: Search, choice: Choice) -> Iterator[Lever]:
         )
     if isinstance(estimator.plan.norm_batch_size, int):
         plan = replace(estimator.plan, norm_batch_size="frozen")
-        frozen = Estimator(estimator.network, plan, estimator.device, estimator.precision)
-        frozen = frozen.under(estimator.zero)
+        frozen = estimator.like(plan=plan)
         yield against(frozen, "frozen BatchNorm", "for pretrained weights: any micro-batch then")
 
 

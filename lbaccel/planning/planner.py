@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,10 +71,11 @@ def plan(
     observes: bool = True,
     compare: bool = True,
     sweeps: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> Plan:
     """The fastest plan for a global batch that fits in `memory`, without running anything.
 
-    One update is traced on fake tensors: no memory, no device, nothing of the model changes. Where
+    Updates are traced on fake tensors: no memory, no device, nothing of the model changes. Where
     nothing fits, `fits` is False and the plan is the nearest one that there is.
 
     Args:
@@ -108,6 +109,7 @@ def plan(
         observes: where the model can't be traced, run real micro-batches on the device at hand.
         compare: fill in `levers` and `alternatives`; without, the plan takes half the time.
         sweeps: fill in `points`, the frontier of time against memory.
+        say: called with a line before each trace.
 
     Raises:
         InputError: sizes that are none, a budget below the weights, an unknown device, or a model
@@ -158,7 +160,7 @@ def plan(
         memory_format=memory_format,
         checkpointing=activation_checkpointing,
     )
-    search = _search(trained, network, batch, machine=machine, pinned=pinned)
+    search = _search(trained, network, batch, machine=machine, pinned=pinned, say=say)
     return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps))
 
 
@@ -221,9 +223,17 @@ def _batch_plan(
 
 
 def _search(
-    trained: Trained, network: Network, batch: BatchPlan, *, machine: Machine, pinned: Pinned
+    trained: Trained,
+    network: Network,
+    batch: BatchPlan,
+    *,
+    machine: Machine,
+    pinned: Pinned,
+    say: Callable[[str], object] | None,
 ) -> Search:
     estimator = Estimator(network, batch, machine.device, trained.precision)
+    if say is not None:
+        estimator.say = say
     if machine.zero is not None:
         estimator = estimator.under(machine.zero)
     weight_bytes = estimator.weight_bytes + estimator.teacher_bytes
