@@ -138,11 +138,17 @@ def to_target(axes: Any, result: Result) -> None:
         axes.plot(x, y, MARKERS[i], color=COLORS[i], markersize=5, label=label)
         marks = [p["mean_met"] for p in cut]
         axes.plot([p["batch"] for p in cut], marks, MARKERS[i], color=COLORS[i], mfc="white")
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     over_batches(axes, result["batches"])
     aim = result["target"]
     axes.set_ylabel(f"updates to {aim['metric']} of {aim['value']:g}")
-    axes.set_title("updates to target (dotted: perfect scaling)", fontsize=9)
+    axes.set_title(
+        "updates to target (dotted: perfect scaling; hollow: a seed never did)", fontsize=9
+    )
     axes.legend(fontsize=7)
 
 
