@@ -146,9 +146,7 @@ def to_target(axes: Any, result: Result) -> None:
     over_batches(axes, result["batches"])
     aim = result["target"]
     axes.set_ylabel(f"updates to {aim['metric']} of {aim['value']:g}")
-    axes.set_title(
-        "updates to target (dotted: perfect scaling; hollow: a seed never did)", fontsize=9
-    )
+    axes.set_title("updates to target; hollow: not by all seeds", fontsize=9)
     axes.legend(fontsize=7)
 
 
