@@ -910,6 +910,20 @@ MUTANTS = {
         "tests/planning/cost/test_cuda_limit.py::"
         "test_a_limit_at_which_updates_go_on_emptying_the_cache_is_not_enough",
     ),
+    "a plan may be slower than one that was traced": (
+        "planning.search",
+        "return self._not_slower(found or self._smallest(layout))",
+        "return found or self._smallest(layout)",
+        "tests/planning/test_planner.py::"
+        "test_no_plan_is_slower_by_its_own_model_than_one_that_was_traced_and_fits",
+    ),
+    "the seconds of a unit may be below zero": (
+        "planning.search",
+        "size * min(one / self._sizes[0], two / self._sizes[1]),",
+        "-math.inf,",
+        "tests/planning/test_planner.py::"
+        "test_a_units_seconds_are_never_below_zero_however_small_the_micro_batch",
+    ),
     "a workspace holds for any number of threads": (
         "planning.cost.kernel_calls",
         "        torch.get_num_threads(),\n",

@@ -254,6 +254,10 @@ class Estimator:
             forward_seconds=tuple(timed(kernels) for kernels in by_step.forward),
         )
 
+    def traced(self) -> list[Candidate]:
+        """Each candidate that has its estimate already."""
+        return list(dict.fromkeys(candidate for candidate, _ in self._known))
+
     def step_seconds(self, *, fused: bool | None = None) -> float:
         """Of the optimizer's step: a fused one reads each tensor once, a loop about twice."""
         moved = 2 * self.weight_bytes + self.gradient_bytes + 2 * self.state_bytes

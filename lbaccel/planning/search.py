@@ -76,7 +76,24 @@ class Search:
             found = self._fitting(layout, "none")
             if self.pinned.checkpointing is None:
                 found = self._with_segments(layout, found)
-        return found or self._smallest(layout)
+        return self._not_slower(found or self._smallest(layout))
+
+    def _not_slower(self, found: Choice) -> Choice:
+        """`found`, or what was traced on the way, fits, and is faster by more than `PLATEAU`."""
+        pinned = self.pinned
+        traced = [
+            self.choice(candidate)
+            for candidate in self.estimator.traced()
+            if pinned.micro_batch_size in (None, candidate.micro_batch_size)
+            and pinned.memory_format in (None, candidate.memory_format)
+            and pinned.checkpointing in (None, candidate.checkpointing)
+        ]
+        best = min((c for c in traced if c.fits), key=lambda c: c.seconds, default=None)
+        if best is None or (
+            found.fits and found.seconds <= PLATEAU[self.estimator.device.kind] * best.seconds
+        ):
+            return found
+        return best
 
     def choice(self, candidate: Candidate) -> Choice:
         """The cost of `candidate`, and whether it fits the budget."""
@@ -292,8 +309,11 @@ class Search:
             )
             for key in ("before", "head", "elsewhere")
         }
-        forward = [
-            _line(self._sizes, one, two, size)
+        forward = [  # never faster a sample than in the faster of both traces, let alone below 0
+            max(
+                _line(self._sizes, one, two, size),
+                size * min(one / self._sizes[0], two / self._sizes[1]),
+            )
             for one, two in zip(first.forward_seconds, second.forward_seconds, strict=True)
         ]
         return ChainCost(tuple(units), **around, state=first.chain.state), forward

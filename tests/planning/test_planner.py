@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,11 +14,12 @@ import lbaccel
 from lbaccel import cli
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
+from lbaccel.planning.cost.chain import ChainCost
 from lbaccel.planning.cost.devices import CARDS, CPU, find_device
 from lbaccel.planning.cost.update import Network, image_batch
 from lbaccel.planning.estimate import Candidate, Estimator
 from lbaccel.planning.planner import plan
-from lbaccel.planning.search import Pinned, Search
+from lbaccel.planning.search import PLATEAU, Pinned, Search
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -355,6 +357,36 @@ def test_the_largest_micro_batch_that_fits_is_within_a_group_or_five_percent(dev
         truth = max((s for s, peak in plain.items() if peak <= budget), default=None)
         assert size is not None and plain[size] <= budget
         assert size == truth or budget - plain[size] < 0.05 * budget
+
+
+@pytest.mark.parametrize("device", [CPU, CARDS["RTX 3060"]])
+def test_no_plan_is_slower_by_its_own_model_than_one_that_was_traced_and_fits(device, monkeypatch):
+    search = search_for("resnet10t", device=device, budget=2**31, n=16)
+    search.run()
+    traced = [search.choice(candidate) for candidate in search.estimator.traced()]
+    best = min((c for c in traced if c.fits), key=lambda c: c.seconds)
+    slow = max((c for c in traced if c.fits), key=lambda c: c.seconds)
+    assert slow.seconds > PLATEAU[device.kind] * best.seconds
+    monkeypatch.setattr(Search, "_fitting", lambda *_: slow)
+    monkeypatch.setattr(Search, "_with_segments", lambda self, layout, found: found)
+    assert search.run() == best
+    pin = Pinned(micro_batch_size=slow.candidate.micro_batch_size)
+    size = Search(search.estimator, 2**31, pin).run().candidate.micro_batch_size
+    assert size == slow.candidate.micro_batch_size  # a pin is kept, however slow
+
+
+@pytest.mark.parametrize("seconds", [((1.0,), (3.0,)), ((2.0,), (2.0,)), ((3.0,), (2.0,))])
+def test_a_units_seconds_are_never_below_zero_however_small_the_micro_batch(seconds, monkeypatch):
+    """swin_tiny in bf16: four units took more than twice as long on twice the samples."""
+    search = search_for("resnet10t", device=CPU, budget=2**31)
+    chain = ChainCost((), before=0, head=0, elsewhere=0, state=0)
+    estimates = [SimpleNamespace(chain=chain, forward_seconds=of) for of in seconds]
+    monkeypatch.setattr(search, "_lines", lambda *_: estimates)
+    a, b = search._sizes
+    least = min(seconds[0][0] / a, seconds[1][0] / b)
+    for size in (1, 3, a, b, 4 * b):
+        (found,) = search._chain("contiguous", size)[1]
+        assert found >= size * least > 0
 
 
 def test_without_a_micro_batch_that_fits_there_is_none():
