@@ -135,6 +135,7 @@ def facts(one: Run, *, on_cpu: bool) -> list[tuple[str, str]]:
         rows.append(("predicted peak memory", "none: no planner chose how this run fits"))
     add("predicted peak memory", predicted, "{:.2f} GiB" + ", of tensors alone" * on_cpu)
     add("measured peak memory", measured, "{:.2f} GiB" + ", of the whole process" * on_cpu)
+    add("of it before the first update", summary.get("own_gib"), "{:.2f} GiB")
     if predicted and measured and not on_cpu:
         add("predicted over measured", 100 * (predicted / measured - 1), "{:+.1f} %")
     return rows

@@ -71,6 +71,7 @@ SUMMED: dict[str, Kind] = {
     "samples_seen": WHOLE,
     "samples_per_second": NUMBER,
     "peak_gib": NUMBER,
+    "own_gib": NUMBER,
     "seconds": NUMBER,
 }
 MACHINE: dict[str, Kind] = {

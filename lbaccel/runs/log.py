@@ -14,7 +14,7 @@ from lbaccel.runs.folder import BEST, BEST_EMA
 from lbaccel.runs.length import Length
 from lbaccel.runs.notices import LossNotices
 from lbaccel.runs.patience import Patience
-from lbaccel.runs.progress import peak_gib
+from lbaccel.runs.progress import peak_gib, resident_gib
 from lbaccel.runs.target import TargetWatch
 
 Counted = tuple[float, int, float | None]
@@ -64,6 +64,7 @@ class RunLog:
         self.window_seconds = 0.0
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+        self.own_gib = resident_gib()  # of the process, before the first update
 
     @property
     def seconds(self) -> float:
@@ -166,6 +167,7 @@ class RunLog:
             "samples_seen": large_batch.samples_seen,
             "seconds": self.seconds,
             "peak_gib": peak_gib(),
+            "own_gib": self.own_gib,
             "samples_per_second": large_batch.samples_seen / max(self.training_seconds, 1e-9),
             **self.best_so_far(),
             **kept,

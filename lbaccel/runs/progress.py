@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +91,20 @@ def peak_gib() -> float:
     return kib * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
+def resident_gib() -> float:
+    """Memory that this process holds now, Python and torch included; nan where nobody says.
+
+    On a GPU it is nan too: `peak_gib` is the allocator's there, and nothing of the host.
+    """
+    if torch.cuda.is_available():
+        return math.nan
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (OSError, ValueError):
+        return math.nan
+
+
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The run's result as aligned lines."""
     rows = [
@@ -100,7 +116,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         ("samples", f"{summary['samples_seen']:,}"),
         ("seconds", f"{summary['seconds']:.1f}"),
         ("samples a second in updates", f"{summary['samples_per_second']:,.0f}"),
-        ("peak memory", _gib(summary["peak_gib"])),
+        ("peak memory", _gib(summary["peak_gib"]) + _own(summary.get("own_gib"))),
     ]  # fmt: skip
     if "val_top1_ema" in summary:
         rows.insert(1, ("validation top-1, EMA", _percent(summary["val_top1_ema"])))
@@ -109,6 +125,15 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         rows.insert(3, ("best validation top-1, EMA", best))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _own(value: float | None) -> str:
+    """
+    >>> _own(0.61), _own(None)
+    (', 0.61 of it before the first update', '')
+    """
+    known = value is not None and not math.isnan(value)
+    return f", {value:.2f} of it before the first update" if known else ""
 
 
 def _gib(value: float | None) -> str:
