@@ -38,8 +38,14 @@ def read(source: Path, called: Sequence[str]) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The numbers with at most POINTS of each training curve, a line a run."""
+    """The numbers with at most POINTS of each training curve, a line a run.
+
+    The settings that a study gives all have one origin, its file: that is left out.
+    """
     for run in result["runs"]:
+        if run["provenance"]:
+            run["provenance"].pop("origin", None)
+        run["noise"] = [run["noise"][i] for i in kept([row[2] for row in run["noise"]], POINTS)]
         for name, points in (run["history"] or {}).items():
             if name.startswith("train/") and len(points) > POINTS:
                 at = kept([point[-1] for point in points], POINTS)

@@ -373,16 +373,19 @@ def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
 
 
 def _requests(trace: Trace) -> tuple[list[Request], list[Request]]:
-    """The trace as the allocator sees it: what is there before an update, and the update."""
+    """The trace as the allocator sees it: what is there before an update, and the update.
+
+    The former stays: that it goes when the trace does is no part of an update.
+    """
     held: list[Request] = []
     update: list[Request] = []
-    into = held
+    into, stays = held, set[int]()
     for event in trace.events:
         if isinstance(event, Mark) and event.name.startswith("micro-step"):
-            into = update
+            into, stays = update, stays or {name for name, _ in held}
         elif isinstance(event, Allocate):
             into.append((event.id, event.num_bytes))
-        elif isinstance(event, Free):
+        elif isinstance(event, Free) and event.id not in stays:
             into.append((event.id, -1))
         elif isinstance(event, Kernel) and event.workspace:
             into += [(-1, event.workspace), (-1, -1)]  # it comes and goes

@@ -10,8 +10,9 @@ from lbaccel.batch.plan import BatchPlan
 from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory, replay
 from lbaccel.planning.cost.cuda_limit import SETTLED, UPDATES, smallest_limit
 from lbaccel.planning.cost.devices import GIB, find_device
+from lbaccel.planning.cost.trace import Allocate, Free, Mark, Trace
 from lbaccel.planning.cost.update import classification_loss
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Candidate, Estimator, _requests
 from lbaccel.planning.network import Trained, network_of
 
 MIB = 2**20
@@ -82,6 +83,16 @@ def test_a_limit_at_which_updates_go_on_emptying_the_cache_is_not_enough():
     assert retries_of_updates([], update, 222 * MIB) == [2, 0, 1, 1, 1]
     limit = smallest_limit([], update)
     assert limit > 222 * MIB and not any(retries_of_updates([], update, limit)[-SETTLED:])
+
+
+def test_weights_stay_though_the_trace_ends_with_their_end():
+    trace = Trace(
+        [
+            Allocate(0, 8), Mark("micro-step 0"), Allocate(1, 4), Mark("micro-step 1"), Free(1),
+            Free(0),
+        ]
+    )  # fmt: skip
+    assert _requests(trace) == ([(0, 8)], [(1, 4), (1, -1)])
 
 
 @pytest.mark.parametrize(
