@@ -156,7 +156,39 @@ def to_target(axes: Any, result: Result) -> None:
     axes.legend(fontsize=7)
 
 
+def beside_baseline(axes: Any, result: Result) -> None:
+    """Each arm's points above the baseline, its paired interval, and each seed as a dot."""
+    titles = {arm["name"]: arm["title"] for arm in result["arms"]}
+    updates = {row["arm"]: row["updates"] for row in result["table"]}
+    base = result["baseline"]["arm"]
+    own = [one for one in result["comparisons"] if one["against_arm"] == base and one["n"] > 1]
+    for place, one in enumerate(reversed(own)):
+        ends = [[one["difference"] - one["low"]], [one["high"] - one["difference"]]]
+        axes.errorbar(one["difference"], place, xerr=ends, fmt="o", color=COLORS[0], capsize=4)
+        dots = list(one["per_seed"].values())
+        axes.scatter(dots, [place + 0.18] * len(dots), s=10, color=COLORS[1], zorder=3)
+    named = [f"{titles[one['arm']]} ({updates[one['arm']]:,.0f} updates)" for one in own]
+    axes.set_yticks(range(len(own)), list(reversed(named)))
+    axes.set_ylim(-0.5, len(own) - 0.3)
+    axes.axvspan(-0.5, 0.5, color="grey", alpha=0.15, lw=0)
+    axes.axvline(0, color="black", lw=0.8)
+    if max(abs(one["high"]) for one in own) > 4:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(
+            [-1, -0.5, 0, 0.5, 1, 2, 5, 8], ["-1", "-0.5", "0", "0.5", "1", "2", "5", "8"]
+        )
+    axes.set_xlabel(
+        f"points of {result['metric']} above {titles[base]} ({updates[base]:,.0f} updates)"
+    )
+    axes.grid(alpha=0.3, axis="x")
+
+
 def draw_overview(result: Result, path: Path) -> None:
+    if len(result["batches"]) == 1 and len(result["arms"]) > 1:
+        figure = new_figure(8.0, 1.2 + 0.55 * len(result["arms"]))
+        beside_baseline(figure.add_subplot(), result)
+        save(figure, path)
+        return
     panels: list[Panel] = []
     if len(result["batches"]) > 1:
         panels += [accuracy, difference]
