@@ -23,9 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from children import STATES
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-LOG, STATES = "all.log", "all.jsonl"
+LOG = "all.log"
 TO_ACCURACY = Path(tempfile.gettempdir()) / "lbaccel_to_accuracy"  # of it the summary is kept
 GRACE = 40.0  # seconds that a part may take beyond its share before it is killed
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")

@@ -19,6 +19,7 @@ from typing import Any
 from lbaccel.errors import InputError
 
 GRACE = 30.0  # seconds for a case that has begun
+STATES = "all.jsonl"  # of all.py: how far each part is
 
 
 @dataclass

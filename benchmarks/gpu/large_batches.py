@@ -25,11 +25,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from children import run_cases  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, plan  # noqa: E402
 from lbaccel.planning.cost.devices import GIB, device_at_hand  # noqa: E402
+from lbaccel.planning.cost.update import classification_loss  # noqa: E402
 from lbaccel.update.checkpointing import (  # noqa: E402
     apply_activation_checkpointing,
     apply_segments,
@@ -89,7 +89,8 @@ def run(case: Case, where: str) -> dict[str, Any]:
 
     def loss_fn(model: Any, micro_batch: Any) -> Any:
         images, labels = micro_batch
-        return F.cross_entropy(model(images.contiguous(memory_format=layout)), labels)
+        turned = images.contiguous(memory_format=layout)
+        return classification_loss(model, (turned, labels))
 
     if found.activation_checkpointing == "full":
         apply_activation_checkpointing(model)

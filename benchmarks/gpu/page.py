@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from children import read
+from children import STATES, read
 
 NOT_YET = "not measured yet"
 HEAD = """# On a GPU
@@ -34,7 +34,7 @@ def results_of(module: Any, path: Path) -> str | None:
 
 def said(folder: Path, part: str) -> str | None:
     """The last line of a part that has no file of its own, such as "9 passed in 40 s"."""
-    path = folder / "all.jsonl"
+    path = folder / STATES
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [row for row in map(json.loads, lines) if row["part"] == part]
     last = (rows[-1].get("said") or [""])[-1] if rows else ""
@@ -58,7 +58,7 @@ def devices(folder: Path) -> set[str]:
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():
             row = json.loads(line) if line.endswith("}") else {}
-            found |= {str(row[key]) for key in ("device",) if key in row}
+            found |= {str(row["device"])} if "device" in row else set()
     return found
 
 

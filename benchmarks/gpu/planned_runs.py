@@ -31,7 +31,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 import torch  # noqa: E402
-from children import append, cuda_or_exit, read, results_file, run_each  # noqa: E402
+from children import GRACE, append, cuda_or_exit, read, results_file, run_each  # noqa: E402
 
 from lbaccel import Plan, plan  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
@@ -45,7 +45,6 @@ PX, GLOBAL = 224, 8192
 NETWORKS = ("resnet50", "wide_resnet50_2", "convnext_tiny", "vit_base_patch16_224")
 BUDGETS = (8, 12, 16, 24)  # GiB
 GRID = (64, 256, 512)
-GRACE = 30.0  # seconds for a case that has begun
 PLANNERS = 8  # plans at a time, which need a core each and no GPU
 
 

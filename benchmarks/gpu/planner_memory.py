@@ -27,7 +27,7 @@ from typing import Any, Literal  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from children import append, cuda_or_exit, read, results_file, run_each  # noqa: E402
+from children import GRACE, append, cuda_or_exit, read, results_file, run_each  # noqa: E402
 
 from lbaccel import plan  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
@@ -51,7 +51,6 @@ NETWORKS = (
     "vgg11_bn",
 )
 SHARE = 0.9  # of the device, for all cases that run at one time
-GRACE = 30.0  # seconds for cases that have begun
 
 
 @dataclass(frozen=True)

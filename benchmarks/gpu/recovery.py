@@ -25,11 +25,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from children import run_cases  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader  # noqa: E402
 from lbaccel.planning.cost.devices import GIB  # noqa: E402
+from lbaccel.planning.cost.update import classification_loss  # noqa: E402
 from lbaccel.update.memory.budget import memory_limit  # noqa: E402
 
 NORM, UPDATES = 8, 4
@@ -48,11 +48,6 @@ def cases(dry: bool) -> list[Case]:
     if dry:  # a CPU has no cap: the plumbing alone
         return [Case("resnet10t", 32, 32, 16, None)]
     return [Case("resnet50", 224, 256, 128, cap) for cap in (None, 8.0, 4.0, 2.0)]
-
-
-def loss_fn(model: Any, micro_batch: Any) -> Any:
-    images, labels = micro_batch
-    return F.cross_entropy(model(images), labels)
 
 
 def run(case: Case, where: str) -> dict[str, Any]:
@@ -75,7 +70,7 @@ def run(case: Case, where: str) -> dict[str, Any]:
         for _ in range(UPDATES):
             for update in loader:
                 start = time.perf_counter()
-                results.append(large_batch.update(update, loss_fn))
+                results.append(large_batch.update(update, classification_loss))
                 seconds.append(round(time.perf_counter() - start, 3))
     return {
         "losses": [result.loss for result in results],

@@ -26,10 +26,10 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from children import run_cases  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader  # noqa: E402
+from lbaccel.planning.cost.update import classification_loss  # noqa: E402
 
 STEPS, REPEATS = 16, 7
 Arm = Callable[[], Any]
@@ -56,11 +56,6 @@ def cases(dry: bool) -> list[Case]:
     ]
 
 
-def loss_fn(model: Any, micro_batch: Any) -> Any:
-    images, labels = micro_batch
-    return F.cross_entropy(model(images), labels)
-
-
 def _network(case: Case, where: str) -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model: Any = timm.create_model(case.network, num_classes=10, drop_path_rate=case.drop_path)
@@ -82,7 +77,7 @@ def _ours(case: Case, where: str, data: tuple[Any, Any]) -> Arm:
     loader = UpdateLoader(TensorDataset(*data), plan)
     model, optimizer, loader = large_batch.prepare(model, optimizer, loader)
     (update,) = loader
-    return lambda: large_batch.update(update, loss_fn)
+    return lambda: large_batch.update(update, classification_loss)
 
 
 def _plain(case: Case, where: str, data: tuple[Any, Any]) -> Arm:
@@ -92,7 +87,7 @@ def _plain(case: Case, where: str, data: tuple[Any, Any]) -> Arm:
     def run() -> None:
         for x, y in zip(images.chunk(STEPS), labels.chunk(STEPS), strict=True):
             with torch.autocast(where, dtype=torch.bfloat16):
-                loss = loss_fn(model, (x, y))
+                loss = classification_loss(model, (x, y))
             (loss / STEPS).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -110,7 +105,7 @@ def _accumulate(case: Case, where: str, data: tuple[Any, Any]) -> Arm:
     def run() -> None:
         for x, y in zip(images.chunk(STEPS), labels.chunk(STEPS), strict=True):
             with accelerator.accumulate(model):
-                accelerator.backward(loss_fn(model, (x, y)))
+                accelerator.backward(classification_loss(model, (x, y)))
                 optimizer.step()
                 optimizer.zero_grad()
 
