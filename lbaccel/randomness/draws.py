@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.layers.drop import DropPath
@@ -20,8 +20,21 @@ from torchvision.ops import StochasticDepth
 # SELU's fixed point: -scale x alpha (Klambauer et al. 2017, section 1)
 SELU_FLOOR = -1.7580993408473766
 COMMON, ALL_KEPT = -1, -2  # in place of the dimension of the samples
-Keys = tuple[Tensor, int, int]
-"""Int64 keys [n] of the samples, their dimension, and how many runs of samples it holds."""
+
+
+class Keys(NamedTuple):
+    """The keys of a call, one a sample or one for all of them: row `row` of a block of calls."""
+
+    low: Tensor  # int32 [calls, n], the lower half of each key
+    high: Tensor  # int32 [calls, n], its upper half
+    first: Tensor  # int32 [calls, n], `element_bits` of element 0
+    row: int
+    dim: int  # of the samples, or COMMON or ALL_KEPT
+    runs: int  # of samples that the dimension holds
+
+    def bits(self, count: int) -> Tensor:
+        """`element_bits` [n, count] of this call."""
+        return element_bits(self.low[self.row], self.high[self.row], count)
 
 
 class KeySource(Protocol):
@@ -30,17 +43,30 @@ class KeySource(Protocol):
     keys: Callable[[Tensor, int], Keys | None]
 
 
-def element_bits(keys: Tensor, count: int) -> Tensor:
-    """Random int32 [len(keys), count]: a hash of each key and element in 32-bit arithmetic.
+def halves(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper 32 bits of int64 keys, as int32."""
+    return keys.to(torch.int32), (keys >> 32).to(torch.int32)
+
+
+def element_bits(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Random int32 [len(low), count]: a hash of each key and element in 32-bit arithmetic.
 
     The element is multiplied and folded (Knuth's golden ratio), then mixed with the key's two
     halves in two rounds of xor, multiply and shift. Uniform over the whole range of int32, best in
     its upper bits.
     """
-    low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
-    element = torch.arange(count, dtype=torch.int32, device=keys.device).mul_(-1640531527)
+    element = torch.arange(count, dtype=torch.int32, device=low.device).mul_(-1640531527)
     element = element ^ (element >> 15).bitwise_and_(0x1FFFF)
-    h = (element ^ low).mul_(0x7FEB352D)
+    return _mixed(element ^ low[:, None], high[:, None])
+
+
+def first_bits(low: Tensor, high: Tensor) -> Tensor:
+    """`element_bits` of element 0, in the shape of the keys: the draw of a whole sample."""
+    return _mixed(low.clone(), high)  # element 0 is folded to 0
+
+
+def _mixed(h: Tensor, high: Tensor) -> Tensor:
+    h.mul_(0x7FEB352D)
     h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(high)
     return h.mul_(-2073254261)
 
@@ -71,14 +97,16 @@ def bits_of(
     found = source.keys(x, covered)
     if found is None:
         return None
-    keys, dim, runs = found
+    dim, runs, samples = found.dim, found.runs, found.low.shape[1]
     lead, rest = x.shape[:covered], each or (1,) * (x.ndim - covered)
     if dim == ALL_KEPT:
         return torch.full((*lead, *rest), -(2**31), dtype=torch.int32, device=x.device)
     if dim == COMMON:
-        return element_bits(keys, math.prod((*lead, *each))).view(*lead, *rest)
-    own = (*lead[:dim], runs, lead[dim] // (len(keys) * runs), *lead[dim + 1 :], *each)
-    bits = element_bits(keys, math.prod(own)).view(len(keys), *own)
+        return found.bits(math.prod((*lead, *each))).view(*lead, *rest)
+    if not each and lead == (samples,):  # one draw a sample
+        return found.first[found.row].view(*lead, *rest)
+    own = (*lead[:dim], runs, lead[dim] // (samples * runs), *lead[dim + 1 :], *each)
+    bits = found.bits(math.prod(own)).view(samples, *own)
     if dim > 0 or runs > 1:
         bits = bits.movedim(0, dim + 1)
     return bits.reshape(*lead, *rest)
@@ -88,6 +116,17 @@ def _dropped(x: Tensor, mask: Tensor, keep: float, inplace: bool = False) -> Ten
     """x * mask / keep; autograd saves the mask, a byte an element."""
     scale = 1.0 / keep if keep > 0 else 0.0
     return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
+
+
+def _paths_dropped(x: Tensor, mask: Tensor, keep: float) -> Tensor:
+    """`_dropped` to the bit, in one pass over `x`, whose mask has far fewer elements.
+
+    A mask times a number has torch's default dtype. A tensor of another one, such as autocast's,
+    takes its factors one after the other: in its own dtype the scale would be rounded.
+    """
+    if x.dtype != torch.get_default_dtype():
+        return _dropped(x, mask, keep)
+    return x * (mask * (1.0 / keep if keep > 0 else 0.0))
 
 
 Make = Callable[[KeySource, Any], Any]
@@ -157,7 +196,7 @@ def _drop_path(source: KeySource, plain: Any) -> Any:
         if bits is None:
             return plain(self, x)
         keep = 1 - self.drop_prob
-        return _dropped(x, keep_mask(bits, keep), keep if self.scale_by_keep else 1.0)
+        return _paths_dropped(x, keep_mask(bits, keep), keep if self.scale_by_keep else 1.0)
 
     return forward
 
@@ -168,7 +207,7 @@ def _stochastic_depth(source: KeySource, plain: Any) -> Any:
         bits = bits_of(source, input, 0 if self.mode == "batch" else 1) if active else None
         if bits is None:
             return plain(self, input)
-        return _dropped(input, keep_mask(bits, 1 - self.p), 1 - self.p)
+        return _paths_dropped(input, keep_mask(bits, 1 - self.p), 1 - self.p)
 
     return forward
 

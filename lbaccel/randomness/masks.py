@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, check_seed
-from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys
+from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys, first_bits, halves
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
 from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
@@ -78,8 +78,9 @@ class KeyedRandomness:
         self._micro_batch: MicroBatch | None = None
         self._recomputing = False
         self._watch: Callable[[Tensor, int], object] | None = None
+        self._token = torch.zeros((), dtype=torch.int64, device="cpu")
         self._calls: dict[int, int] = {}  # token of a call to its number
-        self._rows: dict[int, Tensor] = {}  # int64 [CALLS_AT_ONCE, n] of a block of calls
+        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # a block's, see `_hashed`
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
         self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
@@ -147,14 +148,15 @@ class KeyedRandomness:
             self._recomputing = False
 
     def _next_keys(self, x: Tensor, covered: int) -> Keys | None:
-        """Keys [n] of the samples of the next call, or [1] common to the update; None: no keys.
+        """Keys of the samples of the next call, or one common to the update; None: no keys.
 
         Raises:
             NotLearned: the call is not one of those that `layouts` holds.
         """
         if self._watch is not None:
             self._watch(x, covered)
-            return torch.zeros(1, dtype=torch.int64, device=x.device), ALL_KEPT, 1
+            none = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
+            return Keys(none, none, none, 0, ALL_KEPT, 1)
         assert self._micro_batch is not None
         samples = self._micro_batch.num_samples
         if self.layouts is not None:
@@ -169,23 +171,29 @@ class KeyedRandomness:
             return None
         if place.dim is None or place.dim >= covered:
             h = torch.full((1,), _signed(self._base()), dtype=torch.int64, device=x.device)
-            return _chain(_chain(h, ALL_SAMPLES), call), COMMON, 1
+            return Keys(*_drawn(_chain(_chain(h, ALL_SAMPLES), call)[None]), 0, COMMON, 1)
         runs = place.runs_of(x, samples)
         block, row = divmod(call, CALLS_AT_ONCE)
         if block not in self._rows:
-            start = self._micro_batch.start
-            positions = torch.arange(start, start + samples, device=x.device)
-            calls = torch.arange(CALLS_AT_ONCE, device=x.device) + block * CALLS_AT_ONCE
-            h = _chain(torch.full_like(positions, _signed(self._base())), positions)
-            self._rows[block] = _chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None])
-        return self._rows[block][row], place.dim, runs
+            self._rows[block] = self._hashed(block, self._micro_batch, x.device)
+        return Keys(*self._rows[block], row, place.dim, runs)
+
+    def _hashed(
+        self, block: int, micro_batch: MicroBatch, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Lower and upper half of the keys of a block of calls, and the first draw of each."""
+        start, samples = micro_batch.start, micro_batch.num_samples
+        positions = torch.arange(start, start + samples, device=device)
+        calls = torch.arange(CALLS_AT_ONCE, device=device) + block * CALLS_AT_ONCE
+        h = _chain(torch.full_like(positions, _signed(self._base())), positions)
+        return _drawn(_chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None]))
 
     def _base(self) -> int:
         return int(keyed_hash(self.seed, MASKS, self._update))
 
     def call_number(self) -> int:
         """Number of this call among the micro-batch's, the same in forward and recompute."""
-        token = int(torch.randint(2**62, (), device="cpu"))
+        token = int(self._token.random_())
         if token not in self._calls:
             if self._recomputing:
                 raise InputError(
@@ -196,6 +204,11 @@ class KeyedRandomness:
                 )
             self._calls[token] = len(self._calls)
         return self._calls[token]
+
+
+def _drawn(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = halves(keys)
+    return low, high, first_bits(low, high)
 
 
 def _signed(value: int) -> int:

@@ -22,7 +22,7 @@ from updates import one_update
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader
 from lbaccel.batch.plan import MicroBatch
-from lbaccel.randomness.draws import element_bits, keep_mask
+from lbaccel.randomness.draws import element_bits, halves, keep_mask
 from lbaccel.randomness.keys import keyed_hash
 from lbaccel.randomness.masks import MASKS, KeyedRandomness
 
@@ -102,10 +102,15 @@ def test_patches_that_stay_are_keyed_and_the_prefix_is_whole():
 def test_keys_are_the_documented_hash():
     randomness = KeyedRandomness(7, CPU)
     with randomness.update(3), randomness.forward(MicroBatch(5, (4,))):
-        calls = [randomness.keys(torch.empty(4, 2), 2)[0] for _ in range(70)]  # past a block of 64
+        calls = [randomness.keys(torch.empty(4, 2), 2) for _ in range(70)]  # past a block of 64
     for number in (0, 1, 63, 64, 69):
         truth = keyed_hash(7, MASKS, 3, np.arange(5, 9), number)
-        assert (calls[number].numpy().view(np.uint64) == truth).all()
+        keys, row = calls[number], calls[number].row
+        low, high = (
+            half[row].numpy().view(np.uint32).astype(np.uint64) for half in (keys.low, keys.high)
+        )
+        assert (low + (high << np.uint64(32)) == truth).all()
+        assert torch.equal(keys.first[row], keys.bits(3)[:, 0])
 
 
 # -- distribution ---------------------------------------------------------------------------------
@@ -116,8 +121,8 @@ def masks_of(number, *, seed=0, update=0, samples=64, elements=512, keep=0.7):
     randomness = KeyedRandomness(seed, CPU)
     with randomness.update(update), randomness.forward(MicroBatch(0, (samples,))):
         for _ in range(number + 1):
-            keys = randomness.keys(torch.empty(samples, elements), 2)[0]
-    return keep_mask(element_bits(keys, elements), keep).double()
+            keys = randomness.keys(torch.empty(samples, elements), 2)
+    return keep_mask(keys.bits(elements), keep).double()
 
 
 def correlation(a, b):
@@ -157,7 +162,7 @@ def test_masks_of_layers_samples_updates_and_seeds_are_independent():
 
 def test_bits_are_uniform_bit_by_bit():
     keys = torch.from_numpy(keyed_hash(1, np.arange(64)).view(np.int64))
-    bits = element_bits(keys, 4096).numpy().view(np.uint32)
+    bits = element_bits(*halves(keys), 4096).numpy().view(np.uint32)
     for bit in range(8, 32):  # the upper ones decide
         share = ((bits >> bit) & 1).mean()
         assert abs(share - 0.5) < 5 * 0.5 / bits.size**0.5

@@ -1,0 +1,142 @@
+"""Microseconds of a micro-batch that lbaccel adds to a hand-written loop, with and without masks.
+
+python benchmarks/update_overhead.py [--repeats 9] [--micro-batches 32] [--only TEXT] [--json FILE]
+
+Both arms run the same network on the same samples: lbaccel's update, with all its parts, and a loop
+of forward, backward and `optimizer.step()` with torch's and timm's own masks. They are interleaved
+in one process with one thread; the figure is the smallest process time of each. The networks are
+small on purpose: what an update adds to a micro-batch does not grow with the network, but for the
+number of its masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from random_images import Images, loss_fn
+
+from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
+from lbaccel.models import adapt_stem
+
+VIT = {"img_size": 32, "patch_size": 8}
+CASES = {  # network, its arguments, pixels, micro-batch, noise scale
+    "vit_tiny": ("vit_tiny_patch16_224", VIT, 32, 4, False),
+    "vit_tiny, drop-path 0.2": (
+        "vit_tiny_patch16_224",
+        {**VIT, "drop_path_rate": 0.2},
+        32,
+        4,
+        False,
+    ),
+    "vit_tiny, dropout 0.1 of every element": (
+        "vit_tiny_patch16_224",
+        {**VIT, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1},
+        32,
+        4,
+        False,
+    ),
+    "vit_tiny, noise scale": ("vit_tiny_patch16_224", VIT, 32, 4, True),
+    "resnet10t": ("resnet10t", {}, 8, 8, False),
+    "resnet10t, drop-path 0.2": ("resnet10t", {"drop_path_rate": 0.2}, 8, 8, False),
+}
+
+
+def network(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **options)
+    if "resnet" in name:
+        adapt_stem(model)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def lbaccel_arm(name, options, data, micro, noise):
+    model, optimizer = network(name, options)
+    count = len(data)
+    plan = BatchPlan(
+        global_batch_size=count,
+        micro_batch_size=micro,
+        norm_batch_size=micro if "resnet" in name else None,
+    )
+    scale = NoiseScale(half_life_samples=10 * count, training_set_size=count) if noise else None
+    large_batch = LargeBatch(Accelerator(cpu=True), plan, noise_scale=scale)
+    model, optimizer, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
+
+    def run():
+        loader.load_state_dict({"next_update": 0})
+        (update,) = loader
+        large_batch.update(update, loss_fn)
+
+    return run
+
+
+def plain_arm(name, options, data, micro):
+    model, optimizer = network(name, options)
+    count = len(data)
+
+    def run():
+        total = torch.zeros(())
+        for start in range(0, count, micro):
+            loss = loss_fn(model, data.fetch(range(start, start + micro), None))
+            (loss * (micro / count)).backward()
+            total += loss.detach() * (micro / count)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.item()
+
+    return run
+
+
+def measure(case, repeats, count):
+    name, options, size, micro, noise = CASES[case]
+    data = Images(count * micro, size)
+    arms = {
+        "lbaccel": lbaccel_arm(name, options, data, micro, noise),
+        "plain": plain_arm(name, options, data, micro),
+    }
+    best = dict.fromkeys(arms, float("inf"))
+    for _ in range(repeats + 1):  # the first round learns the masks' layouts
+        for arm, run in arms.items():
+            start = time.process_time()
+            run()
+            best[arm] = min(best[arm], time.process_time() - start)
+    micro_step = best["plain"] / count
+    return {
+        "plain_micro_step_us": 1e6 * micro_step,
+        "added_us": 1e6 * (best["lbaccel"] / count - micro_step),
+        "ratio": best["lbaccel"] / best["plain"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--micro-batches", type=int, default=32)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for case in CASES:
+        if args.only not in case:
+            continue
+        found = results[case] = measure(case, args.repeats, args.micro_batches)
+        print(
+            f"{case:<40} plain {found['plain_micro_step_us']:7.0f} us a micro-step, "
+            f"lbaccel adds {found['added_us']:5.0f} us ({found['ratio']:.3f})",
+            flush=True,
+        )
+    if args.json:
+        versions = {"torch": torch.__version__, "timm": timm.__version__}
+        content = {"python": platform.python_version(), **versions, "results": results}
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
