@@ -1284,8 +1284,8 @@ MUTANTS = {
     ),
     "masks of the micro-batch, not of the sample": (
         "randomness.masks",
-        "positions = torch.arange(start, start + samples, device=x.device)",
-        "positions = torch.arange(samples, device=x.device)",
+        "arange(micro_batch.start, micro_batch.start + count, device=device)",
+        "arange(count, device=device)",
         "tests/randomness/test_masks.py::"
         "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout1d]",
     ),
@@ -1316,6 +1316,18 @@ MUTANTS = {
         "return int(keyed_hash(self.seed, MASKS, 0))",
         "tests/randomness/test_masks.py::"
         "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout of maps]",
+    ),
+    "keys hashed ahead are used for samples past them": (
+        "randomness.masks",
+        "skipped + samples > ahead[0].shape[1]",
+        "skipped > ahead[0].shape[1]",
+        "tests/randomness/test_masks.py::test_keys_hashed_ahead_are_those_of_the_samples",
+    ),
+    "keys hashed ahead outlive their update": (
+        "randomness.masks",
+        "self._update, self._ahead = index, {}",
+        "self._update = index",
+        "tests/randomness/test_masks.py::test_keys_hashed_ahead_are_those_of_the_samples",
     ),
     "an update moves the user's random state": (
         "randomness.masks",

@@ -40,9 +40,9 @@ from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
 
 # One number for each kind of key, so that no two share a hash.
 OUTSIDE, MICRO_BATCH, MASKS = range(1, 4)
-CALLS_AT_ONCE = (
-    64  # keys of so many calls are hashed together: a dozen kernels in place of hundreds
-)
+# Keys of so many calls and samples are hashed together: a few dozen kernels in place of thousands.
+CALLS_AT_ONCE, SAMPLES_AT_ONCE = 64, 256
+Drawn = tuple[Tensor, Tensor, Tensor]  # of calls x samples: `Keys.low`, `high` and `first`
 ALL_SAMPLES = -1  # in place of a position, where one draw serves all samples
 
 
@@ -80,7 +80,8 @@ class KeyedRandomness:
         self._watch: Callable[[Tensor, int], object] | None = None
         self._token = torch.zeros((), dtype=torch.int64, device="cpu")
         self._calls: dict[int, int] = {}  # token of a call to its number
-        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # a block's, see `_hashed`
+        self._rows: dict[int, Drawn] = {}  # of the micro-batch, by block of calls
+        self._ahead: dict[int, tuple[int, Drawn]] = {}  # of samples from a position on, likewise
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
         self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
@@ -89,7 +90,7 @@ class KeyedRandomness:
     def update(self, index: int) -> Iterator[None]:
         """Inside, every generator is a function of (seed, update); after it, as it was before."""
         states = generator_states(self.device)
-        self._update = index
+        self._update, self._ahead = index, {}
         seed_generators(int(keyed_hash(self.seed, OUTSIDE, index)), self.device)
         try:
             yield
@@ -175,18 +176,23 @@ class KeyedRandomness:
         runs = place.runs_of(x, samples)
         block, row = divmod(call, CALLS_AT_ONCE)
         if block not in self._rows:
-            self._rows[block] = self._hashed(block, self._micro_batch, x.device)
+            self._rows[block] = self._drawn(block, self._micro_batch, x.device)
         return Keys(*self._rows[block], row, place.dim, runs)
 
-    def _hashed(
-        self, block: int, micro_batch: MicroBatch, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Lower and upper half of the keys of a block of calls, and the first draw of each."""
-        start, samples = micro_batch.start, micro_batch.num_samples
-        positions = torch.arange(start, start + samples, device=device)
-        calls = torch.arange(CALLS_AT_ONCE, device=device) + block * CALLS_AT_ONCE
-        h = _chain(torch.full_like(positions, _signed(self._base())), positions)
-        return _drawn(_chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None]))
+    def _drawn(self, block: int, micro_batch: MicroBatch, device: torch.device) -> Drawn:
+        """The keys of a block of calls for a micro-batch, hashed for the next ones as well."""
+        samples = micro_batch.num_samples
+        start, ahead = self._ahead.get(block, (0, None))
+        skipped = micro_batch.start - start
+        if ahead is None or skipped < 0 or skipped + samples > ahead[0].shape[1]:
+            skipped, count = 0, max(samples, SAMPLES_AT_ONCE)
+            positions = torch.arange(micro_batch.start, micro_batch.start + count, device=device)
+            calls = torch.arange(CALLS_AT_ONCE, device=device) + block * CALLS_AT_ONCE
+            h = _chain(torch.full_like(positions, _signed(self._base())), positions)
+            ahead = _drawn(_chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None]))
+            self._ahead[block] = micro_batch.start, ahead
+        low, high, first = (part[:, skipped : skipped + samples] for part in ahead)
+        return low, high, first
 
     def _base(self) -> int:
         return int(keyed_hash(self.seed, MASKS, self._update))
@@ -206,7 +212,7 @@ class KeyedRandomness:
         return self._calls[token]
 
 
-def _drawn(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn(keys: Tensor) -> Drawn:
     low, high = halves(keys)
     return low, high, first_bits(low, high)
 

@@ -24,7 +24,7 @@ from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.randomness.draws import element_bits, halves, keep_mask
 from lbaccel.randomness.keys import keyed_hash
-from lbaccel.randomness.masks import MASKS, KeyedRandomness
+from lbaccel.randomness.masks import MASKS, SAMPLES_AT_ONCE, KeyedRandomness
 
 CPU = torch.device("cpu")
 
@@ -99,18 +99,37 @@ def test_patches_that_stay_are_keyed_and_the_prefix_is_whole():
         assert torch.equal(a, b)
 
 
+def as_hashes(keys):
+    """The int64 keys of a call, as `keyed_hash` gives them."""
+    low, high = (
+        half[keys.row].numpy().view(np.uint32).astype(np.uint64) for half in (keys.low, keys.high)
+    )
+    return low + (high << np.uint64(32))
+
+
 def test_keys_are_the_documented_hash():
     randomness = KeyedRandomness(7, CPU)
     with randomness.update(3), randomness.forward(MicroBatch(5, (4,))):
         calls = [randomness.keys(torch.empty(4, 2), 2) for _ in range(70)]  # past a block of 64
     for number in (0, 1, 63, 64, 69):
-        truth = keyed_hash(7, MASKS, 3, np.arange(5, 9), number)
-        keys, row = calls[number], calls[number].row
-        low, high = (
-            half[row].numpy().view(np.uint32).astype(np.uint64) for half in (keys.low, keys.high)
-        )
-        assert (low + (high << np.uint64(32)) == truth).all()
-        assert torch.equal(keys.first[row], keys.bits(3)[:, 0])
+        keys = calls[number]
+        assert (as_hashes(keys) == keyed_hash(7, MASKS, 3, np.arange(5, 9), number)).all()
+        assert torch.equal(keys.first[keys.row], keys.bits(3)[:, 0])
+
+
+def test_keys_hashed_ahead_are_those_of_the_samples():
+    randomness = KeyedRandomness(7, CPU)
+    ends = SAMPLES_AT_ONCE + 5
+    cuts = [(5, 3), (8, 1), (ends - 4, 4), (ends - 1, 2), (ends, 7), (5, 3), (4000, 600), (0, 9)]
+    for update in (3, 4):
+        with randomness.update(update):
+            for start, samples in cuts:
+                with randomness.forward(MicroBatch(start, (samples,))):
+                    found = [randomness.keys(torch.empty(samples, 2), 2) for _ in range(65)]
+                    positions = np.arange(start, start + samples)
+                    for number in (0, 64):
+                        truth = keyed_hash(7, MASKS, update, positions, number)
+                        assert (as_hashes(found[number]) == truth).all()
 
 
 # -- distribution ---------------------------------------------------------------------------------
