@@ -1286,8 +1286,7 @@ MUTANTS = {
         "randomness.masks",
         "arange(micro_batch.start, micro_batch.start + count, device=device)",
         "arange(count, device=device)",
-        "tests/randomness/test_masks.py::"
-        "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout1d]",
+        "tests/randomness/test_masks.py::test_keys_hashed_ahead_are_those_of_the_samples",
     ),
     "masks by the rows of a tensor, samples or not": (
         "update.mask_layouts",
