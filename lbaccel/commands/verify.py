@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=bounds.positive, default=1e-12, help="relative (default: %(default)s)"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="run the plans through torch.compile (minutes)"
+    )
     parser.add_argument("--json", action="store_true", help="print the certificate as JSON alone")
     ddp = parser.add_argument_group("against real DistributedDataParallel")
     ddp.add_argument("--against", choices=("ddp",), help="compare with ranks under DDP")
@@ -87,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     typed = [flag_of(name) for name in OF_DDP if getattr(a, name)]
     if typed and a.against is None:
         raise InputError(f"{typed[0]} is of --against ddp. Add that, or leave it out.")
+    if a.compile and a.against is not None:
+        raise InputError("--compile and --against ddp: only plans of one process are compiled.")
     from lbaccel.verification.ddp.against import verify_against_ddp
     from lbaccel.verification.of_timm import TimmNetwork, cross_entropy, random_samples
     from lbaccel.verification.verify import verify
@@ -136,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
                 cross_entropy,
                 samples,
                 data=f"{num_samples} {data}",
+                compile=a.compile,
                 say=waiting.say,
                 **common,
             )

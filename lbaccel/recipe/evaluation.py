@@ -18,6 +18,7 @@ from lbaccel.errors import RunFailed, told
 from lbaccel.launch import rank
 from lbaccel.recipe.unforeseen import first_line, in_a_sentence
 from lbaccel.runs.ranks import on_each_rank
+from lbaccel.update.compiled import as_written
 from lbaccel.update.memory.oom import is_out_of_memory, let_go
 from lbaccel.update.sharding.precision import autocast
 
@@ -103,7 +104,8 @@ def evaluate(
     device = accelerator.device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     try:
-        _add_up(model, batches, accelerator, sums, dtype, batch_size, room or Room(), top5)
+        with as_written(model):
+            _add_up(model, batches, accelerator, sums, dtype, batch_size, room or Room(), top5)
     except Exception as error:  # the other ranks wait for this one's sums
         raised = in_a_sentence(told(error))
         sums[4] += 1

@@ -14,6 +14,7 @@ from lbaccel.recipe.values import (
     none_of,
     one_of,
     option,
+    switch,
 )
 
 _AUTO = ReadWith("global_batch_size", one_of("auto"), "Use --global-batch-size auto")
@@ -193,6 +194,13 @@ class BatchOptions:
         str,
         "of weights and images",
         choices=("contiguous", "channels_last", "auto"),
+        contract=False,
+        plan=True,
+    )
+    compile: bool = option(
+        False,
+        switch,
+        "run training's forward and backward through torch.compile; evaluation stays as it is",
         contract=False,
         plan=True,
     )

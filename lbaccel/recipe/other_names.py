@@ -33,7 +33,6 @@ _FROZEN = (
     "--train head trains the classifier alone, --train head+norms and --train bias+head a little "
     "more; --lr-groups three trains all, the layers below at lower rates."
 )
-_COMPILED = "No command compiles the model: leave it out."
 _AVERAGED = "--ema-decay 0.9998 averages the weights with timm's decay an update."
 _DECAY = "Type --schedule constant, cosine, step or multistep."
 _ROWS = "Type --data folder:PATH, parquet:PATH, csv:FILE, hf:OWNER/NAME or timm:PATH."
@@ -187,9 +186,8 @@ NAMES: Mapping[str, OtherName] = {
     "channels-last": same("--memory-format", "channels_last"),
     "grad-checkpointing": same("--activation-checkpointing", "full"),
     "gradient-checkpointing": same("--activation-checkpointing", "full"),
-    "compile": differs(_COMPILED),
-    "torchcompile": differs(_COMPILED),
-    "torch-compile": differs(_COMPILED),
+    "torchcompile": same("--compile"),
+    "torch-compile": same("--compile"),
     "amp": differs(
         "timm's and torchvision's default is fp16, which needs a GPU: type --precision fp16, or "
         "--precision bf16."

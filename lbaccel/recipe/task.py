@@ -36,10 +36,17 @@ from lbaccel.runs.alike import check_alike
 from lbaccel.runs.ranks import decided, on_each_rank
 from lbaccel.text import one_line, printable
 from lbaccel.update.accumulation import LossFn
+from lbaccel.update.compiled import compile_in_place
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.normalization import has_batch_norm
 
 Say = Callable[[str], object]
+
+
+COMPILED = (
+    "compile: training runs through torch.compile; the first update of each size of micro-batch "
+    "waits for it. Results agree to rounding; a predicted peak is that of the plain network"
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,9 @@ def build_task(
         )
         chosen = auto_plan.choose(s.batch, work, accelerator, say=say)
     model = auto_plan.apply(model, chosen, say=say)
+    if s.batch.compile:
+        compile_in_place(model, accelerator.device)
+        say(COMPILED)
     if teacher is not None:  # not before: the plan counts it among what is still to come
         teacher = teacher.placed(accelerator.device, memory_format=chosen.memory_format)
     world_size = accelerator.num_processes

@@ -182,7 +182,7 @@ class LargeBatch:
             watch=self._watch.of(self.norm, self.randomness) if sharding.droppable else None,
         )
         self._scheduler, self._ema = scheduler, ema
-        self._guard = LoopGuard(self.accelerator, given, scheduler)
+        self._guard = LoopGuard(self.accelerator, given, scheduler, model=model)
         for thing in (self, scheduler, loader):
             if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
                 self.accelerator.register_for_checkpointing(thing)

@@ -30,9 +30,10 @@ class Slot:
         self.norm, self.name = norm, name
         self.rows_of_samples = False  # the layer's rows are known to be runs of a sample's tokens
         self.mean = self.var = self.spare_mean = self.spare_var = None
-        self.num_groups = 0
-        self.num_values = 0
-        self.calls = 0
+        self.values: Tensor | None = None  # [] float64, a channel's values in `mean` and `var`
+        # A forward is compiled for the numbers it reads: `calls` is 0 before each micro-batch.
+        self.num_groups = 0  # ghost batches of the micro-batches before this one
+        self.calls = 0  # forwards in this one that count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot | None:
         # A copied model (EMA, recalibration) takes no part in updates: its layers are plain.
@@ -83,9 +84,9 @@ def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Ten
                 "micro-batch. Use micro_batch_size=norm_batch_size="
                 f"{max(norm.micro_batch.group_sizes)}, or 'frozen'."
             )
-    if len(sizes) == 1:
-        return _normalise(layer, x, slot, norm, discard)
-    return torch.cat([_normalise(layer, part, slot, norm, discard) for part in x.split(sizes)])
+    parts = (x,) if len(sizes) == 1 else x.split(sizes)
+    found = [_normalise(layer, part, slot, norm, discard, i) for i, part in enumerate(parts)]
+    return found[0] if len(sizes) == 1 else torch.cat(found)
 
 
 def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
@@ -108,8 +109,10 @@ def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
     return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None
 
 
-def _normalise(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool) -> Tensor:
-    """Batch norm of one ghost batch; its moments go to the accumulator unless `discard`."""
+def _normalise(
+    layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool, place: int
+) -> Tensor:
+    """Batch norm of the ghost batch at `place`; its moments are accumulated unless `discard`."""
 
     def kernel(mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
         return nn.functional.batch_norm(
@@ -121,17 +124,18 @@ def _normalise(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool
     # A recompute saves as many tensors as the forward did, so it gets buffers as well, to spoil.
     if discard:
         return kernel(slot.spare_mean, slot.spare_var, 0.0)
-    slot.num_groups += 1
     if norm.statistics == "per_ghost":
         momentum = layer.momentum
-        return kernel(slot.mean, slot.var, 1.0 / slot.num_groups if momentum is None else momentum)
-    assert slot.mean is not None and slot.var is not None
+        if momentum is None:  # a mean over all: one of several calls is one of a single group
+            momentum = 1.0 / (slot.num_groups + slot.calls + place)
+        return kernel(slot.mean, slot.var, momentum)
+    assert slot.mean is not None and slot.var is not None and slot.values is not None
     mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
     y = kernel(mean, var, 1.0)
     n = x.numel() // x.shape[1]
     # Not in place: the backward pass has saved `mean` and `var`.
-    merge_moments(slot.mean, slot.var, slot.num_values, mean, var * (n - 1), n)
-    slot.num_values += n
+    merge_moments(slot.mean, slot.var, slot.values, mean, var * (n - 1), n)
+    slot.values += n
     return y
 
 

@@ -50,6 +50,7 @@ class GhostNorm:
         self.layers: list[Any] = []
         self._pending: Tensor | None = None
         self._spare: Tensor | None = None
+        self._values = torch.zeros(0)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -68,12 +69,14 @@ class GhostNorm:
                 "restore a copy: restore_batch_norm(copy.deepcopy(model))."
             )
         self.micro_batch = micro_batch
-        for layer in self.layers:
-            layer._ghost_slot.calls = 0
         try:
             yield
         finally:
             self.micro_batch, self.recomputing = None, False
+            for layer in self.layers:
+                slot = layer._ghost_slot
+                slot.num_groups += slot.calls * len(micro_batch.group_sizes)
+                slot.calls = 0
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -93,8 +96,9 @@ class GhostNorm:
             self._allocate(tracked)
         if self._pending is not None:
             self._pending.zero_()
+            self._values.zero_()
         for layer in self.layers:
-            layer._ghost_slot.num_groups = layer._ghost_slot.num_values = 0
+            layer._ghost_slot.num_groups = 0
 
     def _moved(self, tracked: list[Any]) -> bool:
         pending = self._pending
@@ -114,6 +118,9 @@ class GhostNorm:
         dtype, device = like.pop()
         self._pending = torch.zeros(2 * sum(sizes), dtype=dtype, device=device)
         self._spare = torch.zeros_like(self._pending)
+        self._values = self._pending.new_zeros(len(tracked), dtype=torch.float64)
+        for layer, values in zip(tracked, self._values, strict=True):
+            layer._ghost_slot.values = values
         for vector, names in ((self._pending, "mean var"), (self._spare, "spare_mean spare_var")):
             halves = vector.view(2, -1)
             for name, half in zip(names.split(), halves, strict=True):
@@ -131,10 +138,9 @@ class GhostNorm:
             return
         tracked = [layer for layer in self.layers if layer.running_mean is not None]
         slots = [layer._ghost_slot for layer in tracked]
-        per_ghost = self.statistics == "per_ghost"
-        counts = self._pending.new_tensor(
-            [s.num_groups if per_ghost else s.num_values for s in slots], dtype=torch.float64
-        )
+        per_ghost, counts = self.statistics == "per_ghost", self._values
+        if per_ghost:
+            counts = self._values.new_tensor([slot.num_groups for slot in slots])
         # Counts ride along in float64, exact to 2^53.
         vector = torch.cat([counts, self._pending.double()])
         rows = vector[None] if gather is None else gather(vector)

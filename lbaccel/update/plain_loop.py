@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from lbaccel.data.as_data_loader import LOOP
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, kind_of
 from lbaccel.optim.scheduler import updates_counted
+from lbaccel.update.compiled import warn_of_compiled
 
 _WATCHES: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
@@ -89,10 +91,14 @@ class LoopGuard:
         accelerator: its count of `accumulate` is read.
         optimizer: the user's own; a step from outside of an update is refused.
         scheduler: the one that updates move, or None.
+        model: as the loss function gets it.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: Any, scheduler: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, optimizer: Any, scheduler: Any, *, model: nn.Module
+    ) -> None:
         self._accelerator, self._scheduler = accelerator, scheduler
+        self._uncompiled: nn.Module | None = model  # until the first update
         self._stepping = False
         self._moved: int | None = None  # by our own steps, as the scheduler counts them
         self._accumulated = accelerator.step
@@ -123,6 +129,9 @@ class LoopGuard:
             InputError: `update` is no update, the scheduler was stepped, or `accumulate` is around.
         """
         check_update(update)
+        if self._uncompiled is not None:
+            warn_of_compiled(self._uncompiled)
+            self._uncompiled = None
         if self._accelerator.step != self._accumulated or not self._accelerator.sync_gradients:
             self._accumulated = self._accelerator.step
             raise InputError(

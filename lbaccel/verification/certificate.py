@@ -56,6 +56,7 @@ class Certificate:
     versions: dict[str, str]
     cells: tuple[Cell, ...]
     findings: tuple[Diagnosis, ...]
+    compiled: bool = False  # the plans ran through torch.compile, the reference did not
 
     @property
     def equivalent(self) -> bool:
@@ -98,10 +99,11 @@ class Certificate:
         if not count and isinstance(n, int):
             norm += f", cut by {n} samples all the same"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        plans = f"{self.checkpointing}; through torch.compile" if self.compiled else ""
         lines = [
             f"lbaccel verify: {self.model}, {self.data}; {norm}",
             f"reference: {self.reference}",
-            f"{self.checkpointing}",
+            plans or self.checkpointing,
             f"float64 on the CPU, tolerance {self.tolerance:g}; {versions}",
         ]
         return [part for x in lines for part in textwrap.wrap(x, WIDTH, subsequent_indent="  ")]

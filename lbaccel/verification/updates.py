@@ -21,6 +21,7 @@ from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn, Scope
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.compiled import compile_in_place
 from lbaccel.update.mask_layouts import learn_mask_layouts
 from lbaccel.update.normalization import GhostNorm, convert_batch_norm
 from lbaccel.update.reachable import reachable
@@ -43,6 +44,7 @@ class Subject:
     averages: tuple[str, ...] = ()  # as for `LargeBatch`
     watched: tuple[str, ...] = ()  # what a forward moves beside the buffers
     reset: Callable[[], None] = lambda: None  # the loss function's own tensors
+    compiled: bool = False  # plans run through torch.compile, the reference never does
 
     def fresh(self) -> nn.Module:
         """A copy of the model, and the loss function as it was at the start."""
@@ -126,6 +128,9 @@ def planned(
     model = subject.fresh()
     if checkpointing:
         apply_activation_checkpointing(model, subject.blocks)
+    if subject.compiled:
+        torch._dynamo.reset()  # each copy of the model counts towards its limit of versions
+        compile_in_place(model, CPU)
     norm = converted(model, subject.norm_batch_size)
     randomness = masks_of(subject)
     averages = RunningAverages(subject.averages)

@@ -21,6 +21,7 @@ from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.verification.certificate import (
     Cell,
     Certificate,
+    Diagnosis,
     number_or_none,
     partition_text,
 )
@@ -32,6 +33,7 @@ from lbaccel.verification.copies import (
     loss_in_float64,
     unwrapped,
 )
+from lbaccel.verification.diagnosis.compilation import diagnose_compiled
 from lbaccel.verification.diagnosis.diagnosis import diagnose
 from lbaccel.verification.diagnosis.evidence import Trial
 from lbaccel.verification.differences import difference
@@ -60,6 +62,7 @@ def verify(
     seed: int = 0,
     tolerance: float = 1e-12,
     averages: Sequence[str] = (),
+    compile: bool = False,
     name: str | None = None,
     data: str | None = None,
     say: Callable[[str], object] | None = None,
@@ -89,6 +92,8 @@ def verify(
         seed: of dropout's masks.
         tolerance: largest relative error.
         averages: running averages that a forward moves, as for `LargeBatch`.
+        compile: run the plans through torch.compile, and the whole batch in plain torch as ever.
+            Two forked ranks can't compile, so they are not run.
         name: of the model, in the certificate.
         data: what the samples are, in the certificate.
         say: called with a line before each update, such as `print`.
@@ -126,6 +131,7 @@ def verify(
             *(twin, loss_fn, in_float64, num_samples, norm_batch_size, seed, names),
             averages=tuple(averages),
             reset=reset,
+            compiled=compile,
         )
         subject.plan(subject.whole)  # stops at a norm_batch_size that the samples do not hold
         converted(float64_copy(twin), norm_batch_size)
@@ -148,7 +154,7 @@ def verify(
         if plans(subject)[-1].world_size == 1:
             reason = f"two ranks need {RANKS} x {subject.unit} samples, and there are {num_samples}"
             trials += [Trial(plans(subject)[0], c, not_run=reason) for c in (False, True)]
-        findings = diagnose(subject, truth, trials, tolerance)
+        findings = _findings(subject, truth, trials, tolerance, patience)
     return Certificate(
         model=name or type(model).__name__,
         data=data or f"{num_samples} samples",
@@ -156,17 +162,30 @@ def verify(
         norm_batch_size=norm_batch_size,
         num_batch_norm_layers=sum(isinstance(m, _BatchNorm) for m in twin.modules()),
         reference=_reference_text(norm_batch_size),
+        compiled=compile,
         checkpointing=how,
         tolerance=tolerance,
-        versions={
-            "lbaccel": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
+        versions=_versions(),
         cells=tuple(_cell(t, tolerance) for t in trials),
         findings=findings,
     )
+
+
+def _versions() -> dict[str, str]:
+    found = {"lbaccel": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    return found | {"python": platform.python_version()}
+
+
+def _findings(
+    subject: Subject, truth: Result, trials: list[Trial], tolerance: float, patience: float
+) -> tuple[Diagnosis, ...]:
+    if not subject.compiled:
+        return diagnose(subject, truth, trials, tolerance)
+
+    def again(subject: Subject, trial: Trial) -> Trial:
+        return _try(subject, trial.plan, trial.checkpointing, truth, tolerance, patience)
+
+    return diagnose_compiled(subject, truth, trials, tolerance, again)
 
 
 def plans(subject: Subject) -> list[BatchPlan]:
@@ -230,6 +249,8 @@ def _try_ranks(
     patience: float,
 ) -> Trial:
     reason = why_no_ranks()
+    if subject.compiled:
+        reason = "two ranks are forked processes, in which torch.compile can't run"
     if reason is not None:
         return Trial(plan, checkpointing, not_run=reason)
 

@@ -14,14 +14,14 @@ from lbaccel.recipe.bounds import Bounded, BoundedList
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.other_names import NAMES, other_name
 from lbaccel.recipe.settings import make_parser, read_settings
-from lbaccel.recipe.values import flag_of, nearest_name, words
+from lbaccel.recipe.values import flag_of, nearest_name, switch, words
 from lbaccel.replication.readers.timm_keys import AT_DEFAULT, NEUTRAL, READ
 
 FLAGS = {row.flag: row for row in OPTIONS.values()}
 TAKEN = [name for name, row in NAMES.items() if row.ours]
 REFUSED = [name for name, row in NAMES.items() if not row.ours and name[-1] != "="]
 # of no meaning here at all, or decided before Python starts
-WITHOUT_FLAG = {"compile", "torchcompile", "torch-compile", "device", "cuda", "gpu", "gpus"}
+WITHOUT_FLAG = {"device", "cuda", "gpu", "gpus"}
 WITHOUT_FLAG |= {"no-cuda", "use-cpu", "deepspeed", "fsdp"}
 
 
@@ -55,6 +55,8 @@ def a_value(row):
         return next(choice for choice in row.choices if choice != row.default)
     if isinstance(row.parse, BoundedList):
         return "0.25"
+    if row.parse is switch:
+        return "true"
     if not isinstance(row.parse, Bounded):
         return "word"
     return next(text for text in ("3", "0.25", "0.5") if within(row.parse, text))
