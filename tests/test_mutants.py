@@ -374,6 +374,56 @@ MUTANTS = {
         "tests/planning/test_plan_with_teacher.py::"
         "test_each_rank_holds_the_whole_teacher_under_zero",
     ),
+    "names begin a byte too early": (
+        "data.names",
+        "ends.append(len(data))",
+        "ends.append(len(data) - 1)",
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a name that is no UTF-8 is lost": (
+        "data.names",
+        '_CODEC = ("utf-8", "surrogatepass")',
+        '_CODEC = ("utf-8", "replace")',
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a name has the codec of file names, which not every string has": (
+        "data.names",
+        '_CODEC = ("utf-8", "surrogatepass")',
+        '_CODEC = ("utf-8", "surrogateescape")',
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a part of the names is counted from the start alone": (
+        "data.names",
+        "if (places < 0).any():",
+        "if False:",
+        "tests/data/test_names.py::test_all_that_a_tuple_does",
+    ),
+    "the pickle of a part of the names holds them all": (
+        "data.names",
+        "return self.take(np.arange(*index.indices(len(self))))",
+        "part = Names(()); part._encoded = self._encoded[index]; return part",
+        "tests/data/test_names.py::"
+        "test_a_copy_is_equal_and_a_pickle_of_a_part_holds_the_part_alone",
+    ),
+    "the names of files are held twice": (
+        "data.images",
+        "        if self.samples is self.names:  # one buffer",
+        "        if False:  # one buffer",
+        "tests/data/test_names.py::"
+        "test_a_set_keeps_its_names_so_and_one_buffer_for_names_and_samples",
+    ),
+    "a hidden image gives its label to the next image": (
+        "data.folders",
+        """                if "/." not in below:
+                    labels.append(label)
+                    yield below
+""",
+        """                labels.append(label)
+                if "/." not in below:
+                    yield below
+""",
+        "tests/data/test_sources.py::test_hidden_files_and_other_files_are_passed_over",
+    ),
     "an order has no key of its round": (
         "randomness.permutation",
         "rounds = keyed_hash(*key, np.arange(ROUNDS))",
