@@ -58,6 +58,7 @@ NO_TORCH = (  # those without numpy first
     "noise.auto_batch",
     "noise.advice",
     "randomness.keys",
+    "randomness.permutation",
     "hyperparameters.values",
     "hyperparameters.transfer",
     "update.loss_dropout",

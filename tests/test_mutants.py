@@ -374,6 +374,124 @@ MUTANTS = {
         "tests/planning/test_plan_with_teacher.py::"
         "test_each_rank_holds_the_whole_teacher_under_zero",
     ),
+    "names begin a byte too early": (
+        "data.names",
+        "ends.append(len(data))",
+        "ends.append(len(data) - 1)",
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a name that is no UTF-8 is lost": (
+        "data.names",
+        '_CODEC = ("utf-8", "surrogatepass")',
+        '_CODEC = ("utf-8", "replace")',
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a name has the codec of file names, which not every string has": (
+        "data.names",
+        '_CODEC = ("utf-8", "surrogatepass")',
+        '_CODEC = ("utf-8", "surrogateescape")',
+        "tests/data/test_names.py::test_strings_come_back_as_they_were",
+    ),
+    "a part of the names is counted from the start alone": (
+        "data.names",
+        "if (places < 0).any():",
+        "if False:",
+        "tests/data/test_names.py::test_all_that_a_tuple_does",
+    ),
+    "the pickle of a part of the names holds them all": (
+        "data.names",
+        "return self.take(np.arange(*index.indices(len(self))))",
+        "part = Names(()); part._encoded = self._encoded[index]; return part",
+        "tests/data/test_names.py::"
+        "test_a_copy_is_equal_and_a_pickle_of_a_part_holds_the_part_alone",
+    ),
+    "the names of files are held twice": (
+        "data.images",
+        "        if self.samples is self.names:  # one buffer",
+        "        if False:  # one buffer",
+        "tests/data/test_names.py::"
+        "test_a_set_keeps_its_names_so_and_one_buffer_for_names_and_samples",
+    ),
+    "a hidden image gives its label to the next image": (
+        "data.folders",
+        """                if "/." not in below:
+                    labels.append(label)
+                    yield below
+""",
+        """                labels.append(label)
+                if "/." not in below:
+                    yield below
+""",
+        "tests/data/test_sources.py::test_hidden_files_and_other_files_are_passed_over",
+    ),
+    "an order has no key of its round": (
+        "randomness.permutation",
+        "rounds = keyed_hash(*key, np.arange(ROUNDS))",
+        "rounds = keyed_hash(*key, np.zeros(ROUNDS, int))",
+        "tests/randomness/test_permutation.py::test_the_values_are_those_of_the_equation",
+    ),
+    "an order has a round without a key": (
+        "randomness.permutation",
+        "left = (left + _below(rows, hashed_on(h, right))) % rows",
+        "left = (left + _below(rows, keyed_hash(right))) % rows",
+        "tests/randomness/test_permutation.py::test_the_values_are_those_of_the_equation",
+    ),
+    "an order does not walk its cycles": (
+        "randomness.permutation",
+        "walking = walking[found[walking] >= size]",
+        "walking = walking[:0]",
+        "tests/randomness/test_permutation.py::test_each_value_comes_once_at_every_size",
+    ),
+    "an order is folded where it should walk": (
+        "randomness.permutation",
+        "found[walking] = left * columns + right",
+        "found[walking] = (left * columns + right) % size",
+        "tests/randomness/test_permutation.py::test_each_value_comes_once_at_every_size",
+    ),
+    "an order has the rounds of the proof": (
+        "randomness.permutation",
+        "ROUNDS = 8",
+        "ROUNDS = 4",
+        "tests/randomness/test_permutation.py::test_epochs_look_random",
+    ),
+    "all epochs of a large set have one order": (
+        "data.order",
+        "keyed_permutation(places, num_samples, seed, _NETWORK, epoch)",
+        "keyed_permutation(places, num_samples, seed, _NETWORK)",
+        "tests/data/test_order.py::"
+        "test_a_state_of_before_keeps_the_first_rule_and_a_new_one_the_second[options2]",
+    ),
+    "small sets change their order": (
+        "data.order",
+        "if order == SORTED or num_samples <= MOST_SORTED:",
+        "if order == SORTED:",
+        "tests/data/test_order.py::test_up_to_the_bound_the_second_rule_is_the_first[1000]",
+    ),
+    "a run of before goes on in the new order": (
+        "data.loader",
+        'check_order(state.get("order", SORTED))',
+        'check_order(state.get("order", COMPUTED))',
+        "tests/runs/test_resume.py::test_a_run_on_a_large_set_keeps_its_rule_of_order_to_the_bit",
+    ),
+    "a run of before that is resumed twice changes its order": (
+        "data.loader",
+        '"order": self.order}\n',
+        '"order": COMPUTED}\n',
+        "tests/runs/test_resume.py::test_a_run_on_a_large_set_keeps_its_rule_of_order_to_the_bit",
+    ),
+    "copies of images have the new order in a run of before": (
+        "data.order",
+        "epochs, offsets // repeats, num_samples=num_samples, seed=seed, order=order",
+        "epochs, offsets // repeats, num_samples=num_samples, seed=seed, order=COMPUTED",
+        "tests/data/test_order.py::"
+        "test_a_state_of_before_keeps_the_first_rule_and_a_new_one_the_second[options1]",
+    ),
+    "the average of a run of before is measured in the new order": (
+        "recipe.average",
+        "groups.order = self.loader.order",
+        "pass",
+        "tests/recipe/test_average.py::test_the_groups_are_of_the_order_that_the_run_began_with",
+    ),
     "copies of an image are augmented alike": (
         "data.order",
         "return indices, epochs * repeats + copies",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lbaccel.data.images import ImageFiles, read_image
+from lbaccel.data.names import Names
 from lbaccel.data.opening import Opening, Sets, divided, some
 from lbaccel.documents import Malformed, text_of
 from lbaccel.errors import InputError
@@ -72,7 +73,7 @@ def open_csv(path: Path, wanted: Opening) -> Sets:
                 f"csv:{path}: validation has class {some(strange)}, of which training has no "
                 "image. Both need the same classes."
             )
-        names = tuple(row.path for row in rows)
+        names = Names(row.path for row in rows)
         labels = tuple(number[row.label] for row in rows)
         found[split] = ImageFiles(names, labels, classes, names, read)
     sets = divided(found, wanted, hashed="path")

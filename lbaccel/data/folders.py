@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lbaccel.data.images import ImageFiles, read_image
+from lbaccel.data.names import Names
 from lbaccel.data.opening import AS_UNUSED, AS_VAL, Opening, Sets, some
 from lbaccel.data.split import SPLIT, split_by_hash
 from lbaccel.errors import CannotRead, InputError, reading
@@ -113,25 +114,29 @@ def _scan(root: Path, read: Callable[..., Image.Image], unread: Counter[str]) ->
             f"{root} has no sub-folders: each class needs one, as in "
             f"{root / 'roses' / '1.jpg'}. Sort the images into sub-folders."
         )
-    found = [
-        (path, label) for label, name in enumerate(classes) for path in _images(root / name, unread)
-    ]
     prefix = len(str(root).rstrip(os.sep)) + 1
-    named = [(path[prefix:].replace(os.sep, "/"), label) for path, label in found]
-    named = [(name, label) for name, label in named if "/." not in name]
-    if not named:
+    labels: list[int] = []
+
+    def found() -> Iterator[str]:
+        for label, name in enumerate(classes):
+            for path in _images(root / name, unread):
+                below = path[prefix:].replace(os.sep, "/")
+                if "/." not in below:
+                    labels.append(label)
+                    yield below
+
+    names = Names(found())
+    if not names:
         raise InputError(
             f"no images in {root} and its {len(classes)} sub-folders: files must end in "
             f"{', '.join(IMG_EXTENSIONS)}."
         )
-    labels = tuple(label for _, label in named)
     if empty := sorted(set(range(len(classes))) - set(labels)):
         raise InputError(
             f"{root}: class {some(classes[label] for label in empty)} has no images "
             f"({', '.join(IMG_EXTENSIONS)}). Add some, or remove the folder."
         )
-    names = tuple(name for name, _ in named)
-    return ImageFiles(names, labels, tuple(classes), names, partial(read, root=str(root)))
+    return ImageFiles(names, tuple(labels), tuple(classes), names, partial(read, root=str(root)))
 
 
 def _images(folder: Path, unread: Counter[str]) -> Iterator[str]:

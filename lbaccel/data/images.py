@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lbaccel.data.names import Names
 from lbaccel.errors import InputError
 from lbaccel.text import one_line
 
@@ -95,8 +96,9 @@ def read_image(name: str, *, root: str = "", exif_orientation: bool = True) -> I
 class ImageFiles:
     """Images that are opened when they are asked for: `read(samples[index])` is one, as RGB.
 
-    Loader workers get a copy each, so `samples`, `labels` and `names` hold no more than numbers
-    and short strings, and `read` is a callable that can be pickled.
+    Loader workers get a copy each, so `samples` and `labels` hold no more than numbers and short
+    strings, `names` are kept as `Names`, and so are `samples` where they are the names. `read` is a
+    callable that can be pickled.
     """
 
     samples: Sequence[Any]
@@ -104,6 +106,12 @@ class ImageFiles:
     classes: tuple[str, ...]
     names: Sequence[str]
     read: Callable[[Any], Image.Image] = read_image
+
+    def __post_init__(self) -> None:
+        names = self.names if isinstance(self.names, Names) else Names(self.names)
+        if self.samples is self.names:  # one buffer in memory, and in each worker's pickle
+            object.__setattr__(self, "samples", names)
+        object.__setattr__(self, "names", names)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -118,8 +126,8 @@ class ImageFiles:
 
     def only(self, rows: Sequence[int]) -> ImageFiles:
         """The set of the samples at these positions, in this order."""
-        samples = names = tuple(self.names[row] for row in rows)
-        if self.samples is not self.names:  # else one list in memory, and in each worker's pickle
+        samples = names = cast(Names, self.names).take(rows)
+        if self.samples is not self.names:
             samples = tuple(self.samples[row] for row in rows)
         labels = tuple(self.labels[row] for row in rows)
         return replace(self, samples=samples, labels=labels, names=names)

@@ -24,7 +24,14 @@ from lbaccel.data.as_data_loader import (
     is_unpacking,
     taken_apart,
 )
-from lbaccel.data.order import check_repeats, repeated_at, samples_at
+from lbaccel.data.order import (
+    COMPUTED,
+    SORTED,
+    check_order,
+    check_repeats,
+    repeated_at,
+    samples_at,
+)
 from lbaccel.data.workers import let_the_parent_decide
 from lbaccel.errors import MISSING, InputError, check_seed, check_state, check_whole
 from lbaccel.randomness.keys import keyed_hash
@@ -139,6 +146,7 @@ class UpdateLoader:
         self.plan = plan.capped(len(dataset))
         self.rank = rank
         self.seed = check_seed("seed", seed)
+        self.order = COMPUTED  # that of a state takes its place
         self.stream = UpdateStream(
             self.plan.global_batch_size,
             len(dataset),
@@ -237,17 +245,23 @@ class UpdateLoader:
         return Update(index, num_samples, self._micro_batches(index), recut, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and how its updates have grown and will."""
+        """Where the loader stands, how its updates have grown and will, and the rule of order."""
         growth = [list(change) for change in self.stream.growth]
-        return {"next_update": self.next_update, "growth": growth}
+        return {"next_update": self.next_update, "growth": growth, "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another place.
 
         How updates grew up to there is the state's; from there on it is this loader's own
         `growth`, where it was given one (a run made longer may have more of it than the state).
+        The rule of order is the state's, and the first one where the state is older than the
+        second (`lbaccel.data.order`).
+
+        Raises:
+            InputError: the state is of something else, or has a rule of a later lbaccel.
         """
         check_state("loader", state, "next_update")
+        self.order = check_order(state.get("order", SORTED))
         self.next_update, self._batches = int(state["next_update"]), None
         if "growth" in state:  # not in those of lbaccel before batch-size schedules
             growth = tuple((int(epoch), int(size)) for epoch, size in state["growth"])
@@ -267,7 +281,7 @@ class UpdateLoader:
         self, index: int, plan: BatchPlan
     ) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
-        of_set = {"num_samples": len(self.dataset), "seed": self.seed}
+        of_set = {"num_samples": len(self.dataset), "seed": self.seed, "order": self.order}
         for micro_batch in plan.partition(self.rank, num_samples):
             within, count = micro_batch.start, micro_batch.num_samples
             if self.repeats == 1:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.names import Names
 from lbaccel.data.opening import AS_TEST, AS_UNUSED, AS_VAL, Opening, Sets, some
 from lbaccel.data.parquet_bounds import batches, check_rows
 from lbaccel.data.parquet_columns import Columns, find_columns, other_columns
@@ -264,5 +265,5 @@ def _image_files(
     table: Table, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: tuple[str, ...]
 ) -> ImageFiles:
     samples = tuple(rows.tolist())
-    names = tuple(table.paths[row] or str(row) for row in samples)
+    names = Names(table.paths[row] or str(row) for row in samples)
     return ImageFiles(samples, tuple(labels[rows].tolist()), classes, names, table.images)

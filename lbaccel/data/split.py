@@ -73,7 +73,8 @@ def split_by_hash(
         num_val = round(val_fraction * size)
         if size and not 0 < num_val < size:
             raise InputError(_too_small(class_name, size, num_val, val_fraction))
-        positions.sort(key=lambda position: (name_hash(seed, names[position]), names[position]))
+        named = {position: names[position] for position in positions}
+        positions.sort(key=lambda position: (name_hash(seed, named[position]), named[position]))
         val += positions[:num_val]
     held_out = set(val)
     return [p for p in range(len(labels)) if p not in held_out], sorted(val)

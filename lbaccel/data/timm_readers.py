@@ -15,6 +15,7 @@ from timm.data.readers import create_reader
 
 from lbaccel.data.hub import open_hf
 from lbaccel.data.images import ImageFiles, decode_image, read_image
+from lbaccel.data.names import Names
 from lbaccel.data.opening import Opening, Sets, divided, some
 from lbaccel.errors import InputError
 from lbaccel.text import one_line
@@ -98,7 +99,7 @@ def _read(root: Path, wanted: Opening) -> ImageFiles:
         ) from error
     if is_tar:
         return _of_tar(reader, root, wanted)
-    names = tuple(reader.filenames())
+    names = Names(reader.filenames())
     labels = tuple(int(label) for _, label in reader.samples)
     read = partial(read_image, exif_orientation=wanted.exif_orientation, root=str(root))
     return ImageFiles(names, labels, _classes(reader.class_to_idx), names, read)

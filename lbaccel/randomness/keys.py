@@ -19,13 +19,23 @@ def keyed_hash(*parts: ArrayLike) -> NDArray[np.uint64]:
     >>> bool(keyed_hash(1, 2) == keyed_hash(1, np.array([0, 2]))[1])
     True
     """
+    h = np.zeros((), np.uint64)
+    for part in parts:
+        h = hashed_on(h, part)
+    return h
+
+
+def hashed_on(h: NDArray[np.uint64], part: ArrayLike) -> NDArray[np.uint64]:
+    """`keyed_hash` of one part more, from its value of the parts before.
+
+    >>> bool(hashed_on(keyed_hash(1, 2), 3) == keyed_hash(1, 2, 3))
+    True
+    """
     with np.errstate(over="ignore"):
-        h = np.zeros((), np.uint64)
-        for part in parts:
-            value = np.asarray(part).astype(np.int64).view(np.uint64)
-            h = (h + value + np.uint64(1)) * np.uint64(GOLDEN)
-            for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
-                h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
+        value = np.asarray(part).astype(np.int64).view(np.uint64)
+        h = (h + value + np.uint64(1)) * np.uint64(GOLDEN)
+        for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+            h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
     return h
 
 

@@ -150,7 +150,7 @@ class AverageNorm:
         n, of_all, rank = self.group_size, self.world_size, 0
         if of_all > 1:
             rank = self.accelerator.process_index
-        return UpdateLoader(
+        groups = UpdateLoader(
             self.loader.dataset,
             BatchPlan(
                 global_batch_size=of_all * n,
@@ -163,6 +163,8 @@ class AverageNorm:
             num_workers=self.loader.num_workers,
             transform=self.loader.transform,
         )
+        groups.order = self.loader.order  # an older run's, where it is one
+        return groups
 
     def _statistics(self, update: Update, taken: Taken) -> Tensor:
         ((_, (images, _)),) = update

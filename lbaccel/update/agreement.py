@@ -95,6 +95,7 @@ def _of_loader(loader: Any) -> dict[str, Any]:
     facts = {
         "samples in the data set": len(data),
         "seed of the UpdateLoader": loader.seed,
+        "rule of order of the UpdateLoader": loader.order,
         "UpdateLoader's updates": str(loader.stream),
         "next update of the UpdateLoader": loader.next_update,
         "plan of the UpdateLoader": str(loader.plan),

@@ -329,6 +329,9 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path):
     source = open_source(f"folder:{tmp_path}")
     assert len(source.train) + len(source.val) == 11
     assert source.train.classes == CLASSES
+    for half in (source.train, source.val):
+        labels = [CLASSES.index(name.partition("/")[0]) for name in half.names]
+        assert list(half.labels) == labels and len(half) == len(labels)
 
 
 def test_unicode_names_are_read_and_reported(tmp_path):

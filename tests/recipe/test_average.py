@@ -93,6 +93,20 @@ def test_the_statistics_are_torchs_update_bn_over_groups_of_the_first_epoch():
     assert all(torch.equal(p, parameters[n]) for n, p in net.named_parameters())
 
 
+def test_the_groups_are_of_the_order_that_the_run_began_with(monkeypatch):
+    monkeypatch.setattr("lbaccel.data.order.MOST_SORTED", 10)  # 47 images are a large set
+    found = []
+    for state in ({"next_update": 0}, norm_of(network()).loader.state_dict()):
+        norm = norm_of(network())
+        norm.loader.load_state_dict(state)
+        groups = norm._groups()
+        order = epoch_order(SEED, 0, COUNT, order=norm.loader.order)
+        ((_, indices, _),) = groups._keys(0, groups.plan)
+        assert indices.tolist() == order.tolist()[:SIZE]
+        found.append(indices.tolist())
+    assert found[0] != found[1]
+
+
 def measured_of_few(rank, broken):
     """20 images in groups of 8: three ranks together would take more than there are."""
     net, accelerator, ema = network(), Accelerator(cpu=True), torch.nn.Module()

@@ -33,10 +33,12 @@ from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, UpdateLoader, train
 from lbaccel.batch.stream import UpdateStream
+from lbaccel.data import order
 from lbaccel.data.order import samples_at
 from lbaccel.recipe.checks import checked
 from lbaccel.recipe.resume import resolve
 from lbaccel.recipe.settings import read_settings
+from lbaccel.runs.checkpoints import read_state
 from lbaccel.update import engine
 
 
@@ -188,6 +190,35 @@ def test_a_run_moves_between_one_two_three_and_four_ranks():
         for line in (folder / "resumes.jsonl").read_text().splitlines()
     ]
     assert worlds == [2, 3, 4]
+
+
+def order_in(folder):
+    return read_state(newest(folder))["loader"]["order"]
+
+
+def test_a_run_on_a_large_set_keeps_its_rule_of_order_to_the_bit(monkeypatch):
+    """A checkpoint without the field is of the first rule, and those that follow it say so."""
+    monkeypatch.setattr(order, "MOST_SORTED", 100)  # so that 1,438 images are a large set
+    truth, folder = run(output="whole"), stopped_at(5)
+    assert order_in(folder) == order.COMPUTED
+    run("--resume", folder)
+    assert not differences(folder, truth)
+
+    def of_before(self):
+        return {"next_update": self.next_update, "growth": []}
+
+    with monkeypatch.context() as before:  # the second rule came
+        before.setattr("lbaccel.data.loader.COMPUTED", order.SORTED)
+        before.setattr(UpdateLoader, "state_dict", of_before)
+        old_truth, old = run(output="whole-before"), stopped_at(3, output="runs-before")
+    assert "order" not in read_state(newest(old))["loader"]
+    assert rows(old_truth)[0]["train/loss"] != rows(truth)[0]["train/loss"]
+    undo = at_update(4, interrupt)  # in the second epoch
+    run("--resume", old, code=130, output="runs-before")
+    undo()
+    assert order_in(old) == order.SORTED
+    run("--resume", old, output="runs-before")
+    assert not differences(old, old_truth)
 
 
 def test_the_samples_of_an_update_depend_on_neither_plan_nor_place():
@@ -545,3 +576,19 @@ def test_a_loop_of_ones_own_resumes_through_accelerate_to_the_bit(tmp_path):
     assert other.updates(5) == truth
     for a, b in zip(other.net.parameters(), own.net.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_loop_of_ones_own_keeps_the_order_of_a_state_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "MOST_SORTED", 10)
+    with monkeypatch.context() as before:
+        before.setattr("lbaccel.data.loader.COMPUTED", order.SORTED)
+        before.setattr(UpdateLoader, "state_dict", lambda self: {"next_update": self.next_update})
+        own = Own()
+        own.updates(2)
+        own.accelerator.save_state(str(tmp_path / "state"))
+        truth = own.updates(5)
+    other = Own()
+    other.accelerator.load_state(str(tmp_path / "state"))
+    assert other.loader.state_dict()["order"] == order.SORTED
+    assert other.updates(5) == truth
+    assert Own().updates(1) != truth[:1]

@@ -18,13 +18,17 @@ from runs_of_recipe import newest, rows, tensors
 from safetensors.torch import load_file
 
 from lbaccel import train
+from lbaccel.data import order
 
 BEFORE = Path(__file__).parent.parent / "fixtures" / "before_the_house"
 NEW = {"train/top1"}  # which that lbaccel did not count
 
 
+@pytest.mark.parametrize("most_sorted", [order.MOST_SORTED, 100], ids=["small", "large"])
 @pytest.mark.parametrize("name", ["plain", "grown"])
-def test_a_run_of_before_ends_as_it_would_have(name, tmp_path):
+def test_a_run_of_before_ends_as_it_would_have(name, most_sorted, tmp_path, monkeypatch):
+    """Also on a set that is large by today's rule of order (1,438 images are, above 100)."""
+    monkeypatch.setattr(order, "MOST_SORTED", most_sorted)
     run = tmp_path / "run"
     shutil.copytree(BEFORE / name / "broken", run, symlinks=True)
     begun = rows(run)
