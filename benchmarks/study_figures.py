@@ -227,7 +227,8 @@ def draw_curves(result: Result, path: Path) -> None:
         for row, (place, label) in enumerate(((1, "samples seen"), (0, "updates"))):
             axes = grid[row][column] if across else grid[0][row]
             for i, (name, runs) in enumerate(strands):
-                curves = [run["history"][metric] for run in runs]
+                # a run that was stopped before its first evaluation has none
+                curves = [run["history"][metric] for run in runs if metric in run["history"]]
                 for curve in curves:
                     axes.plot(
                         [p[place] for p in curve], [p[3] for p in curve], color=COLORS[i], lw=0.5,
