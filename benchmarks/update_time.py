@@ -1,10 +1,11 @@
 """Time and peak bytes of one update: lbaccel, a hand-written loop, Accelerate's `accumulate`.
 
-python benchmarks/update_time.py [--repeats 5] [--micro-batches 64] [--json FILE]
+python benchmarks/update_time.py [--repeats 5] [--micro-batches 64] [--compile] [--json FILE]
 
 All arms run the same network on the same samples in the same order, interleaved in one process
 with one thread; the figure is the minimum of the process times. Peak bytes are those of torch's
 CPU allocator (profiler memory events) over one update of 4 micro-batches, weights included.
+`--compile` puts every network through torch.compile (inductor), the plain loop's as well.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ MICRO = 32
 CASES = (("resnet18", 32), ("mobilenetv2_100", 96))
 
 
-def make_model(name):
+def make_model(name, compiled):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
+    if compiled:
+        model.compile()
     return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def lbaccel_arm(name, data, count):
+def lbaccel_arm(name, data, count, compiled):
     accelerator = Accelerator(cpu=True)
-    model, optimizer = make_model(name)
+    model, optimizer = make_model(name, compiled)
     plan = BatchPlan(global_batch_size=count, micro_batch_size=MICRO, norm_batch_size=MICRO)
     large_batch = LargeBatch(accelerator, plan)
     model, optimizer, loader = large_batch.prepare(model, optimizer, UpdateLoader(data, plan))
@@ -50,8 +53,8 @@ def lbaccel_arm(name, data, count):
     return run
 
 
-def plain_arm(name, data, count):
-    model, optimizer = make_model(name)
+def plain_arm(name, data, count, compiled):
+    model, optimizer = make_model(name, compiled)
     order = epoch_order(0, 0, count)
 
     def run():
@@ -68,9 +71,9 @@ def plain_arm(name, data, count):
     return run
 
 
-def accelerate_arm(name, data, count):
+def accelerate_arm(name, data, count, compiled):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count // MICRO)
-    model, optimizer = make_model(name)
+    model, optimizer = make_model(name, compiled)
     model, optimizer = accelerator.prepare(model, optimizer)
     order = epoch_order(0, 0, count)
 
@@ -108,6 +111,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=64)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", default="", help="networks whose name holds this")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -117,11 +122,14 @@ def main():
         "micro_batch_size": MICRO,
         "micro_batches": args.micro_batches,
         "repeats": args.repeats,
+        "compiled": args.compile,
     }
     for name, size in CASES:
+        if args.only not in name:
+            continue
         count = MICRO * args.micro_batches
         data = Images(count, size)
-        runs = {arm: make(name, data, count) for arm, make in ARMS.items()}
+        runs = {arm: make(name, data, count, args.compile) for arm, make in ARMS.items()}
         first = {arm: run() for arm, run in runs.items()}
         assert max(first.values()) - min(first.values()) < 1e-4, first
         seconds = {arm: [] for arm in ARMS}
@@ -131,7 +139,10 @@ def main():
                 run()
                 seconds[arm].append(time.process_time() - start)
         small = Images(4 * MICRO, size)
-        peaks = {arm: peak_bytes(make(name, small, 4 * MICRO)) for arm, make in ARMS.items()}
+        peaks = {
+            arm: peak_bytes(make(name, small, 4 * MICRO, args.compile))
+            for arm, make in ARMS.items()
+        }
         best = {arm: min(values) for arm, values in seconds.items()}
         results[f"{name} at {size} px"] = {"seconds": seconds, "peak_bytes": peaks}
         print(f"\n{name} at {size} px, {args.micro_batches} micro-batches of {MICRO}")
