@@ -15,9 +15,14 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.transforms import Compose
 
 from lbaccel.data.augment import KeyedImages
+from lbaccel.data.crops import MOST_RATIO, RATIO, SCALE
+from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
 from lbaccel.data.loader import worker_options
+from lbaccel.data.photographs import Centre, CentredPhotographs, Photographs
 from lbaccel.data.sources import ImageArray, ImageFiles
 from lbaccel.errors import InputError
+
+COLOR_JITTER = 0.4  # timm's
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,27 @@ class TransformedImages:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """The same, but an image that can't be read is its message: a worker would wrap a raise."""
+    """Batches of these; one with an image that can't be read is the message of this image.
 
-    images: TransformedImages
+    A worker would wrap what is raised in its own words.
+    """
+
+    images: TransformedImages | CentredPhotographs
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
         try:
-            return self.images[index]
+            if isinstance(self.images, CentredPhotographs):
+                return self.images.load(indices)
+            return default_collate([self.images[index] for index in indices])
         except InputError as error:
             return str(error)
 
 
-def _collate(samples: list[Any]) -> Any:
-    return next((s for s in samples if isinstance(s, str)), None) or default_collate(samples)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
@@ -78,10 +88,11 @@ def training_set(
     """The training images with their augmentation.
 
     Images in memory: a random crop of the frame padded by an eighth (as `padding` says), and a
-    mirror image half of the time, a micro-batch at a time. Files, and images in memory with
-    `auto_augment`: timm's training transform (random resized crop, mirror, colour), an image at a
-    time. Every draw depends on (seed, epoch, sample index) alone: the loader seeds the generators
-    before each image.
+    mirror image half of the time, a micro-batch at a time. Files under the decoder torchvision:
+    timm's random resized crop, mirror and colour, a micro-batch at a time (`Photographs`). Other
+    files, and all images with `auto_augment`: timm's training transform itself, an image at a
+    time. Every draw depends on (seed, epoch, sample index) alone: where timm's transform draws,
+    the loader seeds the generators before each image.
 
     Args:
         source: the images.
@@ -114,6 +125,25 @@ def training_set(
             interpolation=preprocessing["interpolation"],
             padding=padding,
         )
+    jitter = COLOR_JITTER if color_jitter is None else color_jitter
+    if (
+        isinstance(source, ImageFiles)
+        and auto_augment is None
+        and decoder_in(preprocessing) != PILLOW
+    ):
+        return Photographs(
+            source,
+            mean,
+            std,
+            size,
+            seed=seed,
+            interpolation=preprocessing["interpolation"],
+            scale=scale or SCALE,
+            ratio=ratio or RATIO,
+            flip=flip,
+            color_jitter=jitter,
+            random_erasing=random_erasing,
+        )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(
             f"auto_augment={auto_augment!r} works on colour images; these have {len(mean)} channel."
@@ -125,7 +155,7 @@ def training_set(
             scale=scale,  # type: ignore[arg-type]
             ratio=ratio,  # type: ignore[arg-type]
             hflip=flip,
-            color_jitter=0.4 if color_jitter is None else color_jitter,
+            color_jitter=jitter,
             re_prob=random_erasing,
             re_mode="pixel",
             auto_augment=auto_augment,
@@ -141,9 +171,6 @@ def training_set(
     return TransformedImages(source, transform)
 
 
-MOST_RATIO = 20  # of the longer side to the shorter: resized whole, a strip has no bound
-
-
 def _not_too_long(image: Image.Image) -> Image.Image:
     """The middle of a strip of more than `MOST_RATIO`: the crop that follows lies inside it."""
     most = MOST_RATIO * min(image.size)
@@ -155,11 +182,15 @@ def _not_too_long(image: Image.Image) -> Image.Image:
 
 
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """timm's transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
+    """The transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
+
+    It is timm's own under the decoder Pillow, else its rule on bytes: `Centre`.
 
     Args:
-        preprocessing: img_size, mean, std, interpolation, crop_pct.
+        preprocessing: img_size, mean, std, interpolation, crop_pct; decoder, if it is known.
     """
+    if decoder_in(preprocessing) != PILLOW:
+        return Compose([as_pixels, _centre(preprocessing)])
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
     transform: Any = timm.data.create_transform(
         input_size=(len(mean), size, size),
@@ -169,6 +200,11 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
         std=std,
     )
     return Compose([_not_too_long, transform])
+
+
+def _centre(preprocessing: Mapping[str, Any]) -> Centre:
+    names = ("mean", "std", "img_size", "crop_pct", "interpolation")
+    return Centre(**{name: preprocessing[name] for name in names})
 
 
 def evaluation_batches(
@@ -195,13 +231,16 @@ def evaluation_batches(
             rows = torch.tensor(indices[first : first + batch_size])
             yield images.normalise(source.images[rows]), source.labels[rows]
         return
-    transformed = TransformedImages(source, evaluation_transform(preprocessing))
-    subset = Subset(_Evaluated(transformed), indices)  # type: ignore[arg-type]
+    if decoder_in(preprocessing) == PILLOW:
+        seen = TransformedImages(source, evaluation_transform(preprocessing))
+    else:
+        seen = CentredPhotographs(source, _centre(preprocessing))
+    subset = Subset(_Evaluated(seen), indices)  # type: ignore[arg-type]
     for batch in DataLoader(
         subset,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         **worker_options(),
     ):
         if isinstance(batch, str):
