@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import timm.data
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import Compose
 
 from lbaccel.data.augment import KeyedImages
@@ -207,42 +206,94 @@ def _centre(preprocessing: Mapping[str, Any]) -> Centre:
     return Centre(**{name: preprocessing[name] for name in names})
 
 
+class EvaluationBatches:
+    """Batches of a set of images for evaluation, whose workers stay from one pass to the next.
+
+    Args:
+        source: the images.
+        preprocessing: as `build_model` gives it.
+        rank: takes every `world_size`-th sample from its own number on.
+        world_size: number of ranks.
+        num_workers: processes that read image files.
+    """
+
+    def __init__(
+        self,
+        source: ImageArray | ImageFiles,
+        *,
+        preprocessing: Mapping[str, Any],
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.source = source
+        self.preprocessing = preprocessing
+        self.indices = range(rank, len(source), world_size)
+        self.num_workers = 0 if isinstance(source, ImageArray) else num_workers
+        self._loader: DataLoader[Any] | None = None
+        self._batches: list[list[int]] = []
+
+    def __call__(self, start: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [n, C, H, W] and labels [n], n <= size, from the sample `start` on.
+
+        A pass ends where another one begins.
+
+        Raises:
+            InputError: an image that can't be read.
+        """
+        indices = self.indices[start:]
+        batches = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
+        if isinstance(self.source, ImageArray):
+            yield from self._in_memory(self.source, batches)
+            return
+        if self._loader is None:
+            self._loader = self._workers(self.source)
+        self._batches[:] = batches  # what the loader's sampler reads, in this process
+        for batch in self._loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            yield batch
+
+    def close(self) -> None:
+        """End the workers now; another pass would start others."""
+        self._loader = None
+
+    def _in_memory(
+        self, source: ImageArray, batches: list[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        size, mean, std, interpolation = (
+            self.preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")
+        )
+        images = KeyedImages(source, mean, std, img_size=size, interpolation=interpolation)
+        for rows in batches:
+            yield images.normalise(source.images[rows]), source.labels[rows]
+
+    def _workers(self, source: ImageFiles) -> DataLoader[Any]:
+        if decoder_in(self.preprocessing) == PILLOW:
+            seen = TransformedImages(source, evaluation_transform(self.preprocessing))
+        else:
+            seen = CentredPhotographs(source, _centre(self.preprocessing))
+        return DataLoader(
+            _Evaluated(seen),  # type: ignore[arg-type]
+            batch_sampler=self._batches,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_as_it_is,
+            **worker_options(),
+        )
+
+
 def evaluation_batches(
     source: ImageArray | ImageFiles,
     *,
-    preprocessing: dict[str, Any],
+    preprocessing: Mapping[str, Any],
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [n, C, H, W] and labels [n] of every `world_size`-th sample from `rank`.
-
-    The first `start` of them are left out.
-    """
-    size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
-    indices = range(rank, len(source), world_size)[start:]
-    if isinstance(source, ImageArray):
-        images = KeyedImages(
-            source, mean, std, img_size=size, interpolation=preprocessing["interpolation"]
-        )
-        for first in range(0, len(indices), batch_size):
-            rows = torch.tensor(indices[first : first + batch_size])
-            yield images.normalise(source.images[rows]), source.labels[rows]
-        return
-    if decoder_in(preprocessing) == PILLOW:
-        seen = TransformedImages(source, evaluation_transform(preprocessing))
-    else:
-        seen = CentredPhotographs(source, _centre(preprocessing))
-    subset = Subset(_Evaluated(seen), indices)  # type: ignore[arg-type]
-    for batch in DataLoader(
-        subset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        **worker_options(),
-    ):
-        if isinstance(batch, str):
-            raise InputError(batch)
-        yield batch
+    """One pass of `EvaluationBatches` in batches of this size, from the sample `start` on."""
+    batches = EvaluationBatches(source, preprocessing=preprocessing, num_workers=num_workers)
+    try:
+        yield from batches(start, batch_size)
+    finally:
+        batches.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -21,7 +22,12 @@ from lbaccel.data.colour import ORDERS
 from lbaccel.data.crops import BoxDraws
 from lbaccel.data.images import ImageFiles, read_image
 from lbaccel.data.photographs import NUM_DRAWS, Photographs
-from lbaccel.data.pipelines import evaluation_batches, evaluation_transform, training_set
+from lbaccel.data.pipelines import (
+    EvaluationBatches,
+    evaluation_batches,
+    evaluation_transform,
+    training_set,
+)
 from lbaccel.errors import InputError
 
 COUNT, SIZE = 12, 32
@@ -272,3 +278,32 @@ def test_evaluation_has_each_image_once_in_any_batches(images):
         batches = list(evaluation_batches(images, preprocessing=PREPROCESSING, **options))
         assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack(expected[2:]))
         assert torch.cat([y for _, y in batches]).tolist() == list(images.labels[2:])
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_the_workers_of_an_evaluation_stay_and_a_pass_that_was_left_leaves_nothing(images, decoder):
+    pre = {**PREPROCESSING, "decoder": decoder}
+    ((expected, labels),) = EvaluationBatches(images, preprocessing=pre)(0, COUNT)
+    before = set(active_children())
+    batches = EvaluationBatches(images, preprocessing=pre, num_workers=2)
+    pids = set()
+    for start, size, read in ((0, 2, 99), (0, 1, 3), (3, 5, 99), (1, 4, 1), (0, COUNT, 99)):
+        rows = start
+        for number, (found, of_found) in enumerate(batches(start, size), start=1):
+            assert torch.equal(found, expected[rows : rows + size])
+            assert torch.equal(of_found, labels[rows : rows + size])
+            rows += len(found)
+            if number == read:
+                break
+        assert rows == (COUNT if read == 99 else start + size * read)
+        pids.add(frozenset(child.pid for child in set(active_children()) - before))
+    assert len(pids) == 1 and len(*pids) == 2
+    batches.close()
+    assert set(active_children()) <= before
+
+
+def test_each_rank_evaluates_its_own_share(images):
+    ((_, labels),) = EvaluationBatches(images, preprocessing=PREPROCESSING)(0, COUNT)
+    for rank in range(3):
+        share = EvaluationBatches(images, preprocessing=PREPROCESSING, rank=rank, world_size=3)
+        assert torch.equal(torch.cat([y for _, y in share(1, 2)]), labels[rank::3][1:])
