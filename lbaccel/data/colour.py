@@ -49,5 +49,7 @@ def jitter_(image: Tensor, factors: Sequence[float], order: Sequence[int]) -> Te
                 image.sub_(mean).mul_(factor).add_(mean)
             else:
                 image.sub_(towards).mul_(factor).add_(towards)
-        image.clamp_(0, 255).floor_()
+        if factor > 1:  # else each number lies between t and x
+            image.clamp_(0, 255)
+        image.floor_()
     return image

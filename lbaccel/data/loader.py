@@ -33,7 +33,7 @@ Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], An
 SAMPLE_SEED = 0x5EED
 HALF_READ = -1
 FETCH = "__lbaccel_fetch__"  # no data set has it by chance
-LOAD = "__lbaccel_load__"
+LOAD, FINISH = "__lbaccel_load__", "__lbaccel_finish__"
 
 
 @dataclass
@@ -73,8 +73,9 @@ class UpdateLoader:
         dataset: a map-style data set (`__len__` and `__getitem__`), or one that makes whole
             micro-batches: `__lbaccel_fetch__(indices, epochs)` of two int64 arrays [n] then
             returns the data of these n samples, in the main process. `__lbaccel_load__` is the
-            same for data that take long to read: the workers call it, and the generators are not
-            seeded for it. A method named `fetch` means nothing here.
+            same for data that take long to read: the workers call it, and the main process gives
+            its result to `__lbaccel_finish__(data, indices, epochs)` where there is one. No
+            generator is seeded for them. A method named `fetch` means nothing here.
         plan: the partition; a batch above the data set becomes full-batch training, with a
             warning.
         rank: this process, below `plan.world_size`.
@@ -288,12 +289,14 @@ class UpdateLoader:
         plan = self.plan
         if micro_batch_size is not None:
             plan = replace(plan, micro_batch_size=micro_batch_size)
-        fetch = getattr(self.dataset, FETCH, None)
+        fetch, finish = (getattr(self.dataset, name, None) for name in (FETCH, FINISH))
         batches = None
         if fetch is None:
             batches = self._batches_from(index, plan)
         for micro_batch, indices, epochs in self._keys(index, plan):
             data = fetch(indices, epochs) if batches is None else _checked(next(batches))  # type: ignore[misc]
+            if finish is not None:
+                data = finish(data, indices, epochs)
             if self.transform is not None:
                 data = self.transform(data, micro_batch, indices, epochs)
             yield micro_batch, data

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from lbaccel.data import colour
 from lbaccel.data.augment import BOX_X, byte_scale
@@ -47,10 +48,11 @@ class Photographs:
     """Images in files with timm's training augmentation, made a micro-batch at a time.
 
     Each image is decoded, cropped at random and resized to [3, img_size, img_size] bytes, mirrored
-    with probability `flip`, changed in colour, and normalised: (x / 255 - mean) / std. With
-    probability `random_erasing` a box of the result becomes normal noise. The draws have timm's
-    distributions and depend on (seed, epoch, sample index) alone; those of a micro-batch are one
-    call. An image is finished before the next is decoded: its floats stay in the cache of the
+    with probability `flip`, and changed in colour. That is done where images are read, in the
+    loader's workers, which hand on bytes. The main process normalises: (x / 255 - mean) / std, and
+    with probability `random_erasing` a box of the result becomes normal noise. The draws have
+    timm's distributions and depend on (seed, epoch, sample index) alone; those of a micro-batch are
+    one call. Each image goes through all of it alone: its floats stay in the cache of the
     processor, and nothing of one image can reach another.
 
     Args:
@@ -89,20 +91,31 @@ class Photographs:
         return byte_scale(self.mean, self.std)
 
     def load(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Float images [n, 3, img_size, img_size] and labels [n] of these samples.
+        """Bytes [n, 3, img_size, img_size] and labels [n] of these samples, as far as bytes go.
 
         Raises:
             InputError: an image that can't be read.
         """
-        images = torch.empty(len(indices), 3, self.img_size, self.img_size)
-        keys = keyed_hash(self.seed, epochs, indices, NOISE)
-        rows = zip(indices.tolist(), self.draws(indices, epochs).tolist(), keys, strict=True)
-        for image, (index, draws, key) in zip(images, rows, strict=True):
-            image.copy_(self._bytes(index, draws))
-            self._finish_(image, draws, int(key))
-        return images, _labels(self.source, indices.tolist())
+        floats = torch.empty(3, self.img_size, self.img_size)
+        rows = zip(indices.tolist(), self.draws(indices, epochs).tolist(), strict=True)
+        return default_collate([self._sample(index, draws, floats) for index, draws in rows])
+
+    def finish(
+        self, data: tuple[Tensor, Tensor], indices: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """Float images [n, 3, img_size, img_size] and labels [n] of what `load` gave."""
+        images, labels = data
+        floats = normalised(images, self._scale)
+        if self.random_erasing:
+            keys = keyed_hash(self.seed, epochs, indices, NOISE)
+            rows = zip(floats, self.draws(indices, epochs).tolist(), keys, strict=True)
+            for image, draws, key in rows:
+                if draws[ERASED] < self.random_erasing:
+                    self._erase_(image, draws, int(key))
+        return floats, labels
 
     __lbaccel_load__ = load
+    __lbaccel_finish__ = finish
 
     def draws(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.float64]:
         """Uniform numbers [n, NUM_DRAWS] in [0, 1), a row a sample."""
@@ -119,20 +132,18 @@ class Photographs:
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
         return [low + draws[what] * (high - low) for what in (BRIGHTNESS, CONTRAST, SATURATION)]
 
-    def _bytes(self, index: int, draws: Sequence[float]) -> Tensor:
+    def _sample(self, index: int, draws: Sequence[float], floats: Tensor) -> tuple[Tensor, int]:
+        """Bytes and label; `floats` is memory to work in, which the processor's cache holds."""
         pixels = pixels_of(self.source, index)
         part = cropped(pixels, self.box(draws, *pixels.shape[1:]))
         size = self.img_size
-        small = resized(part, size, size, interpolation=self.interpolation)
-        return small.flip(2) if draws[FLIP] < self.flip else small
-
-    def _finish_(self, image: Tensor, draws: Sequence[float], key: int) -> None:
+        image = resized(part, size, size, interpolation=self.interpolation)
+        if draws[FLIP] < self.flip:
+            image = image.flip(2)
         if self.color_jitter:
             order = colour.ORDERS[int(draws[ORDER] * len(colour.ORDERS))]
-            colour.jitter_(image, self.factors(draws), order)
-        _normalise_(image, self._scale)
-        if draws[ERASED] < self.random_erasing:
-            self._erase_(image, draws, key)
+            image = colour.jitter_(floats.copy_(image), self.factors(draws), order).byte()
+        return image, int(self.source.labels[index])
 
     def _erase_(self, image: Tensor, draws: Sequence[float], key: int) -> None:
         of_box = BoxDraws(
@@ -166,42 +177,33 @@ class Centre:
     def _scale(self) -> tuple[Tensor, Tensor]:
         return byte_scale(self.mean, self.std)
 
-    def __call__(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
-        """Bytes [C, H, W] to floats [C, img_size, img_size], in `out` where it is given."""
-        if out is None:
-            out = torch.empty(len(pixels), self.img_size, self.img_size)
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Bytes [C, H, W] to bytes [C, img_size, img_size]."""
         options = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
-        out.copy_(centre(pixels, self.img_size, **options))
-        return _normalise_(out, self._scale)
+        return centre(pixels, self.img_size, **options)
 
-
-@dataclass(frozen=True)
-class CentredPhotographs:
-    """Images in files for evaluation."""
-
-    source: ImageFiles
-    centre: Centre
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Float images [n, 3, img_size, img_size] and labels [n] of these samples.
+    def load(self, source: ImageFiles, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Bytes [n, 3, img_size, img_size] and labels [n] of these samples.
 
         Raises:
             InputError: an image that can't be read.
         """
-        size = self.centre.img_size
-        images = torch.empty(len(indices), 3, size, size)
-        for image, index in zip(images, indices, strict=True):
-            self.centre(pixels_of(self.source, index), image)
-        return images, _labels(self.source, indices)
+        return default_collate(
+            [(self.cut(pixels_of(source, i)), int(source.labels[i])) for i in indices]
+        )
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Bytes [n, C, img_size, img_size] normalised."""
+        return normalised(images, self._scale)
 
 
-def _normalise_(image: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+def normalised(images: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+    """Bytes [n, C, H, W] less the mean and over the deviation of `byte_scale`, an image at a time.
+
+    The result is in pinned memory where the bytes are.
+    """
     mean, std = scale
-    return image.sub_(mean[0]).div_(std[0])
-
-
-def _labels(source: ImageFiles, indices: Sequence[int]) -> Tensor:
-    return torch.tensor([int(source.labels[index]) for index in indices])
+    floats = torch.empty(images.shape, pin_memory=images.is_pinned())
+    for one, image in zip(floats, images, strict=True):
+        one.copy_(image).sub_(mean[0]).div_(std[0])
+    return floats

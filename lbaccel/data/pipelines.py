@@ -17,7 +17,7 @@ from lbaccel.data.augment import KeyedImages
 from lbaccel.data.crops import MOST_RATIO, RATIO, SCALE
 from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
 from lbaccel.data.loader import worker_options
-from lbaccel.data.photographs import Centre, CentredPhotographs, Photographs
+from lbaccel.data.photographs import Centre, Photographs
 from lbaccel.data.sources import ImageArray, ImageFiles
 from lbaccel.errors import InputError
 
@@ -40,21 +40,23 @@ class TransformedImages:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """Batches of these; one with an image that can't be read is the message of this image.
+    """Batches of images in files; one with an image that can't be read is this one's message.
 
     A worker would wrap what is raised in its own words.
     """
 
-    images: TransformedImages | CentredPhotographs
+    source: ImageFiles
+    how: Centre | Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.source)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
         try:
-            if isinstance(self.images, CentredPhotographs):
-                return self.images.load(indices)
-            return default_collate([self.images[index] for index in indices])
+            if isinstance(self.how, Centre):
+                return self.how.load(self.source, indices)
+            images = TransformedImages(self.source, self.how)
+            return default_collate([images[index] for index in indices])
         except InputError as error:
             return str(error)
 
@@ -189,7 +191,8 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
         preprocessing: img_size, mean, std, interpolation, crop_pct; decoder, if it is known.
     """
     if decoder_in(preprocessing) != PILLOW:
-        return Compose([as_pixels, _centre(preprocessing)])
+        centre = _centre(preprocessing)
+        return Compose([as_pixels, centre.cut, lambda image: centre.finish(image[None])[0]])
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
     transform: Any = timm.data.create_transform(
         input_size=(len(mean), size, size),
@@ -246,13 +249,16 @@ class EvaluationBatches:
         if isinstance(self.source, ImageArray):
             yield from self._in_memory(self.source, batches)
             return
+        fast = decoder_in(self.preprocessing) != PILLOW
+        how = (_centre if fast else evaluation_transform)(self.preprocessing)
         if self._loader is None:
-            self._loader = self._workers(self.source)
+            self._loader = self._workers(_Evaluated(self.source, how))
         self._batches[:] = batches  # what the loader's sampler reads, in this process
         for batch in self._loader:
             if isinstance(batch, str):
                 raise InputError(batch)
-            yield batch
+            images, labels = batch
+            yield (how.finish(images) if isinstance(how, Centre) else images), labels
 
     def close(self) -> None:
         """End the workers now; another pass would start others."""
@@ -268,13 +274,9 @@ class EvaluationBatches:
         for rows in batches:
             yield images.normalise(source.images[rows]), source.labels[rows]
 
-    def _workers(self, source: ImageFiles) -> DataLoader[Any]:
-        if decoder_in(self.preprocessing) == PILLOW:
-            seen = TransformedImages(source, evaluation_transform(self.preprocessing))
-        else:
-            seen = CentredPhotographs(source, _centre(self.preprocessing))
+    def _workers(self, images: _Evaluated) -> DataLoader[Any]:
         return DataLoader(
-            _Evaluated(seen),  # type: ignore[arg-type]
+            images,  # type: ignore[arg-type]
             batch_sampler=self._batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -243,6 +243,10 @@ class LoadedWhole:
         assert indices.dtype == epochs.dtype == np.int64
         return torch.from_numpy(np.stack([indices, epochs, np.full_like(indices, os.getpid())], 1))
 
+    def __lbaccel_finish__(self, data, indices, epochs):
+        assert data[:, :2].T.tolist() == [indices.tolist(), epochs.tolist()]
+        return torch.cat([data, torch.full((len(data), 1), os.getpid())], 1)
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_set_that_loads_whole_micro_batches_does_so_in_the_workers(workers):
@@ -252,6 +256,7 @@ def test_a_set_that_loads_whole_micro_batches_does_so_in_the_workers(workers):
     loader.close()
     assert torch.equal(rows[:, 0], truth[:, 0].long())
     assert rows[:, 1].tolist() == [0] * 20 + [1] * 20
+    assert set(rows[:, 3].tolist()) == {os.getpid()}
     pids = set(rows[:, 2].tolist())
     assert pids == {os.getpid()} if not workers else len(pids) == 2 and os.getpid() not in pids
 

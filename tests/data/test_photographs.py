@@ -64,7 +64,8 @@ def of(images, **options):
 
 def load(photographs, indices, epoch=0):
     rows = np.asarray(indices, dtype=np.int64)
-    return photographs.load(rows, np.full_like(rows, epoch))[0]
+    epochs = np.full_like(rows, epoch)
+    return photographs.finish(photographs.load(rows, epochs), rows, epochs)[0]
 
 
 def slowly(photographs, index, epoch, monkeypatch):
