@@ -10,16 +10,14 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION)))
-# ITU-R BT.601 in 16-bit fixed point, as Pillow has it: a sum below 2^24, so exact in float32
-_LUMA, _HALF, _ONE = (19595, 38470, 7471), 2**15, 2.0**-16
+# ITU-R BT.601 in 16 bits behind the point, as Pillow has it: a sum of 24 bits, exact in float32
+_RED, _GREEN, _BLUE = 19595 / 2**16, 38470 / 2**16, 7471 / 2**16
 
 
 def grey(image: Tensor) -> Tensor:
     """The luma of whole numbers 0..255 [3, H, W], rounded: [H, W]."""
     red, green, blue = image
-    total = red * _LUMA[0]
-    total.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
-    return total.add_(_HALF).mul_(_ONE).floor_()
+    return (red * _RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE).add_(0.5).floor_()
 
 
 def jitter_(image: Tensor, factors: Sequence[float], order: Sequence[int]) -> Tensor:
