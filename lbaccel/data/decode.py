@@ -74,7 +74,9 @@ def _jpeg_of(read: Any, sample: Any) -> tuple[bytes | None, bool]:
                 return (head + file.read() if head == _JPEG else None), upright
         if isinstance(read, EncodedImages):
             data = read.data_of(sample)
-            return (data if data.startswith(_JPEG) else None), getattr(read, "exif_orientation", 1)
+            return (data if data.startswith(_JPEG) else None), getattr(
+                read, "exif_orientation", True
+            )
     except OSError:  # the reader itself says what it is
         pass
     return None, False
@@ -92,7 +94,7 @@ def _decoded(data: bytes, *, upright: bool) -> Tensor | None:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB)
+            pixels: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB)
     except MemoryError:
         raise
     except Exception:  # damaged, too large, or torchvision was built without libjpeg

@@ -192,7 +192,7 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
     """
     if decoder_in(preprocessing) != PILLOW:
         centre = _centre(preprocessing)
-        return Compose([as_pixels, centre.cut, lambda image: centre.finish(image[None])[0]])
+        return lambda image: centre.finish(centre.cut(as_pixels(image))[None])[0]
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
     transform: Any = timm.data.create_transform(
         input_size=(len(mean), size, size),
