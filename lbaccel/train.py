@@ -270,17 +270,10 @@ def validate(t: Training) -> dict[str, float]:
 
     Of the weights, and of their average.
     """
-    from lbaccel.recipe.evaluation import evaluate, validation_batches
+    from lbaccel.recipe.evaluation import evaluate
 
     metrics = {}
     size = t.settings.batch.val_batch_size or t.large_batch.plan.micro_batch_size
-
-    batches = validation_batches(
-        t.task.source.val,
-        t.accelerator,
-        preprocessing=t.task.preprocessing,
-        workers=t.settings.data.workers,
-    )
     with t.large_batch.whole_model() as whole:
         for suffix, network in (("", whole), ("_ema", t.ema.module if t.ema else None)):
             if network is None:
@@ -289,7 +282,7 @@ def validate(t: Training) -> dict[str, float]:
                 t.norm_of_average.measure()
             found = evaluate(
                 network,
-                batches,
+                t.validation,
                 t.accelerator,
                 dtype=t.task.dtype,
                 batch_size=size,

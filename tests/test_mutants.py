@@ -24,6 +24,78 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "a crop's row and column are one draw": (
+        "data.photographs",
+        "draws[RATIOS], draws[TOP], draws[LEFT])",
+        "draws[RATIOS], draws[TOP], draws[TOP])",
+        "tests/data/test_photographs.py::"
+        "test_an_image_is_that_of_timms_transform_at_the_same_draws[0.0-bilinear]",
+    ),
+    "contrast takes the factor of brightness": (
+        "data.photographs",
+        "for what in (BRIGHTNESS, CONTRAST, SATURATION)]",
+        "for what in (BRIGHTNESS, BRIGHTNESS, SATURATION)]",
+        "tests/data/test_photographs.py::"
+        "test_an_image_is_that_of_timms_transform_at_the_same_draws[0.4-bilinear]",
+    ),
+    "a photograph is mirrored before its box is cut out": (
+        "data.photographs",
+        "part = cropped(pixels, self.box(draws, *pixels.shape[1:]))",
+        "part = cropped(pixels, self.box(draws, *pixels.shape[1:]))\n"
+        "        if draws[FLIP] < self.flip:\n"
+        "            part = cropped(pixels.flip(2), self.box(draws, *pixels.shape[1:])).flip(2)",
+        "tests/data/test_photographs.py::"
+        "test_an_image_is_that_of_timms_transform_at_the_same_draws[0.0-bilinear]",
+    ),
+    "a photograph has the same draws in each epoch": (
+        "data.photographs",
+        "keyed_uniform(self.seed, epochs[:, None], indices[:, None], kinds)",
+        "keyed_uniform(self.seed, 0, indices[:, None], kinds)",
+        "tests/data/test_photographs.py::test_another_epoch_seed_or_sample_has_other_draws",
+    ),
+    "photographs share a draw with CutMix": (
+        "data.photographs",
+        "FIRST_DRAW = BOX_X + 1",
+        "FIRST_DRAW = BOX_X",
+        "tests/data/test_photographs.py::test_no_two_kinds_of_draw_are_one",
+    ),
+    "erased boxes are filled from the process's generator": (
+        "data.photographs",
+        "noise.normal_(generator=torch.Generator().manual_seed(key))",
+        "noise.normal_()",
+        "tests/data/test_photographs.py::test_the_generators_of_the_process_are_not_touched",
+    ),
+    "contrast turns around grey and not around the image's mean": (
+        "data.colour",
+        "mean = (2 * total + towards.numel()) // (2 * towards.numel())",
+        "mean = 128",
+        "tests/data/test_colour.py::test_jitter_has_pillows_numbers",
+    ),
+    "colours are rounded only at the end": (
+        "data.colour",
+        "        image.floor_()\n",
+        "",
+        "tests/data/test_colour.py::test_jitter_has_pillows_numbers",
+    ),
+    "a photograph that was taken sideways stays so where torchvision decodes it": (
+        "data.decode",
+        "orientation = _orientation(header) if upright else 1",
+        "orientation = 1",
+        "tests/data/test_decode.py::test_every_kind_has_the_pixels_that_pillow_gives",
+    ),
+    "the workers of an evaluation go on with the rows of the pass before": (
+        "data.pipelines",
+        "self._batches[:] = batches",
+        "self._batches[:] = self._batches or batches",
+        "tests/data/test_photographs.py::"
+        "test_the_workers_of_an_evaluation_stay_and_a_pass_that_was_left_leaves_nothing",
+    ),
+    "a run of before the decoders goes on with the fast one": (
+        "recipe.options_data",
+        '        before="pillow",',
+        "        before=None,",
+        "tests/recipe/test_older_runs.py::test_the_list_is_the_table_s",
+    ),
     "a schedule that the user steps as well runs twice as fast": (
         "update.plain_loop",
         "if count is not None and self._moved is not None and count > self._moved:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,12 @@ CROP_Y, CROP_X, FLIP, MIX_LAMBDA, MIX_CHOICE, BOX_Y, BOX_X = range(1, 8)
 
 PADDINGS = ("zero", "grey", "reflect")
 GREY = 127  # of 255
+
+
+def byte_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of bytes, [1, C, 1, 1] each, of those of pixels of 0..1."""
+    of_mean, of_std = (torch.tensor(x).view(1, -1, 1, 1) * 255 for x in (mean, std))
+    return of_mean, of_std
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,7 @@ class KeyedImages:
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1) * 255 for x in (self.mean, self.std))
-        return mean, std
+        return byte_scale(self.mean, self.std)
 
     def fetch(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Float images [n, C, img_size, img_size] and labels [n] of these samples."""

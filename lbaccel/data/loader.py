@@ -40,6 +40,7 @@ Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], An
 SAMPLE_SEED = 0x5EED
 HALF_READ = -1
 FETCH = "__lbaccel_fetch__"  # no data set has it by chance
+LOAD, FINISH = "__lbaccel_load__", "__lbaccel_finish__"
 
 
 @dataclass
@@ -78,7 +79,10 @@ class UpdateLoader:
     Args:
         dataset: a map-style data set (`__len__` and `__getitem__`), or one that makes whole
             micro-batches: `__lbaccel_fetch__(indices, epochs)` of two int64 arrays [n] then
-            returns the data of these n samples. A method named `fetch` means nothing here.
+            returns the data of these n samples, in the main process. `__lbaccel_load__` is the
+            same for data that take long to read: the workers call it, and the main process gives
+            its result to `__lbaccel_finish__(data, indices, epochs)` where there is one. No
+            generator is seeded for them. A method named `fetch` means nothing here.
         plan: the partition; a batch above the data set becomes full-batch training, with a
             warning.
         rank: this process, below `plan.world_size`.
@@ -91,7 +95,7 @@ class UpdateLoader:
             1902.05509); see `repeated_at`. An epoch keeps its number of samples, so it shows that
             many times fewer images. `epochs` of `fetch` and `transform` are then the numbers of
             draws, epoch x repeats + copy.
-        num_workers: processes that load a map-style data set.
+        num_workers: processes that load a map-style data set, or call `__lbaccel_load__`.
         collate_fn: makes a micro-batch of a list of samples.
         transform: (data, micro_batch, indices, epochs) -> data, in the main process.
 
@@ -120,7 +124,7 @@ class UpdateLoader:
         check_parts(dataset, plan)
         if not len(dataset):
             raise InputError("the training set is empty: give a data set of at least one sample.")
-        if not hasattr(dataset, "__getitem__") and not hasattr(dataset, FETCH):
+        if not any(hasattr(dataset, name) for name in ("__getitem__", FETCH, LOAD)):
             raise InputError(
                 f"the training set, a {type(dataset).__name__}, has neither __getitem__ nor "
                 f"{FETCH}, so no sample can be read. Give it __getitem__(index), or {FETCH}"
@@ -299,12 +303,14 @@ class UpdateLoader:
         plan = self.plan
         if micro_batch_size is not None:
             plan = replace(plan, micro_batch_size=micro_batch_size)
-        fetch = getattr(self.dataset, FETCH, None)
+        fetch, finish = (getattr(self.dataset, name, None) for name in (FETCH, FINISH))
         batches = None
         if fetch is None:
             batches = self._batches_from(index, plan)
         for micro_batch, indices, epochs in self._keys(index, plan):
             data = fetch(indices, epochs) if batches is None else _checked(next(batches))  # type: ignore[misc]
+            if finish is not None:
+                data = finish(data, indices, epochs)
             if self.transform is not None:
                 data = self.transform(data, micro_batch, indices, epochs)
             yield micro_batch, data
@@ -325,11 +331,12 @@ class UpdateLoader:
         return self._batches
 
     def _load_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
+        whole = hasattr(self.dataset, LOAD)
         loader = DataLoader(
-            _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
+            _KeyedBatches(self.dataset) if whole else _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.collate_fn),
+            collate_fn=_as_it_is if whole else _Collate(self.collate_fn),
             **worker_options(),
         )
         return iter(loader)
@@ -390,6 +397,24 @@ class _KeyedSamples:
             samples = getattr(self.dataset, "samples", None)
             name = f" ({samples[index][0]})" if samples else ""
             return _LoadFailure(f"sample {index}{name} can't be read: {error}.")
+
+
+class _KeyedBatches:
+    """The micro-batches that a data set makes whole, of lists of keys (epoch, index)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.load = getattr(dataset, LOAD)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        epochs, indices = np.array(keys, dtype=np.int64).T
+        try:
+            return self.load(indices, epochs)
+        except InputError as error:
+            return _LoadFailure(str(error))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import timm.data
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import Compose
 
 from lbaccel.data.augment import KeyedImages
+from lbaccel.data.crops import MOST_RATIO, RATIO, SCALE
+from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
 from lbaccel.data.loader import worker_options
+from lbaccel.data.photographs import Centre, Photographs
 from lbaccel.data.sources import ImageArray, ImageFiles
 from lbaccel.errors import InputError
+
+COLOR_JITTER = 0.4  # timm's
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,29 @@ class TransformedImages:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """The same, but an image that can't be read is its message: a worker would wrap a raise."""
+    """Batches of images in files; one with an image that can't be read is this one's message.
 
-    images: TransformedImages
+    A worker would wrap what is raised in its own words.
+    """
+
+    source: ImageFiles
+    how: Centre | Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
         try:
-            return self.images[index]
+            if isinstance(self.how, Centre):
+                return self.how.load(self.source, indices)
+            images = TransformedImages(self.source, self.how)
+            return default_collate([images[index] for index in indices])
         except InputError as error:
             return str(error)
 
 
-def _collate(samples: list[Any]) -> Any:
-    return next((s for s in samples if isinstance(s, str)), None) or default_collate(samples)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
@@ -78,10 +89,11 @@ def training_set(
     """The training images with their augmentation.
 
     Images in memory: a random crop of the frame padded by an eighth (as `padding` says), and a
-    mirror image half of the time, a micro-batch at a time. Files, and images in memory with
-    `auto_augment`: timm's training transform (random resized crop, mirror, colour), an image at a
-    time. Every draw depends on (seed, epoch, sample index) alone: the loader seeds the generators
-    before each image.
+    mirror image half of the time, a micro-batch at a time. Files under the decoder torchvision:
+    timm's random resized crop, mirror and colour, a micro-batch at a time (`Photographs`). Other
+    files, and all images with `auto_augment`: timm's training transform itself, an image at a
+    time. Every draw depends on (seed, epoch, sample index) alone: where timm's transform draws,
+    the loader seeds the generators before each image.
 
     Args:
         source: the images.
@@ -114,6 +126,25 @@ def training_set(
             interpolation=preprocessing["interpolation"],
             padding=padding,
         )
+    jitter = COLOR_JITTER if color_jitter is None else color_jitter
+    if (
+        isinstance(source, ImageFiles)
+        and auto_augment is None
+        and decoder_in(preprocessing) != PILLOW
+    ):
+        return Photographs(
+            source,
+            mean,
+            std,
+            size,
+            seed=seed,
+            interpolation=preprocessing["interpolation"],
+            scale=scale or SCALE,
+            ratio=ratio or RATIO,
+            flip=flip,
+            color_jitter=jitter,
+            random_erasing=random_erasing,
+        )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(
             f"auto_augment={auto_augment!r} works on colour images; these have {len(mean)} channel."
@@ -125,7 +156,7 @@ def training_set(
             scale=scale,  # type: ignore[arg-type]
             ratio=ratio,  # type: ignore[arg-type]
             hflip=flip,
-            color_jitter=0.4 if color_jitter is None else color_jitter,
+            color_jitter=jitter,
             re_prob=random_erasing,
             re_mode="pixel",
             auto_augment=auto_augment,
@@ -141,9 +172,6 @@ def training_set(
     return TransformedImages(source, transform)
 
 
-MOST_RATIO = 20  # of the longer side to the shorter: resized whole, a strip has no bound
-
-
 def _not_too_long(image: Image.Image) -> Image.Image:
     """The middle of a strip of more than `MOST_RATIO`: the crop that follows lies inside it."""
     most = MOST_RATIO * min(image.size)
@@ -155,11 +183,16 @@ def _not_too_long(image: Image.Image) -> Image.Image:
 
 
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """timm's transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
+    """The transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
+
+    It is timm's own under the decoder Pillow, else its rule on bytes: `Centre`.
 
     Args:
-        preprocessing: img_size, mean, std, interpolation, crop_pct.
+        preprocessing: img_size, mean, std, interpolation, crop_pct; decoder, if it is known.
     """
+    if decoder_in(preprocessing) != PILLOW:
+        centre = _centre(preprocessing)
+        return lambda image: centre.finish(centre.cut(as_pixels(image))[None])[0]
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
     transform: Any = timm.data.create_transform(
         input_size=(len(mean), size, size),
@@ -171,39 +204,98 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
     return Compose([_not_too_long, transform])
 
 
+def _centre(preprocessing: Mapping[str, Any]) -> Centre:
+    names = ("mean", "std", "img_size", "crop_pct", "interpolation")
+    return Centre(**{name: preprocessing[name] for name in names})
+
+
+class EvaluationBatches:
+    """Batches of a set of images for evaluation, whose workers stay from one pass to the next.
+
+    Args:
+        source: the images.
+        preprocessing: as `build_model` gives it.
+        rank: takes every `world_size`-th sample from its own number on.
+        world_size: number of ranks.
+        num_workers: processes that read image files.
+    """
+
+    def __init__(
+        self,
+        source: ImageArray | ImageFiles,
+        *,
+        preprocessing: Mapping[str, Any],
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.source = source
+        self.preprocessing = preprocessing
+        self.indices = range(rank, len(source), world_size)
+        self.num_workers = 0 if isinstance(source, ImageArray) else num_workers
+        self._loader: DataLoader[Any] | None = None
+        self._batches: list[list[int]] = []
+
+    def __call__(self, start: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [n, C, H, W] and labels [n], n <= size, from the sample `start` on.
+
+        A pass ends where another one begins.
+
+        Raises:
+            InputError: an image that can't be read.
+        """
+        indices = self.indices[start:]
+        batches = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
+        if isinstance(self.source, ImageArray):
+            yield from self._in_memory(self.source, batches)
+            return
+        fast = decoder_in(self.preprocessing) != PILLOW
+        how = (_centre if fast else evaluation_transform)(self.preprocessing)
+        if self._loader is None:
+            self._loader = self._workers(_Evaluated(self.source, how))
+        self._batches[:] = batches  # what the loader's sampler reads, in this process
+        for batch in self._loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            images, labels = batch
+            yield (how.finish(images) if isinstance(how, Centre) else images), labels
+
+    def close(self) -> None:
+        """End the workers now; another pass would start others."""
+        self._loader = None
+
+    def _in_memory(
+        self, source: ImageArray, batches: list[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        size, mean, std, interpolation = (
+            self.preprocessing[k] for k in ("img_size", "mean", "std", "interpolation")
+        )
+        images = KeyedImages(source, mean, std, img_size=size, interpolation=interpolation)
+        for rows in batches:
+            yield images.normalise(source.images[rows]), source.labels[rows]
+
+    def _workers(self, images: _Evaluated) -> DataLoader[Any]:
+        return DataLoader(
+            images,  # type: ignore[arg-type]
+            batch_sampler=self._batches,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_as_it_is,
+            **worker_options(),
+        )
+
+
 def evaluation_batches(
     source: ImageArray | ImageFiles,
     *,
-    preprocessing: dict[str, Any],
+    preprocessing: Mapping[str, Any],
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [n, C, H, W] and labels [n] of every `world_size`-th sample from `rank`.
-
-    The first `start` of them are left out.
-    """
-    size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
-    indices = range(rank, len(source), world_size)[start:]
-    if isinstance(source, ImageArray):
-        images = KeyedImages(
-            source, mean, std, img_size=size, interpolation=preprocessing["interpolation"]
-        )
-        for first in range(0, len(indices), batch_size):
-            rows = torch.tensor(indices[first : first + batch_size])
-            yield images.normalise(source.images[rows]), source.labels[rows]
-        return
-    transformed = TransformedImages(source, evaluation_transform(preprocessing))
-    subset = Subset(_Evaluated(transformed), indices)  # type: ignore[arg-type]
-    for batch in DataLoader(
-        subset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        **worker_options(),
-    ):
-        if isinstance(batch, str):
-            raise InputError(batch)
-        yield batch
+    """One pass of `EvaluationBatches` in batches of this size, from the sample `start` on."""
+    batches = EvaluationBatches(source, preprocessing=preprocessing, num_workers=num_workers)
+    try:
+        yield from batches(start, batch_size)
+    finally:
+        batches.close()

@@ -95,14 +95,13 @@ def prepared(
     """
     pixels = trained.preprocessing["img_size"]
     size = batch_size(pixels, device) if size is None else size
-    workers = 0 if isinstance(images, ImageArray) else trained.settings.data.workers
 
     def decoded() -> Iterator[tuple[Tensor, Tensor]]:
         for batch, labels in evaluation_batches(
             images,
             preprocessing=dict(trained.preprocessing),
             batch_size=size,
-            num_workers=workers,
+            num_workers=trained.settings.data.workers,
         ):
             batch = batch.to(device, dtype)
             yield batch.contiguous(memory_format=torch.channels_last), labels.to(device)

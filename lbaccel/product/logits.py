@@ -81,7 +81,6 @@ def outputs_of(
     own = taken(images, mine)
     dtype = next((p.dtype for p in trained.model.parameters()), torch.float32)
     recorder = KeptLogits(_placed(trained, accelerator), flip=tta == FLIP).eval()
-    workers = 0 if isinstance(images, ImageArray) else trained.settings.data.workers
 
     def batches(start: int, size: int) -> Any:
         recorder.keep(start)
@@ -89,7 +88,7 @@ def outputs_of(
             own,
             preprocessing=dict(trained.preprocessing),
             batch_size=size,
-            num_workers=workers,
+            num_workers=trained.settings.data.workers,
             start=start,
         )
 

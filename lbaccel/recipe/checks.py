@@ -91,6 +91,11 @@ def check_read(settings: Settings) -> None:
             f"--auto-augment {data.auto_augment} takes the place of timm's colour jitter, so "
             f"nothing reads --color-jitter {shown(data.color_jitter)}. Leave one of them out."
         )
+    if data.auto_augment and data.decoder == "fast":
+        raise InputError(
+            f"--decoder fast with --auto-augment {data.auto_augment}: timm's policies work on "
+            "Pillow's images, one at a time. Use --decoder pillow, or leave one of them out."
+        )
 
 
 def check_read_from_data(settings: Settings, source: Source) -> None:
@@ -105,6 +110,7 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
         reasons["val_fraction"] = "has a validation set of its own"
     if isinstance(source.train, ImageArray):
         reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
+        reasons["decoder"] = "is held in memory, decoded once"
         if settings.data.auto_augment is None:
             shifted = "is held in memory, where a crop is a shift and nothing else is drawn"
             reasons |= dict.fromkeys(("scale", "ratio", "color_jitter", "random_erasing"), shifted)

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbaccel.data import pipelines
 from lbaccel.data.images import ImageArray, ImageFiles
+from lbaccel.data.pipelines import EvaluationBatches
 from lbaccel.errors import RunFailed, told
 from lbaccel.launch import rank
 from lbaccel.recipe.unforeseen import first_line, in_a_sentence
@@ -52,21 +52,15 @@ def validation_batches(
     *,
     preprocessing: dict[str, Any],
     workers: int,
-) -> Batches:
+) -> EvaluationBatches:
     """The images of a validation set as `evaluate` takes them, of which this rank has its share."""
-
-    def batches(start: int, size: int) -> Iterable[Any]:
-        return pipelines.evaluation_batches(
-            images,
-            preprocessing=preprocessing,
-            batch_size=size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=0 if isinstance(images, ImageArray) else workers,
-            start=start,
-        )
-
-    return batches
+    return EvaluationBatches(
+        images,
+        preprocessing=preprocessing,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=workers,
+    )
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from lbaccel.batch.stream import UpdateStream
 from lbaccel.errors import InputError
 from lbaccel.recipe.accelerator import make_accelerator
 from lbaccel.recipe.checks import Checked, checked
-from lbaccel.recipe.evaluation import NotEvaluated, evaluate, validation_batches
+from lbaccel.recipe.evaluation import NotEvaluated, evaluate
 from lbaccel.recipe.images import Opened, sound_images
 from lbaccel.recipe.options import default_of
 from lbaccel.recipe.sizes import limit_for
@@ -216,6 +216,7 @@ def timed(s: Checked, opened: Opened, *, begun: float, most: float) -> tuple[Tim
         evaluation = _seconds_of_evaluation(trial)
     stream = trial.loader.stream
     trial.loader.close()
+    trial.validation.close()
     accelerator.free_memory()
     of_update = median(updates[1:] or updates)
     slowest = torch.tensor(
@@ -257,12 +258,6 @@ def _seconds_of_evaluation(trial: Training) -> float:
     size = trial.settings.batch.val_batch_size or trial.large_batch.plan.micro_batch_size
     of_rank = -(-len(trial.task.source.val) // ranks)
     timed = min(of_rank, _BATCHES * size)
-    batches = validation_batches(
-        trial.task.source.val,
-        trial.accelerator,
-        preprocessing=trial.task.preprocessing,
-        workers=trial.settings.data.workers,
-    )
     images = of_rank
     if trial.ema is not None:
         images *= 2
@@ -275,7 +270,7 @@ def _seconds_of_evaluation(trial: Training) -> float:
             with trial.large_batch.whole_model() as whole:
                 evaluate(
                     whole,
-                    lambda start, size: islice(batches(start, size), count),
+                    lambda start, size: islice(trial.validation(start, size), count),
                     trial.accelerator,
                     dtype=trial.task.dtype,
                     batch_size=size,
@@ -285,7 +280,9 @@ def _seconds_of_evaluation(trial: Training) -> float:
         _wait(trial.accelerator.device)
         return clock() - before
 
-    first = takes(1)  # with the start of its workers, which each evaluation has once
+    if trial.validation.num_workers:
+        takes(1)  # with the start of its workers, which stay for all evaluations
+    first = takes(1)
     if timed <= size:
         return first * images / timed
     each = max(0.0, takes(_BATCHES) - first) / (timed - size)  # of an image

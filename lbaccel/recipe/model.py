@@ -11,7 +11,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lbaccel.data.sources import ImageArray, Source
+from lbaccel.data.sources import ImageArray, ImageFiles, Source
 from lbaccel.errors import InputError
 from lbaccel.models import (
     adapt_stem,
@@ -105,7 +105,9 @@ def build_model(
     if trains is not None:
         say(trains)
     say(f"images: {size} px ({origin}), {shown}")
-    values["exif_orientation"] = data.exif_orientation
+    if isinstance(source.train, ImageFiles) and data.decoder_used == "fast":
+        say("decoder: fast, images are resized and coloured as bytes (pillow: timm's transform)")
+    values |= {"exif_orientation": data.exif_orientation, "decoder": data.decoder_used}
     if arguments:
         values[ARGUMENTS] = arguments
     values |= {"img_size": size, "num_channels": source.num_channels, "stem": stem}

@@ -154,6 +154,18 @@ class DataOptions:
         ),
         before=False,
     )
+    decoder: str | None = option(
+        None,
+        str,
+        "how image files become pixels: fast (cropped, resized and coloured as bytes, a "
+        "micro-batch's draws at once), or pillow (timm's own transform, an image at a time)",
+        choices=("fast", "pillow"),
+        shown="fast; pillow beside a policy",
+        reads_with=(
+            ReadWith("data", none_of(*_MEMORY), "Its images are in memory: use folder:PATH"),
+        ),
+        before="pillow",
+    )
     skip_corrupt: bool = option(
         False,
         switch,
@@ -286,3 +298,8 @@ class DataOptions:
             ),
         ),
     )
+
+    @property
+    def decoder_used(self) -> str:
+        """`decoder`, or the fast one but for timm's policies, which work on Pillow's images."""
+        return self.decoder or ("fast" if self.auto_augment is None else "pillow")

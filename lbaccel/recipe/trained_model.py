@@ -38,7 +38,8 @@ class TrainedModel:
         classes: a name for each output; those that the training data had no class for are
             `output 12`.
         num_named: the outputs that have a name of the training data: the first ones.
-        preprocessing: img_size, num_channels, mean, std, interpolation, crop_pct, model, stem.
+        preprocessing: img_size, num_channels, mean, std, interpolation, crop_pct, model, stem,
+            decoder.
         sha256: of the file of the weights.
         update: that the weights were saved after; None where nothing says so.
         ema: whether they are the average of a run.
@@ -131,17 +132,20 @@ def _exported(path: str, folder: Path, *, ema: bool) -> TrainedModel:
             f"--ema: {path} holds one set of weights. Leave --ema out, or give the run."
         )
     found = read_export(folder)
+    settings = found.settings or Settings()
+    # timm's config.json has no place for the decoder; without a run there it is timm's own
+    decoder = "pillow" if found.settings is None else settings.data.decoder_used
     return TrainedModel(
         path=path,
         model=found.model,
         classes=_each_output(found.classes, found.preprocessing["num_classes"]),
         num_named=len(found.classes),
-        preprocessing=found.preprocessing,
+        preprocessing={**found.preprocessing, "decoder": decoder},
         sha256=fingerprint(folder / weights_file(MODEL))["sha256"],
         update=None,
         ema=False,
         run=None,
-        settings=found.settings or Settings(),
+        settings=settings,
         knows_data=found.settings is not None,
         plan={},
     )

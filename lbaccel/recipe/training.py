@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lbaccel.data.identity import identity_of
 from lbaccel.data.loader import UpdateLoader
+from lbaccel.data.pipelines import EvaluationBatches
 from lbaccel.errors import InputError
 from lbaccel.noise.auto_batch import AutoBatch
 from lbaccel.noise.scale import NoiseScale
@@ -21,7 +22,7 @@ from lbaccel.recipe.accelerator import zero_stage
 from lbaccel.recipe.average import AverageNorm, average_of, norm_of_average
 from lbaccel.recipe.checks import Checked
 from lbaccel.recipe.class_weights import BALANCED
-from lbaccel.recipe.evaluation import Room
+from lbaccel.recipe.evaluation import Room, validation_batches
 from lbaccel.recipe.images import Opened
 from lbaccel.recipe.measured import (
     build_auto_batch,
@@ -88,6 +89,7 @@ class Training:
     log: RunLog
     session: Session
     hooks: tuple[Hook, ...]
+    validation: EvaluationBatches  # one for all evaluations, as its workers stay
     room: Room = field(default_factory=Room)  # that evaluations had
 
     def metrics(self) -> dict[str, float]:
@@ -241,9 +243,12 @@ def build_training(
         writes=twice_at_most(accelerator.device),
     )
     hooks = [] if auto_batch is None else [GrowsWithNoise(auto_batch, scheduler, session)]
+    validation = validation_batches(
+        task.source.val, accelerator, preprocessing=task.preprocessing, workers=s.data.workers
+    )
     training = Training(
         s, accelerator, task, rate, large_batch, loader, scheduler, ema, norm,
-        noise_scale, drops, length, log, session, tuple(hooks),
+        noise_scale, drops, length, log, session, tuple(hooks), validation,
     )  # fmt: skip
     if resume_from is not None:
         done = session.restore(resume_from, say=say)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lbaccel.data.decode import DECODERS
 from lbaccel.errors import InputError
 from lbaccel.network_arguments import network_arguments
 
@@ -97,6 +98,7 @@ _IMAGES: dict[str, Kind] = {
 ARGUMENTS = "model_kwargs"  # of the network, where it has any
 _YOUNGER: dict[str, Kind] = {  # runs of before have none
     "exif_orientation": SWITCH,
+    "decoder": (" or ".join(DECODERS), lambda value: value in DECODERS),
     ARGUMENTS: ("plain arguments of a network", _are_arguments),
 }
 

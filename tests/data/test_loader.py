@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import weakref
 
@@ -225,6 +226,47 @@ def test_a_set_that_makes_whole_micro_batches_is_given_indices_and_epochs():
     rows, truth = (torch.cat(read(UpdateLoader(kind(), plan_of()))) for kind in (Made, Noisy))
     assert torch.equal(rows[:, 0], truth[:, 0].long())
     assert rows[:, 1].tolist() == [0] * 20 + [1] * 20
+
+
+class LoadedWhole:
+    """Its micro-batches are made in the workers: index, epoch, and the process that made it."""
+
+    def __init__(self, broken=-1):
+        self.broken = broken
+
+    def __len__(self):
+        return 20
+
+    def __lbaccel_load__(self, indices, epochs):
+        if self.broken in indices:
+            raise InputError(f"sample {self.broken} can't be read")
+        assert indices.dtype == epochs.dtype == np.int64
+        return torch.from_numpy(np.stack([indices, epochs, np.full_like(indices, os.getpid())], 1))
+
+    def __lbaccel_finish__(self, data, indices, epochs):
+        assert data[:, :2].T.tolist() == [indices.tolist(), epochs.tolist()]
+        return torch.cat([data, torch.full((len(data), 1), os.getpid())], 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_that_loads_whole_micro_batches_does_so_in_the_workers(workers):
+    loader = UpdateLoader(LoadedWhole(), plan_of(), num_workers=workers)
+    rows = torch.cat(read(loader))
+    truth = torch.cat(read(UpdateLoader(Noisy(), plan_of())))
+    loader.close()
+    assert torch.equal(rows[:, 0], truth[:, 0].long())
+    assert rows[:, 1].tolist() == [0] * 20 + [1] * 20
+    assert set(rows[:, 3].tolist()) == {os.getpid()}
+    pids = set(rows[:, 2].tolist())
+    assert pids == {os.getpid()} if not workers else len(pids) == 2 and os.getpid() not in pids
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_set_refuses_in_a_worker_is_told_in_its_own_words(workers):
+    loader = UpdateLoader(LoadedWhole(broken=3), plan_of(), num_workers=workers)
+    with pytest.raises(InputError, match=r"^sample 3 can't be read$"):
+        read(loader)
+    loader.close()
 
 
 def test_a_set_without_samples_to_read_is_refused_with_what_to_write():

@@ -128,6 +128,7 @@ def test_an_export_of_a_run_of_before_states_nothing_that_a_new_run_refuses(data
     of_before = {
         "data": data,
         "exif_orientation": False,
+        "decoder": "pillow",
         "test_split": "val",
         "ema_norm": "average",
     }

@@ -121,15 +121,15 @@ def test_a_validation_batch_that_a_real_limit_does_not_hold_changes_no_result():
 
 
 def test_the_size_of_validation_batches_is_the_users(monkeypatch):
-    from lbaccel.data import pipelines
+    from lbaccel.data.pipelines import EvaluationBatches
 
-    plain, sizes = pipelines.evaluation_batches, []
+    plain, sizes = EvaluationBatches.__call__, []
 
-    def seen(source, **options):
-        sizes.append(options["batch_size"])
-        return plain(source, **options)
+    def seen(batches, start, size):
+        sizes.append(size)
+        return plain(batches, start, size)
 
-    monkeypatch.setattr(pipelines, "evaluation_batches", seen)
+    monkeypatch.setattr(EvaluationBatches, "__call__", seen)
     flags = "--model lbaccel_tiny --global-batch-size 512 --micro-batch-size 64 --max-updates 1"
     assert train.main([*flags.split(), "--log-with", "run_folder"]) == 0
     assert train.main([*flags.split(), "--log-with", "run_folder", "--val-batch-size", "7"]) == 0

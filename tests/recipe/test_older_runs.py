@@ -16,12 +16,12 @@ from lbaccel import train
 from lbaccel.recipe.options import OPTIONS
 from lbaccel.recipe.resume import read_run
 
-YOUNGER = ("exif_orientation", "test_split")
+YOUNGER = ("exif_orientation", "test_split", "decoder")
 FLAGS = [
     *("--data", "folder:photos", "--global-batch-size", "8", "--norm-batch-size", "8"),
     *("--workers", "0", "--epochs", "2"),
 ]
-AS_BEFORE = ["--exif-orientation", "false", "--test-split", "val"]
+AS_BEFORE = ["--exif-orientation", "false", "--test-split", "val", "--decoder", "pillow"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ def test_a_run_of_before_goes_on_with_the_images_that_it_began_with(capsys):
     made_older(folder)
     settings = read_run(folder)
     assert settings.data.exif_orientation is False and settings.data.test_split == "val"
+    assert settings.data.decoder == settings.data.decoder_used == "pillow"
     assert train.main(["--resume", str(folder)]) == 0
     assert "validation from test/" in capsys.readouterr().out
     assert differences(folder, whole) == []
@@ -93,12 +94,16 @@ def test_a_run_of_before_is_found_again_and_is_not_changed_by_a_flag(capsys):
     made_older(folder)
     assert train.main(["--resume", str(folder), "--exif-orientation"]) == 2
     assert "--exif-orientation True: the run in" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder), "--decoder", "fast"]) == 2
+    assert "--decoder fast: the run in" in capsys.readouterr().err
     assert run(*FLAGS, "--resume", "auto") == folder
 
 
-def test_a_checkpoint_says_whether_its_images_were_turned():
+def test_a_checkpoint_says_whether_its_images_were_turned_and_how_they_were_decoded():
     photographs()
     for flags, turned in (([], True), (AS_BEFORE, False)):
         folder = run(*FLAGS, "--max-updates", "1", *flags, output=f"runs_{turned}")
         (path,) = (folder / "checkpoints").glob("update_*/preprocessing.json")
-        assert json.loads(path.read_text())["exif_orientation"] is turned
+        said = json.loads(path.read_text())
+        assert said["exif_orientation"] is turned
+        assert said["decoder"] == ("fast" if turned else "pillow")

@@ -233,7 +233,10 @@ def test_an_export_of_before_keeps_its_images(export, tmp_path):
     shutil.copytree(export, old)
     assert read_trained(old).settings.data.test_split == "test"
     lines = (old / "config.yaml").read_text().splitlines(keepends=True)
-    younger = ("test_split", "exif_orientation")
+    assert read_trained(old).preprocessing["decoder"] == "fast"
+    younger = ("test_split", "exif_orientation", "decoder")
     (old / "config.yaml").write_text("".join(x for x in lines if not x.startswith(younger)))
-    found = read_trained(old).settings.data
+    older = read_trained(old)
+    found = older.settings.data
     assert found.test_split == "val" and found.exif_orientation is False
+    assert older.preprocessing["decoder"] == found.decoder == "pillow"

@@ -1,0 +1,209 @@
+"""Photographs a micro-batch at a time: decoded, cropped and resized as bytes, all draws keyed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from lbaccel.data import colour
+from lbaccel.data.augment import BOX_X, byte_scale
+from lbaccel.data.crops import (
+    RATIO,
+    SCALE,
+    TRIES,
+    Box,
+    BoxDraws,
+    centre,
+    crop_box,
+    cropped,
+    erased_box,
+    resized,
+)
+from lbaccel.data.decode import pixels_of
+from lbaccel.data.images import ImageFiles
+from lbaccel.errors import check_seed
+from lbaccel.randomness.keys import keyed_hash, keyed_uniform
+
+# One number for each kind of draw, as in `augment`; each is a column of `Photographs.draws`.
+FIRST_DRAW = BOX_X + 1
+(TOP, LEFT, FLIP, BRIGHTNESS, CONTRAST, SATURATION, ORDER, ERASED, ERASED_TOP, ERASED_LEFT) = range(
+    10
+)
+AREAS, RATIOS, ERASED_AREAS, ERASED_RATIOS = (
+    slice(start, start + TRIES) for start in range(10, 10 + 4 * TRIES, TRIES)
+)
+NUM_DRAWS = 10 + 4 * TRIES
+NOISE = FIRST_DRAW + NUM_DRAWS
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Images in files with timm's training augmentation, made a micro-batch at a time.
+
+    Each image is decoded, cropped at random and resized to [3, img_size, img_size] bytes, mirrored
+    with probability `flip`, and changed in colour. That is done where images are read, in the
+    loader's workers, which hand on bytes. The main process normalises: (x / 255 - mean) / std, and
+    with probability `random_erasing` a box of the result becomes normal noise. The draws have
+    timm's distributions and depend on (seed, epoch, sample index) alone; those of a micro-batch are
+    one call. Each image goes through all of it alone: its floats stay in the cache of the
+    processor, and nothing of one image can reach another.
+
+    Args:
+        source: the images.
+        mean, std: of each channel, of 0..1.
+        img_size: pixels a side.
+        seed: of the draws.
+        interpolation: "bilinear" or "bicubic".
+        scale, ratio: bounds of the crop, see `crop_box`.
+        flip: probability of a mirror image.
+        color_jitter: s of the factors of brightness, contrast and saturation, which are uniform
+            between max(0, 1 - s) and 1 + s; 0 is off.
+        random_erasing: probability of the noise.
+    """
+
+    source: ImageFiles
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    img_size: int
+    seed: int = 0
+    interpolation: str = "bicubic"
+    scale: tuple[float, ...] = SCALE
+    ratio: tuple[float, ...] = RATIO
+    flip: float = 0.5
+    color_jitter: float = 0.4
+    random_erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        return byte_scale(self.mean, self.std)
+
+    def load(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Bytes [n, 3, img_size, img_size] and labels [n] of these samples, as far as bytes go.
+
+        Raises:
+            InputError: an image that can't be read.
+        """
+        floats = torch.empty(3, self.img_size, self.img_size)
+        rows = zip(indices.tolist(), self.draws(indices, epochs).tolist(), strict=True)
+        return default_collate([self._sample(index, draws, floats) for index, draws in rows])
+
+    def finish(
+        self, data: tuple[Tensor, Tensor], indices: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """Float images [n, 3, img_size, img_size] and labels [n] of what `load` gave."""
+        images, labels = data
+        floats = normalised(images, self._scale)
+        if self.random_erasing:
+            keys = keyed_hash(self.seed, epochs, indices, NOISE)
+            rows = zip(floats, self.draws(indices, epochs).tolist(), keys, strict=True)
+            for image, draws, key in rows:
+                if draws[ERASED] < self.random_erasing:
+                    self._erase_(image, draws, int(key))
+        return floats, labels
+
+    __lbaccel_load__ = load
+    __lbaccel_finish__ = finish
+
+    def draws(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Uniform numbers [n, NUM_DRAWS] in [0, 1), a row a sample."""
+        kinds = FIRST_DRAW + np.arange(NUM_DRAWS)
+        return keyed_uniform(self.seed, epochs[:, None], indices[:, None], kinds)
+
+    def box(self, draws: Sequence[float], height: int, width: int) -> Box:
+        """The crop of an image of this size."""
+        of_box = BoxDraws(draws[AREAS], draws[RATIOS], draws[TOP], draws[LEFT])
+        return crop_box(of_box, height, width, scale=self.scale, ratio=self.ratio)
+
+    def factors(self, draws: Sequence[float]) -> list[float]:
+        """Of brightness, contrast and saturation."""
+        low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
+        return [low + draws[what] * (high - low) for what in (BRIGHTNESS, CONTRAST, SATURATION)]
+
+    def _sample(self, index: int, draws: Sequence[float], floats: Tensor) -> tuple[Tensor, int]:
+        """Bytes and label; `floats` is memory to work in, which the processor's cache holds."""
+        pixels = pixels_of(self.source, index)
+        part = cropped(pixels, self.box(draws, *pixels.shape[1:]))
+        size = self.img_size
+        image = resized(part, size, size, interpolation=self.interpolation)
+        if draws[FLIP] < self.flip:
+            image = image.flip(2)
+        if self.color_jitter:
+            order = colour.ORDERS[int(draws[ORDER] * len(colour.ORDERS))]
+            image = colour.jitter_(floats.copy_(image), self.factors(draws), order).byte()
+        return image, int(self.source.labels[index])
+
+    def _erase_(self, image: Tensor, draws: Sequence[float], key: int) -> None:
+        of_box = BoxDraws(
+            draws[ERASED_AREAS], draws[ERASED_RATIOS], draws[ERASED_TOP], draws[ERASED_LEFT]
+        )
+        box = erased_box(of_box, *image.shape[1:])
+        if box is not None:
+            noise = torch.empty(len(image), box.height, box.width)
+            noise.normal_(generator=torch.Generator().manual_seed(key))
+            cropped(image, box).copy_(noise)
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Pixels of any size as evaluation sees them: see `centre`; then (x / 255 - mean) / std.
+
+    Args:
+        mean, std: of each channel, of 0..1.
+        img_size: pixels a side.
+        crop_pct: share of the image kept.
+        interpolation: "bilinear" or "bicubic".
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    img_size: int
+    crop_pct: float
+    interpolation: str
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        return byte_scale(self.mean, self.std)
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Bytes [C, H, W] to bytes [C, img_size, img_size]."""
+        options = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        return centre(pixels, self.img_size, **options)
+
+    def load(self, source: ImageFiles, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Bytes [n, 3, img_size, img_size] and labels [n] of these samples.
+
+        Raises:
+            InputError: an image that can't be read.
+        """
+        return default_collate(
+            [(self.cut(pixels_of(source, i)), int(source.labels[i])) for i in indices]
+        )
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Bytes [n, C, img_size, img_size] normalised."""
+        return normalised(images, self._scale)
+
+
+def normalised(images: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+    """Bytes [n, C, H, W] less the mean and over the deviation of `byte_scale`, an image at a time.
+
+    The result is in pinned memory where the bytes are.
+    """
+    mean, std = scale
+    floats = torch.empty(images.shape, pin_memory=images.is_pinned())
+    for one, image in zip(floats, images, strict=True):
+        one.copy_(image).sub_(mean[0]).div_(std[0])
+    return floats
