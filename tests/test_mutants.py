@@ -2260,7 +2260,7 @@ MUTANTS = {
         "tests/data/test_loader.py::test_no_plan_changes_samples_order_or_random_numbers",
     ),
     "augmentation keyed without the epoch": (
-        "data.loader",
+        "data.worker_side",
         "keyed_hash(self.seed, SAMPLE_SEED, epoch, index)",
         "keyed_hash(self.seed, SAMPLE_SEED, index)",
         "tests/data/test_loader.py::test_draws_differ_between_epochs_and_samples",
@@ -2425,7 +2425,7 @@ MUTANTS = {
         "test_a_second_prepare_is_refused_with_what_to_do_and_the_first_model_goes_on",
     ),
     "the user's random state is moved": (
-        "data.loader",
+        "data.worker_side",
         "generator.set_state(state[0])",
         "pass",
         "tests/data/test_loader.py::test_the_users_random_state_is_left_alone",

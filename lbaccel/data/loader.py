@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,15 +31,21 @@ from lbaccel.data.order import (
     repeated_at,
     samples_at,
 )
+from lbaccel.data.worker_side import (
+    LOAD,
+    Collate,
+    KeyedBatches,
+    KeyedSamples,
+    as_it_is,
+    checked,
+)
 from lbaccel.data.workers import let_the_parent_decide
 from lbaccel.errors import MISSING, InputError, check_seed, check_state, check_whole
-from lbaccel.randomness.keys import keyed_hash
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
-SAMPLE_SEED = 0x5EED
 HALF_READ = -1
 FETCH = "__lbaccel_fetch__"  # no data set has it by chance
-LOAD, FINISH = "__lbaccel_load__", "__lbaccel_finish__"
+FINISH = "__lbaccel_finish__"
 
 
 @dataclass
@@ -308,7 +313,7 @@ class UpdateLoader:
         if fetch is None:
             batches = self._batches_from(index, plan)
         for micro_batch, indices, epochs in self._keys(index, plan):
-            data = fetch(indices, epochs) if batches is None else _checked(next(batches))  # type: ignore[misc]
+            data = fetch(indices, epochs) if batches is None else checked(next(batches))  # type: ignore[misc]
             if finish is not None:
                 data = finish(data, indices, epochs)
             if self.transform is not None:
@@ -333,10 +338,10 @@ class UpdateLoader:
     def _load_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
         whole = hasattr(self.dataset, LOAD)
         loader = DataLoader(
-            _KeyedBatches(self.dataset) if whole else _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
+            KeyedBatches(self.dataset) if whole else KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
-            collate_fn=_as_it_is if whole else _Collate(self.collate_fn),
+            collate_fn=as_it_is if whole else Collate(self.collate_fn),
             **worker_options(),
         )
         return iter(loader)
@@ -363,79 +368,3 @@ class _KeyLists:
             for _, indices, epochs in self.loader._keys(index, self.plan):
                 yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
             index += 1
-
-
-class _KeyedSamples:
-    """A map-style data set whose item (epoch, index) draws from generators seeded by that key."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
-        generator = torch.default_generator
-        state = generator.get_state(), np.random.get_state(), random.getstate()
-        try:
-            return [self._item(*key) for key in keys]
-        finally:
-            generator.set_state(state[0])
-            np.random.set_state(state[1])
-            random.setstate(state[2])
-
-    def _item(self, epoch: int, index: int) -> Any:
-        seed = int(keyed_hash(self.seed, SAMPLE_SEED, epoch, index))
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        random.seed(seed)
-        try:
-            return self.dataset[index]
-        except InputError as error:
-            return _LoadFailure(str(error))
-        except (OSError, SyntaxError) as error:  # what PIL raises for a file that is no image
-            samples = getattr(self.dataset, "samples", None)
-            name = f" ({samples[index][0]})" if samples else ""
-            return _LoadFailure(f"sample {index}{name} can't be read: {error}.")
-
-
-class _KeyedBatches:
-    """The micro-batches that a data set makes whole, of lists of keys (epoch, index)."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.load = getattr(dataset, LOAD)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
-        epochs, indices = np.array(keys, dtype=np.int64).T
-        try:
-            return self.load(indices, epochs)
-        except InputError as error:
-            return _LoadFailure(str(error))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@dataclass(frozen=True)
-class _LoadFailure:
-    """An InputError on its way out of a worker, where a raise would drown it in a traceback."""
-
-    message: str
-
-
-class _Collate:
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, samples: list[Any]) -> Any:
-        for sample in samples:
-            if isinstance(sample, _LoadFailure):
-                return sample
-        return self.collate_fn(samples)
-
-
-def _checked(data: Any) -> Any:
-    if isinstance(data, _LoadFailure):
-        raise InputError(data.message)
-    return data

@@ -19,6 +19,7 @@ from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
 from lbaccel.data.loader import worker_options
 from lbaccel.data.photographs import Centre, Photographs
 from lbaccel.data.sources import ImageArray, ImageFiles
+from lbaccel.data.worker_side import as_it_is
 from lbaccel.errors import InputError
 
 COLOR_JITTER = 0.4  # timm's
@@ -59,10 +60,6 @@ class _Evaluated:
             return default_collate([images[index] for index in indices])
         except InputError as error:
             return str(error)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
@@ -280,7 +277,7 @@ class EvaluationBatches:
             batch_sampler=self._batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             **worker_options(),
         )
 
