@@ -1431,8 +1431,8 @@ MUTANTS = {
     ),
     "BatchNorm over the micro-batch": (
         "update.ghost_layers",
-        "if len(sizes) == 1:\n",
-        "if True:\n",
+        "parts = (x,) if len(sizes) == 1 else x.split(sizes)\n",
+        "parts = (x,)\n",
         "tests/update/test_normalization.py::"
         "test_statistics_move_once_a_ghost_batch_and_only_at_commit[BatchNorm1d-shape0-0.7]",
     ),
