@@ -78,7 +78,6 @@ class KeyedRandomness:
         self._micro_batch: MicroBatch | None = None
         self._recomputing = False
         self._watch: Callable[[Tensor, int], object] | None = None
-        self._token = torch.zeros((), dtype=torch.int64, device="cpu")
         self._calls: dict[int, int] = {}  # token of a call to its number
         self._rows: dict[int, Drawn] = {}  # of the micro-batch, by block of calls
         self._ahead: dict[int, tuple[int, Drawn]] = {}  # of samples from a position on, likewise
@@ -199,7 +198,7 @@ class KeyedRandomness:
 
     def call_number(self) -> int:
         """Number of this call among the micro-batch's, the same in forward and recompute."""
-        token = int(self._token.random_())
+        token = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         if token not in self._calls:
             if self._recomputing:
                 raise InputError(
