@@ -1514,8 +1514,8 @@ MUTANTS = {
     ),
     "keys hashed ahead outlive their update": (
         "randomness.masks",
-        "self._update, self._ahead = index, {}",
-        "self._update = index",
+        "place = micro_batch.num_samples, (self._update, block)",
+        "place = micro_batch.num_samples, block",
         "tests/randomness/test_masks.py::test_keys_hashed_ahead_are_those_of_the_samples",
     ),
     "an update moves the user's random state": (

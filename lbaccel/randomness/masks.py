@@ -80,7 +80,7 @@ class KeyedRandomness:
         self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
         self._rows: dict[int, Drawn] = {}  # of the micro-batch, by block of calls
-        self._ahead: dict[int, tuple[int, Drawn]] = {}  # of samples from a position on, likewise
+        self._ahead: dict[Any, tuple[int, Drawn]] = {}  # by update too, of samples from one on
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
         self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
@@ -89,11 +89,12 @@ class KeyedRandomness:
     def update(self, index: int) -> Iterator[None]:
         """Inside, every generator is a function of (seed, update); after it, as it was before."""
         states = generator_states(self.device)
-        self._update, self._ahead = index, {}
+        self._update = index
         seed_generators(int(keyed_hash(self.seed, OUTSIDE, index)), self.device)
         try:
             yield
         finally:
+            self._ahead = {}
             restore_generators(states, self.device)
 
     @contextmanager
@@ -180,8 +181,8 @@ class KeyedRandomness:
 
     def _drawn(self, block: int, micro_batch: MicroBatch, device: torch.device) -> Drawn:
         """The keys of a block of calls for a micro-batch, hashed for the next ones as well."""
-        samples = micro_batch.num_samples
-        start, ahead = self._ahead.get(block, (0, None))
+        samples, place = micro_batch.num_samples, (self._update, block)
+        start, ahead = self._ahead.get(place, (0, None))
         skipped = micro_batch.start - start
         if ahead is None or skipped < 0 or skipped + samples > ahead[0].shape[1]:
             skipped, count = 0, max(samples, SAMPLES_AT_ONCE)
@@ -189,7 +190,7 @@ class KeyedRandomness:
             calls = torch.arange(CALLS_AT_ONCE, device=device) + block * CALLS_AT_ONCE
             h = _chain(torch.full_like(positions, _signed(self._base())), positions)
             ahead = _drawn(_chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None]))
-            self._ahead[block] = micro_batch.start, ahead
+            self._ahead[place] = micro_batch.start, ahead
         low, high, first = (part[:, skipped : skipped + samples] for part in ahead)
         return low, high, first
 

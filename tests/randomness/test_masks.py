@@ -120,6 +120,8 @@ def test_keys_are_the_documented_hash():
 def test_keys_hashed_ahead_are_those_of_the_samples():
     randomness = KeyedRandomness(7, CPU)
     ends = SAMPLES_AT_ONCE + 5
+    with randomness.forward(MicroBatch(0, (9,))):  # outside of an update: those of update 0
+        randomness.keys(torch.empty(9, 2), 2)
     cuts = [(5, 3), (8, 1), (ends - 4, 4), (ends - 1, 2), (ends, 7), (5, 3), (4000, 600), (0, 9)]
     for update in (3, 4):
         with randomness.update(update):

@@ -375,8 +375,8 @@ def test_a_defect_that_only_ranks_have_is_named():
 # -- certificate and command line -----------------------------------------------------------------
 
 FIELDS = {
-    "model", "data", "num_samples", "norm_batch_size", "num_batch_norm_layers", "reference", "compiled",
-    "checkpointing", "tolerance", "versions", "cells", "findings", "equivalent",
+    "model", "data", "num_samples", "norm_batch_size", "num_batch_norm_layers", "reference",
+    "compiled", "checkpointing", "tolerance", "versions", "cells", "findings", "equivalent",
     "largest_relative_error",
 }  # fmt: skip
 

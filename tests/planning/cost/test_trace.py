@@ -22,7 +22,7 @@ from lbaccel.data.loader import Update
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace, fake_tensors
 from lbaccel.planning.cost.update import Network, trace_update
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
-from lbaccel.randomness.masks import CALLS_AT_ONCE
+from lbaccel.randomness.masks import CALLS_AT_ONCE, SAMPLES_AT_ONCE
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.normalization import has_batch_norm
 
@@ -320,7 +320,7 @@ def test_dropout_is_traced_with_its_keyed_masks_of_a_byte_an_element():
     num_samples, width = 32, 256
     plain = live_at_the_loss(mlp(nn.ReLU()), vectors, num_samples)
     dropped = live_at_the_loss(mlp(nn.ReLU(), nn.Dropout(0.5)), vectors, num_samples)
-    keys = CALLS_AT_ONCE * num_samples * 8  # int64
+    keys = 3 * CALLS_AT_ONCE * SAMPLES_AT_ONCE * 4  # int32: two halves, and a first draw
     # ReLU's output is kept in any case; dropout's is what the next layer keeps.
     assert dropped - plain == num_samples * width * (1 + 4) + keys
 
