@@ -6,9 +6,10 @@ and again: in blocks that repeat, in ghost batches, in micro-steps, in every tra
 torch works a call out once, and its results are described: new storage of such sizes, a view of an
 argument, or an argument itself. A later call on the same sizes gets results by that description.
 
-The results of a call on fake tensors depend on nothing else, since no values are there. What is not
-surely so is left to torch: kernels whose results depend on values, or that change the sizes of an
-argument; tensors of which a value is known, and those that are no plain tensors of the CPU.
+The results of a call on fake tensors depend on nothing else, since no values are there; where a
+kernel needs values, torch raises, and an error is not kept. What is not surely so is left to torch:
+kernels that change the sizes of an argument, tensors of which torch knows the value, and those that
+are no plain tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
-_UNSURE = frozenset(
-    (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
-)
-_INDEX = torch.ops.aten.index.Tensor  # its sizes depend on values where a mask is the index
-_MASKS = (torch.bool, torch.uint8, torch.int8)
 _VALUES = frozenset(
     (*(int, float, bool, str, type(None)),
      *(torch.dtype, torch.device, torch.layout, torch.memory_format))
@@ -69,7 +69,7 @@ class _Results:
     parts: tuple[_Result | None, ...]
 
 
-class Call:
+class KnownCall:
     """A call of which `key` holds all that its results and its costs depend on."""
 
     __slots__ = ("_known", "key", "mode", "tensors")
@@ -90,7 +90,7 @@ class Call:
         return built[0] if found.sequence is None else found.sequence(built)
 
     def cost(self, variant: Any, count: Callable[[], Any]) -> Any:
-        """What `count` gave for such a call and `variant`; counted here where that is not known."""
+        """The cost of such a call and `variant`; `count` gives it where it is not known."""
         if self.key not in self._known.results:
             return count()
         key = self.key, variant
@@ -100,7 +100,7 @@ class Call:
 
 
 class KnownCalls:
-    """What calls gave, by sizes, and what they cost, which is for the caller to count.
+    """The results of calls, by sizes, and their costs, which are for the caller to count.
 
     Any traces may share the results, and those with one `Workspace` the costs.
     """
@@ -117,7 +117,7 @@ class KnownCalls:
         other.results, other._at_offset, other._sure = self.results, self._at_offset, self._sure
         return other
 
-    def call(self, mode: KnownCallsMode, func: Any, args: Any, kwargs: Any) -> Call | None:
+    def call(self, mode: KnownCallsMode, func: Any, args: Any, kwargs: Any) -> KnownCall | None:
         """The call of `func` in `mode`, or None where torch has to work it out."""
         sure = self._sure.get(func)
         if sure is None:
@@ -135,9 +135,9 @@ class KnownCalls:
             return None
         if func in self._at_offset:
             key += [t.storage_offset() for t in tensors]
-        return Call(self, mode, tuple(key), tensors)
+        return KnownCall(self, mode, tuple(key), tensors)
 
-    def remember(self, call: Call, out: Any) -> None:
+    def remember(self, call: KnownCall, out: Any) -> None:
         """Keep what torch gave for a call, where it can be described."""
         sequence = next((kind for kind in (tuple, list) if isinstance(out, kind)), None)
         outs: Sequence[Any] = (out,) if sequence is None else out
@@ -171,7 +171,7 @@ class KnownCallsMode(FakeTensorMode):
         self.known = known
         with torch.inference_mode(False):
             plain = FakeTensor(self, _empty((), ()), _CPU)
-        self._attributes = dict(vars(plain))
+        self._attributes = {name: of for name, of in vars(plain).items() if name != "fake_mode"}
         self.plain_keys = torch._C._dispatch_keys(plain)
 
     def fake(self, meta: Tensor) -> FakeTensor:
@@ -180,7 +180,7 @@ class KnownCallsMode(FakeTensorMode):
             FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU
         )
         torch._C._set_throw_on_mutable_data_ptr(fake)
-        vars(fake).update(self._attributes)
+        vars(fake).update(self._attributes, fake_mode=self)
         return fake
 
     def is_plain(self, tensor: FakeTensor) -> bool:
@@ -192,10 +192,36 @@ class KnownCallsMode(FakeTensorMode):
         call = self.known.call(self, func, args, kwargs or {})
         out = NotImplemented if call is None else call.results()
         if out is NotImplemented:
-            out = super().dispatch(func, types, args, kwargs or {})
+            if call is not None and _is_one_view(func):
+                out = self._view(func, args, kwargs or {})
+            else:
+                out = super().dispatch(func, types, args, kwargs or {})
             if call is not None:
                 self.known.remember(call, out)
         return out
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A view by ATen's own function, which knows sizes alone; torch's way around takes 1 ms."""
+        with in_kernel_invocation_manager(self):
+            out = func(*args, **kwargs)
+        return self.fake(out) if isinstance(out, Tensor) else [self.fake(t) for t in out]
+
+
+def fake_tensors(
+    known: KnownCalls | None = None, *, allow_non_fake_inputs: bool = False
+) -> KnownCallsMode:
+    """A mode in which tensors hold no memory, and after which this process may still fork.
+
+    `known` are calls of other traces; by default there are none.
+
+    torch's autograd counts the devices at its first backward pass and starts a thread for each, and
+    no child forked later may run a backward pass. FakeTensorMode registers a stand-in for a GPU,
+    which would be counted. So a backward pass comes first.
+    """
+    with torch.inference_mode(False):
+        torch.ones((), device="cpu", requires_grad=True).backward()
+    known = KnownCalls() if known is None else known
+    return KnownCallsMode(known, allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 def running_mode() -> KnownCallsMode | None:
@@ -214,11 +240,19 @@ def fake_like(t: Tensor, memory_format: torch.memory_format = torch.preserve_for
     return mode.fake(meta)
 
 
+def _is_one_view(func: Any) -> bool:
+    """Whether it makes views and nothing else: no composite, such as `to`, which may copy."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.is_view and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), composite
+    )
+
+
 def _sizes_decide(func: Any) -> bool:
     return (
         isinstance(func, torch._ops.OpOverload)
         and func.namespace == "aten"
-        and (func is _INDEX or not _UNSURE.intersection(func.tags))
+        and torch.Tag.inplace_view not in func.tags
         and not any(argument.is_out for argument in func._schema.arguments)
     )
 
@@ -239,16 +273,10 @@ def _add(
             if place is not None:  # the same tensor once more: it costs no more bytes
                 key.append((place,))
                 continue
-            if (
-                value.fake_mode is not mode
-                or value.constant is not None
-                or not mode.is_plain(value)
-            ):
+            ours = value.fake_mode is mode and value.constant is None
+            if not ours or not mode.is_plain(value):
                 raise _Unsure
-            dtype = value.dtype
-            if dtype in _MASKS and key[0] is _INDEX:
-                raise _Unsure
-            key += (value.shape, value.stride(), dtype)
+            key += (value.shape, value.stride(), value.dtype)
         elif kind in _VALUES:
             key += (kind, value)  # 1 and 1.0 are equal, and the results' dtypes are not
         elif kind is tuple or kind is list:
@@ -258,7 +286,7 @@ def _add(
             raise _Unsure
 
 
-def _described(out: Any, call: Call) -> _Result:
+def _described(out: Any, call: KnownCall) -> _Result:
     """How to make a result like `out` from the tensors of `call`.
 
     Raises:
@@ -289,4 +317,4 @@ def _empty(
         return torch.empty_strided(sizes, strides, dtype=dtype, device=_META)
 
 
-__all__ = ["Call", "KnownCalls", "KnownCallsMode", "fake_like", "running_mode"]
+__all__ = ["KnownCall", "KnownCalls", "KnownCallsMode", "fake_like", "fake_tensors", "running_mode"]

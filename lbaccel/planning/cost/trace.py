@@ -19,29 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lbaccel.planning.cost.known_calls import KnownCalls, KnownCallsMode, running_mode
+from lbaccel.planning.cost.known_calls import running_mode
 
 Role = Literal["weights", "gradients", "optimizer", "activations", "teacher"]
 
 Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
-
-
-def fake_tensors(
-    known: KnownCalls | None = None, *, allow_non_fake_inputs: bool = False
-) -> KnownCallsMode:
-    """A mode in which tensors hold no memory, and after which this process may still fork.
-
-    `known` are calls of other traces; by default there are none.
-
-    torch's autograd counts the devices at its first backward pass and starts a thread for each, and
-    no child forked later may run a backward pass. FakeTensorMode registers a stand-in for a GPU,
-    which would be counted. So a backward pass comes first.
-    """
-    with torch.inference_mode(False):
-        torch.ones((), device="cpu", requires_grad=True).backward()
-    known = KnownCalls() if known is None else known
-    return KnownCallsMode(known, allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lbaccel.batch.plan import BatchPlan, MicroBatch
-from lbaccel.planning.cost.known_calls import KnownCalls, fake_like
-from lbaccel.planning.cost.trace import Recorder, Trace, Workspace, fake_tensors
+from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, fake_tensors
+from lbaccel.planning.cost.trace import Recorder, Trace, Workspace
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn

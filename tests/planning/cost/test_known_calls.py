@@ -13,8 +13,8 @@ from torch import nn
 
 from lbaccel import BatchPlan
 from lbaccel.planning.cost.devices import CARDS, CPU
-from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, running_mode
-from lbaccel.planning.cost.trace import Free, Recorder, fake_tensors
+from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, fake_tensors, running_mode
+from lbaccel.planning.cost.trace import Free, Recorder
 from lbaccel.planning.cost.update import Network, image_batch, trace_update
 from lbaccel.planning.cost.workspace import CpuWorkspaces, cuda_workspace
 from lbaccel.planning.estimate import Candidate, Estimator
@@ -72,7 +72,12 @@ def traces_of(make, side, *, known, **options):
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("levit", "maxvit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NETWORKS]
+)
 def test_a_trace_with_known_calls_is_that_which_torch_alone_gives(name, monkeypatch):
     make, side = NETWORKS[name]
     kind = "cuda" if name in ("resnet", "swin") else "cpu"
@@ -103,9 +108,9 @@ def described(value, arguments):
 aten = torch.ops.aten
 CALLS = {
     "a sum of two dtypes": lambda x, y: aten.add.Tensor(x, y.to(torch.bfloat16)),
-    "by an integer": lambda x, y: aten.mul.Tensor(x.long(), 2),
-    "by a whole float": lambda x, y: aten.mul.Tensor(x.long(), 2.0),
-    "by true": lambda x, y: aten.mul.Tensor(x.long(), True),
+    "by one, whole or not": lambda x, y: [
+        aten.mul.Tensor(x.to(torch.bool), one) for one in (1, 1.0, True)
+    ],
     "in place": lambda x, y: aten.add_.Tensor(x, y),
     "transposed": lambda x, y: aten.t.default(x),
     "a part": lambda x, y: aten.slice.Tensor(x, 0, 1, 3),

@@ -19,7 +19,8 @@ from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch
 from lbaccel.data.loader import Update
-from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace, fake_tensors
+from lbaccel.planning.cost.known_calls import fake_tensors
+from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.cost.update import Network, trace_update
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 from lbaccel.randomness.masks import CALLS_AT_ONCE
