@@ -3,8 +3,9 @@
 python benchmarks/planning_time.py [NETWORK ...] [--device cpu] [--repeats 2] [--json FILE]
 
 Each plan runs in a process of its own, as `lbaccel plan` does, and the figure is the smallest of
-`--repeats`; imports are not in it. `--before CHECKOUT` plans with the lbaccel of that folder too,
-in turn with this one, and says whether both plans are the same.
+`--repeats`; imports are not in it. "first" has no kernels that an earlier plan kept, and "again" is
+the same plan after it. `--before CHECKOUT` plans with the lbaccel of that folder too, in turn with
+this one, and the last column says whether all plans are the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 NETWORKS = (
@@ -33,9 +35,10 @@ print(json.dumps({"seconds": seconds, "plan": found.to_dict()}))
 """
 
 
-def planned(options, checkout):
-    """Seconds and plan, by the lbaccel in `checkout`."""
+def planned(options, checkout, kernels):
+    """Seconds and plan, by the lbaccel in `checkout`, which keeps kernels in a folder."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment["LBACCEL_KERNELS"] = kernels
     done = subprocess.run(
         [sys.executable, "-c", ONE, json.dumps(options)],
         env=environment, cwd=checkout, check=True, capture_output=True, text=True,
@@ -43,14 +46,18 @@ def planned(options, checkout):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(options, checkouts, repeats):
-    """The least seconds of each checkout, and their plans."""
-    runs = {checkout: [] for checkout in checkouts}
+def measured(options, before, repeats):
+    """The least seconds of each arm, and whether all plans are the same."""
+    here = Path(__file__).resolve().parent.parent
+    arms = {} if before is None else {"before": before}
+    arms |= {"first": here, "again": here}
+    runs = []
     for _ in range(repeats):
-        for checkout in checkouts:
-            runs[checkout].append(planned(options, checkout))
-    seconds = [min(run["seconds"] for run in runs[checkout]) for checkout in checkouts]
-    return seconds, [runs[checkout][0]["plan"] for checkout in checkouts]
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append({arm: planned(options, of, folder) for arm, of in arms.items()})
+    row = {arm: min(run[arm]["seconds"] for run in runs) for arm in arms}
+    plans = [found["plan"] for run in runs for found in run.values()]
+    return row | {"same_plan": all(plan == plans[0] for plan in plans)}
 
 
 def main() -> None:
@@ -72,8 +79,6 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
-    here = Path(__file__).resolve().parent.parent
-    checkouts = [here] if arguments.before is None else [arguments.before.resolve(), here]
     rows = []
     for name in arguments.networks:
         options = {
@@ -83,10 +88,7 @@ def main() -> None:
             "device": arguments.device,
             "precision": arguments.precision,
         }
-        seconds, plans = measured(options, checkouts, arguments.repeats)
-        row = {"network": name, "seconds": seconds[-1]}
-        if arguments.before is not None:
-            row |= {"before": seconds[0], "same_plan": plans[0] == plans[1]}
+        row = {"network": name} | measured(options, arguments.before, arguments.repeats)
         rows.append(row)
         print("  ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}"
                         for key, value in row.items()), flush=True)  # fmt: skip

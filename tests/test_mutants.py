@@ -984,6 +984,25 @@ MUTANTS = {
         "tests/planning/cost/test_known_calls.py::"
         "test_what_a_kernel_costs_is_asked_of_each_workspace",
     ),
+    "a kept kernel is that of any number of threads": (
+        "planning.cost.kernel_calls",
+        "(str(op), args, state)",
+        "(str(op), args)",
+        "tests/planning/cost/test_kept_kernels.py::"
+        "test_another_state_of_this_process_is_another_call",
+    ),
+    "kernels of another processor are taken": (
+        "planning.cost.kept_kernels",
+        '(document["form"], document["processor"]) != (FORM, self._processor)',
+        'document["form"] != FORM',
+        "tests/planning/cost/test_kept_kernels.py::test_kernels_of_another_processor_are_not_taken",
+    ),
+    "what another process kept meanwhile is lost": (
+        "planning.cost.kept_kernels",
+        "kernels = self._read() | self._kernels",
+        "kernels = self._kernels",
+        "tests/planning/cost/test_kept_kernels.py::test_two_processes_keep_what_both_have_measured",
+    ),
     "random states are not traced": (
         "planning.cost.update",
         "            recorder.watch(state)\n",

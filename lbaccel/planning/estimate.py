@@ -16,6 +16,7 @@ from lbaccel.errors import InputError
 from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cost.cuda_limit import Request, smallest_limit
 from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.kept_kernels import kept_kernels
 from lbaccel.planning.cost.known_calls import KnownCalls
 from lbaccel.planning.cost.time_model import seconds
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
@@ -302,6 +303,8 @@ class Estimator:
             raise
         except Exception as error:
             raise Untraceable(error) from error
+        finally:
+            kept_kernels().save()
 
     def _breakdown(self, trace: Trace) -> dict[str, int]:
         """Bytes by part; they add up to the peak."""
