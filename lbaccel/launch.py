@@ -124,9 +124,24 @@ def calibration_file() -> Path:
     named = os.environ.get("LBACCEL_CALIBRATION")
     if named:
         return Path(named).expanduser()
+    return _caches() / "calibration.json"
+
+
+def kernels_folder() -> Path | None:
+    """Where plans keep what they measured of kernels; None where $LBACCEL_KERNELS is "off".
+
+    $LBACCEL_KERNELS may name another folder than that in the folder of caches.
+    """
+    named = os.environ.get("LBACCEL_KERNELS")
+    if named == "off":
+        return None
+    return Path(named).expanduser() if named else _caches() / "kernels"
+
+
+def _caches() -> Path:
+    """lbaccel's folder in this user's folder of caches."""
     caches = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(caches) if caches else Path.home() / ".cache"
-    return folder / "lbaccel" / "calibration.json"
+    return (Path(caches) if caches else Path.home() / ".cache") / "lbaccel"
 
 
 def variables(*starts: str) -> dict[str, str]:

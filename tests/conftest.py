@@ -1,4 +1,4 @@
-"""Each test gets a fresh Accelerate state, one thread, and no wandb outside its folder."""
+"""Each test gets a fresh Accelerate state, one thread, and no wandb or cache outside its folder."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def fresh_state(monkeypatch, tmp_path_factory):
         state._shared_state.clear()
     torch.manual_seed(0)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("LBACCEL_KERNELS", "off")
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()

@@ -282,7 +282,7 @@ def test_no_docstring_begins_with_what(path):
 def test_tensors_without_memory_have_one_door():
     """`fake_tensors` keeps this process able to fork; FakeTensorMode by itself does not."""
     users = {path.name for path in modules() if "FakeTensorMode" in path.read_text()}
-    assert users == {"trace.py"}
+    assert users == {"known_calls.py"}
 
 
 def test_deepspeed_wandb_and_matplotlib_are_imported_only_where_used():

@@ -876,7 +876,7 @@ MUTANTS = {
         "test_force_replaces_no_folder_that_only_looks_like_an_export[mine]",
     ),
     "a trace takes the stand-in GPU for a device of autograd's": (
-        "planning.cost.trace",
+        "planning.cost.known_calls",
         '        torch.ones((), device="cpu", requires_grad=True).backward()\n',
         "        pass\n",
         "tests/planning/cost/test_trace.py::"
@@ -1134,6 +1134,64 @@ MUTANTS = {
         "return 0",
         "tests/planning/test_measure.py::"
         "test_the_measured_peak_is_below_the_predicted_one_and_at_most_its_margin_below",
+    ),
+    "1, 1.0 and true make the same result": (
+        "planning.cost.known_calls",
+        "key += (kind, value)",
+        "key.append(value)",
+        "tests/planning/cost/test_known_calls.py::"
+        "test_a_known_call_gives_what_torch_gives[by one, whole or not]",
+    ),
+    "a view lies where the view of an earlier call lay": (
+        "planning.cost.known_calls",
+        "            key += [t.storage_offset() for t in tensors]\n",
+        "            pass\n",
+        "tests/planning/cost/test_known_calls.py::test_a_known_call_gives_what_torch_gives[a part]",
+    ),
+    "the square of a tensor costs what a product of two costs": (
+        "planning.cost.known_calls",
+        "            if place is not None:",
+        "            if False:",
+        "tests/planning/cost/test_known_calls.py::"
+        "test_one_tensor_as_both_operands_costs_its_bytes_once",
+    ),
+    "a kernel that changes the sizes of its argument is known": (
+        "planning.cost.known_calls",
+        "        and torch.Tag.inplace_view not in func.tags\n",
+        "",
+        "tests/planning/cost/test_known_calls.py::test_sizes_that_a_call_changes_are_torchs",
+    ),
+    "a known call has the default dtype of an earlier one": (
+        "planning.cost.known_calls",
+        "[func, torch.get_default_dtype()]",
+        "[func]",
+        "tests/planning/cost/test_known_calls.py::test_the_default_dtype_is_a_part_of_a_call",
+    ),
+    "a kernel costs what it costs with another workspace": (
+        "planning.cost.known_calls",
+        "        other = KnownCalls()\n",
+        "        return self\n        other = KnownCalls()\n",
+        "tests/planning/cost/test_known_calls.py::"
+        "test_what_a_kernel_costs_is_asked_of_each_workspace",
+    ),
+    "a kept kernel is that of any number of threads": (
+        "planning.cost.kernel_calls",
+        "(str(op), args, state)",
+        "(str(op), args)",
+        "tests/planning/cost/test_kept_kernels.py::"
+        "test_another_state_of_this_process_is_another_call",
+    ),
+    "kernels of another processor are taken": (
+        "planning.cost.kept_kernels",
+        '(document["form"], document["processor"]) != (FORM, self._processor)',
+        'document["form"] != FORM',
+        "tests/planning/cost/test_kept_kernels.py::test_kernels_of_another_processor_are_not_taken",
+    ),
+    "what another process kept meanwhile is lost": (
+        "planning.cost.kept_kernels",
+        "kernels = self._read() | self._kernels",
+        "kernels = self._kernels",
+        "tests/planning/cost/test_kept_kernels.py::test_two_processes_keep_what_both_have_measured",
     ),
     "random states are not traced": (
         "planning.cost.update",

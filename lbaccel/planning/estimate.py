@@ -16,6 +16,8 @@ from lbaccel.errors import InputError
 from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cost.cuda_limit import Request, smallest_limit
 from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.kept_kernels import kept_kernels
+from lbaccel.planning.cost.known_calls import KnownCalls
 from lbaccel.planning.cost.time_model import seconds
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.cost.update import Network, Precision, trace_update
@@ -83,8 +85,10 @@ class Estimator:
         self.precision: Precision = precision
         self._known: dict[tuple[Candidate, int], Estimate] = {}
         self._surveys: dict[int, Survey] = {}
+        self._units: list[Unit] | None = None
         self.num_traces = 0
         self.cpu_workspaces = CpuWorkspaces()
+        self._known_calls = KnownCalls()
         parameters = [p for p in network.model.parameters() if p.requires_grad]
         self.weight_bytes = sum(t.nbytes for t in _tensors(network.model))
         teacher = network.teacher
@@ -92,9 +96,8 @@ class Estimator:
         self.gradient_bytes = sum(p.nbytes for p in parameters)
         self._parameter_bytes = sum(p.nbytes for p in network.model.parameters())
         optimizer = network.optimizer
-        self.state_bytes = (
-            0 if optimizer is None else sum(s.nbytes for s in state_tensors(optimizer))
-        )
+        self._states = [] if optimizer is None else state_tensors(optimizer)
+        self.state_bytes = sum(s.nbytes for s in self._states)
         groups = [] if optimizer is None else optimizer.param_groups
         self.steps_fused = bool(groups) and all(group.get("fused") for group in groups)
         self._largest = max((p.nbytes for p in parameters), default=0)
@@ -105,8 +108,10 @@ class Estimator:
         """The chain of the network."""
         if self.observe is not None:
             return []
-        known = next(iter(self._surveys.values()), None)
-        return (known or self.survey(self.plan.group_size)).units
+        if self._units is None:
+            known = next(iter(self._surveys.values()), None)
+            self._units = (known or self.survey(self.plan.group_size)).units
+        return self._units
 
     @property
     def _margin(self) -> int:
@@ -143,10 +148,13 @@ class Estimator:
     def like(
         self, *, plan: BatchPlan | None = None, precision: Precision | None = None
     ) -> Estimator:
-        """One for another contract of the same network and device."""
-        other = Estimator(self.network, plan or self.plan, self.device, precision or self.precision)
-        other.say = self.say
-        return other.under(self.zero)
+        """One for another contract of the same network and device; the chain is shared."""
+        other = copy.copy(self)
+        other.plan, other.precision = plan or self.plan, precision or self.precision
+        other._known, other._surveys, other.num_traces = {}, {}, 0
+        other.cpu_workspaces = CpuWorkspaces()
+        other._known_calls = self._known_calls.for_another_workspace()
+        return other
 
     def of_world(self, world_size: int) -> Estimator:
         """The same on another number of devices; what was traced is shared."""
@@ -224,12 +232,13 @@ class Estimator:
 
     def _estimate(self, candidate: Candidate, steps: int) -> Estimate:
         plain = candidate.checkpointing == "none"
+        units = self.units if plain else []
 
         def change(model: nn.Module, recorder: Recorder) -> None:
             if candidate.checkpointing == "full":
                 apply_activation_checkpointing(model)
             elif plain:
-                mark_units(model, recorder, self.units)
+                mark_units(model, recorder, units)
             else:
                 apply_segments(model, candidate.checkpointing)
 
@@ -237,7 +246,7 @@ class Estimator:
         breakdown = self._breakdown(trace)
         accumulating = trace.breakdown()
         accumulating["workspace"] += self._margin
-        by_step = _step_kernels(trace, len(self.units) if plain else 0)
+        by_step = _step_kernels(trace, len(units))
 
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
@@ -250,7 +259,7 @@ class Estimator:
             first_step_seconds=timed(by_step.first),
             micro_step_seconds=timed(by_step.micro),
             commit_seconds=timed(by_step.commit) + self.step_seconds(),
-            chain=chain_cost(trace, len(self.units)) if plain and self.units else None,
+            chain=chain_cost(trace, len(units)) if units else None,
             forward_seconds=tuple(timed(kernels) for kernels in by_step.forward),
         )
 
@@ -287,11 +296,15 @@ class Estimator:
                 device_type=self.device.kind,
                 workspace=cuda_workspace if self.device.kind == "cuda" else self.cpu_workspaces,
                 change=change,
+                states=self._states,
+                known=self._known_calls,
             )
         except InputError:
             raise
         except Exception as error:
             raise Untraceable(error) from error
+        finally:
+            kept_kernels().save()
 
     def _breakdown(self, trace: Trace) -> dict[str, int]:
         """Bytes by part; they add up to the peak."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lbaccel.errors import InputError, check_number
 from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.known_calls import fake_tensors
 from lbaccel.planning.cost.time_model import MANY, kernel_class
-from lbaccel.planning.cost.trace import Kernel, Recorder, fake_tensors
+from lbaccel.planning.cost.trace import Kernel, Recorder
 
 aten = torch.ops.aten
 

@@ -13,6 +13,7 @@ import torch.profiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lbaccel.planning.cost.kept_kernels import kept_kernels
 from lbaccel.update.memory.budget import default_budget
 
 NEEDED = 4  # times the tensors of a call must be free
@@ -70,7 +71,9 @@ def _known_backend(x: Form, how: tuple[Any, ...], state: Any) -> Any:
 
 
 def kernel_allocations(op: Any, args: tuple[Any, ...]) -> Sequence[int]:
-    """Allocations (+, and - where freed) of a call of `op`, in order; each is made once a process.
+    """Allocations (+, and - where freed) of a call of `op`, in order; each is made once.
+
+    `kept_kernels` has those of earlier processes.
 
     Raises:
         Unmeasured: the call fails, has no memory, or a profiler runs already.
@@ -80,6 +83,15 @@ def kernel_allocations(op: Any, args: tuple[Any, ...]) -> Sequence[int]:
 
 @lru_cache(maxsize=4096)
 def _known_allocations(op: Any, args: tuple[Any, ...], state: Any) -> tuple[int, ...]:
+    kept, call = kept_kernels(), (str(op), args, state)
+    found = kept.get(call)
+    if found is None:
+        found = _measured_allocations(op, args)
+        kept.put(call, found)
+    return found
+
+
+def _measured_allocations(op: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     taken = sum(math.prod(a.sizes) * a.dtype.itemsize for a in args if isinstance(a, Form))
     free = default_budget(torch.device("cpu"))
     if NEEDED * taken > free:

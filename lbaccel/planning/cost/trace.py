@@ -15,26 +15,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from lbaccel.planning.cost.known_calls import running_mode
 
 Role = Literal["weights", "gradients", "optimizer", "activations", "teacher"]
 
 Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
-
-
-def fake_tensors(*, allow_non_fake_inputs: bool = False) -> FakeTensorMode:
-    """A mode in which tensors hold no memory, and after which this process may still fork.
-
-    torch's autograd counts the devices at its first backward pass and starts a thread for each, and
-    no child forked later may run a backward pass. FakeTensorMode registers a stand-in for a GPU,
-    which would be counted. So a backward pass comes first.
-    """
-    with torch.inference_mode(False):
-        torch.ones((), device="cpu", requires_grad=True).backward()
-    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 @dataclass(frozen=True)
@@ -144,14 +134,14 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, Any]] = {}  # address of a storage: its number, its watch
         self._count = 0
         self.num_kernels = 0
-        self._results: dict[Any, tuple[Any, ...]] = {}
         self.on_kernel: Callable[[list[Tensor]], object] | None = None  # called with what it reads
 
     def watch(self, tensor: Tensor, role: Role | None = None) -> int:
         """Record the storage of `tensor`, once, and return its number."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address not in self._live:
+        found = self._live.get(address)
+        if found is None:
             number, events = self._count, self.trace.events
             self._count += 1
 
@@ -161,7 +151,8 @@ class Recorder(TorchDispatchMode):
 
             self._live[address] = number, weakref.ref(storage, gone)
             events.append(Allocate(number, storage.nbytes()))
-        number = self._live[address][0]
+        else:
+            number = found[0]
         if role is not None:
             self.trace.roles[number] = role
         return number
@@ -173,36 +164,26 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if self.on_kernel is not None:
             self.on_kernel([t for t in _flat(args) if isinstance(t, Tensor)])
         self.num_kernels += 1
-        out = self._result(func, args, kwargs)
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # autograd asks for it more often than for any kernel
+        kwargs, mode = kwargs or {}, running_mode()
+        call = None if mode is None else mode.known.call(mode, func, args, kwargs)
+        out = NotImplemented if call is None else call.results()
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
         tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
         seen = self._count
-        numbers = [self.watch(tensor) for tensor in tensors]
+        new = [t for t in tensors if self.watch(t) >= seen]
         if not func.is_view and func.namespace != "prim":
-            made = (t for t, n in zip(tensors, numbers, strict=True) if n >= seen)
-            largest = max((t.untyped_storage().nbytes() for t in made), default=0)
-            kernel = self._kernel(func, args, kwargs, out, tensors)
-            self.trace.events.append(replace(kernel, new_bytes=largest) if largest else kernel)
-        return out
+            largest = max((t.untyped_storage().nbytes() for t in new), default=0)
 
-    def _result(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """The result of `func`; for repeated fake tensors, made from an earlier result's sizes.
+            def count() -> Kernel:
+                return replace(self._kernel(func, args, kwargs, out, tensors), new_bytes=largest)
 
-        torch decomposes a batch norm on fake tensors anew in each call, 5 ms a ghost batch.
-        """
-        if func not in _REPEATED or not isinstance(args[0], FakeTensor):
-            return func(*args, **kwargs)
-        key = func, tuple(_sizes(arg) for arg in args)
-        if key in self._results:
-            return tuple(
-                None if of is None else torch.empty_strided(of[0], of[1], dtype=of[2])
-                for of in self._results[key]
-            )
-        out = func(*args, **kwargs)
-        self._results[key] = tuple(None if t is None else _sizes(t) for t in out)
+            self.trace.events.append(count() if call is None else call.cost(largest, count))
         return out
 
     def _kernel(
@@ -227,23 +208,13 @@ class Recorder(TorchDispatchMode):
         )
 
 
+_DEVICE = torch.ops.prim.device.default
+
 # They touch no memory: a view by another name, or storage that nothing has written yet.
 _FREE = frozenset(
     f"aten.{name}"
     for name in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh")
 )
-
-
-_REPEATED = frozenset(
-    (torch.ops.aten.native_batch_norm.default, torch.ops.aten.native_batch_norm_backward.default)
-)
-
-
-def _sizes(value: Any) -> Any:
-    """The properties that the sizes of a result depend on; of a tensor: sizes, strides, dtype."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _flops(packet: Any, name: str, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:

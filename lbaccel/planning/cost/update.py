@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lbaccel.batch.plan import BatchPlan, MicroBatch
-from lbaccel.planning.cost.trace import Recorder, Trace, Workspace, fake_tensors
+from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, fake_tensors
+from lbaccel.planning.cost.trace import Recorder, Trace, Workspace
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation
 from lbaccel.update.accumulation import LossFn
@@ -86,6 +87,8 @@ def trace_update(
     device_type: str = "cpu",
     workspace: Workspace | None = None,
     change: Callable[[nn.Module, Recorder], object] | None = None,
+    states: Sequence[Tensor] | None = None,
+    known: KnownCalls | None = None,
 ) -> Trace:
     """Run an update of `plan` on fake tensors and record it; no memory, no device, no change.
 
@@ -98,12 +101,15 @@ def trace_update(
         device_type: "cpu" or "cuda", whose autocast rules hold; the tensors are the CPU's.
         workspace: of a kernel, see `Workspace`.
         change: done to the fake copy of the model before it runs, such as checkpointing.
+        states: those of the optimizer, where the caller has them (`state_tensors`).
+        known: the calls of other traces with this workspace.
 
     Raises:
         Exception: whatever the model raises on fake tensors.
     """
-    mode = fake_tensors(allow_non_fake_inputs=True)
-    states = [] if network.optimizer is None else state_tensors(network.optimizer)
+    mode = fake_tensors(known, allow_non_fake_inputs=True)
+    if states is None:
+        states = [] if network.optimizer is None else state_tensors(network.optimizer)
     recorder = Recorder(workspace)
     with mode, ExitStack() as around:
         if torch.get_default_device().type != "cpu":
@@ -126,10 +132,10 @@ def trace_update(
         if device_type == "cpu":  # they lie on the host
             recorder.trace.random_state = torch.get_rng_state().nbytes
             around.enter_context(_random_states_watched(recorder))
-        around.enter_context(recorder)
-        held = [torch.empty_like(state, device="cpu") for state in states]
+        held = [fake_like(state) for state in states]
         for tensor in held:
             recorder.watch(tensor, "optimizer")
+        around.enter_context(recorder)
         norm.begin()
         before = torch.get_rng_state()  # as the scope of the masks keeps it, to go back to
         with randomness.update(0), _cast_weights_once(precision):
@@ -204,7 +210,7 @@ def _fake_copy(model: nn.Module, memory_format: str) -> nn.Module:
     def fake(t: Tensor) -> Tensor:
         turned = memory_format == "channels_last" and t.ndim == 4
         layout = torch.channels_last if turned else torch.preserve_format
-        return torch.empty_like(t, device="cpu", memory_format=layout)
+        return fake_like(t, layout)
 
     memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
     memo |= {

@@ -19,8 +19,8 @@ from lbaccel.planning.cost.kernel_memory import (
     is_matrix_product,
     measured_workspace,
 )
+from lbaccel.planning.cost.known_calls import fake_tensors
 from lbaccel.planning.cost.processor import LIMITS
-from lbaccel.planning.cost.trace import fake_tensors
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ import copy
 import gc
 import random
 from collections import Counter
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from updates import cross_entropy
 
 from lbaccel import BatchPlan, LargeBatch
 from lbaccel.data.loader import Update
-from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace, fake_tensors
+from lbaccel.planning.cost.known_calls import fake_tensors
+from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.cost.update import Network, trace_update
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
 from lbaccel.randomness.masks import CALLS_AT_ONCE, SAMPLES_AT_ONCE
@@ -397,29 +398,6 @@ def test_recompute_keeps_cudas_autocast_rules():
             for change in (None, lambda model, _: apply_activation_checkpointing(model))
         )
         assert recomputed < plain  # and torch's check of what is recomputed did not stop it
-
-
-def runs_sorted(events):
-    """The events, those of each run of frees in order of their storages."""
-    runs = groupby(events, key=lambda event: isinstance(event, Free))
-    return [
-        e for _, run in runs for e in sorted(run, key=lambda e: e.id if isinstance(e, Free) else 0)
-    ]
-
-
-def test_batch_norms_that_repeat_leave_the_trace_that_each_by_itself_would(monkeypatch):
-    model = timm.create_model("resnet10t", num_classes=10)
-    network = Network(model=model, make_batch=images, optimizer=sgd(model))
-    plan = BatchPlan(global_batch_size=24, micro_batch_size=12, norm_batch_size=4)
-    for options in ({}, {"precision": "bf16"}):
-        found = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
-        with monkeypatch.context() as patch:
-            patch.setattr("lbaccel.planning.cost.trace._REPEATED", frozenset())
-            each = trace_update(network, plan, workspace=CpuWorkspaces(), **options)
-        norms = [k for k in found.kernels() if "batch_norm" in k.name]
-        assert len(norms) > 2 * 3 * 10 and found.roles == each.roles
-        # What is dropped at once (autocast's casts) goes in any order.
-        assert runs_sorted(found.events) == runs_sorted(each.events)
 
 
 def test_only_two_micro_steps_run_whatever_their_number():
