@@ -1146,7 +1146,8 @@ MUTANTS = {
         "planning.cost.known_calls",
         "            key += [t.storage_offset() for t in tensors]\n",
         "            pass\n",
-        "tests/planning/cost/test_known_calls.py::test_a_known_call_gives_what_torch_gives[a part]",
+        "tests/planning/cost/test_known_calls.py::"
+        "test_a_known_call_gives_what_torch_gives[of an offset]",
     ),
     "the square of a tensor costs what a product of two costs": (
         "planning.cost.known_calls",
