@@ -99,11 +99,11 @@ class Certificate:
         if not count and isinstance(n, int):
             norm += f", cut by {n} samples all the same"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        plans = f"{self.checkpointing}; through torch.compile" if self.compiled else ""
+        through = "; through torch.compile" if self.compiled else ""
         lines = [
             f"lbaccel verify: {self.model}, {self.data}; {norm}",
             f"reference: {self.reference}",
-            plans or self.checkpointing,
+            f"{self.checkpointing}{through}",
             f"float64 on the CPU, tolerance {self.tolerance:g}; {versions}",
         ]
         return [part for x in lines for part in textwrap.wrap(x, WIDTH, subsequent_indent="  ")]
