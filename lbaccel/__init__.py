@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         recalibrate,
         restore_batch_norm,
     )
+    from lbaccel.update.offload import apply_activation_offload
     from lbaccel.verification.certificate import Certificate
     from lbaccel.verification.verify import verify
 
@@ -65,6 +66,7 @@ _HOME = {
     "phase_updates": "batch.phases",
     "UpdateStream": "batch.stream",
     "apply_activation_checkpointing": "update.checkpointing",
+    "apply_activation_offload": "update.offload",
     "GroupMix": "data.augment",
     "KeyedImages": "data.augment",
     "Update": "data.loader",
@@ -139,6 +141,7 @@ __all__ = [
     "UpdateResult",
     "UpdateStream",
     "apply_activation_checkpointing",
+    "apply_activation_offload",
     "apply_segments",
     "batch_schedule",
     "convert_batch_norm",

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_activation_checkpointing
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.normalization import convert_batch_norm
+from lbaccel.update.offload import PinnedHost, apply_activation_offload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,3 +173,58 @@ def test_the_fsdp2_config_trains_digits_and_resumes_without_it(tmp_path):
     subprocess.run([sys.executable, *resumed], cwd=root, check=True, timeout=300)
     summary = json.loads((run_folder / "summary.json").read_text())
     assert summary["status"] == "done" and summary["num_updates"] == 12
+
+
+def offloaded(precision, *, channels_last, offloads):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    store = PinnedHost()
+    if offloads:
+        names = [n for n, _ in model.named_children() if n not in ("global_pool", "fc")]
+        apply_activation_offload(model, [names], store=store)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels = torch.randn(64, 3, 128, 128), torch.randint(5, (64,))
+    plan = BatchPlan(global_batch_size=64, micro_batch_size=32, norm_batch_size=16)
+    large_batch = LargeBatch(Accelerator(mixed_precision=precision), plan)
+    bare = model
+    model, optimizer, loader = large_batch.prepare(
+        model, optimizer, UpdateLoader(TensorDataset(images, labels), plan)
+    )
+    torch.cuda.reset_peak_memory_stats()
+    held = []
+    results = []
+    for _ in range(2):
+        results += [large_batch.update(update, loss_fn).loss for update in loader]
+        held.append(store.num_bytes)
+    return results, bare.state_dict(), torch.cuda.max_memory_allocated(), held
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activations_on_the_host_change_no_bit_and_leave_the_device(precision, channels_last):
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        plain, moved = (
+            offloaded(precision, channels_last=channels_last, offloads=on) for on in (False, True)
+        )
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert moved[0] == plain[0]
+    assert all(torch.equal(moved[1][name], plain[1][name]) for name in plain[1])
+    assert moved[2] < 0.8 * plain[2], (moved[2], plain[2])
+    assert moved[3][0] == moved[3][1] > 0 == plain[3][1]  # the host's buffers are used again
+
+
+def test_offload_waits_nowhere_on_the_host():
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(4)]).cuda()
+    apply_activation_offload(model, [[str(i) for i in range(4)]])
+    x = torch.randn(1024, 1024, device="cuda")
+    model(x).sum().backward()  # the buffers are pinned by now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

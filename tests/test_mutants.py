@@ -24,6 +24,92 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "an offload moves weights and their views": (
+        "update.offload",
+        "if address in stays or _is_weight(tensor) or not",
+        "if not",
+        "tests/update/test_offload.py::test_weights_their_views_and_their_casts_stay[False-fp32]",
+    ),
+    "an offload moves the casts that autocast holds": (
+        "update.offload",
+        "    return cast and before is not None",
+        "    return False and before is not None",
+        "tests/update/test_offload.py::test_weights_their_views_and_their_casts_stay[False-bf16]",
+    ),
+    "an offload copies a tensor once for each who saves it": (
+        "update.offload",
+        "kept = self._kept.get(key)",
+        "kept = None",
+        "tests/update/test_offload.py::"
+        "test_a_tensor_that_two_modules_save_is_copied_once_and_comes_back_once[False]",
+    ),
+    "an offload brings a tensor back once for each who saved it": (
+        "update.offload",
+        "self._back = flat if self.waiting > 0 else None",
+        "self._back = None",
+        "tests/update/test_offload.py::"
+        "test_a_tensor_that_two_modules_save_is_copied_once_and_comes_back_once[False]",
+    ),
+    "an offload shares the copy of what was written since": (
+        "update.offload",
+        "key = address, tensor._version, tensor.dtype",
+        "key = address, tensor.dtype",
+        "tests/update/test_offload.py::"
+        "test_a_tensor_that_is_written_between_two_saves_is_copied_twice",
+    ),
+    "an offload gives up offsets": (
+        "update.offload",
+        ".as_strided(self.sizes, self.strides, self.offset)",
+        ".as_strided(self.sizes, self.strides, 0)",
+        "tests/update/test_offload.py::test_a_saved_tensor_comes_back_with_its_strides_and_offset",
+    ),
+    "behind an offload's hooks no version is checked": (
+        "update.offload",
+        "        if now != self.version:",
+        "        if False:",
+        "tests/update/test_offload.py::"
+        "test_a_kept_tensor_that_is_written_before_backward_is_an_error_as_in_plain_torch",
+    ),
+    "an offload copies the input of a run, which stays on the device anyway": (
+        "update.offload",
+        "        if begins:",
+        "        if False:",
+        "tests/update/test_offload.py::"
+        "test_nothing_large_is_left_on_the_device_but_the_ends_of_a_run",
+    ),
+    "the input of an offloaded segment stays": (
+        "update.offload",
+        "begins and not starts_segment(module)",
+        "begins",
+        "tests/update/test_offload.py::test_segments_and_offload_together_stay_to_the_bit",
+    ),
+    "an offload never uses a buffer of the host again": (
+        "update.offload",
+        "            self._store.release(self._kept)",
+        "            pass",
+        "tests/update/test_offload.py::test_a_graph_that_is_dropped_gives_its_buffers_back",
+    ),
+    "an offload's copies take no time": (
+        "planning.cost.time_model",
+        "return kernel.num_bytes / device.host_bandwidth",
+        "return 0.0",
+        "tests/planning/test_plan_with_offload.py::"
+        "test_a_copy_takes_the_seconds_of_the_cards_link_and_nothing_hides_it",
+    ),
+    "a plan sends more to the host than the host has": (
+        "planning.segments",
+        "fitting = fitting[front.host[fitting] + host <= room]",
+        "pass",
+        "tests/planning/test_segments.py::"
+        "test_the_best_parts_are_those_of_brute_force_within_both_memories",
+    ),
+    "what the modules of an offloaded run hand on costs nothing": (
+        "planning.segments",
+        "sent += unit.sent + (unit.sent_input if last > at else 0)",
+        "sent += unit.sent",
+        "tests/planning/test_segments.py::"
+        "test_the_best_parts_are_those_of_brute_force_within_both_memories",
+    ),
     "a crop's row and column are one draw": (
         "data.photographs",
         "draws[RATIOS], draws[TOP], draws[LEFT])",

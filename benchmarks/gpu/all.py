@@ -2,7 +2,7 @@
 
 python benchmarks/gpu/all.py --minutes 8 [--only tests memory ...] [--data parquet:FOLDER] [--dry]
 
-Each part is a process with an end of its own, and writes into $OUT as it goes, 8 files in all; a
+Each part is a process with an end of its own, and writes into $OUT as it goes, 9 files in all; a
 part that came to its end is not run again, so a second call goes on where the first was cut off.
 `python benchmarks/gpu/page.py $OUT` makes docs/results/gpu.md of what is there. --dry runs the
 parts that have a small version on the CPU: it proves that the parts are found, end in time and
@@ -98,6 +98,7 @@ def parts(data: str | None) -> list[Part]:
         Part("recovery", "real lacks of memory under a cap", 40, script("recovery.py")),
         Part("update", "an update beside a plain loop", 90, script("update_time.py")),
         Part("large", "2,048 to 16,384 at 224 px in 24, 12, 8 GiB", 90, script("large_batches.py")),
+        Part("offload", "activations on the host", 60, script("activation_offload.py")),
         Part("accuracy", "CIFAR-10 to 94 % in 2 GiB", 240, to_accuracy(data)),
     ]
 

@@ -84,6 +84,7 @@ def sections(folder: Path) -> list[tuple[str, str, str | None]]:
         ("Real lacks of memory under a cap", "recovery.py", of("recovery")),
         ("An update beside a plain loop", "update_time.py", of("update_time")),
         ("2,048 to 16,384 images at 224 px", "large_batches.py", of("large_batches")),
+        ("Activations on the host", "activation_offload.py", of("activation_offload")),
         ("CIFAR-10 to 94 % at 2,048 in 2 GiB", "all.py --only accuracy", accuracy(folder)),
     ]
 

@@ -77,6 +77,17 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-checkpointing", choices=("auto", "none", "full"), default="auto"
     )
     pins.add_argument(
+        "--activation-offload",
+        choices=("none", "auto"),
+        default="none",
+        help="auto: activations may lie in the host's memory where that is the fastest way to fit",
+    )
+    pins.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="of the host, for the activations of each device; default: a share of what is free",
+    )
+    pins.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto"
     )
 
@@ -163,6 +174,8 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
             model_kwargs=network_arguments(a.model_kwargs),
             micro_batch_size=asked(a.micro_batch_size),
             activation_checkpointing=asked(a.activation_checkpointing),
+            activation_offload=a.activation_offload,
+            host_memory=a.host_memory,
             memory_format=asked(a.memory_format),
             zero_stage=a.zero,
             offload=a.offload,

@@ -120,6 +120,8 @@ def launch_command(found: Plan, *, img_size: int | None = None) -> str:
     }
     if found.activation_checkpointing == "segments":  # planned again, by the run itself
         flags |= {"activation-checkpointing": "auto", "memory": f"{found.budget_gib:.4g}GiB"}
+    if found.activation_offload:
+        flags |= {"activation-offload": "auto", "memory": f"{found.budget_gib:.4g}GiB"}
     said = " ".join(f"--{key} {value}" for key, value in flags.items() if value is not None)
     config = f"{YAML_FOLDER}/{name_of(found)}.yaml"
     return f"accelerate launch --config_file {config} -m lbaccel.train {said}"

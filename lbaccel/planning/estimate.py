@@ -16,6 +16,7 @@ from lbaccel.errors import InputError
 from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cost.cuda_limit import Request, smallest_limit
 from lbaccel.planning.cost.devices import Device
+from lbaccel.planning.cost.host_store import LookingOn, TracedHost
 from lbaccel.planning.cost.kept_kernels import kept_kernels
 from lbaccel.planning.cost.known_calls import KnownCalls
 from lbaccel.planning.cost.time_model import seconds
@@ -26,6 +27,7 @@ from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
 from lbaccel.update.accumulation import reduction_bytes
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.memory.reserve import state_tensors
+from lbaccel.update.offload import hand_to
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Segments = tuple[tuple[str, ...], ...]
@@ -39,6 +41,7 @@ class Candidate:
     micro_batch_size: int
     memory_format: MemoryFormat = "contiguous"
     checkpointing: Checkpointing = "none"
+    offload: Segments = ()  # runs of modules whose activations lie on the host
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Estimate:
     commit_seconds: float  # once an update: norm, clipping, step, reduction
     chain: ChainCost | None  # where nothing is recomputed
     forward_seconds: tuple[float, ...]  # of the chain's units
+    host_bytes: int = 0  # that offloaded activations pin, on the host and in no part of the peak
 
 
 @dataclass(frozen=True)
@@ -231,16 +235,20 @@ class Estimator:
         )
 
     def _estimate(self, candidate: Candidate, steps: int) -> Estimate:
-        plain = candidate.checkpointing == "none"
-        units = self.units if plain else []
+        how, moved = candidate.checkpointing, candidate.offload
+        units = self.units if how == "none" and not moved else []
 
         def change(model: nn.Module, recorder: Recorder) -> None:
-            if candidate.checkpointing == "full":
+            if how == "full":
                 apply_activation_checkpointing(model)
-            elif plain:
+            elif how != "none":
+                apply_segments(model, how)
+            if moved:
+                hand_to(TracedHost(recorder), model, moved)
+            elif units:
                 mark_units(model, recorder, units)
-            else:
-                apply_segments(model, candidate.checkpointing)
+                if self.device.kind == "cuda":
+                    hand_to(LookingOn(recorder), model, [[unit.name for unit in units]])
 
         trace = self._trace(candidate, change, steps)
         breakdown = self._breakdown(trace)
@@ -261,6 +269,7 @@ class Estimator:
             commit_seconds=timed(by_step.commit) + self.step_seconds(),
             chain=chain_cost(trace, len(units)) if units else None,
             forward_seconds=tuple(timed(kernels) for kernels in by_step.forward),
+            host_bytes=trace.host_bytes,
         )
 
     def traced(self) -> list[Candidate]:
@@ -283,6 +292,8 @@ class Estimator:
         size = candidate.micro_batch_size
         shown = candidate.checkpointing
         how = shown if isinstance(shown, str) else f"{len(shown)} segments"
+        if candidate.offload:
+            how += f", offload {len(candidate.offload)} runs"
         self.say(f"micro-batch {size}, recompute {how}, {candidate.memory_format}")
         plan = replace(
             self.plan, micro_batch_size=size, world_size=1, global_batch_size=steps * size

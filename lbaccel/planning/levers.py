@@ -18,6 +18,7 @@ STAGES = {
 }
 WITHOUT = "without ZeRO"
 OFFLOAD = "optimizer offload to the host"
+ACTIVATIONS = "activation offload"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Lever:
     time_pct: float
     changes_result: bool
     verdict: str
+    host_gib: float = 0.0  # of the host, that it takes
 
 
 def levers(search: Search, choice: Choice) -> list[Lever]:
@@ -75,11 +77,41 @@ def _of_the_plan(search: Search, choice: Choice) -> Iterator[Lever]:
                 full.seconds,
                 "the optimum above costs less at the same memory",
             )
+    yield from _offloads(search, choice)
     yield from _fused_step(search, choice)
     other = "contiguous" if candidate.memory_format == "channels_last" else "channels_last"
     if candidate.checkpointing == "none":
         turned = search.choice(replace(candidate, memory_format=other))
         yield lever(other, peak - turned.estimate.peak, turned.seconds, "faster here")
+
+
+def _offloads(search: Search, choice: Choice) -> Iterator[Lever]:
+    """Activations on the host; on a CPU that is the memory that they lie in anyway."""
+    candidate, device, peak = choice.candidate, search.estimator.device, choice.estimate.peak
+    if device.kind == "cpu":
+        yield Lever(
+            f"{ACTIVATIONS} to the host",
+            0.0,
+            0.0,
+            False,
+            "saves no memory on a CPU, whose memory is the host's: leave it",
+        )
+    if device.kind == "cpu" or candidate.checkpointing != "none" or candidate.offload:
+        return
+    size = candidate.micro_batch_size
+    for kept in (0.75, 0.5):
+        found = search.predicted_offload(candidate.memory_format, size, kept)
+        if found is None:
+            continue
+        saved, seconds, sent = found
+        pct = 100 * seconds / choice.seconds
+        gain = (
+            f"{sent / GIB:.2f} GiB of the host at {device.host_bandwidth / 1e9:g} GB/s; when "
+            "recompute is not enough"
+        )
+        verdict = _verdict(saved, peak, pct, gain)
+        name = f"{ACTIVATIONS}, {kept:.0%} kept"
+        yield Lever(name, saved / GIB, pct, False, verdict, sent / GIB)
 
 
 def _fused_step(search: Search, choice: Choice) -> Iterator[Lever]:

@@ -62,6 +62,58 @@ def zero_of(
     return Zero(stage, offload, bucket_size)
 
 
+NOTHING_TO_OFFLOAD = (
+    "activation offload: none. On a CPU the memory of the host is that of the device, so it would "
+    "save nothing"
+)
+
+
+def host_bytes_of(
+    machine: Machine,
+    activation_offload: str,
+    host_memory: str | int | None,
+    *,
+    checkpointing: str | None,
+) -> int:
+    """Bytes of the host that the activations of each device may take; 0 where none is offloaded.
+
+    Raises:
+        InputError: a word that is none, host memory without offload, or offload with a recompute of
+            every block or under ZeRO-3.
+    """
+    if activation_offload not in ("none", "auto"):
+        raise InputError(
+            f"activation_offload={activation_offload!r} is neither 'none' nor 'auto'. Use one of "
+            "them."
+        )
+    if activation_offload == "none":
+        if host_memory is not None:
+            raise InputError(
+                f"host_memory={host_memory} is read with activation_offload='auto' alone "
+                "(--activation-offload auto). Add it, or leave host_memory out."
+            )
+        return 0
+    if checkpointing == "full":
+        raise InputError(
+            "activation_offload='auto' with activation_checkpointing='full': the model recomputes "
+            "every block by itself, which leaves nothing to offload. Use 'none' or 'auto' for "
+            "activation_checkpointing."
+        )
+    if machine.zero is not None and machine.zero.stage == 3:
+        raise InputError(
+            "activation_offload='auto' with zero_stage=3: DeepSpeed moves weights in and out of "
+            "the tensors that a backward pass keeps, so they are not offloaded. Use ZeRO-0, 1 or 2."
+        )
+    if machine.device.kind == "cpu":
+        return 0
+    if isinstance(host_memory, str):
+        return parse_memory(host_memory)
+    if host_memory is not None:
+        check_whole("host_memory", host_memory)
+        return host_memory
+    return default_budget(torch.device("cpu"), ranks=machine.world_size)
+
+
 def is_at_hand(device: Device) -> bool:
     """Whether this process can measure it."""
     return device.kind == "cpu" or (

@@ -31,6 +31,7 @@ from lbaccel.update.accumulation import LossFn
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.engine import LargeBatch
 from lbaccel.update.memory.budget import default_budget
+from lbaccel.update.offload import apply_activation_offload
 
 LR = 1e-6  # the cost of a step does not depend on it, and the loss stays finite
 MOST_WARM_UPS = 20  # fp16's scaler halves its scale until the gradient is finite
@@ -224,6 +225,8 @@ class _Run:
             apply_activation_checkpointing(trained)
         elif plan.activation_checkpointing == "segments":
             apply_segments(trained, plan.segments)
+        if plan.activation_offload:
+            apply_activation_offload(trained, plan.activation_offload)
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no" if plan.precision == "fp32" else plan.precision,

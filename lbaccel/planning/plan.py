@@ -32,7 +32,7 @@ class Plan:
     """How a contract fits: what was chosen, what it costs, and what else there is.
 
     Floats are in GiB and seconds. `batch` is the `BatchPlan` that `LargeBatch` takes, `segments`
-    what `apply_segments` takes.
+    what `apply_segments` takes, and `activation_offload` what `apply_activation_offload` takes.
     """
 
     model: str
@@ -57,6 +57,8 @@ class Plan:
     why: str = ""  # where it does not fit
     zero_stage: int | None = None  # of DeepSpeed; None: one process, or DDP
     offload: str = "none"
+    activation_offload: tuple[tuple[str, ...], ...] = ()  # runs, as `apply_activation_offload` has
+    host_gib: float = 0.0  # that they pin, of each device's host
     points: Sequence[SweepPoint] = ()
     workspaces: Workspaces | None = None  # of a traced plan for a CPU
     notes: Sequence[str] = field(default_factory=tuple)
@@ -90,6 +92,10 @@ class Plan:
             "memory_format": self.memory_format,
             "zero_stage": self.zero_stage,
             "offload": self.offload,
+            "activation_offload": {
+                "runs": [list(run) for run in self.activation_offload],
+                "host_gib": self.host_gib,
+            },
             "precision": self.precision,
             "optimizer": self.optimizer,
             "fused_optimizer": self.fused_optimizer,

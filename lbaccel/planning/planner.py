@@ -30,7 +30,14 @@ from lbaccel.planning.cost.update import (
 from lbaccel.planning.cost.zero_memory import BUCKET, Offload
 from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
 from lbaccel.planning.levers import levers
-from lbaccel.planning.machine import Machine, is_at_hand, machine_of, zero_of
+from lbaccel.planning.machine import (
+    NOTHING_TO_OFFLOAD,
+    Machine,
+    host_bytes_of,
+    is_at_hand,
+    machine_of,
+    zero_of,
+)
 from lbaccel.planning.network import Trained, image_shape, network_of, random_images
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
@@ -59,6 +66,8 @@ def plan(
     clip_grad_norm: bool = True,
     micro_batch_size: int | None = None,
     activation_checkpointing: Literal["none", "full"] | None = None,
+    activation_offload: Literal["none", "auto"] = "none",
+    host_memory: str | int | None = None,
     memory_format: MemoryFormat | None = None,
     zero_stage: int | None = None,
     offload: Offload = "none",
@@ -91,10 +100,11 @@ def plan(
         norm_batch_size: see `BatchPlan`; by default 32 for a network with BatchNorm.
         num_classes: outputs of a model given by name.
         model_kwargs: arguments of a network given by name, such as {"stem": 8}.
-        mix_pairs: see `BatchPlan`.
-        clip_grad_norm: whether the gradient is clipped.
+        mix_pairs, clip_grad_norm: see `BatchPlan`; whether the gradient is clipped.
         micro_batch_size: pins it; None chooses.
         activation_checkpointing: pins it to no recompute, or to the model's own blocks.
+        activation_offload: "auto" lets activations lie on the host, where that fits fastest.
+        host_memory: of the host, for each device's activations; default: a share of what is free.
         memory_format: pins it.
         zero_stage: plan for DeepSpeed's ZeRO-0 to 3 (no fp16); None: one process, or DDP.
         offload: what DeepSpeed keeps on the host: "optimizer" (ZeRO-2 and 3) or
@@ -122,12 +132,7 @@ def plan(
     """
     if teacher is not None:
         _check_teacher(teacher, loss_fn, None if isinstance(model, nn.Module) else num_classes)
-    check_whole("global_batch_size", global_batch_size)
-    if global_batch_size > MOST_SAMPLES:
-        raise InputError(
-            f"global_batch_size={brief(global_batch_size)} is above {MOST_SAMPLES:,}, the most "
-            "that a plan walks through in micro-batches. Use a smaller one."
-        )
+    _check_size(global_batch_size)
     machine = machine_of(
         device,
         memory=memory,
@@ -158,10 +163,21 @@ def plan(
     pinned = Pinned(
         micro_batch_size=None if micro_batch_size is None else batch.largest_micro_batch(),
         memory_format=memory_format,
-        checkpointing=activation_checkpointing,
+        checkpointing=(how := activation_checkpointing),
+        host_bytes=host_bytes_of(machine, activation_offload, host_memory, checkpointing=how),
     )
     search = _search(trained, network, batch, machine=machine, pinned=pinned, say=say)
-    return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps))
+    offloads = activation_offload == "auto"
+    return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps, offloads))
+
+
+def _check_size(global_batch_size: int) -> None:
+    check_whole("global_batch_size", global_batch_size)
+    if global_batch_size > MOST_SAMPLES:
+        raise InputError(
+            f"global_batch_size={brief(global_batch_size)} is above {MOST_SAMPLES:,}, the most "
+            "that a plan walks through in micro-batches. Use a smaller one."
+        )
 
 
 def _arguments(
@@ -198,6 +214,7 @@ class Wanted:
     observes: bool
     compare: bool
     sweeps: bool
+    offloads: bool
 
 
 def _batch_plan(
@@ -322,12 +339,16 @@ def _plan(search: Search, trained: Trained, wanted: Wanted) -> Plan:
         why="" if choice.fits else _why(search, choice),
         zero_stage=None if estimator.zero is None else estimator.zero.stage,
         offload="none" if estimator.zero is None else estimator.zero.offload,
+        activation_offload=candidate.offload,
+        host_gib=estimate.host_bytes / GIB,
         workspaces=estimator.workspaces(),
-        notes=(*notes, *_notes(estimator, how)),
+        notes=(*notes, *_notes(estimator, how, wanted)),
     )
 
 
-def _notes(estimator: Estimator, how: Checkpointing) -> Iterator[str]:
+def _notes(estimator: Estimator, how: Checkpointing, wanted: Wanted) -> Iterator[str]:
+    if wanted.offloads and estimator.device.kind == "cpu":
+        yield NOTHING_TO_OFFLOAD
     if how != "none" and not isinstance(how, str) and len(estimator.units) < 4:
         yield "the blocks of this network are no chain: whole stages are recomputed"
     if estimator.device.source != "calibrated" and estimator.observe is None:
@@ -343,8 +364,9 @@ def _why(search: Search, choice: Choice) -> str:
     fixed = sum(parts.get(key, 0) for key in whole)
     size = choice.candidate.micro_batch_size
     what = f"{size} samples" if search.unit == 1 else f"one group of {size} samples"
+    helps = "recompute and offload" if search.pinned.host_bytes else "recompute"
     return (
-        f"{what} with all the recompute that helps needs {choice.estimate.peak / GIB:.2f} GiB, "
+        f"{what} with all the {helps} that helps needs {choice.estimate.peak / GIB:.2f} GiB, "
         f"{fixed / GIB:.2f} of it whatever the batch; the budget is {search.budget / GIB:.2f} GiB"
     )
 

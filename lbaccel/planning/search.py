@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lbaccel.errors import InputError
@@ -17,7 +17,16 @@ from lbaccel.planning.estimate import (
     Segments,
     Untraceable,
 )
-from lbaccel.planning.segments import Run, best_runs, extra_seconds, predicted_peak
+from lbaccel.planning.segments import (
+    Link,
+    Parts,
+    Run,
+    best_parts,
+    best_runs,
+    extra_seconds,
+    predicted_peak,
+    sent_bytes,
+)
 
 FASTER = 0.97  # another layout must be this much faster to be taken
 # Of micro-batches whose times are within this, a GPU takes the largest: what the model leaves out
@@ -37,6 +46,12 @@ class Pinned:
     micro_batch_size: int | None = None
     memory_format: MemoryFormat | None = None
     checkpointing: Checkpointing | None = None  # "none" or "full"
+    host_bytes: int = 0  # that activations may take on the host; 0: none is offloaded
+
+    @property
+    def chooses_parts(self) -> bool:
+        """Whether blocks may be recomputed or offloaded one by one."""
+        return self.checkpointing is None or (self.checkpointing == "none" and self.host_bytes > 0)
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,22 @@ class Search:
 
     def run(self) -> Choice:
         """The fastest plan that fits, or else the smallest there is (`fits` False)."""
+        found = self._run()
+        if not self.pinned.host_bytes or self.pinned.checkpointing == "none":
+            return found
+        # An offload has to beat the whole search without it, whatever the traces of either miss.
+        without = Search(self.estimator, self.budget, replace(self.pinned, host_bytes=0)).run()
+        if not (found.fits or without.fits):
+            return min(without, found, key=lambda choice: choice.estimate.peak)
+        return min(without, found, key=lambda choice: (not choice.fits, choice.seconds))
+
+    def _run(self) -> Choice:
         layout = self.pinned.memory_format or self._faster_layout()
         if self.pinned.checkpointing == "full":
             found = self._fitting(layout, "full")
         else:
             found = self._fitting(layout, "none")
-            if self.pinned.checkpointing is None:
+            if self.pinned.chooses_parts:
                 found = self._with_segments(layout, found)
         return self._not_slower(found or self._smallest(layout))
 
@@ -87,6 +112,7 @@ class Search:
             if pinned.micro_batch_size in (None, candidate.micro_batch_size)
             and pinned.memory_format in (None, candidate.memory_format)
             and pinned.checkpointing in (None, candidate.checkpointing)
+            and (pinned.host_bytes or not candidate.offload)
         ]
         best = min((c for c in traced if c.fits), key=lambda c: c.seconds, default=None)
         if best is None or (
@@ -100,7 +126,10 @@ class Search:
         estimate = self.estimator.estimate(candidate)
         steps = self.most / min(candidate.micro_batch_size, self.most)  # the last may be short
         seconds = steps * estimate.micro_step_seconds + estimate.commit_seconds
-        return Choice(candidate, estimate, seconds, estimate.peak <= self.budget)
+        fits = estimate.peak <= self.budget
+        if candidate.offload:
+            fits = fits and estimate.host_bytes <= self.pinned.host_bytes
+        return Choice(candidate, estimate, seconds, fits)
 
     def with_every_block(self, candidate: Candidate) -> list[Choice]:
         """`candidate` with the model's own blocks recomputed; none for a model that has none."""
@@ -228,7 +257,7 @@ class Search:
         return min(math.floor(size / self.unit) * self.unit, self.most)
 
     def _with_segments(self, layout: MemoryFormat, found: Choice | None) -> Choice | None:
-        """A better choice with recompute, or `found`: accumulating comes before recomputing."""
+        """A better choice with recompute or offload, or `found`: accumulating comes before both."""
         if not self.estimator.units:
             return found
         pinned = self.pinned.micro_batch_size
@@ -249,17 +278,31 @@ class Search:
         return found
 
     def _promised(self, layout: MemoryFormat, size: int, found: Choice | None) -> float:
-        """Seconds of an update with the best segments at `size`, untraced; inf: none is better."""
+        """Seconds of an update with the best parts at `size`, untraced; inf: none is better."""
         plain = self._seconds(layout, "none", size)
         limit = WORTH * found.seconds if found is not None else math.inf
         if plain >= limit:
             return math.inf
         chain, forward = self._chain(layout, size)
-        runs = best_runs(chain, self.estimator.units, forward, self._target(layout))
-        if runs is None:
+        parts = self._best(chain, forward, self._target(layout), self.pinned.host_bytes)
+        if parts is None:
             return math.inf
-        seconds = plain + self._steps(size) * extra_seconds(forward, runs)
+        extra = extra_seconds(forward, parts.recomputed) + self._copies(chain, parts.offloaded)
+        seconds = plain + self._steps(size) * extra
         return seconds if seconds < limit else math.inf
+
+    def _best(
+        self, chain: ChainCost, forward: Sequence[float], target: int, host: int
+    ) -> Parts | None:
+        """The best parts of a chain at a target, with so many bytes of the host."""
+        link = Link(self.estimator.device.host_bandwidth, host) if host else None
+        recomputes = self.pinned.checkpointing is None
+        units = self.estimator.units
+        return best_parts(chain, units, forward, target, link=link, recomputes=recomputes)
+
+    def _copies(self, chain: ChainCost, offloaded: Sequence[Run]) -> float:
+        """Seconds of a micro-step's copies to the host and back."""
+        return Link(self.estimator.device.host_bandwidth, 0).seconds(sent_bytes(chain, offloaded))
 
     def _target(self, layout: MemoryFormat, budget: int | None = None) -> int:
         """The budget less what lies around the trace, such as the runtime's context."""
@@ -267,18 +310,23 @@ class Search:
         return (self.budget if budget is None else budget) - (around.peak - around.traced)
 
     def _recomputed(self, layout: MemoryFormat, size: int, budget: int) -> Choice | None:
-        """The best segments at `size`, confirmed by a trace.
+        """The best parts at `size`, confirmed by a trace.
 
         The chain's own figures leave out what lies around the trace (allocator, context), so the
-        target moves by what the traces of its plans miss the budget by.
+        target moves by what the traces of its plans miss the budget by; likewise on the host.
         """
+        host = self.pinned.host_bytes
         chain, forward = self._chain(layout, size)
         target, best = self._target(layout, budget), None
         for _ in range(MOST_TRIES):
-            runs = best_runs(chain, self.estimator.units, forward, target)
-            if runs is None:
+            parts = self._best(chain, forward, target, host)
+            if parts is None:
                 break
-            choice = self.choice(Candidate(size, layout, self._names(runs)))
+            choice = self.choice(self._candidate(size, layout, parts))
+            if choice.estimate.host_bytes > self.pinned.host_bytes:
+                share = self.pinned.host_bytes / choice.estimate.host_bytes
+                host = int(share * sent_bytes(chain, parts.offloaded))
+                continue
             room = budget - choice.estimate.peak
             if room >= 0 and (best is None or choice.seconds < best.seconds):
                 best = choice
@@ -287,10 +335,13 @@ class Search:
             target += room
         return best
 
-    def _names(self, runs: list[Run]) -> Checkpointing:
+    def _candidate(self, size: int, layout: MemoryFormat, parts: Parts) -> Candidate:
+        recomputed = self._names(parts.recomputed)
+        return Candidate(size, layout, recomputed or "none", self._names(parts.offloaded))
+
+    def _names(self, runs: list[Run]) -> Segments:
         units = self.estimator.units
-        names: Segments = tuple(tuple(u.name for u in units[a : b + 1]) for a, b in runs)
-        return names or "none"
+        return tuple(tuple(u.name for u in units[a : b + 1]) for a, b in runs)
 
     def _chain(self, layout: MemoryFormat, size: int) -> tuple[ChainCost, list[float]]:
         """The chain's costs at `size`, on the line through two traces."""
@@ -343,26 +394,50 @@ class Search:
         saved = traced - predicted_peak(chain, runs)
         return int(peak - saved), plain + self._steps(size) * extra_seconds(forward, runs)
 
+    def predicted_offload(
+        self, layout: MemoryFormat, size: int, share: float
+    ) -> tuple[int, float, int] | None:
+        """(bytes saved of the peak, seconds more, bytes sent), untraced, by offload alone.
+
+        `share` of the activations is kept on the device. None where offload brings them not so far
+        down.
+        """
+        if not self.estimator.units:
+            return None
+        first, second = self._lines(layout, "none")
+        chain, forward = self._chain(layout, size)
+        traced = _line(self._sizes, first.traced, second.traced, size)
+        device, units = self.estimator.device, self.estimator.units
+        link = Link(device.host_bandwidth, 2**62)
+        budget = int(chain.before + share * (traced - chain.before))
+        parts = best_parts(chain, units, forward, budget, link=link, recomputes=False)
+        if parts is None:
+            return None
+        sent = sent_bytes(chain, parts.offloaded)
+        saved = int(traced - predicted_peak(chain, [], parts.offloaded))
+        return saved, self._steps(size) * link.seconds(sent), sent
+
     def _smallest(self, layout: MemoryFormat) -> Choice:
         """The plan of the least peak: one group at a time, and as much recompute as helps."""
         size = self.pinned.micro_batch_size or self.unit
         how = self.pinned.checkpointing
-        if how is not None:
+        if not self.pinned.chooses_parts:
+            assert how is not None
             return self.choice(Candidate(size, layout, how))
         plain = Candidate(size, layout)
-        found = [self.choice(plain), *self.with_every_block(plain)]
+        found = [self.choice(plain), *(self.with_every_block(plain) if how is None else [])]
         best = min(found, key=lambda choice: choice.estimate.peak)
         if not self.estimator.units:
             return best
         chain, forward = self._chain(layout, size)
-        low, high, runs = 0, best.estimate.peak, None
+        low, high, parts = 0, best.estimate.peak, None
         while high - low > 0.01 * high:
             middle = (low + high) // 2
-            fitting = best_runs(chain, self.estimator.units, forward, middle)
+            fitting = self._best(chain, forward, middle, self.pinned.host_bytes)
             low, high = (middle, high) if fitting is None else (low, middle)
-            runs = fitting or runs
-        if runs is not None:
-            found.append(self.choice(Candidate(size, layout, self._names(runs))))
+            parts = fitting or parts
+        if parts is not None:
+            found.append(self.choice(self._candidate(size, layout, parts)))
         return min(found, key=lambda choice: choice.estimate.peak)
 
 

@@ -1,4 +1,4 @@
-"""Which runs of a chain to recompute: the least time at a peak that fits, by dynamic programming.
+"""Which runs of a chain to recompute or offload: the least time that fits, by dynamic programming.
 
 A plan is a list of disjoint runs [i, j] of linked units. A run keeps its input and its output in
 forward, and is recomputed once, whole, when the backward pass comes to it. With P_i the bytes kept
@@ -14,12 +14,25 @@ that a run keeps (0 on a GPU: it lies on the host). Each bound is P_i plus a con
 so of two plans for the units before i, the one that keeps no less and costs no less can be dropped:
 the front of (bytes kept, seconds) at each unit holds the optimum. It is
 Beaumont et al. 2019 (arXiv 1911.13214) for runs that are recomputed once.
+
+With a `Link` to the host, a run of linked units may be offloaded instead: its input and output stay
+on the device, and the rest of what it saves goes to the host and comes back. With u the `stuck`
+bytes of a unit, and U_k the sum of u and of the gaps above 0 over the units of the run before k,
+its peak and what P grows by are
+
+    P_i + U_k + (o_(k-1) if k > i) + max(f_k, b_k)      for k in the run [i, j]
+    min(U_j + u_j + o_j, growth without offload) + g_j
+
+and for the `sent` bytes of its units, and `sent_input` of all but the first, it takes the seconds
+of two copies (they share the stream of the kernels, so nothing hides them) and as many bytes of the
+host. Where the host has not room for all, its bytes are a third figure of a front's plans.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +44,29 @@ MOST_PLANS = 256  # of a front; more are thinned, which can only cost time and n
 Run = tuple[int, int]  # first and last unit
 
 
+PLAIN, RECOMPUTED, OFFLOADED = range(3)  # what becomes of a run
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way to the host's memory, for a plan that may offload."""
+
+    bandwidth: float  # bytes a second, in either direction
+    host_bytes: int  # that activations may take there
+
+    def seconds(self, num_bytes: int) -> float:
+        """Of a copy there and one back."""
+        return 2 * num_bytes / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The runs of a chain that do not keep their activations on the device."""
+
+    recomputed: list[Run]
+    offloaded: list[Run]
+
+
 @dataclass(frozen=True)
 class _Front:
     """The plans for the units before one that no other beats, in order of bytes kept."""
@@ -38,20 +74,45 @@ class _Front:
     kept: NDArray[np.int64]
     seconds: NDArray[np.float64]
     starts: NDArray[np.int64]  # where the last choice of each began
-    runs: NDArray[np.bool_]  # and whether it was a run
+    kinds: NDArray[np.int64]  # and what became of its run
     before: NDArray[np.int64]  # which plan of the front there it goes on from
+    host: NDArray[np.int64]  # bytes there; 0 where there is room for all
 
 
-def predicted_peak(chain: ChainCost, runs: Sequence[Run]) -> int:
-    """Peak bytes of the update with `runs` recomputed, by the equations above."""
+@dataclass(frozen=True)
+class _Choice:
+    """What becomes of the units from one to `last`, and what that takes."""
+
+    kind: int
+    last: int
+    need: int  # most beyond what is kept before, while they are computed
+    keeps: int
+    seconds: float = 0.0
+    host: int = 0
+
+
+def predicted_peak(chain: ChainCost, runs: Sequence[Run], offloaded: Sequence[Run] = ()) -> int:
+    """Peak bytes with `runs` recomputed and others `offloaded`, by the equations above."""
     kept, peak, at = chain.before, chain.elsewhere, 0
-    by_start = dict(runs)
+    kinds = {**dict.fromkeys(runs, RECOMPUTED), **dict.fromkeys(offloaded, OFFLOADED)}
+    by_start = {run[0]: (run[1], kind) for run, kind in kinds.items()}
     while at < len(chain.units):
-        last = by_start.get(at)
-        need, keeps = next(cost[1:] for cost in _costs(chain, at) if cost[0] == last)
-        peak, kept = max(peak, kept + need), kept + keeps
-        at = at + 1 if last is None else last + 1
+        last, kind = by_start.get(at, (at, PLAIN))
+        costs = _offloads(chain, at) if kind == OFFLOADED else _costs(chain, at)
+        found = next(c for c in costs if (c.last, c.kind) == (last, kind))
+        peak, kept = max(peak, kept + found.need), kept + found.keeps
+        at = last + 1
     return max(peak, kept + chain.head)
+
+
+def sent_bytes(chain: ChainCost, offloaded: Sequence[Run]) -> int:
+    """Bytes that `offloaded` runs send to the host in a micro-step."""
+    units = chain.units
+    return sum(
+        units[i].sent + (units[i].sent_input if i > first else 0)
+        for first, last in offloaded
+        for i in range(first, last + 1)
+    )
 
 
 def extra_seconds(forward_seconds: Sequence[float], runs: Sequence[Run]) -> float:
@@ -70,67 +131,112 @@ def best_runs(
         forward_seconds: of each unit.
         budget: bytes.
     """
+    found = best_parts(chain, units, forward_seconds, budget)
+    return None if found is None else found.recomputed
+
+
+def best_parts(
+    chain: ChainCost,
+    units: Sequence[Unit],
+    forward_seconds: Sequence[float],
+    budget: int,
+    *,
+    link: Link | None = None,
+    recomputes: bool = True,
+) -> Parts | None:
+    """The runs to recompute and to offload in the least time at a peak of `budget`; None: none.
+
+    Args:
+        chain: bytes of the units.
+        units: which links and starts are allowed.
+        forward_seconds: of each unit.
+        budget: bytes of the device.
+        link: to the host; without, nothing is offloaded.
+        recomputes: whether runs may be recomputed.
+    """
     n = len(units)
     if chain.elsewhere > budget:
         return None
-    start = _Front(
-        np.array([chain.before]), np.zeros(1), np.zeros(1, int), np.zeros(1, bool), np.zeros(1, int)
-    )
+    nothing = np.zeros(1, int)
+    start = _Front(np.array([chain.before]), np.zeros(1), nothing, nothing, nothing, nothing)
     arriving: list[list[_Front]] = [[] for _ in range(n + 1)]
     fronts: list[_Front] = []
+    room = None if link is None or _has_room(chain, link) else link.host_bytes
     for at in range(n):
         front = start if at == 0 else _thinned(_best(arriving[at]))
         fronts.append(front)
-        for last, need, keeps, seconds in _choices(chain, units, forward_seconds, at):
-            fitting = int(np.searchsorted(front.kept, budget - need, side="right"))
-            if fitting:
-                arriving[at + 1 if last is None else last + 1].append(
+        for choice in _choices(chain, units, forward_seconds, at, link, recomputes):
+            kept = front.kept[: int(np.searchsorted(front.kept, budget - choice.need, "right"))]
+            fitting = np.arange(len(kept))
+            host = 0 if room is None else choice.host
+            if host and room is not None:
+                fitting = fitting[front.host[fitting] + host <= room]
+            if len(fitting):
+                arriving[choice.last + 1].append(
                     _Front(
-                        front.kept[:fitting] + keeps,
-                        front.seconds[:fitting] + seconds,
-                        np.full(fitting, at),
-                        np.full(fitting, last is not None),
-                        np.arange(fitting),
+                        front.kept[fitting] + choice.keeps,
+                        front.seconds[fitting] + choice.seconds,
+                        np.full(len(fitting), at),
+                        np.full(len(fitting), choice.kind),
+                        fitting,
+                        front.host[fitting] + host,
                     )
                 )
     end = start if n == 0 else _best(arriving[n])
     fitting = int(np.searchsorted(end.kept, budget - chain.head, side="right"))
-    return _runs([*fronts, end], fitting - 1) if fitting else None
+    return _parts([*fronts, end], int(np.argmin(end.seconds[:fitting]))) if fitting else None
 
 
-def _runs(fronts: Sequence[_Front], plan: int) -> list[Run]:
-    """The runs of a plan of the last front, read backwards; on a front more bytes cost less."""
-    found: list[Run] = []
+def _has_room(chain: ChainCost, link: Link) -> bool:
+    """Whether the host takes whatever a plan sends, each unit's input included."""
+    return sum(unit.sent + unit.sent_input for unit in chain.units) <= link.host_bytes
+
+
+def _parts(fronts: Sequence[_Front], plan: int) -> Parts:
+    """The runs of a plan of the last front, read backwards."""
+    found: dict[int, list[Run]] = {PLAIN: [], RECOMPUTED: [], OFFLOADED: []}
     at = len(fronts) - 1
     while at > 0:
         front = fronts[at]
         start = int(front.starts[plan])
-        if front.runs[plan]:
-            found.append((start, at - 1))
+        found[int(front.kinds[plan])].append((start, at - 1))
         at, plan = start, int(front.before[plan])
-    return found[::-1]
+    return Parts(found[RECOMPUTED][::-1], found[OFFLOADED][::-1])
 
 
 def _choices(
-    chain: ChainCost, units: Sequence[Unit], forward_seconds: Sequence[float], at: int
-) -> Iterator[tuple[int | None, int, int, float]]:
-    """`_costs` of what is allowed with unit `at`, and the seconds of its recompute."""
+    chain: ChainCost,
+    units: Sequence[Unit],
+    forward_seconds: Sequence[float],
+    at: int,
+    link: Link | None,
+    recomputes: bool,
+) -> Iterator[_Choice]:
+    """What is allowed with unit `at`, and the seconds of its recompute or of its copies."""
     seconds = 0.0
-    for last, need, keeps in _costs(chain, at):
-        if last is not None:
-            if not units[at].starts or (last > at and not units[last - 1].links):
-                return
-            seconds += forward_seconds[last]
-        yield last, need, keeps, seconds
+    for choice in _costs(chain, at):
+        if choice.kind == PLAIN:
+            yield choice
+            continue
+        last = choice.last
+        allowed = recomputes and units[at].starts
+        if not allowed or (last > at and not units[last - 1].links):
+            break
+        seconds += forward_seconds[last]
+        yield replace(choice, seconds=seconds)
+    if link is None:
+        return
+    for choice in _offloads(chain, at):
+        if choice.last > at and not units[choice.last - 1].links:
+            break
+        if choice.host:
+            yield replace(choice, seconds=link.seconds(choice.host))
 
 
-def _costs(chain: ChainCost, at: int) -> Iterator[tuple[int | None, int, int]]:
-    """(last unit, need, keeps) of unit `at` without recompute (None), then of each run from it.
-
-    `need` is the most beyond what is kept before, while the unit or its run is computed.
-    """
+def _costs(chain: ChainCost, at: int) -> Iterator[_Choice]:
+    """Unit `at` as it is, then each run from it that may be recomputed; without seconds."""
     unit = chain.units[at]
-    yield None, max(unit.forward, unit.backward), unit.saved + unit.gap
+    yield _Choice(PLAIN, at, max(unit.forward, unit.backward), unit.saved + unit.gap)
     inside = forward = backward = 0
     for last in range(at, len(chain.units)):
         unit = chain.units[last]
@@ -138,25 +244,58 @@ def _costs(chain: ChainCost, at: int) -> Iterator[tuple[int | None, int, int]]:
         backward = max(backward, inside + unit.backward)
         inside += unit.saved
         need = max(2 * chain.state + forward + unit.output, chain.state + backward)
-        yield last, need, chain.state + unit.output + unit.gap
+        yield _Choice(RECOMPUTED, last, need, chain.state + unit.output + unit.gap)
+
+
+def _offloads(chain: ChainCost, at: int) -> Iterator[_Choice]:
+    """Each run from unit `at` that may be offloaded; without seconds."""
+    stuck = saved = need = sent = given = 0
+    for last in range(at, len(chain.units)):
+        unit = chain.units[last]
+        need = max(need, stuck + given + max(unit.forward, unit.backward))
+        stuck, saved, given = stuck + unit.stuck, saved + unit.saved, unit.output
+        sent += unit.sent + (unit.sent_input if last > at else 0)
+        keeps = min(stuck + unit.output, saved) + unit.gap
+        yield _Choice(OFFLOADED, last, need, keeps, host=sent)
+        stuck, saved = stuck + max(0, unit.gap), saved + unit.gap
 
 
 def _best(parts: Sequence[_Front]) -> _Front:
-    """The plans of `parts` that no other beats in both, in order of bytes kept."""
+    """The plans of `parts` that no other beats in all figures, in order of bytes kept."""
     if not parts:
         none = np.zeros(0, int)
-        return _Front(none, np.zeros(0), none, np.zeros(0, bool), none)
+        return _Front(none, np.zeros(0), none, none, none, none)
     whole = _Front(
         *(
             np.concatenate([getattr(part, name) for part in parts])
             for name in _Front.__annotations__
         )
     )
-    order = np.lexsort((whole.seconds, whole.kept))
+    order = np.lexsort((whole.host, whole.seconds, whole.kept))
+    if whole.host.any():
+        return _taken(whole, order[_unbeaten(whole.seconds[order], whole.host[order])])
     seconds = whole.seconds[order]
     faster = np.ones(len(order), bool)
     faster[1:] = seconds[1:] < np.minimum.accumulate(seconds)[:-1]
     return _taken(whole, order[faster])
+
+
+def _unbeaten(seconds: NDArray[np.float64], host: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which pairs no earlier one beats or equals in both."""
+    found = np.zeros(len(seconds), bool)
+    stairs_seconds: list[float] = []  # ascending, and the hosts of the same plans descend
+    stairs_host: list[int] = []
+    for i, (s, h) in enumerate(zip(seconds.tolist(), host.tolist(), strict=True)):
+        at = bisect_right(stairs_seconds, s)
+        if at and stairs_host[at - 1] <= h:
+            continue
+        found[i] = True
+        first = at - 1 if at and stairs_seconds[at - 1] == s else at
+        end = at
+        while end < len(stairs_host) and stairs_host[end] >= h:
+            end += 1
+        stairs_seconds[first:end], stairs_host[first:end] = [s], [h]
+    return found
 
 
 def _thinned(front: _Front) -> _Front:

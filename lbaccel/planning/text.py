@@ -20,6 +20,9 @@ def lines(found: Plan) -> Iterator[str]:
         "segments": f"{len(found.segments)} segments recomputed: "
         + ", ".join(_span(segment) for segment in found.segments),
     }[found.activation_checkpointing]
+    if found.activation_offload:
+        runs = ", ".join(_span(run) for run in found.activation_offload)
+        how += f"; activations of {runs} on the host ({found.host_gib:.2f} GiB there)"
     fused = " fused" if found.fused_optimizer else ""
     contract = f"{found.precision}; {found.optimizer}{fused}, lr {found.lr:g}"
     if found.zero_stage is not None:

@@ -1,12 +1,13 @@
-"""The planner's part in a run: `auto` as micro-batch, recompute or memory format."""
+"""The planner's part in a run: `auto` as micro-batch, recompute, offload or memory format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lbaccel.batch.plan import NormBatchSize
@@ -16,13 +17,17 @@ from lbaccel.planning.cost.calibrate import calibrate
 from lbaccel.planning.cost.devices import Device, device_at_hand
 from lbaccel.planning.cost.zero_memory import BUCKET, DEEPSPEEDS_BUCKET, STAGES
 from lbaccel.planning.estimate import Untraceable
+from lbaccel.planning.machine import NOTHING_TO_OFFLOAD
 from lbaccel.planning.measure import predicted_peaks
+from lbaccel.planning.plan import Plan
 from lbaccel.planning.planner import plan
+from lbaccel.recipe.accelerator import zero_stage
 from lbaccel.recipe.options_batch import BatchOptions
 from lbaccel.recipe.options_training import OptimizerOptions
 from lbaccel.runs.ranks import decided
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.memory.budget import default_budget, parse_memory
+from lbaccel.update.offload import apply_activation_offload
 
 Say = Callable[[str], object]
 
@@ -36,6 +41,8 @@ class Chosen:
     segments: tuple[tuple[str, ...], ...]
     memory_format: str
     predicted_peak_gib: float | None = None  # of the allocator; None where nothing predicted it
+    offload: tuple[tuple[str, ...], ...] = ()  # runs of blocks whose activations lie on the host
+    host_gib: float = 0.0  # that they pin there, predicted
 
 
 def as_asked(batch: BatchOptions) -> Chosen:
@@ -51,7 +58,29 @@ def _asked(value: Any) -> Any:
 def wants_plan(batch: BatchOptions) -> bool:
     """Whether the settings leave anything to the planner."""
     of_plan = (batch.micro_batch_size, batch.activation_checkpointing, batch.memory_format)
-    return "auto" in of_plan
+    return "auto" in (*of_plan, batch.activation_offload)
+
+
+def with_offload_settled(batch: BatchOptions, accelerator: Any, *, say: Say) -> BatchOptions:
+    """The settings without offload where it can do nothing, with a line that says so.
+
+    Raises:
+        InputError: weights are moved in and out of what a backward pass keeps.
+    """
+    if batch.activation_offload == "none":
+        return batch
+    sharded = "FSDP" if accelerator.distributed_type == DistributedType.FSDP else ""
+    sharded = "ZeRO-3" if zero_stage(accelerator) == 3 else sharded
+    if sharded:
+        raise InputError(
+            f"--activation-offload {batch.activation_offload} under {sharded}, which moves weights "
+            "in and out of the tensors that a backward pass keeps. Use DDP or ZeRO-0 to 2, or "
+            "leave --activation-offload out."
+        )
+    if accelerator.device.type != "cpu":
+        return batch
+    say(NOTHING_TO_OFFLOAD)
+    return replace(batch, activation_offload="none")
 
 
 @dataclass(frozen=True)
@@ -110,6 +139,7 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
             clip_grad_norm=work.optimizer.clip_grad_norm is not None,
             micro_batch_size=_asked(batch.micro_batch_size),
             activation_checkpointing=_asked(batch.activation_checkpointing),
+            activation_offload=cast(Any, batch.activation_offload),
             memory_format=_asked(batch.memory_format),
             **_sharding(accelerator),
             make_batch=work.make_batch,
@@ -135,12 +165,23 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
         found.segments,
         found.memory_format,
         predicted_peaks(found)[0],
+        found.activation_offload,
+        found.host_gib,
     )
+    if batch.activation_offload == "auto":
+        how += f", {_offloaded(found)}"
     line = (
         f"plan: micro-batch {found.micro_batch_size}, {how}, {found.memory_format}; predicted peak "
         f"{found.predicted_peak_gib:.2f} GiB of {found.budget_gib:.2f}"
     )
     return chosen, line
+
+
+def _offloaded(found: Plan) -> str:
+    if not found.activation_offload:
+        return "nothing offloaded"
+    count = sum(map(len, found.activation_offload))
+    return f"{count} modules offloaded ({found.host_gib:.2f} GiB of the host)"
 
 
 def _sharding(accelerator: Any) -> dict[str, Any]:
@@ -174,11 +215,13 @@ def _device(device: torch.device) -> Device:
 
 
 def apply(model: nn.Module, chosen: Chosen, *, say: Say) -> nn.Module:
-    """The model in its memory format, with its recompute."""
+    """The model in its memory format, with its recompute and its offload."""
     if chosen.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if chosen.checkpointing == "full":
         say(str(apply_activation_checkpointing(model)))
     elif chosen.checkpointing == "segments":
         say(str(apply_segments(model, chosen.segments)))
+    if chosen.offload:
+        say(str(apply_activation_offload(model, chosen.offload)))
     return model

@@ -41,6 +41,7 @@ def checked(settings: Settings) -> Checked:
     _check_schedule(settings.rate, ends=not unfitted)
     check_scaling(settings.rate, settings.batch, noise_scale=settings.run.noise_scale)
     _check_repeats(settings)
+    _check_offload(settings)
     if settings.batch.memory is not None:
         parse_memory(settings.batch.memory)
     for tracker in settings.run.log_with:
@@ -70,6 +71,19 @@ def _check_repeats(s: Settings) -> None:
             "micro-batches of independent samples, and copies of an image are none. Leave one of "
             "them out."
         )
+
+
+def _check_offload(s: Settings) -> None:
+    """Stop at an offload beside what decides itself what a backward pass keeps."""
+    if s.batch.activation_offload == "none":
+        return
+    flag, reason = f"--activation-offload {s.batch.activation_offload}", ""
+    if s.batch.compile:
+        reason = "--compile: torch.compile decides itself what a backward pass keeps"
+    elif s.batch.activation_checkpointing == "full":
+        reason = "--activation-checkpointing full: every block is recomputed, and keeps nothing"
+    if reason:
+        raise InputError(f"{flag} with {reason}. Leave one of them out.")
 
 
 def check_read(settings: Settings) -> None:

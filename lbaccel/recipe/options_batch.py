@@ -189,6 +189,15 @@ class BatchOptions:
         contract=False,
         plan=True,
     )
+    activation_offload: str = option(
+        "none",
+        str,
+        "keep activations in the host's memory until backward where the plan needs it (auto); no "
+        "effect on the result",
+        choices=("none", "auto"),
+        contract=False,
+        plan=True,
+    )
     memory_format: str = option(
         "contiguous",
         str,

@@ -130,8 +130,9 @@ def build_task(
     )
     phases = growth.phases_of(s.batch, s.rate, num_samples=num_samples, say=say)
     size, mixes = preprocessing["img_size"], bool(s.data.mixup or s.data.cutmix)
-    chosen = auto_plan.as_asked(s.batch)
-    if auto_plan.wants_plan(s.batch):
+    of_plan = auto_plan.with_offload_settled(s.batch, accelerator, say=say)
+    chosen = auto_plan.as_asked(of_plan)
+    if auto_plan.wants_plan(of_plan):
         work = Workload(
             model,
             s.optimizer,
@@ -143,7 +144,7 @@ def build_task(
             precision=precision,
             teacher=None if teacher is None else teacher.model,
         )
-        chosen = auto_plan.choose(s.batch, work, accelerator, say=say)
+        chosen = auto_plan.choose(of_plan, work, accelerator, say=say)
     model = auto_plan.apply(model, chosen, say=say)
     if s.batch.compile:
         compile_in_place(model, accelerator.device)

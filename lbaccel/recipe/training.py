@@ -117,6 +117,7 @@ class Training:
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "activation_checkpointing": task.chosen.checkpointing,
             "segments": [list(segment) for segment in task.chosen.segments],
+            "activation_offload": [list(run) for run in task.chosen.offload],
             "memory_format": task.chosen.memory_format,
             "zero_stage": zero_stage(self.accelerator),
             "num_updates": self.length.planned,

@@ -111,7 +111,10 @@ def apply_segments(model: nn.Module, segments: Sequence[Sequence[str]]) -> Check
         )
     taken = [name for name in names if isinstance(vars(modules[name]).get("forward"), partial)]
     if taken:
-        raise InputError(f"segments: {taken} are in segments of this model already.")
+        raise InputError(
+            f"segments: {taken} are in segments of this model already, or offloaded. Give all "
+            "segments at once, and offload after them."
+        )
     for segment in segments:
         run = _Segment(tuple(segment), [modules[name] for name in segment])
         for position, name in enumerate(segment):
@@ -166,6 +169,35 @@ class _Segment:
             shapes.append(tuple(x.shape))
         self._shapes = shapes
         return x
+
+
+def starts_segment(module: nn.Module) -> bool:
+    """Whether `module` runs a whole segment, whose input is all that autograd keeps of it."""
+    segment = _segment_of(module)
+    return segment is not None and segment.modules[0] is module
+
+
+def inside_recompute(model: nn.Module) -> set[str]:
+    """Names of the modules of which autograd keeps nothing, as they run inside a recompute.
+
+    A wrapped block is one of them: `checkpoint` keeps its input itself.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        wrapped = type(module).__name__.startswith("Checkpointed")
+        recomputed = _segment_of(module) is not None
+        if wrapped or (recomputed and not starts_segment(module)):
+            found.add(name)
+        if wrapped or recomputed or getattr(module, "grad_checkpointing", False) is True:
+            prefix = f"{name}." if name else ""
+            found |= {prefix + inner for inner, _ in module.named_modules() if inner}
+    return found
+
+
+def _segment_of(module: nn.Module) -> _Segment | None:
+    forward = vars(module).get("forward")
+    run = getattr(forward.func, "__self__", None) if isinstance(forward, partial) else None
+    return run if isinstance(run, _Segment) else None
 
 
 def _own_hook(model: nn.Module) -> bool:

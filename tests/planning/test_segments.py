@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from lbaccel.planning import segments
 from lbaccel.planning.cost.chain import ChainCost, Unit, UnitCost
-from lbaccel.planning.segments import best_runs, extra_seconds, predicted_peak
+from lbaccel.planning.segments import (
+    Link,
+    best_parts,
+    best_runs,
+    extra_seconds,
+    predicted_peak,
+    sent_bytes,
+)
 
 
 def simulated_peak(chain, runs):
@@ -178,7 +185,7 @@ def test_thinning_of_a_long_chain_keeps_a_real_plan(seed, monkeypatch):
 
 def test_a_front_is_thinned_to_the_number_asked_for_with_both_ends(monkeypatch):
     kept = np.arange(101)
-    front = segments._Front(kept, 100.0 - kept, kept, kept > 50, kept)
+    front = segments._Front(kept, 100.0 - kept, kept, kept > 50, kept, 0 * kept)
     for most in (2, 3, 64, 100, 101, 102):
         monkeypatch.setattr(segments, "MOST_PLANS", most)
         thinned = segments._thinned(front)
@@ -213,3 +220,121 @@ def test_equal_units_are_recomputed_in_as_few_as_the_budget_asks_for():
         found = best_runs(chain, units, [1.0] * n, budget)
         assert found is not None and extra_seconds([1.0] * n, found) == k
         assert simulated_peak(chain, found) <= budget
+
+
+OFFLOADED = st.builds(
+    UnitCost,
+    saved=SMALL | st.integers(0, 100),
+    gap=st.just(0) | SMALL | st.integers(-3, -1),
+    output=SMALL | st.integers(0, 40),
+    forward=SMALL | st.integers(0, 150),
+    backward=SMALL | st.integers(0, 150),
+    sent=SMALL | st.integers(0, 90),
+    sent_input=SMALL | st.integers(0, 40),
+    hidden=SMALL | st.integers(0, 90),
+)
+
+
+@st.composite
+def chains_with_a_link(draw, longest=5):
+    length = draw(st.integers(1, longest))
+    often = st.sampled_from([True, True, True, False])
+    units = [Unit(str(i), links=draw(often), starts=draw(often)) for i in range(length)]
+    costs = tuple(draw(OFFLOADED) for _ in units)
+    chain = ChainCost(costs, draw(SMALL), draw(SMALL), draw(st.integers(0, 60)))
+    # 2 / 4 seconds a byte: sums are exact in any order
+    link = Link(4.0, draw(st.just(10**9) | st.integers(0, 120)))
+    return chain, units, [float(draw(st.integers(0, 40))) for _ in units], link
+
+
+def all_plans(units, recomputes=True, at=0):
+    """Every list of disjoint runs, each of them recomputed or offloaded."""
+    if at == len(units):
+        yield []
+        return
+    for last in range(at - 1, len(units)):
+        if last >= at and not all(unit.links for unit in units[at:last]):
+            return
+        kinds = [""] if last < at else ["recomputed"] * (units[at].starts and recomputes)
+        for rest in all_plans(units, recomputes, max(at, last) + 1):
+            for kind in kinds + ["offloaded"] * (last >= at):
+                yield [(at, last, kind), *rest] if kind else rest
+
+
+def simulated_with_offload(chain, plan):
+    """(peak, bytes sent) of every moment in turn; shares no code with the dynamic programme."""
+    units = chain.units
+    of = {i: run for run in plan for i in range(run[0], run[1] + 1)}
+    moments, live, sent, starts = [chain.elsewhere], chain.before, 0, {}
+    for i, unit in enumerate(units):
+        first, last, kind = of.get(i, (i, i, ""))
+        if i == first:
+            start = starts[i] = live
+            stuck = saved = 0
+        if kind == "":
+            moments += [live + unit.forward, live + unit.backward]
+            live += unit.saved + unit.gap
+        elif kind == "offloaded":
+            on_the_device = start + stuck + (units[i - 1].output if i > first else 0)
+            moments += [on_the_device + unit.forward, on_the_device + unit.backward]
+            stays = unit.saved - unit.hidden - unit.output
+            stuck, saved = stuck + max(0, stays), saved + unit.saved
+            sent += unit.sent if i == first else unit.sent + unit.sent_input
+            if i == last:
+                live = start + min(stuck + unit.output, saved) + unit.gap
+            stuck, saved = stuck + max(0, unit.gap), saved + unit.gap
+        elif i == last:
+            inside = start
+            for k in range(first, last + 1):
+                moments += [inside + units[k].forward + unit.output, inside + units[k].backward]
+                inside += units[k].saved
+            live = start + unit.output + unit.gap
+    return max(*moments, live + chain.head), sent
+
+
+def split(plan):
+    return [[r[:2] for r in plan if r[2] == kind] for kind in ("recomputed", "offloaded")]
+
+
+@settings(deadline=None, max_examples=100)
+@given(chains_with_a_link(longest=4))
+def test_the_predicted_peak_and_the_bytes_sent_are_the_simulated_ones_with_offload(case):
+    chain, units, _, _ = case
+    for plan in all_plans(units):
+        recomputed, offloaded = split(plan)
+        peak, sent = simulated_with_offload(chain, plan)
+        assert predicted_peak(chain, recomputed, offloaded) == peak
+        assert sent_bytes(chain, offloaded) == sent
+
+
+@settings(deadline=None, max_examples=400)
+@given(chains_with_a_link(), st.booleans(), st.data())
+def test_the_best_parts_are_those_of_brute_force_within_both_memories(case, recomputes, data):
+    chain, units, seconds, link = case
+    found_by_force = []
+    for plan in all_plans(units, recomputes):
+        recomputed, offloaded = split(plan)
+        if not all(sent_bytes(chain, [run]) for run in offloaded):
+            continue  # a run that sends nothing is none
+        peak, sent = simulated_with_offload(chain, plan)
+        time = seconds_of(seconds, recomputed) + 2 * sent / link.bandwidth
+        found_by_force.append((peak, sent, time, recomputed, offloaded))
+    budget = data.draw(st.sampled_from(sorted({p[0] for p in found_by_force})))
+    budget += data.draw(st.integers(-1, 1))
+    fitting = [p for p in found_by_force if p[0] <= budget and p[1] <= link.host_bytes]
+    found = best_parts(chain, units, seconds, budget, link=link, recomputes=recomputes)
+    if not fitting:
+        assert found is None
+        return
+    (time,) = {p[2] for p in fitting if p[3:] == (found.recomputed, found.offloaded)}
+    assert time == min(p[2] for p in fitting)
+
+
+def test_without_a_link_nothing_is_offloaded():
+    unit = UnitCost(saved=10, gap=0, output=1, forward=1, backward=1, sent=9, hidden=9)
+    chain = ChainCost((unit, unit), before=0, head=0, elsewhere=0)
+    units = [Unit("a", links=True, starts=False), Unit("b", links=False, starts=False)]
+    assert best_parts(chain, units, [1.0, 1.0], 3) is None
+    found = best_parts(chain, units, [1.0, 1.0], 3, link=Link(1.0, 18))
+    assert found is not None and found.offloaded in ([(0, 1)], [(0, 0), (1, 1)])
+    assert best_parts(chain, units, [1.0, 1.0], 3, link=Link(1.0, 17)) is None

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lbaccel.planning.cost.trace import Mark, Recorder, Trace
+from lbaccel.planning.cost.trace import Allocate, Mark, Recorder, Trace
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class UnitCost:
 
     With `before` bytes live at its start: `saved` more are live at its end, `gap` more at the next
     unit's start; `forward` and `backward` are the most beyond `before` while either runs.
+
+    Of what autograd saves in it, `sent` bytes can go to the host, and `sent_input` more where its
+    input may go too and the unit before has not sent it; `hidden` of `saved` are then gone from the
+    device, its output left out. They are 0 where the trace was not told to look.
     """
 
     saved: int
@@ -38,6 +42,14 @@ class UnitCost:
     output: int
     forward: int
     backward: int
+    sent: int = 0
+    sent_input: int = 0
+    hidden: int = 0
+
+    @property
+    def stuck(self) -> int:
+        """Bytes of `saved` that stay on the device when the unit is offloaded, output left out."""
+        return max(0, self.saved - self.hidden - self.output)
 
 
 @dataclass(frozen=True)
@@ -163,10 +175,10 @@ def mark_units(model: nn.Module, recorder: Recorder, units: Sequence[Unit]) -> N
     """Make `recorder` note where each unit's forward starts and ends, and its backward starts."""
 
     def before(index: int, module: nn.Module, args: Any) -> None:
-        recorder.mark(f"forward {index}")
+        recorder.mark(f"forward {index}", args[0])
 
     def after(index: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        recorder.mark(f"end {index}", output.untyped_storage().nbytes())
+        recorder.mark(f"end {index}", output)
         if output.requires_grad:
             output.register_hook(lambda grad: recorder.mark(f"backward {index}"))
 
@@ -180,11 +192,11 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
     """Read the units' bytes off a trace with their marks, in its last micro-step."""
     events = trace.events
     place: dict[str, int] = {}  # the last micro-step's marks overwrite the first's
-    outputs: dict[str, int] = {}
+    about: dict[str, Mark] = {}
     for at, event in enumerate(events):
         if isinstance(event, Mark):
             place[event.name] = at
-            outputs[event.name] = event.num_bytes
+            about[event.name] = event
     settled, most = trace.live_before()
     starts = [place[f"forward {i}"] for i in range(num_units)]
     ends = [place[f"end {i}"] for i in range(num_units)]
@@ -194,6 +206,7 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
     for i in range(num_units):
         backward[i] = place.get(f"backward {i}", over)
     units: list[UnitCost] = []
+    sent = _sent(trace, list(zip(starts, ends, strict=True)), about)
     for i in range(num_units):
         before = settled[starts[i]]
         until = backward[i - 1] if i else over
@@ -202,9 +215,10 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
             UnitCost(
                 saved=settled[ends[i]] - before,
                 gap=settled[next_start] - settled[ends[i]],
-                output=outputs[f"end {i}"],
+                output=about[f"end {i}"].num_bytes,
                 forward=max(most[starts[i] : next_start + 1], default=before) - before,
                 backward=max(most[backward[i] : until + 1], default=before) - before,
+                **sent[i],
             )
         )
     last_end, first_backward = ends[-1], backward[num_units - 1]
@@ -213,6 +227,29 @@ def chain_cost(trace: Trace, num_units: int) -> ChainCost:
     outside = [*most[: place["micro-step 0"]], *most[last_step : starts[0] + 1], *most[over:]]
     elsewhere = max(outside, default=0)
     return ChainCost(tuple(units), settled[starts[0]], head, elsewhere, trace.random_state)
+
+
+def _sent(
+    trace: Trace, spans: Sequence[tuple[int, int]], about: dict[str, Mark]
+) -> list[dict[str, int]]:
+    """`sent`, `sent_input` and `hidden` of each unit, whose forward is a span of events."""
+    born = {e.id: (at, e.num_bytes) for at, e in enumerate(trace.events) if isinstance(e, Allocate)}
+    found: list[dict[str, int]] = []
+    before: set[int] = set()
+    for i, (start, end) in enumerate(spans):
+        saved = {number for at, number in trace.saved if start < at <= end}
+        given, output = about[f"forward {i}"].storage, about[f"end {i}"].storage
+        own = saved - {given}
+        new = {number for number in own - {output} if start < born[number][0] < end}
+        found.append(
+            {
+                "sent": sum(born[number][1] for number in own),
+                "sent_input": born[given][1] if given in saved - before else 0,
+                "hidden": sum(born[number][1] for number in new),
+            }
+        )
+        before = saved
+    return found
 
 
 __all__ = ["ChainCost", "ChainFinder", "Unit", "UnitCost", "chain_cost", "mark_units"]

@@ -41,7 +41,7 @@ class Device:
     flops: Mapping[str, float]
     bandwidth: float  # bytes a second of its own memory
     launch_seconds: float  # of a kernel on the host: Python, autograd, dispatch
-    host_bandwidth: float = 25e9  # bytes a second to and from the host, PCIe 4 x16
+    host_bandwidth: float = 25e9  # bytes a second to and from the host, see `PCIE`
     link_bandwidth: float = 25e9  # bytes a second to the other devices
     source: str = "datasheet"
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -65,43 +65,58 @@ class Device:
         return self.bandwidth * (1.0 if self.source == "calibrated" else BANDWIDTH_SHARE)
 
 
+# Bytes a second of pinned copies in one direction, by generation and lanes of PCI Express: 0.8 of
+# what the lanes carry (8, 16 and 32 GT/s a lane, 128 of 130 bits: the base specifications 3.0, 4.0
+# and 5.0 of PCI-SIG), as headers and flow control take their part. A machine may give a card fewer
+# lanes.
+PCIE = {(3, 16): 12.5e9, (4, 8): 12.5e9, (4, 16): 25e9, (5, 16): 50e9}
+
+
 def _card(
-    name: str, gib: float, fp32: float, tf32: float, half: float, bandwidth: float
+    name: str,
+    gib: float,
+    fp32: float,
+    tf32: float,
+    half: float,
+    bandwidth: float,
+    pcie: tuple[int, int] = (4, 16),
 ) -> tuple[str, Device]:
     flops = {"fp32": fp32 * 1e12, "tf32": tf32 * 1e12, "half": half * 1e12}
-    return name, Device(name, "cuda", int(gib * GIB), flops, bandwidth * 1e9, 10e-6)
+    memory, rate = int(gib * GIB), bandwidth * 1e9
+    return name, Device(name, "cuda", memory, flops, rate, 10e-6, host_bandwidth=PCIE[pcie])
 
 
 # GiB that a process can have, TFLOP/s without sparsity (half: bf16 or fp16 with fp32 sums), GB/s.
 # The driver and error-correcting codes take their part first: a T4 of 16 GB has 14.56 GiB. The
 # sizes are the smallest "total capacity" that public out-of-memory messages name for the card
 # (docs/results/published_batches.md lists them); where none does, 97.5 % of its name (1080 Ti,
-# 4060, 4070, 4070 Ti SUPER, 4080, A6000). Rates are those of the makers' datasheets.
+# 4060, 4070, 4070 Ti SUPER, 4080, A6000). Rates are those of the makers' datasheets, and so are
+# generation and lanes of PCI Express, where they are not 4 and 16.
 CARDS: dict[str, Device] = dict(
     (
-        _card("GTX 1080 Ti", 10.7, 11.3, 11.3, 11.3, 484),
-        _card("RTX 2080 Ti", 10.76, 13.4, 13.4, 53.8, 616),
+        _card("GTX 1080 Ti", 10.7, 11.3, 11.3, 11.3, 484, pcie=(3, 16)),
+        _card("RTX 2080 Ti", 10.76, 13.4, 13.4, 53.8, 616, pcie=(3, 16)),
         _card("RTX 3060", 11.75, 12.7, 12.7, 25.5, 360),
         _card("RTX 3070", 7.76, 20.3, 20.3, 40.6, 448),
         _card("RTX 3080", 9.78, 29.8, 29.8, 59.5, 760),
         _card("RTX 3090", 23.68, 35.6, 35.6, 71.2, 936),
-        _card("RTX 4060", 7.8, 15.1, 15.1, 30.2, 272),
+        _card("RTX 4060", 7.8, 15.1, 15.1, 30.2, 272, pcie=(4, 8)),
         _card("RTX 4070", 11.7, 29.1, 29.1, 58.3, 504),
         _card("RTX 4070 Ti SUPER", 15.6, 44.1, 44.1, 88.2, 672),
         _card("RTX 4080", 15.6, 48.7, 48.7, 97.5, 717),
         _card("RTX 4090", 23.61, 82.6, 82.6, 165.2, 1008),
-        _card("RTX 5090", 31.36, 104.8, 104.8, 209.5, 1792),
+        _card("RTX 5090", 31.36, 104.8, 104.8, 209.5, 1792, pcie=(5, 16)),
         _card("RTX A4000", 15.61, 19.2, 38.3, 76.7, 448),
         _card("RTX A6000", 46.8, 38.7, 77.4, 154.8, 768),
-        _card("T4", 14.56, 8.1, 8.1, 65.0, 320),
-        _card("V100", 15.78, 15.7, 15.7, 125.0, 900),
+        _card("T4", 14.56, 8.1, 8.1, 65.0, 320, pcie=(3, 16)),
+        _card("V100", 15.78, 15.7, 15.7, 125.0, 900, pcie=(3, 16)),
         _card("A10", 22, 31.2, 62.5, 125.0, 600),
         _card("A100-40GB", 39.39, 19.5, 156.0, 312.0, 1555),
         _card("A100-80GB", 79.14, 19.5, 156.0, 312.0, 2039),
         _card("L4", 22, 30.3, 60.0, 121.0, 300),
         _card("L40S", 44.4, 91.6, 183.0, 362.0, 864),
-        _card("H100", 79.1, 67.0, 494.0, 989.0, 3350),
-        _card("H200", 139, 67.0, 494.0, 989.0, 4800),
+        _card("H100", 79.1, 67.0, 494.0, 989.0, 3350, pcie=(5, 16)),
+        _card("H200", 139, 67.0, 494.0, 989.0, 4800, pcie=(5, 16)),
     )
 )
 

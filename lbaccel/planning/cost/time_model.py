@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from lbaccel.planning.cost.devices import FLOP_SHARE, Device
-from lbaccel.planning.cost.trace import Kernel
+from lbaccel.planning.cost.trace import HOST_COPY, Kernel
 
 MMAP_THRESHOLD = 32 * 2**20  # glibc takes larger blocks from the system each time (mallopt(3))
 MANY = 16  # samples from which ATen gives a pointwise convolution to oneDNN in one thread
@@ -47,6 +47,8 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
     """Seconds of one call's work, without its launch."""
     if kernel.num_bytes == 0:
         return 0.0
+    if kernel.name == HOST_COPY:  # on the stream of the kernels: nothing runs beside it
+        return kernel.num_bytes / device.host_bandwidth
     name = kernel_class(kernel)
     found = device.rates.get(name) or device.rates.get(name.replace("_few", ""))
     moved = kernel.num_bytes / device.reached_bandwidth

@@ -23,6 +23,8 @@ from lbaccel.planning.cost.known_calls import running_mode
 
 Role = Literal["weights", "gradients", "optimizer", "activations", "teacher"]
 
+HOST_COPY = "lbaccel.host_copy"  # the kernel of a copy between device and host
+
 Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
 
@@ -68,7 +70,8 @@ class Mark:
     """A point of the update that has a name, such as the start of a block's backward."""
 
     name: str
-    num_bytes: int = 0  # of the tensor that it is about, if any
+    num_bytes: int = 0  # of the storage that it is about, if any
+    storage: int = -1  # its number
 
 
 Event = Kernel | Allocate | Free | Mark
@@ -81,6 +84,9 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     roles: dict[int, Role] = field(default_factory=dict)  # of those that are no activations
     random_state: int = 0  # bytes of torch's, where a recompute keeps it in the traced memory
+    # Where autograd saved a storage, if that was asked for: number of events before, and which.
+    saved: list[tuple[int, int]] = field(default_factory=list)
+    host_bytes: int = 0  # that offloaded activations pin, outside of the traced memory
 
     def peak(self) -> int:
         """Most bytes live at one time, workspaces included."""
@@ -157,9 +163,18 @@ class Recorder(TorchDispatchMode):
             self.trace.roles[number] = role
         return number
 
-    def mark(self, name: str, num_bytes: int = 0) -> None:
-        """Put a named point into the trace."""
-        self.trace.events.append(Mark(name, num_bytes))
+    def mark(self, name: str, of: Tensor | None = None) -> None:
+        """Put a named point into the trace, about the storage of a tensor."""
+        if of is None:
+            self.trace.events.append(Mark(name))
+        else:
+            number = self.watch(of)
+            self.trace.events.append(Mark(name, of.untyped_storage().nbytes(), number))
+
+    def host_copy(self, num_bytes: int) -> None:
+        """Record a copy to or from the host."""
+        copy = Kernel(HOST_COPY, 0, num_bytes, 0, dtype=None, channels_last=False)
+        self.trace.events.append(copy)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
