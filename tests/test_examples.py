@@ -48,6 +48,26 @@ def test_about_ten_lines_of_code_are_new():
     assert len(new) <= 13, "\n".join(new)
 
 
+@pytest.mark.filterwarnings("ignore:global_batch_size=256 is above the training set")
+@pytest.mark.parametrize("name", ["simclr", "clip"])
+def test_a_contrastive_example_and_its_twin_train_and_differ_by_some_twenty_lines(
+    name, monkeypatch, capsys
+):
+    twins = [f"{name}_accelerate.py", f"{name}.py"]
+    for script in twins:
+        flags = ["--samples", "128", "--epochs", "1", "--micro-batch-size", "32"]
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        assert "epoch 0: loss" in capsys.readouterr().out
+    plain, ours = (
+        (EXAMPLES / script).read_text().split('"""', 2)[2].splitlines() for script in twins
+    )
+    new = [
+        line for line in difflib.ndiff(plain, ours) if line.startswith("+ ") and line[2:].strip()
+    ]
+    assert len(new) <= 18, "\n".join(new)
+
+
 def test_the_first_run_of_the_readme_warns_of_nothing(tmp_path, monkeypatch, capsys):
     """Its batch is small enough for its data, and its updates are many enough."""
     monkeypatch.chdir(tmp_path)

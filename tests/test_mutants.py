@@ -24,6 +24,63 @@ ROOT = Path(__file__).parent.parent
 
 # name: (module, the line that is right, the naive line, the test that must notice)
 MUTANTS = {
+    "BatchNorm over the whole batch forgets that its statistics depend on each sample": (
+        "update.global_norm.passes",
+        "for layer in (layer for read, layer in layers if read == value):",
+        "for layer in ():",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_an_update_is_that_of_the_full_batch[resnet18-12-False]",
+    ),
+    "of two BatchNorm layers on one input the second is forgotten": (
+        "update.global_norm.passes",
+        "layers = [(call.inputs[0], call.layer) for call in tape.layers_at(level)]",
+        "layers = list({call.inputs[0]: call.layer for call in tape.layers_at(level)}.items())",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_branches_shared_inputs_and_writes_in_place[4-options0]",
+    ),
+    "a pass draws other masks than the first one": (
+        "randomness.masks",
+        "        if self._next >= 0:",
+        "        if False:",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_masks_weights_and_sums_are_those_of_one_ghost_batch_of_all_samples[6]",
+    ),
+    "a pass writes into a value that is read again": (
+        "update.global_norm.tape",
+        "return born[value] < call.level or died.get(value, 0) > call.level",
+        "return False",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_branches_shared_inputs_and_writes_in_place[4-options0]",
+    ),
+    "a filler moves the statistics of the whole batch": (
+        "update.global_norm.passes",
+        "one.add_none(values[call.inputs[0]])",
+        "one.add(values[call.inputs[0]])",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_a_rank_with_a_filler_alone_takes_part_and_counts_nothing",
+    ),
+    "a filler's backward counts in the passes": (
+        "update.global_norm.passes",
+        "if level == tape.depth or not part.micro_batch.is_filler:",
+        "if True:",
+        "tests/update/global_norm/test_global_norm.py::"
+        "test_a_rank_with_a_filler_alone_takes_part_and_counts_nothing",
+    ),
+    "a Function of the user's own has no gradient in the passes": (
+        "update.global_norm.recorder",
+        "            _check_graph(x)",
+        "            pass",
+        "tests/update/global_norm/test_attempts.py::"
+        "test_a_forward_that_passes_cannot_repeat_is_named[apply-CustomBackward is a backward of "
+        "an autograd.Function]",
+    ),
+    "a gap of levels takes the gradients of its first level alone": (
+        "update.global_norm.schedule",
+        "forward, gradients = max(forward, keeps), max(gradients, chain.gradients[b])",
+        "forward, gradients = max(forward, keeps), gradients",
+        "tests/update/global_norm/test_schedule.py::"
+        "test_the_bytes_are_those_of_the_passes_to_a_gradients_share",
+    ),
     "an offload moves weights and their views": (
         "update.offload",
         "if address in stays or _is_weight(tensor) or not",
@@ -109,6 +166,67 @@ MUTANTS = {
         "sent += unit.sent",
         "tests/planning/test_segments.py::"
         "test_the_best_parts_are_those_of_brute_force_within_both_memories",
+    ),
+    "BatchNorm over tokens needs a graph in the first pass of a coupled loss": (
+        "update.ghost_layers",
+        "if slot.rows_of_samples or not torch.is_grad_enabled():",
+        "if slot.rows_of_samples:",
+        "tests/update/test_coupled_parts.py::"
+        "test_batch_norm_over_tokens_runs_in_the_pass_without_a_graph_too",
+    ),
+    "a coupled loss's temperature counts once a rank": (
+        "update.coupled",
+        "counts=rank == 0)",
+        "counts=True)",
+        "tests/update/test_coupled_ranks.py::"
+        "test_several_ranks_give_the_update_of_the_whole_batch[2]",
+    ),
+    "the first pass of a coupled loss moves BatchNorm's statistics too": (
+        "update.normalization",
+        "with self.forward(micro_batch), self.backward():",
+        "with self.forward(micro_batch):",
+        "tests/update/test_coupled.py::"
+        "test_ghost_batch_norm_and_dropout_are_those_of_the_whole_batch[clip-3-False]",
+    ),
+    "the first pass of a coupled loss draws other masks than the second": (
+        "randomness.masks",
+        "        return self.forward(micro_batch)",
+        "        return self.forward(MicroBatch(0, micro_batch.group_sizes))",
+        "tests/update/test_coupled.py::"
+        "test_ghost_batch_norm_and_dropout_are_those_of_the_whole_batch[clip-3-False]",
+    ),
+    "rows of a coupled loss come in the reverse order of the ranks": (
+        "update.embeddings",
+        "zip(parts, counts, strict=True)",
+        "zip(parts[::-1], counts[::-1], strict=True)",
+        "tests/update/test_coupled_ranks.py::"
+        "test_ranks_embed_other_samples_and_see_all_rows_in_the_order_of_the_update",
+    ),
+    "gradient hooks on a coupled loss's own parameters run twice": (
+        "update.coupled",
+        "_without_hooks(parameters):",
+        "_without_hooks([]):",
+        "tests/update/test_coupled_parts.py::test_a_gradient_hook_on_the_temperature_runs_once",
+    ),
+    "a coupled loss's own average moves once a rank": (
+        "update.averages",
+        "is_filler=not counts",
+        "is_filler=False",
+        "tests/update/test_coupled_parts.py::"
+        "test_averages_of_network_and_loss_move_once_an_update[2-in place]",
+    ),
+    "the first pass of a coupled loss counts the averages of the network": (
+        "update.averages",
+        '            yield\n            self._look("forward")',
+        '            yield\n            self._look("forward")\n            self._take()',
+        "tests/update/test_coupled_parts.py::"
+        "test_averages_of_network_and_loss_move_once_an_update[1-in place]",
+    ),
+    "noise in a coupled loss is drawn by the rank's micro-batches": (
+        "randomness.masks",
+        "        seed_generators(int(keyed_hash(self.seed, WHOLE, self._update)), self.device)\n",
+        "",
+        "tests/update/test_coupled_parts.py::test_a_loss_draws_alike_under_every_plan",
     ),
     "a crop's row and column are one draw": (
         "data.photographs",
@@ -1460,8 +1578,8 @@ MUTANTS = {
     ),
     "tail divided by the full batch": (
         "update.transaction",
-        "self._try(micro_batches(), loss_fn, update.num_samples)",
-        "self._try(micro_batches(), loss_fn, 8)",
+        "                    num_samples=update.num_samples,",
+        "                    num_samples=8,",
         "tests/update/test_engine.py::"
         "test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),

@@ -9,7 +9,7 @@ from typing import Literal
 from lbaccel.batch.stream import LastUpdate, UpdateStream
 from lbaccel.errors import InputError, check_whole
 
-NormBatchSize = int | Literal["frozen"] | None
+NormBatchSize = int | Literal["frozen", "global"] | None
 
 FEW_UPDATES = 500
 LARGE_FRACTION = 0.1
@@ -62,8 +62,9 @@ class BatchPlan:
         global_batch_size: samples per optimizer update, over all ranks and micro-batches.
         micro_batch_size: most samples in one forward of one rank; a multiple of the group size.
         world_size: data-parallel processes.
-        norm_batch_size: samples a BatchNorm statistic is computed over (an integer), "frozen"
-            where BatchNorm keeps its running statistics, None for a network without BatchNorm.
+        norm_batch_size: samples a BatchNorm statistic is computed over (an integer, or "global":
+            all of the update), "frozen" where BatchNorm keeps its running statistics, None for a
+            network without BatchNorm.
         mix_pairs: mixup or cutmix without ghost batches: neighbouring pairs stay together.
 
     Raises:
@@ -86,8 +87,10 @@ class BatchPlan:
         for name in ("global_batch_size", "micro_batch_size", "world_size"):
             check_whole(name, getattr(self, name))
         n = self.norm_batch_size
-        if isinstance(n, str) and n != "frozen":
-            raise InputError(f"norm_batch_size={n!r} is not an integer, 'frozen' or None.")
+        if isinstance(n, str) and n not in ("frozen", "global"):
+            raise InputError(
+                f"norm_batch_size={n!r} is not an integer, 'frozen', 'global' or None."
+            )
         if n is not None and not isinstance(n, str):
             check_whole("norm_batch_size", n)
             if n > self.global_batch_size:
@@ -209,6 +212,8 @@ class BatchPlan:
             equation += f"; BatchNorm over {n} samples ({groups} group{'s' * (groups > 1)})"
         elif n == "frozen":
             equation += "; BatchNorm frozen"
+        elif n == "global":
+            equation += f"; BatchNorm over all {b} samples"
         return equation
 
     def explain(

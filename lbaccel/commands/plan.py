@@ -43,7 +43,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     contract.add_argument("--global-batch-size", type=bounds.count, required=True, metavar="B")
     contract.add_argument(
-        "--norm-batch-size", type=bounds.norm_samples, metavar="N", help="or 'frozen'"
+        "--norm-batch-size",
+        type=bounds.norm_samples,
+        metavar="N",
+        help="or 'global' (the whole batch), 'frozen'",
     )
     contract.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     contract.add_argument("--optimizer", default="sgd", help="any name of timm.optim")
@@ -85,7 +88,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     pins.add_argument(
         "--host-memory",
         metavar="SIZE",
-        help="of the host, for the activations of each device; default: a share of what is free",
+        help="of the host, for the activations of each device, or for the passes of "
+        "--norm-batch-size global; default: a share of what is free",
     )
     pins.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto"
@@ -175,10 +179,10 @@ def find_plan(a: argparse.Namespace, *, sweeps: bool = False) -> Plan:
             micro_batch_size=asked(a.micro_batch_size),
             activation_checkpointing=asked(a.activation_checkpointing),
             activation_offload=a.activation_offload,
-            host_memory=a.host_memory,
             memory_format=asked(a.memory_format),
             zero_stage=a.zero,
             offload=a.offload,
+            host_memory=a.host_memory,
             num_samples=a.num_samples,
             epochs=a.epochs,
             sweeps=sweeps,

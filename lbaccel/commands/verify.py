@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--norm-batch-size",
         type=bounds.norm_samples,
-        metavar="N|frozen",
+        metavar="N|global|frozen",
         help="samples of a BatchNorm statistic (default: BatchNorm as it is in the model)",
     )
     parser.add_argument(

@@ -65,7 +65,11 @@ def contract(run: Run) -> str:
     rows += _known("batch schedule", grows)
     if "norm_batch_size" in config:
         n = config["norm_batch_size"]
-        words = {"frozen": "its running statistics (frozen)", None: "no BatchNorm in this network"}
+        words = {
+            "global": "all samples of an update (`norm_batch_size: global`)",
+            "frozen": "its running statistics (frozen)",
+            None: "no BatchNorm in this network",
+        }
         rows.append(("BatchNorm over", words.get(n, f"{n} samples (`norm_batch_size`)")))
         if n not in words:
             rows += _given(config, "bn_statistics", "running statistics")

@@ -309,6 +309,7 @@ class Estimator:
                 change=change,
                 states=self._states,
                 known=self._known_calls,
+                num_rows=self.plan.global_batch_size,
             )
         except InputError:
             raise
@@ -375,6 +376,7 @@ class _StepKernels:
 
 def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
     found = _StepKernels([], [], [], [])
+    previews: list[list[Kernel]] = []  # the first pass of an update in two
     into, unit = found.commit, None
     for event in trace.events:
         if isinstance(event, Mark):
@@ -383,8 +385,13 @@ def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
                 found.micro = into = []
                 found.first = found.first or into
                 found.forward = [[] for _ in range(num_units)]
-            elif word == "commit":
+            elif word == "preview":
+                into = []
+                previews.append(into)
+            elif word == "loss":  # of the whole batch, once an update
                 found.commit = into = []
+            elif word == "commit":
+                found.commit = into = found.commit if previews else []
             elif word == "forward":
                 unit = int(number)
             elif word == "end":
@@ -393,6 +400,8 @@ def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
             into.append(event)
             if unit is not None and into is found.micro:
                 found.forward[unit].append(event)
+    if previews:
+        found.first, found.micro = previews[0] + found.first, previews[-1] + found.micro
     return found
 
 
@@ -405,7 +414,7 @@ def _requests(trace: Trace) -> tuple[list[Request], list[Request]]:
     update: list[Request] = []
     into, stays = held, set[int]()
     for event in trace.events:
-        if isinstance(event, Mark) and event.name.startswith("micro-step"):
+        if isinstance(event, Mark) and event.name.startswith(("micro-step", "preview")):
             into, stays = update, stays or {name for name, _ in held}
         elif isinstance(event, Allocate):
             into.append((event.id, event.num_bytes))

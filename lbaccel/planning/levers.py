@@ -126,7 +126,8 @@ def _of_the_devices(search: Search, choice: Choice) -> Iterator[Lever]:
     """The other stages, and DDP where the plan is under one; each with the plan's micro-batch."""
     estimator = search.estimator
     here, world = estimator.zero, estimator.plan.world_size
-    if estimator.precision == "fp16":  # lbaccel runs none under DeepSpeed
+    over_all = estimator.plan.norm_batch_size == "global"
+    if estimator.precision == "fp16" or over_all:  # lbaccel runs neither under DeepSpeed
         return
     peak = choice.estimate.peak
     bucket_size = here.bucket_size if here is not None else BUCKET

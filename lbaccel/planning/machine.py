@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError, check_whole
 from lbaccel.launch import calibration_file
-from lbaccel.planning.cost.devices import Device, device_at_hand, find_device
+from lbaccel.planning.cost.devices import GIB, Device, device_at_hand, find_device
 from lbaccel.planning.cost.update import Precision
 from lbaccel.planning.cost.zero_memory import STAGES, Offload, Zero
+from lbaccel.update.failures import no_global_norm
 from lbaccel.update.memory.budget import default_budget, parse_memory
 
 
@@ -22,10 +24,16 @@ class Machine:
     budget: int  # bytes of each device
     world_size: int
     zero: Zero | None  # without: one process, or DDP
+    host_memory: int | None = None  # bytes of the host for each device; None: not said
 
 
 def machine_of(
-    device: str | Device | None, *, memory: str | int | None, world_size: int, zero: Zero | None
+    device: str | Device | None,
+    *,
+    memory: str | int | None,
+    host_memory: str | int | None = None,
+    world_size: int,
+    zero: Zero | None,
 ) -> Machine:
     """The machine that `plan` describes by these arguments.
 
@@ -37,7 +45,17 @@ def machine_of(
         device = find_device(device, calibration_file())
     elif device is None:
         device = device_at_hand()
-    return Machine(device=device, budget=_budget(memory, device), world_size=world_size, zero=zero)
+    if isinstance(host_memory, str):
+        host_memory = parse_memory(host_memory)
+    elif host_memory is not None:
+        check_whole("host_memory", host_memory)
+    return Machine(
+        device=device,
+        budget=_budget(memory, device),
+        world_size=world_size,
+        zero=zero,
+        host_memory=host_memory,
+    )
 
 
 def zero_of(
@@ -69,11 +87,7 @@ NOTHING_TO_OFFLOAD = (
 
 
 def host_bytes_of(
-    machine: Machine,
-    activation_offload: str,
-    host_memory: str | int | None,
-    *,
-    checkpointing: str | None,
+    machine: Machine, batch: BatchPlan, activation_offload: str, checkpointing: str | None
 ) -> int:
     """Bytes of the host that the activations of each device may take; 0 where none is offloaded.
 
@@ -86,11 +100,15 @@ def host_bytes_of(
             f"activation_offload={activation_offload!r} is neither 'none' nor 'auto'. Use one of "
             "them."
         )
+    over_all = batch.norm_batch_size == "global"
+    if over_all and activation_offload == "auto":
+        raise no_global_norm("activation_offload='auto'")
     if activation_offload == "none":
-        if host_memory is not None:
+        if machine.host_memory is not None and not over_all:
             raise InputError(
-                f"host_memory={host_memory} is read with activation_offload='auto' alone "
-                "(--activation-offload auto). Add it, or leave host_memory out."
+                f"host_memory={machine.host_memory / GIB:.3g} GiB (--host-memory) is read with "
+                "activation_offload='auto' (--activation-offload auto) and norm_batch_size="
+                "'global' alone. Add one of them, or leave host_memory out."
             )
         return 0
     if checkpointing == "full":
@@ -106,11 +124,8 @@ def host_bytes_of(
         )
     if machine.device.kind == "cpu":
         return 0
-    if isinstance(host_memory, str):
-        return parse_memory(host_memory)
-    if host_memory is not None:
-        check_whole("host_memory", host_memory)
-        return host_memory
+    if machine.host_memory is not None:
+        return machine.host_memory
     return default_budget(torch.device("cpu"), ranks=machine.world_size)
 
 

@@ -15,6 +15,7 @@ from lbaccel.optim.optimizers import create_optimizer, has_fused_step
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.update import MakeBatch, Network, Precision, image_batch
 from lbaccel.update.accumulation import LossFn
+from lbaccel.update.embeddings import Embed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Trained:
     optimizer: str | torch.optim.Optimizer
     make_batch: MakeBatch | None
     loss_fn: LossFn
+    embed: Embed | None = None
     teacher: nn.Module | None = None
     clips: bool
     precision: Precision
@@ -75,6 +77,7 @@ def network_of(trained: Trained, device: Device) -> Network:
         model=model,
         make_batch=make_batch,
         loss_fn=trained.loss_fn,
+        embed=trained.embed,
         teacher=trained.teacher,
         optimizer=optimizer,
         clips=trained.clips,

@@ -13,6 +13,7 @@ from lbaccel.planning.cost.workspace import Workspaces
 from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.levers import Lever
 from lbaccel.planning.sweep import SweepPoint
+from lbaccel.update.global_norm.ending import Passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Plan:
     host_gib: float = 0.0  # that they pin, of each device's host
     points: Sequence[SweepPoint] = ()
     workspaces: Workspaces | None = None  # of a traced plan for a CPU
+    passes: Passes | None = None  # with BatchNorm over the whole batch
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -108,6 +110,8 @@ class Plan:
             "alternatives": [vars(alternative) for alternative in self.alternatives],
             "notes": list(self.notes),
         }
+        if self.passes is not None:
+            found["passes"] = vars(self.passes)
         if self.points:
             found["sweep"] = [vars(point) for point in self.points]
         if not self.fits:

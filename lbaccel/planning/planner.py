@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,8 @@ from lbaccel.planning.network import Trained, image_shape, network_of, random_im
 from lbaccel.planning.plan import Alternative, Plan
 from lbaccel.planning.search import Choice, Pinned, Search
 from lbaccel.planning.sweep import SweepPoint, sweep
+from lbaccel.planning.whole_batch_norm import passes_of, with_passes, without_host
+from lbaccel.update.embeddings import Embed, check_embed
 from lbaccel.update.normalization import has_batch_norm
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -74,6 +77,7 @@ def plan(
     reduce_bucket_size: int = BUCKET,
     make_batch: MakeBatch | None = None,
     loss_fn: LossFn | None = None,
+    embed: Embed | None = None,
     teacher: nn.Module | None = None,
     num_samples: int = IMAGENET,
     epochs: float = 90.0,
@@ -88,8 +92,7 @@ def plan(
     nothing fits, `fits` is False and the plan is the nearest one that there is.
 
     Args:
-        model: a name of timm's, or any module.
-        global_batch_size: samples an update, over all ranks.
+        model, global_batch_size: a name of timm's or any module; samples an update of all ranks.
         img_size: pixels a side of the images; default: the model's.
         memory: bytes of each device, or text such as "8GiB"; default: the device's, or what is
             free on this host for the CPU.
@@ -101,21 +104,21 @@ def plan(
         num_classes: outputs of a model given by name.
         model_kwargs: arguments of a network given by name, such as {"stem": 8}.
         mix_pairs, clip_grad_norm: see `BatchPlan`; whether the gradient is clipped.
-        micro_batch_size: pins it; None chooses.
+        micro_batch_size, memory_format: pin them; None chooses.
         activation_checkpointing: pins it to no recompute, or to the model's own blocks.
         activation_offload: "auto" lets activations lie on the host, where that fits fastest.
-        host_memory: of the host, for each device's activations; default: a share of what is free.
-        memory_format: pins it.
+        host_memory: of the host, for each device's offloaded activations, or for what the passes
+            of norm_batch_size="global" keep; default: a share of what is free, or all they take.
         zero_stage: plan for DeepSpeed's ZeRO-0 to 3 (no fp16); None: one process, or DDP.
         offload: what DeepSpeed keeps on the host: "optimizer" (ZeRO-2 and 3) or
             "optimizer+parameters" (ZeRO-3). With the CPU as device it counts all the same.
         reduce_bucket_size: elements of DeepSpeed's bucket; default: that of the shipped configs.
         make_batch: number of samples -> a micro-batch, for what is no image classification.
         loss_fn: (model, micro-batch) -> loss, as `LargeBatch.update` takes it.
+        embed: as for `LargeBatch.update`; the loss on the rows of the whole batch is counted.
         teacher: a network that answers each micro-batch of images without a gradient, as in
             distillation; its weights, its forward and the loss between the two are counted.
-        num_samples: of the training set, for hours; default: ImageNet-1k.
-        epochs: of the run, for hours.
+        num_samples, epochs: of the training set (default: ImageNet-1k) and the run, for hours.
         observes: where the model can't be traced, run real micro-batches on the device at hand.
         compare: fill in `levers` and `alternatives`; without, the plan takes half the time.
         sweeps: fill in `points`, the frontier of time against memory.
@@ -130,12 +133,12 @@ def plan(
     >>> found.fits, found.micro_batch_size % 32, found.batch.global_batch_size
     (True, 0, 256)
     """
-    if teacher is not None:
-        _check_teacher(teacher, loss_fn, None if isinstance(model, nn.Module) else num_classes)
-    _check_size(global_batch_size)
+    _check_embed(embed, loss_fn, teacher)
+    _check_teacher(teacher, loss_fn, None if isinstance(model, nn.Module) else num_classes)
     machine = machine_of(
         device,
         memory=memory,
+        host_memory=host_memory,
         world_size=world_size,
         zero=zero_of(zero_stage, offload, bucket_size=reduce_bucket_size, precision=precision),
     )
@@ -147,6 +150,7 @@ def plan(
         optimizer=optimizer,
         make_batch=make_batch,
         loss_fn=loss_fn or classification_loss,
+        embed=embed,
         teacher=teacher,
         clips=clip_grad_norm,
         precision=precision,
@@ -163,12 +167,32 @@ def plan(
     pinned = Pinned(
         micro_batch_size=None if micro_batch_size is None else batch.largest_micro_batch(),
         memory_format=memory_format,
-        checkpointing=(how := activation_checkpointing),
-        host_bytes=host_bytes_of(machine, activation_offload, host_memory, checkpointing=how),
+        checkpointing=activation_checkpointing,
+        host_bytes=host_bytes_of(machine, batch, activation_offload, activation_checkpointing),
     )
-    search = _search(trained, network, batch, machine=machine, pinned=pinned, say=say)
-    offloads = activation_offload == "auto"
-    return _plan(search, trained, Wanted(num_samples, epochs, observes, compare, sweeps, offloads))
+    wanted = Wanted(num_samples, epochs, observes, compare, sweeps, activation_offload == "auto")
+    return _made(trained, network, batch, machine, pinned, wanted, say)
+
+
+def _made(
+    trained: Trained,
+    network: Network,
+    batch: BatchPlan,
+    machine: Machine,
+    pinned: Pinned,
+    wanted: Wanted,
+    say: Callable[[str], object] | None,
+) -> Plan:
+    passes = passes_of(trained, batch, machine, pinned.micro_batch_size)
+    search = partial(_search, trained, network, batch, say=say)
+    if passes is None:
+        return _plan(search(machine=machine, pinned=pinned), trained, wanted)
+    # Passes run a level at a time without recompute, so other levers would be another update's.
+    there = search(
+        machine=without_host(machine, passes), pinned=replace(pinned, checkpointing="none")
+    )
+    found = _plan(there, trained, replace(wanted, compare=False, sweeps=False))
+    return with_passes(found, passes, budget=machine.budget)
 
 
 def _check_size(global_batch_size: int) -> None:
@@ -191,7 +215,22 @@ def _arguments(
     return network_arguments(model_kwargs or {}, where="model_kwargs")
 
 
-def _check_teacher(teacher: nn.Module, loss_fn: LossFn | None, num_classes: int | None) -> None:
+def _check_embed(embed: Embed | None, loss_fn: LossFn | None, teacher: nn.Module | None) -> None:
+    if embed is None:
+        return
+    check_embed(embed)
+    if loss_fn is None or teacher is not None:
+        raise InputError(
+            "embed= makes the rows of a loss on the whole batch, so it needs loss_fn=(model, rows) "
+            "-> loss, and no teacher=. Give plan(..., embed=embed, loss_fn=loss_fn)."
+        )
+
+
+def _check_teacher(
+    teacher: nn.Module | None, loss_fn: LossFn | None, num_classes: int | None
+) -> None:
+    if teacher is None:
+        return
     if loss_fn is not None:
         raise InputError(
             "teacher= with loss_fn=: with a teacher the loss is that of distillation. Call the "
@@ -227,6 +266,7 @@ def _batch_plan(
     mix_pairs: bool,
 ) -> BatchPlan:
     """The contract, with one group of samples as micro-batch where none is asked for."""
+    _check_size(global_batch_size)
     if norm_batch_size is None and has_batch_norm(model):
         norm_batch_size = min(NORM_BATCH_SIZE, global_batch_size)
     unit = norm_batch_size if isinstance(norm_batch_size, int) else 2 if mix_pairs else 1
@@ -269,7 +309,10 @@ def _chosen(search: Search, trained: Trained, *, observes: bool) -> tuple[Choice
     try:
         return search.run(), []
     except Untraceable as error:
-        if not observes or not isinstance(optimizer, str) or not is_at_hand(estimator.device):
+        traced_only = (
+            not observes or trained.embed is not None
+        )  # what is observed is no whole batch
+        if traced_only or not isinstance(optimizer, str) or not is_at_hand(estimator.device):
             raise
         from lbaccel.planning.observe import observer  # it needs accelerate
 

@@ -81,7 +81,7 @@ class _Front:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What becomes of the units from one to `last`, and what that takes."""
+    """A fate of the units from one to `last`, and its bytes and seconds."""
 
     kind: int
     last: int
@@ -212,7 +212,7 @@ def _choices(
     link: Link | None,
     recomputes: bool,
 ) -> Iterator[_Choice]:
-    """What is allowed with unit `at`, and the seconds of its recompute or of its copies."""
+    """All that is allowed with unit `at`, and the seconds of its recompute or of its copies."""
     seconds = 0.0
     for choice in _costs(chain, at):
         if choice.kind == PLAIN:

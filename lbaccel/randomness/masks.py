@@ -25,7 +25,7 @@ partition draws other masks of the same distribution, the same partition draws t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
 from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
 
 # One number for each kind of key, so that no two share a hash.
-OUTSIDE, MICRO_BATCH, MASKS = range(1, 4)
+OUTSIDE, MICRO_BATCH, MASKS, WHOLE, ONE_CALL = range(1, 6)
 # Keys of so many calls and samples are hashed together: a few dozen kernels in place of thousands.
 CALLS_AT_ONCE, SAMPLES_AT_ONCE = 64, 256
 Drawn = tuple[Tensor, Tensor, Tensor]  # of calls x samples: `Keys.low`, `high` and `first`
@@ -77,6 +77,8 @@ class KeyedRandomness:
         self._update = 0
         self._micro_batch: MicroBatch | None = None
         self._recomputing = False
+        self._next = -1  # number of the next call, where it runs `again`
+        self._whole = False
         self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
         self._rows: dict[int, Drawn] = {}  # of the micro-batch, by block of calls
@@ -118,6 +120,55 @@ class KeyedRandomness:
             self._micro_batch, self._recomputing = None, False
             self._rows = {}
 
+    def preview(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """The draws of `forward`, which come again there."""
+        return self.forward(micro_batch)
+
+    @contextmanager
+    def whole(self, num_samples: int, *, counts: bool) -> Iterator[None]:
+        """Inside, generators are a function of (seed, update), and all samples draw together."""
+        seed_generators(int(keyed_hash(self.seed, WHOLE, self._update)), self.device)
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+
+    @contextmanager
+    def again(self, draw: int, seed: int = -1) -> Iterator[None]:
+        """Inside, calls take the numbers from `draw` on; generators follow `seed`, if it is one.
+
+        For calls of a forward that run once more, one by one, within the micro-batch's `replay`.
+        """
+        before, self._next = self._next, draw
+        if seed >= 0:
+            assert self._micro_batch is not None
+            key = keyed_hash(self.seed, ONE_CALL, self._update, self._micro_batch.start, seed)
+            seed_generators(int(key), self.device)
+        try:
+            yield
+        finally:
+            self._next = before
+
+    @contextmanager
+    def replay(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """As `forward`, where a part of its calls runs, each `again`."""
+        self._micro_batch, self._rows = micro_batch, {}
+        try:
+            yield
+        finally:
+            self._micro_batch, self._rows = None, {}
+
+    @property
+    def num_calls(self) -> int:
+        """Calls for masks in the running forward, so far."""
+        return len(self._calls)
+
+    def skip(self, count: int) -> None:
+        """Count so many calls for masks that are not drawn now."""
+        for _ in range(count):
+            self.call_number()
+
     @contextmanager
     def watching(self, watch: Callable[[Tensor, int], object]) -> Iterator[None]:
         """Inside, masks keep all; `watch` is told each tensor, and how many dimensions differ."""
@@ -158,6 +209,8 @@ class KeyedRandomness:
             self._watch(x, covered)
             none = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
             return Keys(none, none, none, 0, ALL_KEPT, 1)
+        if self._whole:
+            return None
         assert self._micro_batch is not None
         samples = self._micro_batch.num_samples
         if self.layouts is not None:
@@ -199,6 +252,9 @@ class KeyedRandomness:
 
     def call_number(self) -> int:
         """Number of this call among the micro-batch's, the same in forward and recompute."""
+        if self._next >= 0:
+            self._next += 1
+            return self._next - 1
         token = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         if token not in self._calls:
             if self._recomputing:

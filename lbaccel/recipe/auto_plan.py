@@ -135,6 +135,7 @@ def _plan(batch: BatchOptions, work: Workload, accelerator: Any) -> tuple[Chosen
             precision=cast(Any, {"fp64": "fp32"}.get(work.precision, work.precision)),
             optimizer=work.optimizer.optimizer,
             norm_batch_size=work.norm_batch_size,
+            host_memory=batch.host_memory,
             mix_pairs=work.mix_pairs,
             clip_grad_norm=work.optimizer.clip_grad_norm is not None,
             micro_batch_size=_asked(batch.micro_batch_size),

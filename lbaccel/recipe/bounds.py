@@ -114,7 +114,11 @@ temperature = Bounded(  # above, T^2 times the rounding of the divergence is the
 count = whole_from(1)
 count_from_zero = whole_from(0)
 norm_samples = Bounded(
-    "a whole number from 1 to 2^53, or 'frozen'", whole, 1, MOST, words=("frozen",)
+    "a whole number from 1 to 2^53, 'global' or 'frozen'",
+    whole,
+    1,
+    MOST,
+    words=("global", "frozen"),
 )
 samples_or_auto = Bounded(
     "a whole number from 1 to 2^53, or 'auto'", whole, 1, MOST, words=("auto",)

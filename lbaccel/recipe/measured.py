@@ -90,6 +90,15 @@ def build_noise_scale(
     if loader.repeats > 1:
         say("noise scale: not measured, as copies of one image are no independent samples")
         return None
+    if plan.norm_batch_size == "global":
+        if needed is None and kind == "auto":
+            say("noise scale: not measured, as no micro-batch has a gradient of its own")
+            return None
+        asked = needed or f"--noise-scale {kind}"
+        raise InputError(
+            f"{asked} with --norm-batch-size global: no micro-batch has a gradient of its own, so "
+            "the noise can't be measured. Use --norm-batch-size 32, or leave it out."
+        )
     if kind == "auto":
         plugin = accelerator.deepspeed_plugin
         stage = plugin.zero_stage if plugin is not None else 0

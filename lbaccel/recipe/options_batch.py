@@ -23,6 +23,13 @@ _ROLLING = ReadWith(
     none_of("frozen"),
     "Frozen statistics stay as they are: use --norm-batch-size 32",
 )
+_OF_GHOSTS = ReadWith(
+    "norm_batch_size",
+    none_of("frozen", "global"),
+    "Frozen statistics stay as they are, and those of the whole batch move once an update: use "
+    "--norm-batch-size 32",
+)
+_GLOBAL = ReadWith("norm_batch_size", one_of("global"), "Use --norm-batch-size global")
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,21 @@ class BatchOptions:
         plan=True,
         common=True,
     )
-    norm_batch_size: int | Literal["frozen"] | None = option(
+    host_memory: str | None = option(
+        None,
+        str,
+        "of --norm-batch-size global: most that a rank's passes keep in host memory, such as 8GiB; "
+        "no effect on the result",
+        shown="what is free, on a CPU half of it",
+        contract=False,
+        plan=True,
+        reads_with=(_GLOBAL,),
+    )
+    norm_batch_size: int | Literal["global", "frozen"] | None = option(
         None,
         bounds.norm_samples,
-        "samples BatchNorm sees at once, or 'frozen'",
+        "samples BatchNorm sees at once: a number, 'global' (the whole batch, in passes), or "
+        "'frozen'",
         shown="32, at most the global batch and the training set",
     )
     bn_statistics: Literal["per_ghost", "per_update"] = option(
@@ -89,7 +107,7 @@ class BatchOptions:
         str,
         "running statistics move once a ghost batch or once an update",
         choices=("per_ghost", "per_update"),
-        reads_with=(_ROLLING,),
+        reads_with=(_OF_GHOSTS,),
     )
     bn_momentum: float | None = option(
         None,

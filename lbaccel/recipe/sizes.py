@@ -52,7 +52,7 @@ def choose_norm_batch_size(
         return "frozen"
     if given is None:
         return min(32, batch.first_size, num_samples)
-    if given != "frozen" and given > num_samples:
+    if not isinstance(given, str) and given > num_samples:
         raise InputError(
             f"--norm-batch-size {given} is above the training set's {num_samples} samples: "
             f"BatchNorm can't see more than an update has. Use at most {num_samples}."

@@ -333,6 +333,7 @@ def large_batch_of(s: Checked, accelerator: Any, task: Task, **parts: Any) -> La
         clip_grad_norm=s.optimizer.clip_grad_norm,
         bn_statistics=s.batch.bn_statistics,
         seed=s.run.seed,
+        host_memory=s.batch.host_memory,
         **parts,
     )
 

@@ -40,11 +40,19 @@ Stop = Literal["time limit", "interrupt"]
 
 STOPS: tuple[Stop, ...] = get_args(Stop)
 
+
+class StoppedElsewhere(Exception):
+    """This rank's attempt ended because another one's failed; `agree` learns why."""
+
+
 BUCKET_BYTES = 25 * 2**20
 
 
 class Scope(Protocol):
-    """A part that depends on the running samples: BatchNorm's ghost batches, dropout's masks."""
+    """A part that depends on the running samples: BatchNorm's ghost batches, dropout's masks.
+
+    A loss of single samples needs the first two; `preview` and `whole` are of a coupled one.
+    """
 
     def forward(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch."""
@@ -52,6 +60,14 @@ class Scope(Protocol):
 
     def backward(self) -> AbstractContextManager[Any]:
         """Around its backward, where a forward is a recompute."""
+        ...
+
+    def preview(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Around a forward before the one that counts, which it equals; it leaves no trace."""
+        ...
+
+    def whole(self, num_samples: int, *, counts: bool) -> AbstractContextManager[Any]:
+        """Around a loss on all samples, which every rank computes, and which `counts` on one."""
         ...
 
 
@@ -106,15 +122,12 @@ def accumulate(
                 out = loss_fn(model, data)
                 loss, weight, sums = parts_of(out)
                 samples.add(sums, counts=not micro_batch.is_filler)
-                _check_loss(loss)
+                check_loss(loss)
                 device = loss.device
                 if weighs is None:
                     weighs = weight is not None
                 elif weighs != (weight is not None):
-                    raise InputError(
-                        "the loss function returned a weight for some micro-batches of this update "
-                        "and none for others. Return (loss, weight) always or never."
-                    )
+                    raise some_weigh()
                 if micro_batch.is_filler:
                     weight = 0.0
                 elif weight is None:
@@ -143,7 +156,20 @@ def accumulate(
     )
 
 
-def _check_loss(loss: Any) -> None:
+def some_weigh() -> InputError:
+    """Weights of some micro-batches, and not of the others."""
+    return InputError(
+        "the loss function returned a weight for some micro-batches of this update "
+        "and none for others. Return (loss, weight) always or never."
+    )
+
+
+def check_loss(loss: Any) -> None:
+    """Stop at what is no mean loss with a gradient.
+
+    Raises:
+        InputError: its shape.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         grad = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
@@ -196,9 +222,11 @@ def agree(
         RunFailed: on the others, with what the failing ranks said.
         InputError: the weights of the update add up to zero, or the ranks' sums differ in name.
     """
+    elsewhere = isinstance(error, StoppedElsewhere)
     ran_out = error is not None and is_out_of_memory(error)
     stops = {None: 0, "time limit": 1, "interrupt": world_size + 1}  # a sum tells which there are
-    status = [float(sums is None and not ran_out), float(ran_out), float(stops[stop])]
+    failed = sums is None and not ran_out and not elsewhere
+    status = [float(failed), float(ran_out), float(stops[stop])]
     there = [float(here) for here in present]
     head = [*status, float(short_of_memory), 0.0, 0.0, *[0.0] * SLOTS]
     vector = torch.tensor(head + there, dtype=torch.float64).to(device)
@@ -211,8 +239,9 @@ def agree(
     added, num_present = rest[:SLOTS], rest[SLOTS:]
     if num_failed and world_size > 1:
         said: list[str | None] = [None] * world_size
-        dist.all_gather_object(said, f"{type(error).__name__}: {error}" if error else None)
-        if error is None:
+        mine = None if elsewhere or error is None else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(said, mine)
+        if error is None or elsewhere:
             reasons = "; ".join(f"rank {r}: {text}" for r, text in enumerate(said) if text)
             raise RunFailed(
                 f"{int(num_failed + num_ran_out)} of {world_size} ranks failed in this update, so "

@@ -22,6 +22,7 @@ from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import MISSING, InputError, kind_of
 from lbaccel.noise.scale import NoiseScale
 from lbaccel.update.accumulation import Agreement
+from lbaccel.update.memory.budget import parse_memory
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.plain_loop import check_prepared
 from lbaccel.update.sharding.steps import MicroBatches
@@ -125,6 +126,22 @@ def check_options(
             raise InputError(
                 f"{name}={kind_of(paths)}: give a list of names, such as {name}={example}."
             )
+
+
+def host_bytes(host_memory: Any, plan: BatchPlan) -> int | None:
+    """Bytes that the passes over BatchNorm of the whole batch may keep on the host.
+
+    Raises:
+        InputError: no size, or a plan that keeps nothing there.
+    """
+    if host_memory is None:
+        return None
+    if plan.norm_batch_size != "global":
+        raise InputError(
+            f"host_memory={kind_of(host_memory)} with norm_batch_size={plan.norm_batch_size!r}: "
+            "nothing is kept on the host. Leave it out; norm_batch_size='global' reads it."
+        )
+    return parse_memory(host_memory)
 
 
 def check_objects(

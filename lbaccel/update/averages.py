@@ -34,7 +34,7 @@ class _Average:
     start: Tensor  # a copy from before the update
     version: int
     total: Tensor  # sum_i n_i (a_i - r) on this rank
-    in_place: bool | None = None  # whether a forward writes into it; None before the first
+    in_place: bool  # whether something was seen to write into it
 
 
 class RunningAverages:
@@ -53,7 +53,9 @@ class RunningAverages:
         self.names = tuple(names)
         self._micro_batch: MicroBatch | None = None
         self._averages: dict[str, _Average] = {}
-        self._in_place: dict[str, bool | None] = {}
+        self._stage = "forward"
+        self._in_place: dict[str, bool] = {}
+        self._looked: set[str] = set()  # at the stages of an update that may write
 
     def holds(self, path: str) -> bool:
         """Whether the tensor at `path` was declared."""
@@ -79,7 +81,7 @@ class RunningAverages:
             start = tensor.detach().clone()
             total = torch.zeros_like(start, dtype=wide)
             self._averages[path] = _Average(
-                place, tensor, start, tensor._version, total, self._in_place.get(path)
+                place, tensor, start, tensor._version, total, self._in_place.get(path, False)
             )
 
     def _find(
@@ -115,6 +117,23 @@ class RunningAverages:
             self._put_back()
 
     @contextmanager
+    def preview(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Inside, a forward may move the averages, and it counts nothing."""
+        with self.forward(micro_batch):
+            yield
+            self._look("forward")
+
+    @contextmanager
+    def whole(self, num_samples: int, *, counts: bool) -> Iterator[None]:
+        """Around a loss on all samples; what it leaves counts once over the ranks."""
+        self._stage = "loss"
+        try:
+            with self.forward(MicroBatch(0, (num_samples,), is_filler=not counts)):
+                yield
+        finally:
+            self._stage = "forward"
+
+    @contextmanager
     def backward(self) -> Iterator[None]:
         """Take what the forward left, and let a recompute see what its forward saw.
 
@@ -137,6 +156,7 @@ class RunningAverages:
     @torch.no_grad()
     def _take(self) -> None:
         assert self._micro_batch is not None
+        self._look(self._stage)
         for path, average in self._averages.items():
             now = average.place.tensor
             if now is None or now.shape != average.start.shape:
@@ -145,14 +165,19 @@ class RunningAverages:
                     f"averages: {path!r} of shape {tuple(average.start.shape)} is {shape} after a "
                     "forward. An average keeps its shape."
                 )
-            if average.in_place is None:
-                # Once, at the first micro-batch: `.data` is written without a word to autograd.
-                moved = average.tensor._version != average.version
-                average.in_place = moved or not torch.equal(average.tensor, average.start)
-                self._in_place[path] = average.in_place
             if not self._micro_batch.is_filler:
                 step = now.detach().to(average.total.dtype) - average.start
                 average.total.add_(step, alpha=self._micro_batch.num_samples)
+
+    def _look(self, stage: str) -> None:
+        """Once, at the first of each stage: `.data` is written without a word to autograd."""
+        if stage in self._looked:
+            return
+        self._looked.add(stage)
+        for path, average in self._averages.items():
+            moved = average.tensor._version != average.version
+            average.in_place |= moved or not torch.equal(average.tensor, average.start)
+            self._in_place[path] = average.in_place
 
     @torch.no_grad()
     def _put_back(self) -> None:

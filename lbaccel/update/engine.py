@@ -23,6 +23,8 @@ from lbaccel.update import arguments, failures
 from lbaccel.update.accumulation import STOPS, Agreement, LossFn, Stop
 from lbaccel.update.agreement import check_ranks_alike
 from lbaccel.update.averages import RunningAverages
+from lbaccel.update.embeddings import Embed, coupled
+from lbaccel.update.global_norm.ending import Passes
 from lbaccel.update.memory.adaptive import AdaptivePlan, announce
 from lbaccel.update.memory.micro_batch import largest_that_fits
 from lbaccel.update.normalization import BatchNormStatistics, GhostNorm, convert_batch_norm
@@ -33,6 +35,7 @@ from lbaccel.update.sharding.optimizer_state import OptimizerState
 from lbaccel.update.sharding.prepare import prepare
 from lbaccel.update.sharding.replicated import Replicated
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
+from lbaccel.update.sharding.zero import ZeroSharding
 from lbaccel.update.transaction import Transaction
 from lbaccel.update.writes import WriteWatch
 
@@ -64,6 +67,8 @@ class LargeBatch:
             an update, as by the whole batch; see `lbaccel.update.averages`.
         allow_writes: names of tensors that may follow the micro-batches. Any other that a forward
             moves and a later one reads is an error in the first update.
+        host_memory: with norm_batch_size="global", most that this rank's passes may keep in the
+            host's memory, such as "8GiB"; None: as much as is free (on a CPU, half of it).
 
     Raises:
         InputError: the accelerator contradicts the plan, or would not do what it says.
@@ -97,10 +102,12 @@ class LargeBatch:
         noise_scale: NoiseScale | None = None,
         averages: Sequence[str] = (),
         allow_writes: Sequence[str] = (),
+        host_memory: str | None = None,
         **unknown: NoReturn,
     ) -> None:
         arguments.check_built(accelerator, plan, rest=rest, unknown=unknown)
         arguments.check_options(clip_grad_norm, drops, noise_scale, averages, allow_writes)
+        self._host_bytes = arguments.host_bytes(host_memory, plan)
         check_accelerator(accelerator, plan)
         self.accelerator = accelerator
         self._adaptive = AdaptivePlan(plan)
@@ -119,11 +126,18 @@ class LargeBatch:
         self._transaction: Transaction | None = None
         self._stop_requested: Stop | None = None
         self._guard: LoopGuard | None = None
+        self._told: str | None = None  # of the passes over BatchNorm of the whole batch
 
     @property
     def plan(self) -> BatchPlan:
         """The plan as it stands: its micro-batch follows the memory, the rest never changes."""
         return self._adaptive.plan
+
+    @property
+    def passes(self) -> Passes | None:
+        """How the last update ran over BatchNorm of the whole batch; None with other plans."""
+        global_norm = None if self._transaction is None else self._transaction.global_norm
+        return None if global_norm is None else global_norm.passes
 
     def prepare(
         self,
@@ -180,6 +194,7 @@ class LargeBatch:
             units=self._unit_norms(sharding, optimizer),
             averages=self._averages,
             watch=self._watch.of(self.norm, self.randomness) if sharding.droppable else None,
+            host_bytes=self._host_bytes,
         )
         self._scheduler, self._ema = scheduler, ema
         self._guard = LoopGuard(self.accelerator, given, scheduler, model=model)
@@ -212,7 +227,13 @@ class LargeBatch:
             world_size=self.accelerator.num_processes,
         )
 
-    def update(self, update: Update = MISSING, loss_fn: LossFn = MISSING) -> UpdateResult:
+    def update(
+        self,
+        update: Update = MISSING,
+        loss_fn: LossFn = MISSING,
+        *,
+        embed: Embed | None = None,
+    ) -> UpdateResult:
         """One optimizer update over all micro-batches of all ranks.
 
         Args:
@@ -220,10 +241,15 @@ class LargeBatch:
             loss_fn: (model, data) -> mean loss over the micro-batch, or (mean loss, weight) where
                 weight is the sum of token, mask or class weights that the mean was taken over;
                 (mean loss, weight or None, sums) has sums over samples by name, for the result.
+            embed: for a loss that compares samples, such as a contrastive one: (model, data) ->
+                tensor, or tuple of tensors, with one row a sample. `loss_fn(model, embeddings)`
+                then gets the rows of the whole global batch, once an update and in order of the
+                samples, and returns their mean loss, or (mean loss, None, sums): the update is
+                that of the whole batch, negatives included. See `lbaccel.update.coupled`.
 
         Raises:
-            InputError: no update, or a line of a plain loop that moves what an update moves
-                (`scheduler.step()`, `accelerator.accumulate`).
+            InputError: no update, rows or a loss of another kind, or a line of a plain loop that
+                moves what an update moves (`scheduler.step()`, `accelerator.accumulate`).
             RunFailed: the loss or the gradient is not finite (without fp16's scaler), or another
                 rank failed; weights, statistics and counters are as before.
         """
@@ -231,6 +257,7 @@ class LargeBatch:
         assert guard is not None
         guard.before_update(update)
         arguments.check_loss_fn(loss_fn)
+        loss_fn = self._coupled(loss_fn, embed)
         arguments.check_mode(self.norm, self.plan)
         transaction.sharding.reserve()
         for num_retries in range(self.plan.micro_batch_size + 1):
@@ -260,7 +287,11 @@ class LargeBatch:
         raise AssertionError("each retry halves the micro-batch")
 
     def find_micro_batch_size(
-        self, loader: UpdateLoader = MISSING, loss_fn: LossFn = MISSING
+        self,
+        loader: UpdateLoader = MISSING,
+        loss_fn: LossFn = MISSING,
+        *,
+        embed: Embed | None = None,
     ) -> int:
         """Search the largest micro-batch that fits, and take it; all else stays as it was.
 
@@ -271,6 +302,7 @@ class LargeBatch:
         Args:
             loader: what `prepare` returned; its next update stays the next one.
             loss_fn: as for `update`.
+            embed: as for `update`; the loss gets as many rows as an update has.
 
         Raises:
             InputError: under ZeRO-3 or FSDP2.
@@ -279,6 +311,7 @@ class LargeBatch:
         transaction = self._ready()
         arguments.check_search(loader)
         arguments.check_loss_fn(loss_fn)
+        loss_fn = self._coupled(loss_fn, embed, trial=True)
         if not transaction.sharding.droppable:
             raise failures.not_searched()
         transaction.sharding.reserve()
@@ -305,6 +338,17 @@ class LargeBatch:
         self._adaptive.ask(replace(self.plan, micro_batch_size=found))
         loader.set_micro_batch_size(found)
         return found
+
+    def _coupled(self, loss_fn: LossFn, embed: Embed | None, *, trial: bool = False) -> LossFn:
+        """The loss with the function of its embeddings, where there is one."""
+        if embed is None:
+            return loss_fn
+        transaction = self._ready()
+        if transaction.units is not None:
+            raise failures.no_noise_scale_of_embeddings()
+        if isinstance(transaction.sharding, ZeroSharding) and not transaction.sharding.droppable:
+            raise failures.not_coupled()
+        return coupled(loss_fn, embed, trial=trial)
 
     def _ready(self) -> Transaction:
         if self._transaction is None:
@@ -355,6 +399,7 @@ class LargeBatch:
         size = self.plan.micro_batch_size
         note = self._adaptive.after_update(short_of_memory=agreement.short_of_memory)
         announce(note, speak=self.accelerator.is_main_process)
+        self._tell_passes()
         return UpdateResult(
             applied=step.outcome == "written",
             loss=agreement.loss,
@@ -368,6 +413,13 @@ class LargeBatch:
             dropped=dropped,
             sums=agreement.sums,
         )
+
+    def _tell_passes(self) -> None:
+        """How BatchNorm over the whole batch runs, the first time and where that changes."""
+        line = None if self.passes is None else str(self.passes)
+        if line != self._told:
+            self._told = line
+            announce(line, speak=self.accelerator.is_main_process)
 
     @contextmanager
     def rehearsing(self) -> Iterator[Transaction]:

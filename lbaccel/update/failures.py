@@ -125,6 +125,23 @@ def not_dropped() -> InputError:
     )
 
 
+def no_noise_scale_of_embeddings() -> InputError:
+    """A noise scale where no micro-batch has a gradient of its own."""
+    return InputError(
+        "noise_scale= with embed=: the noise scale compares the gradients of single micro-batches, "
+        "and a loss on the embeddings of the whole batch has none. Use LargeBatch(..., noise_scale="
+        "None)."
+    )
+
+
+def not_coupled() -> InputError:
+    """Two passes where DeepSpeed counts on a backward pass after each forward."""
+    return InputError(
+        "embed= under ZeRO-3: its hooks expect a backward pass after each forward, and the first "
+        "of the two passes has none. Use ZeRO-2, DDP or FSDP2."
+    )
+
+
 def no_noise_scale(*, preconditioned: bool) -> InputError:
     """No rank sees a micro-batch's whole gradient, or the whole of Adam's moments."""
     if preconditioned:
@@ -136,4 +153,12 @@ def no_noise_scale(*, preconditioned: bool) -> InputError:
         "the noise scale under ZeRO-3 and FSDP2: gradients are reduced and cut up within each "
         "micro-step, so no rank sees a micro-batch's whole. Use --noise-scale none "
         "(noise_scale=None), or ZeRO-2 or DDP."
+    )
+
+
+def no_global_norm(what: str) -> InputError:
+    """BatchNorm over the whole batch with what its passes can't repeat or don't have."""
+    return InputError(
+        f"norm_batch_size='global' with {what}: its passes run the network level by level, over "
+        "all samples. Leave that out, or take a number for norm_batch_size (--norm-batch-size 32)."
     )

@@ -14,6 +14,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lbaccel.errors import InputError
 
@@ -43,15 +44,36 @@ class Slot:
 def _ghost_forward(self: Any, x: Tensor) -> Tensor:
     slot: Slot | None = self._ghost_slot
     norm = slot.norm if slot is not None else None
+    if norm is not None and norm.refusing and self.training and not norm.frozen:
+        raise InputError(
+            f"BatchNorm layer {self._ghost_slot.name!r} runs in the loss function, which has the "
+            "rows of the whole batch on every rank, where ghost batches are not known. Run it in "
+            "embed."
+        )
     if norm is None or not self.training or not (norm.frozen or norm.micro_batch is not None):
         return type(self)._plain_forward(self, x)
     assert slot is not None
     if norm.frozen:
         mean, var = self.running_mean, self.running_var
         y = nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+    elif norm.over_all:
+        y = over_all_samples(x, self)
     else:
         y = _normalise_groups(self, x, slot, norm)
     return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+
+def over_all_samples(x: Tensor, layer: Any) -> Tensor:
+    """Batch norm of `x` by the statistics of all samples of the update.
+
+    Those are not known here. The passes of `lbaccel.update.global_norm` see the call, as one of
+    torch's own functions, and run another one in its place; elsewhere (where shapes are looked at)
+    it takes those of `x`.
+    """
+    if has_torch_function((x,)):
+        return handle_torch_function(over_all_samples, (x,), x, layer)
+    # without the check of `F.batch_norm`: a micro-batch may have one value a channel
+    return torch.batch_norm(x, layer.weight, layer.bias, None, None, True, 0.0, layer.eps, False)
 
 
 def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Tensor:
@@ -96,11 +118,12 @@ def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
     a view of a tensor whose first dimension holds the samples, as the autograd graph says, or the
     layer's module is known to make it so. (Where there are as many tokens as samples, the graph
     can't tell [samples, tokens, C] from [tokens, samples, C]; any other micro-batch does.)
+    Without a graph, the forward with one that follows tells.
     """
     tokens, rest = divmod(x.shape[0], num_samples)
     if x.ndim != 2 or rest or not tokens:
         return None
-    if slot.rows_of_samples:
+    if slot.rows_of_samples or not torch.is_grad_enabled():
         return tokens
     node: Any = x.grad_fn
     before: Any = (

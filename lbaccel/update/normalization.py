@@ -41,11 +41,15 @@ class GhostNorm:
     activation checkpointing's second forward leaves no trace.
     """
 
-    def __init__(self, *, frozen: bool, statistics: BatchNormStatistics) -> None:
+    def __init__(
+        self, *, frozen: bool, statistics: BatchNormStatistics, over_all: bool = False
+    ) -> None:
         self.frozen = frozen
-        self.statistics = statistics
+        self.over_all = over_all  # one statistic for all samples of the update
+        self.statistics: BatchNormStatistics = "per_update" if over_all else statistics
         self.micro_batch: MicroBatch | None = None
         self.recomputing = False
+        self.refusing = False  # around a loss that every rank computes
         self.restored = False  # its layers are plain again: an update would be another one
         self.layers: list[Any] = []
         self._pending: Tensor | None = None
@@ -86,6 +90,21 @@ class GhostNorm:
             yield
         finally:
             self.recomputing = False
+
+    @contextmanager
+    def preview(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Inside, the layers see the ghost batches and take no statistic."""
+        with self.forward(micro_batch), self.backward():
+            yield
+
+    @contextmanager
+    def whole(self, num_samples: int, *, counts: bool) -> Iterator[None]:
+        """Inside, a layer in training that would take statistics is refused."""
+        self.refusing = True
+        try:
+            yield
+        finally:
+            self.refusing = False
 
     def begin(self) -> None:
         """Forget what an update left behind and start the next (statistics of a dropped update)."""
@@ -198,7 +217,8 @@ def convert_batch_norm(
 
     Args:
         model: any module; nn.BatchNorm1d to 3d, nn.SyncBatchNorm, and timm's BatchNormAct2d.
-        norm_batch_size: samples of a statistic, "frozen", or None (then there must be no layer).
+        norm_batch_size: samples of a statistic, "global" (all of the update), "frozen", or None
+            (then there must be no layer).
         statistics: "per_ghost" moves running statistics once a ghost batch, "per_update" once an
             update by merged moments (few updates then leave them far behind the weights).
 
@@ -210,7 +230,11 @@ def convert_batch_norm(
     """
     if statistics not in ("per_ghost", "per_update"):
         raise InputError(f"statistics={statistics!r} is not 'per_ghost' or 'per_update'.")
-    norm = GhostNorm(frozen=norm_batch_size == "frozen", statistics=statistics)
+    norm = GhostNorm(
+        frozen=norm_batch_size == "frozen",
+        statistics=statistics,
+        over_all=norm_batch_size == "global",
+    )
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
     if found and norm_batch_size is None:
         raise InputError(

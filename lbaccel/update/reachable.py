@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lbaccel.errors import InputError
+from lbaccel.update.embeddings import Coupled
 
 LOSS = "loss_fn"  # how the paths of the loss function's tensors begin
 MOST_DEEP = 10
@@ -107,7 +108,7 @@ def reachable(model: nn.Module | None, loss_fn: Any = None) -> Reachable:
 
     Args:
         model: without wrappers; its parameters and buffers have the names of `state_dict`.
-        loss_fn: any callable; its paths begin with "loss_fn".
+        loss_fn: any callable; its paths begin with "loss_fn", and those of `embed` with "embed".
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 3)
@@ -118,8 +119,10 @@ def reachable(model: nn.Module | None, loss_fn: Any = None) -> Reachable:
     walk = _Walk()
     if model is not None:
         walk.run("", model)
-    if loss_fn is not None:
-        walk.run(LOSS, loss_fn)
+    functions = loss_fn.functions if isinstance(loss_fn, Coupled) else {LOSS: loss_fn}
+    for name, function in functions.items():
+        if function is not None:
+            walk.run(name, function)
     return Reachable(walk.places, walk.holders)
 
 

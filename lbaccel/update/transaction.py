@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,25 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RankFailed, RunFailed
+from lbaccel.launch import local_world_size
 from lbaccel.noise.scale import NoiseScale, UnitNorms
 from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update import accumulation, failures
+from lbaccel.update import accumulation, coupled, failures
 from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
 from lbaccel.update.arguments import pairs_of
 from lbaccel.update.averages import RunningAverages
+from lbaccel.update.compiled import is_compiled
+from lbaccel.update.embeddings import Coupled
+from lbaccel.update.global_norm.exchange import Exchange
+from lbaccel.update.global_norm.passes import GlobalNorm
 from lbaccel.update.mask_layouts import MaskLayouts
-from lbaccel.update.memory.host_limit import Watch
+from lbaccel.update.memory.budget import default_budget
+from lbaccel.update.memory.host_limit import Watch, left_of_budget
 from lbaccel.update.memory.oom import allocator_retries, is_out_of_memory, let_go
 from lbaccel.update.normalization import GhostNorm
+from lbaccel.update.read_twice import ReadTwice
+from lbaccel.update.sharding.replicated import Replicated
 from lbaccel.update.sharding.steps import MicroBatches, Sharding, Step
 from lbaccel.update.writes import WriteWatch
 
@@ -46,6 +55,7 @@ class Transaction:
         units: the norms of its micro-batches' gradients, where the noise scale is measured.
         averages: that forwards move, declared by the user.
         watch: looks once for other tensors that forwards move.
+        host_bytes: most that the passes of a `GlobalNorm` may keep on the host.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Transaction:
         units: UnitNorms | None = None,
         averages: RunningAverages | None = None,
         watch: WriteWatch | None = None,
+        host_bytes: int | None = None,
     ) -> None:
         self.accelerator, self.model, self.sharding = accelerator, model, sharding
         self.norm, self.randomness, self.units = norm, randomness, units
@@ -72,6 +83,47 @@ class Transaction:
             always=not sharding.droppable,
         )
         self._host_limit = Watch()
+        self.global_norm: GlobalNorm | None = None
+        if norm.over_all and norm.layers:
+            self.global_norm = self._of_the_whole_batch(host_bytes)
+
+    def _of_the_whole_batch(self, host_bytes: int | None) -> GlobalNorm:
+        """The way to accumulate where BatchNorm sees all of an update.
+
+        Raises:
+            InputError: a part of this update that has no place in it.
+        """
+        for what, is_there in (
+            ("DeepSpeed or FSDP2", not isinstance(self.sharding, Replicated)),
+            ("a noise scale, which needs the gradient of each micro-batch", self.units is not None),
+            ("averages that a forward moves", bool(self.averages.names)),
+            ("a compiled model", is_compiled(self.sharding.module)),
+        ):
+            if is_there:
+                raise failures.no_global_norm(what)
+        accelerator = self.accelerator
+        exchange = Exchange(accelerator.num_processes, accelerator.device)
+        return GlobalNorm(
+            self.norm,
+            self.randomness,
+            device=accelerator.device,
+            exchange=exchange,
+            host_bytes=self._room_on_host if host_bytes is None else lambda: host_bytes,
+        )
+
+    def _room_on_host(self) -> int | None:
+        """Bytes for the passes of a `GlobalNorm`: those free, of a CPU half: levels run there too.
+
+        None where the system does not say.
+        """
+        on_cpu = self.accelerator.device.type == "cpu"
+        left = left_of_budget() if on_cpu else None
+        if left is None:
+            try:
+                left = default_budget(torch.device("cpu"), ranks=local_world_size())
+            except InputError:
+                return None
+        return max(0, left // 2 if on_cpu else left)
 
     def drop(self) -> None:
         """Take back what an attempt left in gradients and statistics."""
@@ -96,7 +148,7 @@ class Transaction:
         Args:
             update: its index is the key of its draws.
             micro_batches: makes those of this rank, which move to the device one at a time.
-            loss_fn: as for `accumulate`.
+            loss_fn: as for `accumulate`, or a `Coupled`.
             stop: this rank wants to end the run after this update.
 
         Raises:
@@ -110,7 +162,7 @@ class Transaction:
         with self.randomness.update(update.index):
             sums, error = None, None
             for again in (False, True, True):  # the second time gives up: there is no third
-                sums, error = self._try(micro_batches(), loss_fn, update.num_samples)
+                sums, error = self._try(micro_batches, loss_fn, update)
                 if not (isinstance(error, NotLearned) and self.sharding.droppable):
                     break
                 self.masks.forget(error, again=again)
@@ -131,14 +183,11 @@ class Transaction:
         return agreement
 
     def _try(
-        self, micro_batches: MicroBatches, loss_fn: LossFn, num_samples: int
+        self, make: Callable[[], MicroBatches], loss_fn: LossFn, update: Update
     ) -> tuple[Sums | None, BaseException | None]:
         device = self.accelerator.device
-        on_device = (
-            (m, self._host_limit.look_at(send_to_device(data, device, non_blocking=True)))
-            for m, data in self.sharding.micro_steps(pairs_of(micro_batches))
-        )
-        pairs = self._learning(on_device, loss_fn)
+        make, accumulate = self._way(make, loss_fn, update)
+        pairs = self._learning(self._on_device(make()), loss_fn)
         if self.watch is not None and not self.watch.done:
             pairs = self.watch.micro_batches(pairs, self.sharding.module, loss_fn)
         self._host_limit.begin()
@@ -149,22 +198,53 @@ class Transaction:
             cache = _autocast_cache(device.type) if keeps else nullcontext()
             listening = self.units.collect() if self.units is not None else nullcontext()
             with self.sharding.around(), cache, listening:
-                sums = accumulation.accumulate(
+                sums = accumulate(
                     self.model,
                     pairs,
                     loss_fn,
-                    num_samples=num_samples,
+                    num_samples=update.num_samples,
                     scopes=(
                         *(self.norm, self.randomness, self.averages),
                         *([self._host_limit] if keeps else []),
                     ),
                     backward=self.sharding.backward,
-                    after=None if self.units is None else self.units.add,
                 )
         except Exception as error:
             return None, error
         self.masks.say()
         return sums, None
+
+    def _way(
+        self, make: Callable[[], MicroBatches], loss_fn: LossFn, update: Update
+    ) -> tuple[Callable[[], MicroBatches], Callable[..., Sums]]:
+        """How an attempt makes its micro-batches, and what adds up their gradients."""
+        after = None if self.units is None else self.units.add
+        if self.global_norm is not None:
+            if isinstance(loss_fn, Coupled):
+                raise failures.no_global_norm("embed=")
+            return make, self._over_all_samples
+        if not isinstance(loss_fn, Coupled):
+            return make, partial(accumulation.accumulate, after=after)
+        twice = ReadTwice(make, once=update.recut is None, sharers=local_world_size())
+        return twice, partial(
+            coupled.accumulate,
+            again=lambda: self._on_device(twice()),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def _over_all_samples(self, model: Any, pairs: Any, loss_fn: LossFn, **how: Any) -> Sums:
+        """As `accumulate`, by passes; DDP's own forward has no part in them."""
+        assert self.global_norm is not None
+        del how["scopes"]  # of a forward and its backward, which are not one here
+        with self._host_limit.always():
+            return self.global_norm.accumulate(self.sharding.module, pairs, loss_fn, **how)
+
+    def _on_device(self, micro_batches: MicroBatches) -> Iterator[tuple[MicroBatch, Any]]:
+        device = self.accelerator.device
+        for micro_batch, data in self.sharding.micro_steps(pairs_of(micro_batches)):
+            there = send_to_device(data, device, non_blocking=True)
+            yield micro_batch, self._host_limit.look_at(there)
 
     def _learning(
         self, pairs: Iterable[tuple[MicroBatch, Any]], loss_fn: LossFn

@@ -94,7 +94,9 @@ class Certificate:
 
     def _head(self) -> list[str]:
         n, count = self.norm_batch_size, self.num_batch_norm_layers
-        how = {None: "as they are", "frozen": "frozen"}.get(n, f"over {n} samples")
+        how = {None: "as they are", "frozen": "frozen", "global": "over all samples"}.get(
+            n, f"over {n} samples"
+        )
         norm = f"{count} BatchNorm layers {how}" if count else "no BatchNorm layer"
         if not count and isinstance(n, int):
             norm += f", cut by {n} samples all the same"

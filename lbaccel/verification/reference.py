@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lbaccel.batch.plan import MicroBatch, NormBatchSize
 from lbaccel.errors import InputError, RunFailed
-from lbaccel.verification.copies import described, rows_of
+from lbaccel.verification.copies import described
 from lbaccel.verification.updates import (
     Result,
     Subject,
@@ -22,6 +22,7 @@ from lbaccel.verification.updates import (
     move_along,
     result_of,
     stirred_states,
+    whole_loss,
 )
 
 
@@ -50,7 +51,7 @@ def _update(subject: Subject, model: nn.Module, index: int) -> Result:
     before = stirred_states()
     with randomness.update(index), randomness.forward(MicroBatch(0, (n,))):
         try:
-            out = subject.loss_fn(model, rows_of(subject.batch, 0, n))
+            out = whole_loss(subject, model, randomness)
             loss = out[0] if isinstance(out, tuple) else out
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ from lbaccel.errors import RunFailed
 from lbaccel.randomness.generators import generator_states
 from lbaccel.randomness.layouts import Layouts
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update import accumulation
+from lbaccel.update import accumulation, coupled
 from lbaccel.update.accumulation import LossFn, Scope
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.compiled import compile_in_place
+from lbaccel.update.embeddings import Coupled
+from lbaccel.update.failures import no_global_norm
+from lbaccel.update.global_norm.exchange import Exchange
+from lbaccel.update.global_norm.passes import GlobalNorm
 from lbaccel.update.mask_layouts import learn_mask_layouts
 from lbaccel.update.normalization import GhostNorm, convert_batch_norm
 from lbaccel.update.reachable import reachable
@@ -135,6 +140,13 @@ def planned(
     randomness = masks_of(subject)
     averages = RunningAverages(subject.averages)
 
+    scopes = (*scopes_of(subject, norm, randomness), averages)
+    if norm.over_all and norm.layers:
+        accumulate = _passes(subject, norm, randomness, plan.world_size)
+    else:
+        way = _way(subject, partition, rank=rank, world_size=plan.world_size)
+        accumulate = partial(way, scopes=scopes)
+
     def update(index: int) -> Result:
         before = stirred_states()
         norm.begin()
@@ -142,13 +154,8 @@ def planned(
         error = sums = None
         with randomness.update(index):
             try:
-                sums = accumulation.accumulate(
-                    model,
-                    micro_batches(subject, partition),
-                    subject.loss_fn,
-                    num_samples=num_samples,
-                    scopes=(*scopes_of(subject, norm, randomness), averages),
-                )
+                pairs = micro_batches(subject, partition)
+                sums = accumulate(model, pairs, subject.loss_fn, num_samples=num_samples)
             except Exception as raised:
                 error = raised
             agreement = _reduce(model, sums, error, plan.world_size, num_samples)
@@ -161,6 +168,32 @@ def planned(
         return first
     move_along(model, follow)
     return replace(first, after=update(1))
+
+
+def _passes(
+    subject: Subject, norm: GhostNorm, randomness: KeyedRandomness, world_size: int
+) -> Callable[..., accumulation.Sums]:
+    """The passes over BatchNorm of the whole batch, as in `Transaction`.
+
+    Raises:
+        InputError: rows that a loss compares, or averages, which have no place in them.
+    """
+    if isinstance(subject.loss_fn, Coupled):
+        raise no_global_norm("embed=")
+    if subject.averages:
+        raise no_global_norm("averages that a forward moves")
+    exchange = Exchange(world_size, CPU)
+    return GlobalNorm(norm, randomness, device=CPU, exchange=exchange).accumulate
+
+
+def _way(
+    subject: Subject, partition: Sequence[MicroBatch], *, rank: int, world_size: int
+) -> Callable[..., accumulation.Sums]:
+    """The function that adds up the gradients, as in `Transaction`."""
+    if not isinstance(subject.loss_fn, Coupled):
+        return accumulation.accumulate
+    again = partial(micro_batches, subject, partition)
+    return partial(coupled.accumulate, again=again, rank=rank, world_size=world_size)
 
 
 def _reduce(
@@ -202,6 +235,16 @@ def move_along(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> None
         p.grad = None
 
 
+def whole_loss(subject: Subject, model: nn.Module, randomness: KeyedRandomness) -> Any:
+    """The result of the loss function for the whole batch, from one forward of it."""
+    loss_fn, data = subject.loss_fn, rows_of(subject.batch, 0, subject.num_samples)
+    out = loss_fn(model, data)
+    if isinstance(loss_fn, Coupled):
+        with randomness.whole(subject.num_samples, counts=True):
+            return loss_fn.loss_fn(model, out)
+    return out
+
+
 def watched(subject: Subject) -> tuple[str, ...]:
     """Parameters and plain tensors that a forward moves from their last value."""
     model = subject.fresh()
@@ -213,7 +256,7 @@ def watched(subject: Subject) -> tuple[str, ...]:
 
     def forward() -> Any:
         with norm.forward(whole), norm.backward(), randomness.forward(whole):
-            return subject.loss_fn(model, rows_of(subject.batch, 0, subject.num_samples))
+            return whole_loss(subject, model, randomness)
 
     with randomness.update(0):
         before = marks(found.places)

@@ -18,6 +18,7 @@ from lbaccel.batch.plan import BatchPlan, NormBatchSize
 from lbaccel.errors import InputError, check_number, check_seed
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.checkpointing import apply_activation_checkpointing
+from lbaccel.update.embeddings import Embed, coupled
 from lbaccel.verification.certificate import (
     Cell,
     Certificate,
@@ -57,6 +58,7 @@ def verify(
     loss_fn: LossFn,
     batch: Any,
     *,
+    embed: Embed | None = None,
     norm_batch_size: NormBatchSize = None,
     blocks: Sequence[str] | None = None,
     seed: int = 0,
@@ -85,9 +87,10 @@ def verify(
         model: the network, not prepared by Accelerate. Without `norm_batch_size` it is taken as it
             is, its BatchNorm layers included.
         loss_fn: (model, micro-batch) -> mean loss, or (mean loss, weight), as for
-            `LargeBatch.update`.
+            `LargeBatch.update`; with `embed`, (model, rows of the whole batch) -> mean loss.
         batch: tuple, list, dict or tensor; every tensor has the samples in dimension 0.
-        norm_batch_size: samples of a BatchNorm statistic, or "frozen": as in the plan.
+        embed: of a loss that compares samples, as for `LargeBatch.update`.
+        norm_batch_size: samples of a BatchNorm statistic, "global" or "frozen": as in the plan.
         blocks: names of modules to recompute, as for `apply_activation_checkpointing`.
         seed: of dropout's masks.
         tolerance: largest relative error.
@@ -123,6 +126,7 @@ def verify(
     check_number("tolerance", tolerance, at_most=1.0)
     seed = check_seed("seed", seed)
     model = unwrapped(model)
+    loss_fn = loss_fn if embed is None else coupled(loss_fn, embed)
     with aside(model), loss_in_float64(loss_fn) as reset:
         in_float64, num_samples = float64_batch(batch)
         twin = float64_copy(model)
@@ -161,7 +165,7 @@ def verify(
         num_samples=num_samples,
         norm_batch_size=norm_batch_size,
         num_batch_norm_layers=sum(isinstance(m, _BatchNorm) for m in twin.modules()),
-        reference=_reference_text(norm_batch_size),
+        reference=_reference_text(norm_batch_size, coupled=embed is not None),
         compiled=compile,
         checkpointing=how,
         tolerance=tolerance,
@@ -305,10 +309,14 @@ def _text(plan: BatchPlan) -> str:
     return partition_text(shares)
 
 
-def _reference_text(norm_batch_size: NormBatchSize) -> str:
+def _reference_text(norm_batch_size: NormBatchSize, *, coupled: bool) -> str:
     text = "plain torch, one forward and one backward of the whole batch"
+    if coupled:
+        text += ", whose rows the loss compares"
     if norm_batch_size == "frozen":
         return f"{text}; BatchNorm by its running statistics"
+    if norm_batch_size == "global":
+        return f"{text}; BatchNorm over all of it"
     if norm_batch_size is not None:
         return f"{text}; each BatchNorm layer takes its ghost batches one after the other"
     return text

@@ -92,7 +92,7 @@ def test_the_equation_and_what_is_derived():
         ({"micro_batch_size": -1}, "micro_batch_size=-1"),
         ({"micro_batch_size": 2.5}, r"micro_batch_size=2\.5"),
         ({"world_size": True}, "world_size=True"),
-        ({"norm_batch_size": "cold"}, "'cold' is not an integer, 'frozen' or None"),
+        ({"norm_batch_size": "cold"}, "'cold' is not an integer, 'frozen', 'global' or None"),
         ({"norm_batch_size": 1024}, "larger than global_batch_size=512"),
         ({"world_size": 513}, "Use world_size <= 512"),
         ({"world_size": 17, "norm_batch_size": 32}, "Use world_size <= 16"),

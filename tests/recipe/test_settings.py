@@ -185,7 +185,7 @@ def test_print_config_shows_value_and_origin_in_columns():
         ("--global-batch-size 2.5", ["--global-batch-size='2.5' is not a whole number"]),
         (
             "--norm-batch-size some",
-            ["--norm-batch-size='some'", "a whole number from 1 to 2^53, or 'frozen'"],
+            ["--norm-batch-size='some'", "a whole number from 1 to 2^53, 'global' or 'frozen'"],
         ),
         ("--pretrained maybe", ["--pretrained='maybe' is not true or false"]),
         ("--schedule cosin", ["--schedule='cosin' is not one of", "Did you mean cosine?"]),

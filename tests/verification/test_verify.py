@@ -449,7 +449,8 @@ def test_a_ghost_batch_that_is_no_number_is_refused(capsys):
     code, out, err = run(capsys, "--model", "resnet10t", "--norm-batch-size", "half")
     assert code == 2 and out == ""
     assert err == (
-        "error: --norm-batch-size='half' is not a whole number from 1 to 2^53, or 'frozen'.\n"
+        "error: --norm-batch-size='half' is not a whole number from 1 to 2^53, 'global' or "
+        "'frozen'.\n"
     )
 
 

@@ -20,9 +20,10 @@ from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, fake_tensors
 from lbaccel.planning.cost.trace import Recorder, Trace, Workspace
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update import accumulation
+from lbaccel.update import accumulation, coupled
 from lbaccel.update.accumulation import LossFn
 from lbaccel.update.distillation import distance_to_teacher
+from lbaccel.update.embeddings import Coupled, Embed
 from lbaccel.update.memory.reserve import state_tensors
 from lbaccel.update.normalization import convert_batch_norm
 
@@ -73,6 +74,7 @@ class Network:
     model: nn.Module  # on any device, "meta" included
     make_batch: MakeBatch
     loss_fn: LossFn = classification_loss
+    embed: Embed | None = None  # makes the rows that the loss of the whole batch compares
     teacher: nn.Module | None = None  # answers the images too; the loss is then `taught_loss`
     optimizer: torch.optim.Optimizer | None = None  # over the parameters of `model`
     clips: bool = False
@@ -89,6 +91,7 @@ def trace_update(
     change: Callable[[nn.Module, Recorder], object] | None = None,
     states: Sequence[Tensor] | None = None,
     known: KnownCalls | None = None,
+    num_rows: int | None = None,
 ) -> Trace:
     """Run an update of `plan` on fake tensors and record it; no memory, no device, no change.
 
@@ -103,6 +106,7 @@ def trace_update(
         change: done to the fake copy of the model before it runs, such as checkpointing.
         states: those of the optimizer, where the caller has them (`state_tensors`).
         known: the calls of other traces with this workspace.
+        num_rows: that a loss with `embed` gets; default: the samples of `plan`.
 
     Raises:
         Exception: whatever the model raises on fake tensors.
@@ -139,12 +143,13 @@ def trace_update(
         norm.begin()
         before = torch.get_rng_state()  # as the scope of the masks keeps it, to go back to
         with randomness.update(0), _cast_weights_once(precision):
-            accumulation.accumulate(
+            _accumulate(
                 model,
-                _batches(network.make_batch, plan, recorder),
-                _loss_in_layout(taught),
-                num_samples=plan.global_batch_size,
+                taught,
+                plan,
+                recorder=recorder,
                 scopes=(norm, randomness),
+                num_rows=num_rows or plan.global_batch_size,
             )
         del before
         for parameter in parameters:
@@ -154,8 +159,47 @@ def trace_update(
         total = accumulation.gradient_norm(parameters)
         if network.clips:
             accumulation.clip_gradients(parameters, total, 1.0)
-        norm.commit()
+        if not norm.over_all:  # its commit reads how many values there were, and takes no memory
+            norm.commit()
     return recorder.trace
+
+
+def _accumulate(
+    model: nn.Module,
+    network: Network,
+    plan: BatchPlan,
+    *,
+    recorder: Recorder,
+    scopes: Sequence[accumulation.Scope],
+    num_rows: int,
+) -> None:
+    """The micro-steps of the trace; with `embed` in two passes, and the loss between them."""
+
+    def batches(mark: str) -> Iterator[tuple[MicroBatch, Any]]:
+        return _batches(network.make_batch, plan, recorder, mark)
+
+    if network.embed is None:
+        accumulation.accumulate(
+            model,
+            batches("micro-step"),
+            _in_layout(network, network.loss_fn),
+            num_samples=plan.global_batch_size,
+            scopes=scopes,
+        )
+        return
+
+    def loss_fn(model: Any, rows: Any) -> Any:
+        recorder.mark("loss")
+        return network.loss_fn(model, rows)
+
+    coupled.accumulate(
+        model,
+        batches("preview"),
+        Coupled(loss_fn, _in_layout(network, network.embed), trial=True),
+        again=lambda: batches("micro-step"),
+        num_samples=num_rows,
+        scopes=scopes,
+    )
 
 
 def _with_teacher(network: Network, recorder: Recorder, precision: str) -> Network:
@@ -175,15 +219,11 @@ def _with_teacher(network: Network, recorder: Recorder, precision: str) -> Netwo
     return replace(network, loss_fn=taught_loss(answers))
 
 
-def _loss_in_layout(network: Network) -> LossFn:
-    """The loss on images of the network's layout, turned where the recipe turns them."""
+def _in_layout(network: Network, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function of images in the network's layout, turned where the recipe turns them."""
     if network.memory_format == "contiguous":
-        return network.loss_fn
-
-    def loss_fn(model: Any, micro_batch: Any) -> Any:
-        return network.loss_fn(model, _to_channels_last(micro_batch))
-
-    return loss_fn
+        return function
+    return lambda model, micro_batch: function(model, _to_channels_last(micro_batch))
 
 
 def _to_channels_last(value: Any) -> Any:
@@ -197,10 +237,10 @@ def _to_channels_last(value: Any) -> Any:
 
 
 def _batches(
-    make: MakeBatch, plan: BatchPlan, recorder: Recorder
+    make: MakeBatch, plan: BatchPlan, recorder: Recorder, mark: str
 ) -> Iterator[tuple[MicroBatch, Any]]:
     for number, micro_batch in enumerate(plan.partition()[:2]):
-        recorder.mark(f"micro-step {number}")
+        recorder.mark(f"{mark} {number}")
         yield micro_batch, make(micro_batch.num_samples)
 
 

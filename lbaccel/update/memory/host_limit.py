@@ -152,9 +152,28 @@ class Watch:
             yield
         limit.went_well[shapes] += 1
 
+    def always(self) -> AbstractContextManager[Any]:
+        """Around work that is no micro-batch's alone: every operator is checked."""
+        return nullcontext() if _active is None else _Checks(_active)
+
     def backward(self) -> AbstractContextManager[Any]:
         """Around its backward alone: nothing."""
         return nullcontext()
+
+    def preview(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Around a forward without its backward: checked, and no sign that the shape fits."""
+        limit = _active
+        checked = limit is not None and limit.went_well[self._shapes] < ENOUGH
+        return _Checks(limit) if limit is not None and checked else nullcontext()
+
+    def whole(self, num_samples: int, *, counts: bool) -> AbstractContextManager[Any]:
+        """Around a loss on all samples: checked each time, once an update."""
+        return nullcontext() if _active is None else _Checks(_active)
+
+
+def left_of_budget() -> int | None:
+    """Bytes of the active limit that are not in use; None where there is none."""
+    return None if _active is None else _active.left()
 
 
 def room_above_budget() -> int:

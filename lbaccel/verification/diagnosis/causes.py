@@ -168,8 +168,9 @@ def _loss(e: Evidence) -> Iterator[Diagnosis]:
             f"the whole batch, {e.parts.loss:.6g} as the mean over micro-batches",
             "A mean over tokens, masks or class weights: return (loss, weight), with the sum of "
             "weights that the mean was taken over. A loss that compares samples (contrastive, "
-            "in-batch negatives): the cut is part of it, so take "
-            "micro_batch_size=global_batch_size on one rank.",
+            "in-batch negatives): large_batch.update(update, loss_fn, embed=embed) gives it the "
+            "whole batch, where embed(model, micro_batch) returns the rows that it compares, and "
+            "loss_fn(model, rows) their loss; verify(..., embed=embed) shows that it holds.",
         )
 
 

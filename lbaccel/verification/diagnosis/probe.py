@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbaccel.batch.plan import BatchPlan
-from lbaccel.update.accumulation import accumulate
+from lbaccel.update.accumulation import LossFn, accumulate
 from lbaccel.update.averages import RunningAverages
+from lbaccel.update.embeddings import Coupled
 from lbaccel.update.loss_parts import parts_of
 from lbaccel.verification.copies import tensors_in
 from lbaccel.verification.updates import Subject, converted, masks_of, micro_batches, scopes_of
@@ -91,6 +92,8 @@ def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace
     model = subject.fresh()
     if batch is not None:
         subject = replace(subject, batch=batch)
+    if isinstance(subject.loss_fn, Coupled):
+        subject = replace(subject, loss_fn=_row_means(subject.loss_fn))
     norm = converted(model, subject.norm_batch_size)
     norm.begin()
     averages = RunningAverages(subject.averages)
@@ -108,6 +111,16 @@ def trace(subject: Subject, plan: BatchPlan, *, batch: Any = None) -> ProbeTrace
             scopes=(*scopes_of(subject, norm, randomness), averages),
         )
     return seen
+
+
+def _row_means(coupled: Coupled) -> LossFn:
+    """A loss of single samples, of the same rows: what couples samples, then, is the network."""
+
+    def loss_fn(model: Any, data: Any) -> Tensor:
+        rows = [t for t in tensors_in(coupled.embed(model, data)) if t.requires_grad]
+        return sum((t.flatten(1).sum(1).mean() for t in rows), torch.zeros(()))
+
+    return loss_fn
 
 
 class _Watcher:
