@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lbaccel.errors import InputError
+from lbaccel.randomness.layouts import NotLearned
 from lbaccel.update.accumulation import StoppedElsewhere, gather_rows
 from lbaccel.update.global_norm.statistics import Statistics
 
@@ -36,15 +37,19 @@ class Exchange:
 
         Raises:
             StoppedElsewhere: another rank failed.
+            NotLearned: another rank must learn its masks, so that all of them try again.
         """
         self._left = 1
         try:
             yield self
         except StoppedElsewhere:
             raise
-        except Exception:
+        except Exception as error:
             if self.world_size > 1 and self._left:
-                self._status(failed=True)
+                unlearned = isinstance(error, NotLearned)
+                failed, _ = self._status(failed=not unlearned, unlearned=unlearned)
+                if failed and unlearned:
+                    raise StoppedElsewhere from error
             raise
 
     def agree_on(self, depths: Sequence[int]) -> int:
@@ -93,10 +98,13 @@ class Exchange:
 
     def _meet(self) -> None:
         self._left -= 1
-        self._status(failed=False)
+        failed, unlearned = self._status()
+        if failed or unlearned:
+            self._left = 0
+            raise StoppedElsewhere if failed else NotLearned("masks of another rank were not known")
 
-    def _status(self, *, failed: bool) -> None:
-        flag = torch.tensor(float(failed), device=self._device)
-        dist.all_reduce(flag)
-        if not failed and flag.item() > 0:
-            raise StoppedElsewhere
+    def _status(self, *, failed: bool = False, unlearned: bool = False) -> list[float]:
+        """How many ranks failed, and how many must learn their masks."""
+        flags = torch.tensor([float(failed), float(unlearned)], device=self._device)
+        dist.all_reduce(flags)
+        return flags.tolist()

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from updates import cross_entropy
 
 from lbaccel import BatchPlan, InputError, LargeBatch, NoiseScale, RunFailed, UpdateLoader, verify
+from lbaccel.randomness.layouts import NotLearned
 from lbaccel.update.memory import oom
 
 
@@ -150,6 +151,12 @@ def test_a_rank_that_runs_out_of_memory_takes_all_to_smaller_micro_batches(at):
         forks.run_forked(fails_on_one_rank, 2, torch.OutOfMemoryError, at, world_size=2)
     )
     assert found == [("1 retries", False, True)] * 2
+
+
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_masks_that_one_rank_must_learn_anew_send_all_ranks_back_to_the_start(at):
+    found = forks.values(forks.run_forked(fails_on_one_rank, 2, NotLearned, at, world_size=2))
+    assert found == [("0 retries", False, True)] * 2
 
 
 def test_a_run_goes_on_from_a_checkpoint_in_the_middle(tmp_path):
