@@ -88,7 +88,7 @@ def half_a_line(hook: Callable[[], None]) -> None:
 # phase: what installs a hook there. Each is passed at least once an update or a checkpoint.
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "before forward": before(accumulation, "accumulate"),
-    "forward": before(accumulation, "_check_loss"),
+    "forward": before(accumulation, "check_loss"),
     "backward": after(torch.Tensor, "backward"),
     "agreement": before(accumulation, "agree"),
     "reduce": before(accumulation, "reduce_gradients"),
