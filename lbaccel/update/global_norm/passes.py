@@ -144,6 +144,7 @@ class _Attempt:
         self.device, self.randomness = owner._device, owner._randomness
         self.statistics: dict[int, Statistics] = {}  # by id of the layer
         self.schedule = Schedule((0,), (), 0)
+        self._let_go_at: dict[tuple[int, int], frozenset[int]] = {}  # by tape and level
 
     def record(
         self, model: Any, micro_batches: Iterable[tuple[MicroBatch, Any]], loss_fn: LossFn
@@ -224,11 +225,14 @@ class _Attempt:
 
     def _let_go(self, index: int, tape: Tape, level: int) -> None:
         """Keep the frontier of `level`, and those below that the backward passes start from."""
-        kept = set(tape.frontiers[level])
-        for below in self.schedule.kept:
-            if below < level:
-                kept.update(tape.frontiers[below])
-        self.store.drop((index, v) for v in tape.held_below(level) - kept)
+        key = id(tape), level
+        if key not in self._let_go_at:
+            kept = set(tape.frontiers[level])
+            for below in self.schedule.kept:
+                if below < level:
+                    kept.update(tape.frontiers[below])
+            self._let_go_at[key] = tape.held_below[level] - kept
+        self.store.drop((index, v) for v in self._let_go_at[key])
 
     # ---- backward
 
@@ -277,7 +281,7 @@ class _Attempt:
             ending.run(tape, part.micro_batch, values)
         else:
             self._pull(index, tape, level, values)
-        below = tape.held_below(level)
+        below = tape.held_below[level]
         self.store.drop((index, v) for v in tape.frontiers[level] if v not in below)
         for value, leaf in leaves.items():
             if leaf.grad is None:

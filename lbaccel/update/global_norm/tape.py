@@ -203,9 +203,13 @@ class Tape:
             found[born[value], died[value]] += self.metas[value].num_bytes
         return found
 
-    def held_below(self, level: int) -> set[int]:
-        """The values of all frontiers below `level`."""
-        return {v for frontier in self.frontiers[:level] for v in frontier}
+    @cached_property
+    def held_below(self) -> list[frozenset[int]]:
+        """By level, the values of all frontiers below it."""
+        found = [frozenset[int]()]
+        for frontier in self.frontiers:
+            found.append(found[-1] | frozenset(frontier))
+        return found
 
     def value_of(self, leaf: Any, values: Any) -> Any:
         """A leaf of the result, computed."""
