@@ -18,7 +18,8 @@ from torch.utils.data import TensorDataset
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_activation_checkpointing
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.normalization import convert_batch_norm
-from lbaccel.update.offload import PinnedHost, apply_activation_offload
+from lbaccel.update.offload import apply_activation_offload
+from lbaccel.update.pinned_host import PinnedHost
 
 pytestmark = [
     pytest.mark.gpu,

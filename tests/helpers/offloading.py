@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lbaccel.update.offload import Buffers, is_plain, is_worth
+from lbaccel.update.pinned_host import Buffers, is_plain, is_worth
 
 
 class CopyStore:

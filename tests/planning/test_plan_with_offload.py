@@ -12,7 +12,7 @@ from lbaccel.planning.cost.devices import CARDS, GIB, PCIE
 from lbaccel.planning.cost.time_model import kernel_seconds
 from lbaccel.planning.cost.trace import HOST_COPY, Kernel
 from lbaccel.planning.text import lines
-from lbaccel.update.offload import pinned_bytes
+from lbaccel.update.pinned_host import pinned_bytes
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 

@@ -20,11 +20,12 @@ from updates import cross_entropy
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_segments
 from lbaccel.errors import InputError
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update import offload
+from lbaccel.update import pinned_host
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.normalization import convert_batch_norm, has_batch_norm
-from lbaccel.update.offload import PinnedHost, apply_activation_offload
+from lbaccel.update.offload import apply_activation_offload
+from lbaccel.update.pinned_host import PinnedHost
 
 SIZE = 32
 STEM = ["conv1", "bn1", "act1", "maxpool"]
@@ -34,7 +35,7 @@ VIT = [f"blocks.{i}" for i in range(3)]
 
 @pytest.fixture(autouse=True)
 def small_tensors_go_too(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 4096)
+    monkeypatch.setattr(pinned_host, "LEAST_BYTES", 4096)
 
 
 def resnet():
@@ -321,7 +322,7 @@ def test_a_weight_of_another_module_stays():
 
 
 def test_small_tensors_stay(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 20 * 64 * 4 + 1)
+    monkeypatch.setattr(pinned_host, "LEAST_BYTES", 20 * 64 * 4 + 1)
     model, store = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 80)), CopyStore()
     apply_activation_offload(model, [["0", "1", "2"]], store=store)
     model(torch.randn(20, 64)).tanh().sum().backward()
@@ -491,3 +492,12 @@ def test_what_can_not_be_offloaded_is_refused_and_nothing_is_applied():
     compiled.compile(backend="eager")
     with pytest.raises(InputError, match=r"the model is compiled.*model.compile\(\)"):
         apply_activation_offload(compiled, ["0"])
+
+
+def test_a_model_that_is_compiled_after_the_offload_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    apply_activation_offload(model, [["0", "1"]], store=CopyStore())
+    model(torch.randn(3, 4)).sum().backward()  # as it is, it runs
+    model.compile(backend="eager")
+    with pytest.raises(InputError, match=r"the model is compiled.*model.compile\(\)"):
+        model(torch.randn(3, 4))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lbaccel.planning.cost.trace import Recorder
-from lbaccel.update.offload import Buffers, is_worth
+from lbaccel.update.pinned_host import Buffers, is_worth
 
 
 class LookingOn:

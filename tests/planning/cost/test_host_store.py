@@ -13,7 +13,7 @@ from lbaccel.planning.cost.devices import CARDS
 from lbaccel.planning.cost.update import Network, image_batch
 from lbaccel.planning.estimate import Candidate, Estimator
 from lbaccel.planning.segments import Link, predicted_peak, sent_bytes
-from lbaccel.update import offload
+from lbaccel.update import pinned_host
 
 CARD = CARDS["RTX 3060"]
 
@@ -29,7 +29,7 @@ def estimator(name="resnet18", size=224, device=CARD):
 
 @pytest.mark.parametrize("runs", [[(0, 13)], [(1, 3), (5, 8)], [(i, i) for i in range(4, 12)]])
 def test_the_chains_figures_of_an_offload_are_those_of_its_trace(runs, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)  # the chain counts small tensors as well
+    monkeypatch.setattr(pinned_host, "LEAST_BYTES", 1)  # the chain counts small tensors as well
     known = estimator()
     plain = known.estimate(Candidate(64))
     assert plain.chain is not None
