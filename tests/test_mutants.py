@@ -67,8 +67,8 @@ MUTANTS = {
         "test_a_rank_with_a_filler_alone_takes_part_and_counts_nothing",
     ),
     "a Function of the user's own has no gradient in the passes": (
-        "update.global_norm.recorder",
-        "            _check_graph(x)",
+        "update.global_norm.recording",
+        "            check_graph(x)",
         "            pass",
         "tests/update/global_norm/test_attempts.py::"
         "test_a_forward_that_passes_cannot_repeat_is_named[apply-CustomBackward is a backward of "

@@ -25,7 +25,9 @@ from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update.accumulation import LossFn, Sums
 from lbaccel.update.global_norm.ending import Ending, Passes
 from lbaccel.update.global_norm.exchange import Exchange
-from lbaccel.update.global_norm.recorder import Mismatch, TapeRecorder, shown_draws
+from lbaccel.update.global_norm.follower import Mismatch, TapeFollower
+from lbaccel.update.global_norm.recorder import TapeRecorder
+from lbaccel.update.global_norm.recording import Recording, shown_draws
 from lbaccel.update.global_norm.replay import Values, run
 from lbaccel.update.global_norm.schedule import Schedule, best_schedule, chain_of
 from lbaccel.update.global_norm.statistics import Statistics
@@ -112,8 +114,11 @@ class GlobalNorm:
         key = self._trained, *((x.shape, x.dtype, x.device) for x in tensors)
         known = self._known.get(key)
         for tape in (known, None) if known is not None else (None,):
-            recorder = TapeRecorder(
-                tensors, device=self._device, randomness=self._randomness, known=tape
+            inside = {"device": self._device, "randomness": self._randomness}
+            recorder: Recording = (
+                TapeRecorder(tensors, **inside)
+                if tape is None
+                else TapeFollower(tensors, tape, **inside)
             )
             own = list(leaves)
             for i, x in zip(places, recorder.stand_ins, strict=True):
