@@ -171,8 +171,9 @@ def test_ranks_stop_together_and_go_on_to_the_bit(world_size):
     assert not differences(folder, truth)
 
 
-def test_a_run_moves_between_one_two_three_and_four_ranks():
-    flags = ("--precision", "fp64")
+@pytest.mark.parametrize("norm", [(), ("--norm-batch-size", "global")], ids=["ghost", "global"])
+def test_a_run_moves_between_one_two_three_and_four_ranks(norm):
+    flags = ("--precision", "fp64", *norm)
     truth = start(1, *flags, output="whole")
     folder = start(1, *flags, stop=2, code=130)
     for world_size, stop in ((2, 3), (3, 2), (4, 0)):

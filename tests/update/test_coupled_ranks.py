@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import forks
 import pytest
 import torch
@@ -192,3 +194,37 @@ def functional_masks(rank: int) -> float:
 def test_masks_that_one_rank_meets_first_are_learned_by_all():
     found = forks.values(forks.run_forked(functional_masks, world_size=2))
     assert found[0] == found[1] and found[0] > 0
+
+
+def continued(rank: int, state: list | None, updates: int) -> list:
+    """So many updates of a run, from what another number of ranks has left."""
+    accelerator = Accelerator(cpu=True)
+    plan = BatchPlan(global_batch_size=5, micro_batch_size=2, world_size=accelerator.num_processes)
+    large_batch, plain = LargeBatch(accelerator, plan), make_network(dropout=0.3)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    data = TensorDataset(*make_data(15))
+    loader = UpdateLoader(data, plan, rank=accelerator.process_index)
+    _, optimizer, loader = large_batch.prepare(plain, optimizer, loader)
+    if state is not None:
+        for thing, of_it in zip((plain, optimizer, loader, large_batch), state, strict=True):
+            thing.load_state_dict(of_it)
+    for _, update in zip(range(updates), loader, strict=False):
+        large_batch.update(update, clip, embed=embed)
+    return copy.deepcopy([x.state_dict() for x in (plain, optimizer, loader, large_batch)])
+
+
+def test_a_run_moves_between_one_two_and_three_ranks():
+    def run(world_size: int, state: list | None, updates: int) -> list:
+        outcomes = forks.run_forked(continued, state, updates, world_size=world_size)
+        return forks.values(outcomes)[0]
+
+    whole, moved = run(1, None, 3), None
+    for world_size in (1, 2, 3):
+        moved = run(world_size, moved, 1)
+    assert moved is not None and moved[3]["num_updates"] == whole[3]["num_updates"] == 3
+    assert any(
+        (v - make_network(dropout=0.3).state_dict()[k]).abs().max() > 1e-3
+        for k, v in whole[0].items()
+    )
+    for key, value in whole[0].items():
+        assert torch.allclose(moved[0][key], value, rtol=1e-11, atol=1e-12), key
