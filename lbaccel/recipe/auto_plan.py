@@ -215,8 +215,16 @@ def _device(device: torch.device) -> Device:
         return calibrate(device, seconds=3.0)
 
 
-def apply(model: nn.Module, chosen: Chosen, *, say: Say) -> nn.Module:
+def apply(
+    model: nn.Module, chosen: Chosen, *, norm_batch_size: NormBatchSize, say: Say
+) -> nn.Module:
     """The model in its memory format, with its recompute and its offload."""
+    if norm_batch_size == "global" and (chosen.checkpointing != "none" or chosen.offload):
+        say(
+            "warning: activation checkpointing and offload do nothing with --norm-batch-size "
+            "global: a pass holds the activations of one micro-batch between two BatchNorm layers "
+            "and computes them itself. A smaller --micro-batch-size takes less memory."
+        )
     if chosen.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if chosen.checkpointing == "full":

@@ -145,7 +145,7 @@ def build_task(
             teacher=None if teacher is None else teacher.model,
         )
         chosen = auto_plan.choose(of_plan, work, accelerator, say=say)
-    model = auto_plan.apply(model, chosen, say=say)
+    model = auto_plan.apply(model, chosen, norm_batch_size=norm_batch_size, say=say)
     if s.batch.compile:
         compile_in_place(model, accelerator.device)
         say(COMPILED)

@@ -115,7 +115,7 @@ def test_on_a_card_the_plan_is_asked_and_its_offload_applied(monkeypatch):
     assert f"{count} modules offloaded ({chosen.host_gib:.2f} GiB of the host)" in line
     assert chosen.predicted_peak_gib <= 1300 * 2**20 / GIB
     said = []
-    auto_plan.apply(model, chosen, say=said.append)
+    auto_plan.apply(model, chosen, norm_batch_size=64, say=said.append)
     assert said[-1].startswith(f"activation offload: the activations of {count} modules lie on")
     moved = {
         name
@@ -143,8 +143,17 @@ def test_recompute_and_offload_are_applied_in_this_order():
         8, "segments", (("layer1.0", "layer1.1"),), "contiguous", offload=(("layer1.0",),)
     )
     said = []
-    auto_plan.apply(model, chosen, say=said.append)
+    auto_plan.apply(model, chosen, norm_batch_size=32, say=said.append)
     assert [line.split(":")[0] for line in said] == [
         "activation checkpointing",
         "activation offload",
     ]
+
+
+def test_under_global_norm_recompute_is_said_to_do_nothing():
+    model = timm.create_model("resnet18", num_classes=10)
+    for checkpointing, warned in (("none", False), ("full", True)):
+        said = []
+        chosen = Chosen(8, checkpointing, (), "contiguous")
+        auto_plan.apply(model, chosen, norm_batch_size="global", say=said.append)
+        assert any("do nothing with --norm-batch-size global" in line for line in said) is warned
