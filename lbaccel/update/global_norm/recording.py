@@ -1,4 +1,4 @@
-"""What a recording of a forward is: a torch function mode that knows the values of its micro-batch.
+"""The recording of a forward: a torch function mode that knows the values of its micro-batch.
 
 `TapeRecorder` records a forward that runs for real, `TapeFollower` one that follows a tape.
 """
