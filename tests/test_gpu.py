@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lbaccel import BatchPlan, LargeBatch, UpdateLoader, apply_activation_checkpointing
+from lbaccel.update import ghost_kernel
 from lbaccel.update.accumulation import accumulate
 from lbaccel.update.normalization import convert_batch_norm
 from lbaccel.update.offload import apply_activation_offload
@@ -83,6 +84,34 @@ def test_partitions_agree_in_float32(checkpointing):
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(40, 24, 7, 9), (40, 24)])
+def test_ghost_batches_are_those_of_split_and_join(shape, channels_last, dtype, monkeypatch):
+    if channels_last and len(shape) == 2:
+        pytest.skip("rows have one layout")
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    x.requires_grad_()
+    weight, bias = (torch.rand(24, device="cuda", requires_grad=True) for _ in range(2))
+    upstream, found, sizes = torch.randn_like(x), [], (16, 16, 8)
+    for route in (True, False):
+        if not route:
+            monkeypatch.setattr(ghost_kernel, "_goes_in_place", lambda *_: False)
+        mean, var = torch.zeros(24, device="cuda"), torch.ones(24, device="cuda")
+        y = ghost_kernel.normalise_runs(
+            x, sizes, [(mean, var, 0.1)] * 3, weight=weight, bias=bias, eps=1e-5
+        )
+        cudnn = dtype is not torch.bfloat16 and len(shape) > 2
+        assert y.grad_fn.name().startswith("_Runs") == (route and not cudnn)
+        gradients = torch.autograd.grad(y, (x, weight, bias), upstream)
+        assert y.stride() == gradients[0].stride() == x.stride()
+        found.append((y, mean, var, *gradients))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])

@@ -1692,10 +1692,109 @@ MUTANTS = {
         "discard = norm.recomputing",
         "tests/update/test_normalization.py::test_a_filler_leaves_no_statistic",
     ),
+    "ghost batches of a layout that ATen's kernel does not take are written in place": (
+        "update.ghost_kernel",
+        "    if not any(x.is_contiguous(memory_format=layout)",
+        "    if not any(True",
+        "tests/update/test_ghost_kernel.py::"
+        "test_another_layout_takes_the_ordinary_route_and_is_right[an expanded one]",
+    ),
+    "where torch takes cuDNN, ghost batches are written in place": (
+        "update.ghost_kernel",
+        'device == "cuda" and _is_torchs_own(x, weight, bias, eps)',
+        'device == "cuda"',
+        "tests/update/test_ghost_kernel.py::"
+        "test_where_cudnn_would_be_taken_the_ordinary_route_stays[shape1-dtype1-False]",
+    ),
+    "torch is not asked which kernel CUDA gets": (
+        "update.ghost_kernel",
+        "return backend == _C._BatchNormBackend.Native",
+        "return True",
+        "tests/update/test_ghost_kernel.py::"
+        "test_on_cuda_torch_itself_is_asked_which_kernel_it_takes[Cudnn]",
+    ),
+    "ghost batches written in place have no second gradient": (
+        "update.ghost_kernel",
+        "joins = torch.is_grad_enabled()",
+        "joins = False",
+        "tests/update/test_ghost_kernel.py::test_gradients_of_gradients_are_those_of_the_formula",
+    ),
+    "the place of a batch of gradients is that of one": (
+        "update.ghost_kernel",
+        "grad.new_empty_strided(x.shape, x.stride())",
+        "torch.empty_like(x)",
+        "tests/update/test_ghost_kernel.py::test_batched_gradients_are_those_of_each",
+    ),
+    "the place of a gradient has another layout": (
+        "update.ghost_kernel",
+        "grad.new_empty_strided(x.shape, x.stride())",
+        "grad.new_empty(x.shape)",
+        "tests/update/test_ghost_kernel.py::"
+        "test_outputs_gradients_and_layouts_are_those_of_split_and_join[shape3-True-True-True]",
+    ),
+    "vmap and jvp meet ghost batches written in place": (
+        "update.ghost_kernel",
+        "if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:",
+        "if False:",
+        "tests/update/test_ghost_kernel.py::test_transforms_of_functions_take_the_ordinary_route",
+    ),
+    "a tensor of a subclass loses it in ghost batches": (
+        "update.ghost_kernel",
+        "if any(type(t) not in _PLAIN for t in tensors) or has_torch_function(tensors):",
+        "if False:",
+        "tests/update/test_ghost_kernel.py::test_a_subclass_of_tensors_takes_the_ordinary_route",
+    ),
+    "weights in half precision are given statistics of another dtype": (
+        "update.ghost_kernel",
+        "if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:",
+        "if len(kinds) != 1:",
+        "tests/update/test_ghost_kernel.py::test_weights_in_half_precision_take_the_ordinary_route",
+    ),
+    "the gradients of all ghost batches are held until the last": (
+        "update.ghost_kernel",
+        "found[-1][0] = None",
+        "pass",
+        "tests/update/test_ghost_kernel.py::"
+        "test_a_forward_holds_one_output_and_a_backward_one_run_more[True]",
+    ),
+    "moments of an update count samples where they are of values": (
+        "update.ghost_layers",
+        "_merge(slot, mean, var, size * x.shape[2:].numel())",
+        "_merge(slot, mean, var, size)",
+        "tests/update/test_normalization.py::"
+        "test_per_update_statistics_are_those_of_the_whole_batch",
+    ),
+    "a trace for CUDA runs the kernels of the CPU": (
+        "planning.cost.update",
+        "norm.device_type = device_type",
+        "pass",
+        "tests/planning/cost/test_trace.py::"
+        "test_a_trace_for_cuda_joins_ghost_batches_where_cudnn_takes_them[fp32-True]",
+    ),
+    "a place that is only made costs a pass over it": (
+        "planning.cost.trace",
+        '"new_empty", "new_empty_strided"',
+        '"new_empty"',
+        "tests/planning/cost/test_trace.py::"
+        "test_of_several_ghost_batches_too_and_no_kernel_joins_them[resnet18]",
+    ),
+    "the pages of a given place are free": (
+        "planning.cost.time_model",
+        'return 0.0 if kernel.name == "aten.empty" else _page_faults(kernel, device)',
+        "return 0.0",
+        "tests/planning/cost/test_time_model.py::"
+        "test_page_faults_count_once_whether_the_kernel_makes_its_result_or_is_given_a_place",
+    ),
+    "a known call leaves out that it changed a size": (
+        "planning.cost.known_calls",
+        "if now is not None and now.key == call.key:",
+        "if True:",
+        "tests/planning/cost/test_known_calls.py::test_sizes_that_a_call_changes_are_torchs",
+    ),
     "BatchNorm over the micro-batch": (
         "update.ghost_layers",
-        "parts = (x,) if len(sizes) == 1 else x.split(sizes)\n",
-        "parts = (x,)\n",
+        "        sizes,\n        moments,\n",
+        "        (sum(sizes),),\n        moments[:1],\n",
         "tests/update/test_normalization.py::"
         "test_statistics_move_once_a_ghost_batch_and_only_at_commit[BatchNorm1d-shape0-0.7]",
     ),

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lbaccel.errors import InputError
+from lbaccel.update.ghost_kernel import Moments, normalise_runs
 
 if TYPE_CHECKING:
     from lbaccel.update.normalization import GhostNorm
@@ -106,9 +107,20 @@ def _normalise_groups(layer: Any, x: Tensor, slot: Slot, norm: GhostNorm) -> Ten
                 "micro-batch. Use micro_batch_size=norm_batch_size="
                 f"{max(norm.micro_batch.group_sizes)}, or 'frozen'."
             )
-    parts = (x,) if len(sizes) == 1 else x.split(sizes)
-    found = [_normalise(layer, part, slot, norm, discard, i) for i, part in enumerate(parts)]
-    return found[0] if len(sizes) == 1 else torch.cat(found)
+    moments = [_moments(layer, slot, norm, discard, i) for i in range(len(sizes))]
+    y = normalise_runs(
+        x,
+        sizes,
+        moments,
+        weight=layer.weight,
+        bias=layer.bias,
+        eps=layer.eps,
+        device_type=norm.device_type,
+    )
+    if norm.statistics == "per_update" and slot.mean is not None and not discard:
+        for size, (mean, var, _) in zip(sizes, moments, strict=True):
+            _merge(slot, mean, var, size * x.shape[2:].numel())
+    return y
 
 
 def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
@@ -132,34 +144,28 @@ def _tokens(x: Tensor, slot: Slot, num_samples: int) -> int | None:
     return tokens if before[:1] == (num_samples,) and before[-1] == x.shape[1] else None
 
 
-def _normalise(
-    layer: Any, x: Tensor, slot: Slot, norm: GhostNorm, discard: bool, place: int
-) -> Tensor:
-    """Batch norm of the ghost batch at `place`; its moments are accumulated unless `discard`."""
-
-    def kernel(mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
-        return nn.functional.batch_norm(
-            x, mean, var, layer.weight, layer.bias, True, momentum, layer.eps
-        )
-
+def _moments(layer: Any, slot: Slot, norm: GhostNorm, discard: bool, place: int) -> Moments:
+    """The buffers that the kernel moves for the ghost batch at `place`: spare ones to discard."""
     if slot.mean is None:  # the layer keeps no running statistics
-        return kernel(None, None, 0.0)
+        return None, None, 0.0
     # A recompute saves as many tensors as the forward did, so it gets buffers as well, to spoil.
     if discard:
-        return kernel(slot.spare_mean, slot.spare_var, 0.0)
+        return slot.spare_mean, slot.spare_var, 0.0
     if norm.statistics == "per_ghost":
         momentum = layer.momentum
         if momentum is None:  # a mean over all: one of several calls is one of a single group
             momentum = 1.0 / (slot.num_groups + slot.calls + place)
-        return kernel(slot.mean, slot.var, momentum)
+        return slot.mean, slot.var, momentum
+    assert slot.var is not None
+    return torch.zeros_like(slot.mean), torch.zeros_like(slot.var), 1.0
+
+
+def _merge(slot: Slot, mean: Any, var: Any, n: int) -> None:
+    """Merge a ghost batch of `n` values a channel into the statistics of the update."""
     assert slot.mean is not None and slot.var is not None and slot.values is not None
-    mean, var = torch.zeros_like(slot.mean), torch.zeros_like(slot.var)
-    y = kernel(mean, var, 1.0)
-    n = x.numel() // x.shape[1]
-    # Not in place: the backward pass has saved `mean` and `var`.
+    # Not in place: the backward pass may have saved `mean` and `var`.
     merge_moments(slot.mean, slot.var, slot.values, mean, var * (n - 1), n)
     slot.values += n
-    return y
 
 
 def merge_moments(mean: Tensor, m2: Tensor, n: Any, mean_b: Tensor, m2_b: Tensor, n_b: Any) -> None:

@@ -51,6 +51,7 @@ class GhostNorm:
         self.recomputing = False
         self.refusing = False  # around a loss that every rank computes
         self.restored = False  # its layers are plain again: an update would be another one
+        self.device_type: str | None = None  # that a trace stands for; None: that of the tensors
         self.layers: list[Any] = []
         self._pending: Tensor | None = None
         self._spare: Tensor | None = None

@@ -197,8 +197,14 @@ class KnownCallsMode(FakeTensorMode):
             else:
                 out = super().dispatch(func, types, args, kwargs or {})
             if call is not None:
-                self.known.remember(call, out)
+                self._remember(call, out, args, kwargs or {})
         return out
+
+    def _remember(self, call: KnownCall, out: Any, args: Any, kwargs: Any) -> None:
+        """Keep a call, unless it changed the sizes of an argument (an `out` that did not fit)."""
+        now = self.known.call(self, call.key[0], args, kwargs)
+        if now is not None and now.key == call.key:
+            self.known.remember(call, out)
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view by ATen's own function, which knows sizes alone; torch's way around takes 1 ms."""
@@ -253,7 +259,6 @@ def _sizes_decide(func: Any) -> bool:
         isinstance(func, torch._ops.OpOverload)
         and func.namespace == "aten"
         and torch.Tag.inplace_view not in func.tags
-        and not any(argument.is_out for argument in func._schema.arguments)
     )
 
 

@@ -46,7 +46,8 @@ def kernel_class(kernel: Kernel) -> str:
 def kernel_seconds(kernel: Kernel, device: Device) -> float:
     """Seconds of one call's work, without its launch."""
     if kernel.num_bytes == 0:
-        return 0.0
+        # Storage that kernels then write in place, but for the images, which are there already.
+        return 0.0 if kernel.name == "aten.empty" else _page_faults(kernel, device)
     if kernel.name == HOST_COPY:  # on the stream of the kernels: nothing runs beside it
         return kernel.num_bytes / device.host_bandwidth
     name = kernel_class(kernel)
@@ -65,16 +66,25 @@ def kernel_seconds(kernel: Kernel, device: Device) -> float:
     work = (kernel.flops or kernel.num_bytes) / found
     if device.kind != "cpu":
         return max(work, moved) if kernel.flops else work
-    half = "half" if kernel.dtype in HALF else "fp32"
-    cached = device.rates.get(f"elementwise/{half}", device.reached_bandwidth)
     if kernel.flops:
+        cached = _cached_bandwidth(kernel, device)
         # Rates are those of large images; weights are turned for each call, whatever its samples.
         turns = 6 if kernel.name.endswith("backward") else 2
         work = max(work, kernel.num_bytes / cached) + turns * kernel.weight_bytes / cached
-    if kernel.new_bytes > MMAP_THRESHOLD:
-        # A sum of two large tensors takes more than its traffic: the page faults of the new one.
-        work += kernel.new_bytes * max(0.0, 3 / device.reached_bandwidth - 3 / cached)
-    return work
+    return work + _page_faults(kernel, device)
+
+
+def _page_faults(kernel: Kernel, device: Device) -> float:
+    """A sum of two large tensors takes more than its traffic: the page faults of the new one."""
+    if device.kind != "cpu" or kernel.new_bytes <= MMAP_THRESHOLD:
+        return 0.0
+    cached = _cached_bandwidth(kernel, device)
+    return kernel.new_bytes * max(0.0, 3 / device.reached_bandwidth - 3 / cached)
+
+
+def _cached_bandwidth(kernel: Kernel, device: Device) -> float:
+    half = "half" if kernel.dtype in HALF else "fp32"
+    return device.rates.get(f"elementwise/{half}", device.reached_bandwidth)
 
 
 def seconds(kernels: Iterable[Kernel], device: Device) -> float:

@@ -228,7 +228,10 @@ _DEVICE = torch.ops.prim.device.default
 # They touch no memory: a view by another name, or storage that nothing has written yet.
 _FREE = frozenset(
     f"aten.{name}"
-    for name in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh")
+    for name in (
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        *("_unsafe_view", "lift_fresh"),
+    )
 )
 
 

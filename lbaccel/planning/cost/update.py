@@ -121,6 +121,7 @@ def trace_update(
         model = _fake_copy(network.model, network.memory_format)
         taught = _with_teacher(network, recorder, precision)
         norm = convert_batch_norm(model, plan.norm_batch_size)
+        norm.device_type = device_type
         randomness = KeyedRandomness(0, torch.device("cpu"))
         randomness.call_number = _outside(randomness.call_number)
         if change is not None:

@@ -54,11 +54,11 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def plan_of(model, num_samples, num_micro_steps=2):
+def plan_of(model, num_samples, num_micro_steps=2, norm=None):
     return BatchPlan(
         global_batch_size=num_micro_steps * num_samples,
         micro_batch_size=num_samples,
-        norm_batch_size=num_samples if has_batch_norm(model) else None,
+        norm_batch_size=(norm or num_samples) if has_batch_norm(model) else None,
     )
 
 
@@ -70,17 +70,18 @@ def traced(
     precision="fp32",
     num_micro_steps=2,
     device_type="cpu",
+    norm=None,
 ):
     network = Network(model=model, make_batch=make_batch, optimizer=optimizer(model), clips=True)
-    plan = plan_of(model, num_samples, num_micro_steps)
+    plan = plan_of(model, num_samples, num_micro_steps, norm)
     return trace_update(
         network, plan, precision=precision, device_type=device_type, workspace=CpuWorkspaces()
     )
 
 
-def allocated_at_peak(model, make_batch, num_samples, optimizer):
+def allocated_at_peak(model, make_batch, num_samples, optimizer, norm=None):
     """Peak bytes of a real update through `LargeBatch`, by the CPU allocator's own events."""
-    plan = plan_of(model, num_samples)
+    plan = plan_of(model, num_samples, norm=norm)
     large_batch = LargeBatch(Accelerator(cpu=True), plan, clip_grad_norm=1.0)
     model, *_ = large_batch.prepare(model, optimizer(model), [])
     micro_batches = ((m, make_batch(m.num_samples)) for m in plan.partition())
@@ -158,6 +159,26 @@ def test_the_traced_peak_is_that_of_the_real_allocator(
     expected = traced(model, make_batch, num_samples, optimizer).peak()
     real = allocated_at_peak(model, make_batch, num_samples, optimizer)
     assert abs(real - expected) <= SCALARS + MARGIN * measures
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])
+def test_of_several_ghost_batches_too_and_no_kernel_joins_them(name):
+    trace = traced(timm.create_model(name), images, 24, norm=8)
+    real = allocated_at_peak(timm.create_model(name), images, 24, sgd, norm=8)
+    assert abs(real - trace.peak()) <= SCALARS
+    calls = Counter(kernel.name for kernel in trace.kernels())
+    layers = sum(isinstance(m, nn.BatchNorm2d) for m in timm.create_model(name).modules())
+    assert calls["aten.native_batch_norm"] == calls["aten.native_batch_norm_backward"] == 6 * layers
+    assert calls["aten.cat"] == 1  # the statistics at commit
+    assert not any(kernel.num_bytes for kernel in trace.kernels() if "empty" in kernel.name)
+
+
+@pytest.mark.parametrize(("precision", "joins"), [("bf16", False), ("fp32", True)])
+def test_a_trace_for_cuda_joins_ghost_batches_where_cudnn_takes_them(precision, joins):
+    model = timm.create_model("resnet18")
+    trace = traced(model, images, 24, precision=precision, device_type="cuda", norm=8)
+    calls = Counter(kernel.name for kernel in trace.kernels())
+    assert (calls["aten.cat"] > 1) == joins
 
 
 @pytest.mark.parametrize(
