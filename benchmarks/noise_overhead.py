@@ -28,7 +28,7 @@ from timm.optim import create_optimizer_v2
 
 from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.models import adapt_stem
-from lbaccel.noise.scale import UnitNorms
+from lbaccel.noise.unit_norms import UnitNorms
 
 # network, pixels a side, channels, samples a micro-batch: the recipe's digits, and a larger image
 CASES = (("resnet10t", 8, 1, 64), ("mobilenetv2_100", 64, 3, 32))

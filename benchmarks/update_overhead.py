@@ -1,12 +1,16 @@
 """Microseconds of a micro-batch that lbaccel adds to a hand-written loop, with and without masks.
 
-python benchmarks/update_overhead.py [--repeats 9] [--micro-batches 32] [--only TEXT] [--json FILE]
+python benchmarks/update_overhead.py [--repeats 9] [--micro-batches 32] [--only TEXT] [--launches]
 
 Both arms run the same network on the same samples: lbaccel's update, with all its parts, and a loop
 of forward, backward and `optimizer.step()` with torch's and timm's own masks. They are interleaved
 in one process with one thread; the figure is the smallest process time of each. The networks are
 small on purpose: what an update adds to a micro-batch does not grow with the network, but for the
-number of its masks.
+number of its masks. The cases of 20 layers have next to no work: they show the microseconds alone.
+
+`--launches` counts kernels in place of time: the operators that are no view, no allocation and no
+token of a mask (which the host draws for itself), as the dispatcher sees them; a multi-tensor
+operator is one. Counts do not depend on the processor. `--json FILE` keeps all figures.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ import timm
 import torch
 from accelerate import Accelerator
 from random_images import Images, loss_fn
+from timm.layers.drop import DropPath
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.models import adapt_stem
@@ -45,11 +52,37 @@ CASES = {  # network, its arguments, pixels, micro-batch, noise scale
     "vit_tiny, noise scale": ("vit_tiny_patch16_224", VIT, 32, 4, True),
     "resnet10t": ("resnet10t", {}, 8, 8, False),
     "resnet10t, drop-path 0.2": ("resnet10t", {"drop_path_rate": 0.2}, 8, 8, False),
+    "20 layers": ("layers", {}, 2, 4, False),
+    "20 layers, drop-path 0.2": ("layers", {"mask": DropPath}, 2, 4, False),
+    "20 layers, dropout 0.2": ("layers", {"mask": nn.Dropout}, 2, 4, False),
+    "20 layers, noise scale": ("layers", {}, 2, 4, True),
 }
+NO_KERNEL = ("empty", "new_empty", "detach", "lift_fresh", "alias", "random_", "_local_scalar")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that work on elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        self.count += not func.is_view and not name.startswith((*NO_KERNEL, "profiler::"))
+        return func(*args, **(kwargs or {}))
+
+
+def layers(mask=None):
+    middle = (m for _ in range(20) for m in (nn.Linear(12, 12), *([mask(0.2)] if mask else [])))
+    return nn.Sequential(nn.Flatten(), *middle)
 
 
 def network(name, options):
     torch.manual_seed(0)
+    if name == "layers":
+        model = layers(**options)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model = timm.create_model(name, num_classes=10, **options)
     if "resnet" in name:
         adapt_stem(model)
@@ -93,13 +126,33 @@ def plain_arm(name, options, data, micro):
     return run
 
 
-def measure(case, repeats, count):
+def arms_of(case, count):
     name, options, size, micro, noise = CASES[case]
     data = Images(count * micro, size)
-    arms = {
+    return {
         "lbaccel": lbaccel_arm(name, options, data, micro, noise),
         "plain": plain_arm(name, options, data, micro),
     }
+
+
+def launches(case):
+    """Kernels of a micro-batch, and of an update without its micro-batches, by arm."""
+    counts = {}
+    for count in (6, 10):
+        for arm, run in arms_of(case, count).items():
+            run()  # learns the masks' layouts
+            with Launches() as seen:
+                run()
+            counts[arm, count] = seen.count
+    found = {}
+    for arm in ("lbaccel", "plain"):
+        each = (counts[arm, 10] - counts[arm, 6]) / 4
+        found[arm] = {"a_micro_batch": each, "an_update": counts[arm, 6] - 6 * each}
+    return found
+
+
+def measure(case, repeats, count):
+    arms = arms_of(case, count)
     best = dict.fromkeys(arms, float("inf"))
     for _ in range(repeats + 1):  # the first round learns the masks' layouts
         for arm, run in arms.items():
@@ -119,12 +172,23 @@ def main():
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--micro-batches", type=int, default=32)
     parser.add_argument("--only", default="")
+    parser.add_argument("--launches", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
     for case in CASES:
         if args.only not in case:
+            continue
+        if args.launches:
+            found = results[case] = launches(case)
+            ours, plain = found["lbaccel"], found["plain"]
+            print(
+                f"{case:<40} a micro-batch {plain['a_micro_batch']:5.0f} kernels, lbaccel "
+                f"{ours['a_micro_batch']:5.0f}; an update {plain['an_update']:4.0f} more, lbaccel "
+                f"{ours['an_update']:4.0f}",
+                flush=True,
+            )
             continue
         found = results[case] = measure(case, args.repeats, args.micro_batches)
         print(

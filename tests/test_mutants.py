@@ -884,8 +884,8 @@ MUTANTS = {
     ),
     "nan times a weight of 0 counts in the loss": (
         "update.weightless",
-        "return torch.where(weight != 0, product, 0.0)",
-        "return product",
+        "return so_far + torch.where(weight != 0, loss.double() * weight, 0.0)",
+        "return so_far + loss.double() * weight",
         "tests/update/test_weightless.py::"
         "test_an_update_with_empty_micro_batches_is_that_of_the_whole_batch",
     ),
@@ -904,7 +904,7 @@ MUTANTS = {
         "test_several_ranks_with_empty_micro_batches_give_the_whole_batch",
     ),
     "the gradient of an empty micro-batch is heard by the noise scale": (
-        "noise.scale",
+        "noise.unit_norms",
         "self._sums += torch.where(weight > 0, sums, 0.0)",
         "self._sums += (weight > 0) * sums",
         "tests/update/test_weightless.py::test_an_empty_micro_batch_is_no_unit_of_the_noise_scale",
@@ -1617,7 +1617,7 @@ MUTANTS = {
     ),
     "the last micro-batch's loss is logged": (
         "update.accumulation",
-        "loss_sum = loss_sum + weightless.share(loss, weight)",
+        "loss_sum = weightless.added(loss_sum, loss, weight)",
         "loss_sum = loss.detach().double() * num_samples",
         "tests/update/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
@@ -1812,10 +1812,16 @@ MUTANTS = {
         "tests/update/test_normalization.py::"
         "test_per_update_statistics_are_those_of_the_whole_batch",
     ),
+    "all layers of BatchNorm have the momentum of one": (
+        "update.normalization",
+        "place = slice(None) if len(here) == len(layers) else here",
+        "place = slice(None)",
+        "tests/update/test_normalization.py::test_each_of_several_momenta_moves_its_own_layers",
+    ),
     "statistics of ranks in any order": (
         "update.normalization",
-        "(1 - layer.momentum) ** after",
-        "(1 - layer.momentum) ** (0 * after)",
+        "(1 - momentum) ** after[:, place]",
+        "(1 - momentum) ** (0 * after[:, place])",
         "tests/update/test_normalization.py::"
         "test_commit_over_ranks_equals_one_process_in_order_of_position",
     ),
@@ -1869,10 +1875,36 @@ MUTANTS = {
         "test_the_draw_of_a_sample_is_the_same_in_every_partition[Dropout of maps]",
     ),
     "keys hashed ahead are used for samples past them": (
-        "randomness.masks",
-        "skipped + samples > ahead[0].shape[1]",
-        "skipped > ahead[0].shape[1]",
+        "randomness.ahead",
+        "skipped + count > self.count",
+        "skipped > self.count",
         "tests/randomness/test_masks.py::test_keys_hashed_ahead_are_those_of_the_samples",
+    ),
+    "a mask made ahead is used for samples past it": (
+        "randomness.ahead",
+        "start < made.start or stop > made.stop",
+        "start < made.start or start >= made.stop",
+        "tests/randomness/test_ahead.py::"
+        "test_a_mask_is_that_of_the_hash_to_the_bit[made ahead for some samples-torch.float32]",
+    ),
+    "a mask made ahead is used for another rate": (
+        "randomness.ahead",
+        "place = start + self.samples, (row, of_sample, keep, scale)",
+        "place = start + self.samples, (row, of_sample)",
+        "tests/randomness/test_ahead.py::"
+        "test_calls_of_several_rates_and_shapes_take_no_mask_of_each_other",
+    ),
+    "masks made ahead are kept after their update": (
+        "randomness.masks",
+        "            self._ahead = {}\n            self._elements.forget()\n",
+        "",
+        "tests/randomness/test_ahead.py::test_what_was_made_ahead_ends_with_its_update",
+    ),
+    "the numbers of elements are folded in each call": (
+        "randomness.draws",
+        "    if elements is None:\n        elements = folded",
+        "    if True:\n        elements = folded",
+        "tests/randomness/test_ahead.py::test_a_call_launches_few_kernels[layer2-shape2-10]",
     ),
     "keys hashed ahead outlive their update": (
         "randomness.masks",
@@ -1914,7 +1946,7 @@ MUTANTS = {
     ),
     "random state of the failed attempt goes on": (
         "randomness.masks",
-        "seed_generators(int(seed), self.device)",
+        "seed_generators(int(hashed_on(self._hashed[1], micro_batch.start)), self.device)",
         "pass",
         "tests/randomness/test_masks.py::"
         "test_what_cannot_be_keyed_depends_on_no_micro_batch_that_ran_before",
@@ -2755,13 +2787,13 @@ MUTANTS = {
         "test_weights_of_the_loss_function_are_scaled_to_the_number_of_samples",
     ),
     "a loss scale enters the noise scale": (
-        "noise.scale",
+        "noise.unit_norms",
         "        if self._scale is not None:\n",
         "        if False:\n",
         "tests/noise/test_noise_scale.py::test_neither_clipping_nor_a_loss_scale_enters",
     ),
     "a filler is a unit of the noise scale": (
-        "noise.scale",
+        "noise.unit_norms",
         "(not isinstance(weight, Tensor) and weight == 0.0)",
         "(weight := weight or 3.0) == 0.0",
         "tests/noise/test_noise_scale.py::test_a_filler_counts_nothing",

@@ -44,6 +44,7 @@ from lbaccel.errors import MISSING, InputError, check_seed, check_state, check_w
 
 Transform = Callable[[Any, MicroBatch, NDArray[np.int64], NDArray[np.int64]], Any]
 HALF_READ = -1
+AT_ONCE = 1024  # samples whose places in the order are looked up together
 FETCH = "__lbaccel_fetch__"  # no data set has it by chance
 FINISH = "__lbaccel_finish__"
 
@@ -291,16 +292,20 @@ class UpdateLoader:
     ) -> Iterator[tuple[MicroBatch, NDArray[Any], NDArray[Any]]]:
         start, num_samples = self.stream.span(index)
         of_set = {"num_samples": len(self.dataset), "seed": self.seed, "order": self.order}
+        first, ahead = 0, ()
+
+        def drawn(within: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+            if self.repeats == 1:
+                return samples_at(start + within, count, **of_set)
+            return repeated_at((start, num_samples), within, count, repeats=self.repeats, **of_set)
+
         for micro_batch in plan.partition(self.rank, num_samples):
             within, count = micro_batch.start, micro_batch.num_samples
-            if self.repeats == 1:
-                yield micro_batch, *samples_at(start + within, count, **of_set)
-            else:
-                update = start, num_samples
-                yield (
-                    micro_batch,
-                    *repeated_at(update, within, count, repeats=self.repeats, **of_set),
-                )
+            if not ahead or within < first or within + count > first + len(ahead[0]):
+                first = within
+                ahead = drawn(within, max(count, min(AT_ONCE, num_samples - within)))
+            here = slice(within - first, within - first + count)
+            yield micro_batch, ahead[0][here].copy(), ahead[1][here].copy()
 
     def _micro_batches(
         self, index: int, micro_batch_size: int | None = None

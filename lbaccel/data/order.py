@@ -148,6 +148,9 @@ def _in_order(
     order: int,
 ) -> NDArray[np.int64]:
     """The indices at these offsets of their epochs' orders."""
+    if len(epochs) and (epochs == epochs[0]).all():  # as nearly always
+        epoch = int(epochs[0])
+        return _at_places(offsets, seed, epoch, num_samples=num_samples, order=order)
     indices = np.empty(len(epochs), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch

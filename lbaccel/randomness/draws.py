@@ -31,16 +31,18 @@ class Keys(NamedTuple):
     row: int
     dim: int  # of the samples, or COMMON or ALL_KEPT
     runs: int  # of samples that the dimension holds
+    mask: Tensor | None = None  # made ahead, times the scale where the call gave one
+    elements: Tensor | None = None  # int32 [count], `folded_elements` made before
 
     def bits(self, count: int) -> Tensor:
         """`element_bits` [n, count] of this call."""
-        return element_bits(self.low[self.row], self.high[self.row], count)
+        return element_bits(self.low[self.row], self.high[self.row], count, self.elements)
 
 
 class KeySource(Protocol):
     """Gives the keys of the next call, see `KeyedRandomness`."""
 
-    keys: Callable[[Tensor, int], Keys | None]
+    keys: Callable[..., Keys | None]
 
 
 def halves(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,16 +50,22 @@ def halves(keys: Tensor) -> tuple[Tensor, Tensor]:
     return keys.to(torch.int32), (keys >> 32).to(torch.int32)
 
 
-def element_bits(low: Tensor, high: Tensor, count: int) -> Tensor:
+def folded_elements(count: int, device: torch.device) -> Tensor:
+    """Int32 [count]: the numbers of elements, multiplied and folded (Knuth's golden ratio)."""
+    element = torch.arange(count, dtype=torch.int32, device=device).mul_(-1640531527)
+    return element ^ (element >> 15).bitwise_and_(0x1FFFF)
+
+
+def element_bits(low: Tensor, high: Tensor, count: int, elements: Tensor | None = None) -> Tensor:
     """Random int32 [len(low), count]: a hash of each key and element in 32-bit arithmetic.
 
-    The element is multiplied and folded (Knuth's golden ratio), then mixed with the key's two
-    halves in two rounds of xor, multiply and shift. Uniform over the whole range of int32, best in
-    its upper bits.
+    The element is folded (`folded_elements`, or `elements` where they were made before), then mixed
+    with the key's two halves in two rounds of xor, multiply and shift. Uniform over the whole range
+    of int32, best in its upper bits.
     """
-    element = torch.arange(count, dtype=torch.int32, device=low.device).mul_(-1640531527)
-    element = element ^ (element >> 15).bitwise_and_(0x1FFFF)
-    return _mixed(element ^ low[:, None], high[:, None])
+    if elements is None:
+        elements = folded_elements(count, low.device)
+    return _mixed(elements ^ low[:, None], high[:, None])
 
 
 def first_bits(low: Tensor, high: Tensor) -> Tensor:
@@ -95,8 +103,10 @@ def bits_of(
         [*x.shape[:covered], *each or 1, ...]; None where the call has no keys.
     """
     found = source.keys(x, covered)
-    if found is None:
-        return None
+    return None if found is None else _bits(found, x, covered, each)
+
+
+def _bits(found: Keys, x: Tensor, covered: int, each: tuple[int, ...] = ()) -> Tensor:
     dim, runs, samples = found.dim, found.runs, found.low.shape[1]
     lead, rest = x.shape[:covered], each or (1,) * (x.ndim - covered)
     if dim == ALL_KEPT:
@@ -112,21 +122,33 @@ def bits_of(
     return bits.reshape(*lead, *rest)
 
 
-def _dropped(x: Tensor, mask: Tensor, keep: float, inplace: bool = False) -> Tensor:
-    """x * mask / keep; autograd saves the mask, a byte an element."""
-    scale = 1.0 / keep if keep > 0 else 0.0
+def _masked(
+    source: KeySource, x: Tensor, covered: int, keep: float, *, scale: float, inplace: bool = False
+) -> Tensor | None:
+    """x * mask * scale, the mask True with probability `keep`; None where there are no keys.
+
+    Autograd saves the mask, a byte an element. Two cases take one pass over `x` and give the same
+    bits: a mask made ahead, and one of far fewer elements than `x`, such as that of whole paths. It
+    is then multiplied by the scale first, which gives torch's default dtype. A tensor of another
+    dtype, such as autocast's, takes its factors one after the other: in its own dtype the scale
+    would be rounded.
+    """
+    in_one = not inplace and x.dtype == torch.get_default_dtype()
+    found = source.keys(x, covered, keep, scale if in_one else None)
+    if found is None:
+        return None
+    mask = found.mask
+    if mask is None:
+        mask = keep_mask(_bits(found, x, covered), keep)
+        if in_one and covered < x.ndim:
+            return x * (mask * scale)
+    elif in_one:
+        return x * mask
     return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
 
 
-def _paths_dropped(x: Tensor, mask: Tensor, keep: float) -> Tensor:
-    """`_dropped` to the bit, in one pass over `x`, whose mask has far fewer elements.
-
-    A mask times a number has torch's default dtype. A tensor of another one, such as autocast's,
-    takes its factors one after the other: in its own dtype the scale would be rounded.
-    """
-    if x.dtype != torch.get_default_dtype():
-        return _dropped(x, mask, keep)
-    return x * (mask * (1.0 / keep if keep > 0 else 0.0))
+def _inverse(keep: float) -> float:
+    return 1.0 / keep if keep > 0 else 0.0
 
 
 Make = Callable[[KeySource, Any], Any]
@@ -142,10 +164,9 @@ def _dropout(num_channel_dims: int | None) -> Make:
             covered = _channels(input.ndim, num_channel_dims)
             if not training or not 0.0 < p <= 1.0 or covered is None:
                 return plain(input, p, training, inplace)
-            bits = bits_of(source, input, covered)
-            if bits is None:
-                return plain(input, p, training, inplace)
-            return _dropped(input, keep_mask(bits, 1 - p), 1 - p, inplace)
+            scale = _inverse(1 - p)
+            out = _masked(source, input, covered, 1 - p, scale=scale, inplace=inplace)
+            return plain(input, p, training, inplace) if out is None else out
 
         return dropout
 
@@ -191,23 +212,23 @@ def _alpha_dropout(whole_channels: bool, default_training: bool) -> Make:
 
 def _drop_path(source: KeySource, plain: Any) -> Any:
     def forward(self: Any, x: Tensor) -> Tensor:
-        active = self.training and self.drop_prob
-        bits = bits_of(source, x, 1) if active else None
-        if bits is None:
-            return plain(self, x)
-        keep = 1 - self.drop_prob
-        return _paths_dropped(x, keep_mask(bits, keep), keep if self.scale_by_keep else 1.0)
+        out = None
+        if self.training and self.drop_prob:
+            keep = 1 - self.drop_prob
+            scale = _inverse(keep) if self.scale_by_keep else 1.0
+            out = _masked(source, x, 1, keep, scale=scale)
+        return plain(self, x) if out is None else out
 
     return forward
 
 
 def _stochastic_depth(source: KeySource, plain: Any) -> Any:
     def forward(self: Any, input: Tensor) -> Tensor:
-        active = self.training and self.p
-        bits = bits_of(source, input, 0 if self.mode == "batch" else 1) if active else None
-        if bits is None:
-            return plain(self, input)
-        return _paths_dropped(input, keep_mask(bits, 1 - self.p), 1 - self.p)
+        out = None
+        if self.training and self.p:
+            covered = 0 if self.mode == "batch" else 1
+            out = _masked(source, input, covered, 1 - self.p, scale=_inverse(1 - self.p))
+        return plain(self, input) if out is None else out
 
     return forward
 

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
+_ALL = 2**64 - 1
 
 
 def keyed_hash(*parts: ArrayLike) -> NDArray[np.uint64]:
@@ -31,11 +32,21 @@ def hashed_on(h: NDArray[np.uint64], part: ArrayLike) -> NDArray[np.uint64]:
     >>> bool(hashed_on(keyed_hash(1, 2), 3) == keyed_hash(1, 2, 3))
     True
     """
+    if not h.ndim and isinstance(part, int):  # numpy takes ten times as long for one number
+        return np.uint64(_hashed_number(int(h), part))  # type: ignore[return-value]
     with np.errstate(over="ignore"):
         value = np.asarray(part).astype(np.int64).view(np.uint64)
         h = (h + value + np.uint64(1)) * np.uint64(GOLDEN)
         for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
             h = (h ^ (h >> np.uint64(shift))) * np.uint64(multiplier)
+    return h
+
+
+def _hashed_number(h: int, part: int) -> int:
+    """`hashed_on` of one number, modulo 2^64."""
+    h = (h + part + 1) * GOLDEN & _ALL
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        h = (h ^ (h >> shift)) * multiplier & _ALL
     return h
 
 

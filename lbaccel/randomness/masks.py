@@ -24,6 +24,7 @@ partition draws other masks of the same distribution, the same partition draws t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -33,16 +34,16 @@ from torch import Tensor
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, check_seed
+from lbaccel.randomness.ahead import Elements, KeysAhead, KeysOf
 from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys, first_bits, halves
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
-from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, keyed_hash
+from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, hashed_on, keyed_hash
 from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
 
 # One number for each kind of key, so that no two share a hash.
 OUTSIDE, MICRO_BATCH, MASKS, WHOLE, ONE_CALL = range(1, 6)
 # Keys of so many calls and samples are hashed together: a few dozen kernels in place of thousands.
 CALLS_AT_ONCE, SAMPLES_AT_ONCE = 64, 256
-Drawn = tuple[Tensor, Tensor, Tensor]  # of calls x samples: `Keys.low`, `high` and `first`
 ALL_SAMPLES = -1  # in place of a position, where one draw serves all samples
 
 
@@ -76,13 +77,18 @@ class KeyedRandomness:
         self.must_learn = False  # a call without layouts raises `NotLearned`
         self._update = 0
         self._micro_batch: MicroBatch | None = None
+        self._samples = 0  # of it
+        self._hashed = -1, keyed_hash()  # of an update, what seeds its micro-batches begin with
         self._recomputing = False
         self._next = -1  # number of the next call, where it runs `again`
         self._whole = False
         self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
-        self._rows: dict[int, Drawn] = {}  # of the micro-batch, by block of calls
-        self._ahead: dict[Any, tuple[int, Drawn]] = {}  # by update too, of samples from one on
+        self._token = torch.empty((), dtype=torch.int64, device="cpu")
+        self._rows: dict[int, KeysOf] = {}  # of the micro-batch, by block of calls
+        self._ahead: dict[Any, KeysAhead] = {}  # by update too, of samples from one on
+        self._elements = Elements()
+        self._keying = False  # the functions of `REPLACED` are their twins
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
         self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
@@ -94,9 +100,11 @@ class KeyedRandomness:
         self._update = index
         seed_generators(int(keyed_hash(self.seed, OUTSIDE, index)), self.device)
         try:
-            yield
+            with self._replaced():  # once: outside of a micro-batch they have no keys
+                yield
         finally:
             self._ahead = {}
+            self._elements.forget()
             restore_generators(states, self.device)
 
     @contextmanager
@@ -106,10 +114,11 @@ class KeyedRandomness:
         Raises:
             NotLearned: it called for other masks than `layouts` has, and did not fail otherwise.
         """
-        self._micro_batch = micro_batch
+        self._micro_batch, self._samples = micro_batch, micro_batch.num_samples
         self._calls, self._rows = {}, {}
-        seed = keyed_hash(self.seed, MICRO_BATCH, self._update, micro_batch.start)
-        seed_generators(int(seed), self.device)
+        if self._hashed[0] != self._update:
+            self._hashed = self._update, keyed_hash(self.seed, MICRO_BATCH, self._update)
+        seed_generators(int(hashed_on(self._hashed[1], micro_batch.start)), self.device)
         try:
             with self._replaced():
                 yield
@@ -153,7 +162,8 @@ class KeyedRandomness:
     @contextmanager
     def replay(self, micro_batch: MicroBatch) -> Iterator[None]:
         """As `forward`, where a part of its calls runs, each `again`."""
-        self._micro_batch, self._rows = micro_batch, {}
+        self._micro_batch, self._samples = micro_batch, micro_batch.num_samples
+        self._rows = {}
         try:
             yield
         finally:
@@ -181,12 +191,17 @@ class KeyedRandomness:
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
+        if self._keying:
+            yield
+            return
         plain = [(owner, name, getattr(owner, name)) for owner, name, _ in self._keyed]
         try:
+            self._keying = True
             for owner, name, keyed in self._keyed:
                 setattr(owner, name, keyed)
             yield
         finally:
+            self._keying = False
             for owner, name, original in plain:
                 setattr(owner, name, original)
 
@@ -199,8 +214,16 @@ class KeyedRandomness:
         finally:
             self._recomputing = False
 
-    def _next_keys(self, x: Tensor, covered: int) -> Keys | None:
+    def _next_keys(
+        self, x: Tensor, covered: int, keep: float | None = None, scale: float | None = None
+    ) -> Keys | None:
         """Keys of the samples of the next call, or one common to the update; None: no keys.
+
+        Args:
+            x: what is masked.
+            covered: its leading dimensions with draws of their own.
+            keep: of `keep_mask`, where the mask itself is wanted and may be made ahead.
+            scale: that the mask is then multiplied by.
 
         Raises:
             NotLearned: the call is not one of those that `layouts` holds.
@@ -209,10 +232,9 @@ class KeyedRandomness:
             self._watch(x, covered)
             none = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
             return Keys(none, none, none, 0, ALL_KEPT, 1)
-        if self._whole:
+        if self._whole or self._micro_batch is None:
             return None
-        assert self._micro_batch is not None
-        samples = self._micro_batch.num_samples
+        samples = self._samples
         if self.layouts is not None:
             call = self.call_number()
             place = self.layouts.place(call, x)
@@ -225,27 +247,36 @@ class KeyedRandomness:
             return None
         if place.dim is None or place.dim >= covered:
             h = torch.full((1,), _signed(self._base()), dtype=torch.int64, device=x.device)
-            return Keys(*_drawn(_chain(_chain(h, ALL_SAMPLES), call)[None]), 0, COMMON, 1)
+            low, high = halves(_chain(_chain(h, ALL_SAMPLES), call)[None])
+            return Keys(low, high, first_bits(low, high), 0, COMMON, 1)
         runs = place.runs_of(x, samples)
         block, row = divmod(call, CALLS_AT_ONCE)
-        if block not in self._rows:
-            self._rows[block] = self._drawn(block, self._micro_batch, x.device)
-        return Keys(*self._rows[block], row, place.dim, runs)
+        keys = self._rows.get(block)
+        if keys is None:
+            keys = self._rows[block] = self._drawn(block, self._micro_batch, x.device)
+        if keep is not None and place.dim == 0 and runs == 1:
+            mask = keys.mask(row, x, covered, keep=keep, scale=scale)
+            if mask is not None:
+                return Keys(keys.low, keys.high, keys.first, row, 0, 1, mask)
+        count = math.prod(x.shape[:covered]) // samples
+        elements = self._elements.of(count, x.device)
+        return Keys(keys.low, keys.high, keys.first, row, place.dim, runs, None, elements)
 
-    def _drawn(self, block: int, micro_batch: MicroBatch, device: torch.device) -> Drawn:
+    def _drawn(self, block: int, micro_batch: MicroBatch, device: torch.device) -> KeysOf:
         """The keys of a block of calls for a micro-batch, hashed for the next ones as well."""
         samples, place = micro_batch.num_samples, (self._update, block)
-        start, ahead = self._ahead.get(place, (0, None))
-        skipped = micro_batch.start - start
-        if ahead is None or skipped < 0 or skipped + samples > ahead[0].shape[1]:
-            skipped, count = 0, max(samples, SAMPLES_AT_ONCE)
+        ahead = self._ahead.get(place)
+        found = None if ahead is None else ahead.of(micro_batch.start, samples)
+        if found is None:
+            count = max(samples, SAMPLES_AT_ONCE)
             positions = torch.arange(micro_batch.start, micro_batch.start + count, device=device)
             calls = torch.arange(CALLS_AT_ONCE, device=device) + block * CALLS_AT_ONCE
             h = _chain(torch.full_like(positions, _signed(self._base())), positions)
-            ahead = _drawn(_chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None]))
-            self._ahead[place] = micro_batch.start, ahead
-        low, high, first = (part[:, skipped : skipped + samples] for part in ahead)
-        return low, high, first
+            keys = _chain(h[None].repeat(CALLS_AT_ONCE, 1), calls[:, None])
+            ahead = self._ahead[place] = KeysAhead(keys, micro_batch.start)
+            found = ahead.of(micro_batch.start, samples)
+            assert found is not None
+        return found
 
     def _base(self) -> int:
         return int(keyed_hash(self.seed, MASKS, self._update))
@@ -255,7 +286,7 @@ class KeyedRandomness:
         if self._next >= 0:
             self._next += 1
             return self._next - 1
-        token = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+        token = int(self._token.random_())
         if token not in self._calls:
             if self._recomputing:
                 raise InputError(
@@ -266,11 +297,6 @@ class KeyedRandomness:
                 )
             self._calls[token] = len(self._calls)
         return self._calls[token]
-
-
-def _drawn(keys: Tensor) -> Drawn:
-    low, high = halves(keys)
-    return low, high, first_bits(low, high)
 
 
 def _signed(value: int) -> int:

@@ -144,7 +144,7 @@ def accumulate(
                 if after is not None:
                     after(weight)
                 if not micro_batch.is_filler:
-                    loss_sum = loss_sum + weightless.share(loss, weight)
+                    loss_sum = weightless.added(loss_sum, loss, weight)
                     weight_sum = weight_sum + weight
                 del out, sums, loss, scaled
     as_double = {"dtype": torch.float64, "device": device}

@@ -16,7 +16,8 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.data.loader import Update, UpdateLoader
 from lbaccel.errors import MISSING, check_choice, check_state
-from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.noise.scale import NoiseScale
+from lbaccel.noise.unit_norms import UnitNorms
 from lbaccel.optim.scheduler import after_update
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import arguments, failures

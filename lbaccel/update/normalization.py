@@ -165,27 +165,48 @@ class GhostNorm:
         vector = torch.cat([counts, self._pending.double()])
         rows = vector[None] if gather is None else gather(vector)
         counts, moments = rows[:, : len(slots)], rows[:, len(slots) :]
-        half = moments.shape[1] // 2
-        start = 0
-        for i, layer in enumerate(tracked):
-            stop = start + layer.num_features
-            means, variances = moments[:, start:stop], moments[:, half + start : half + stop]
-            write = _write_per_ghost if per_ghost else _write_per_update
-            write(layer, counts[:, i], means, variances)
-            start = stop
+        moments = moments.view(len(rows), 2, -1)
+        if per_ghost:
+            _write_per_ghost(tracked, counts, moments)
+            return
+        sizes = [layer.num_features for layer in tracked]
+        for i, (layer, of_layer) in enumerate(zip(tracked, moments.split(sizes, 2), strict=True)):
+            _write_per_update(layer, counts[:, i], of_layer[:, 0], of_layer[:, 1])
 
 
-def _write_per_ghost(layer: Any, counts: Tensor, means: Tensor, variances: Tensor) -> None:
-    total = counts.sum()
-    if layer.momentum is None:  # cumulative average: A_k is the mean over rank k's ghost batches
-        keep = layer.num_batches_tracked.double()
-        decay, weights = keep / (keep + total).clamp(min=1), counts / (keep + total).clamp(min=1)
-    else:
-        after = counts.flip(0).cumsum(0).flip(0) - counts
-        decay, weights = (1 - layer.momentum) ** total, (1 - layer.momentum) ** after
-    for buffer, rows in ((layer.running_mean, means), (layer.running_var, variances)):
-        buffer.copy_(decay * buffer.double() + (weights[:, None] * rows).sum(0))
-    layer.num_batches_tracked += total.to(layer.num_batches_tracked.dtype)
+def _write_per_ghost(layers: list[Any], counts: Tensor, moments: Tensor) -> None:
+    """The equation of the module, for all layers by the same few kernels.
+
+    Args:
+        layers: that keep running statistics.
+        counts: float64 [ranks, layers], ghost batches.
+        moments: float64 [ranks, 2, channels of all layers], A of mean and variance.
+    """
+    sizes = [layer.num_features for layer in layers]
+    total = counts.sum(0)
+    after = counts.flip(0).cumsum(0).flip(0) - counts
+    decay, weights = torch.empty_like(total), torch.empty_like(counts)
+    for momentum in {layer.momentum for layer in layers}:
+        here = [i for i, layer in enumerate(layers) if layer.momentum == momentum]
+        place = slice(None) if len(here) == len(layers) else here
+        if momentum is None:  # cumulative average: A_k is the mean over rank k's ghost batches
+            keep = torch.stack([layers[i].num_batches_tracked for i in here]).double()
+            both = (keep + total[place]).clamp(min=1)
+            decay[place], weights[:, place] = keep / both, counts[:, place] / both
+        else:
+            decay[place] = (1 - momentum) ** total[place]
+            weights[:, place] = (1 - momentum) ** after[:, place]
+    channels = torch.tensor(sizes).to(counts.device)
+    each = torch.arange(len(sizes), device=counts.device).repeat_interleave(
+        channels, output_size=sum(sizes)
+    )
+    buffers = [[layer.running_mean for layer in layers], [layer.running_var for layer in layers]]
+    before = torch.stack([torch.cat(part) for part in buffers])
+    now = decay[each] * before.double() + (weights[:, None, each] * moments).sum(0)
+    found = [part for half in now.to(before.dtype) for part in half.split(sizes)]
+    torch._foreach_copy_([*buffers[0], *buffers[1]], found)
+    numbers = [layer.num_batches_tracked for layer in layers]
+    torch._foreach_add_(numbers, list(total.to(numbers[0].dtype)))
 
 
 def _write_per_update(layer: Any, counts: Tensor, means: Tensor, sums: Tensor) -> None:

@@ -21,11 +21,12 @@ from lbaccel.batch.plan import BatchPlan, MicroBatch
 from lbaccel.data.loader import Update
 from lbaccel.errors import InputError, RankFailed, RunFailed
 from lbaccel.launch import local_world_size
-from lbaccel.noise.scale import NoiseScale, UnitNorms
+from lbaccel.noise.scale import NoiseScale
+from lbaccel.noise.unit_norms import UnitNorms
 from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, coupled, failures
-from lbaccel.update.accumulation import Agreement, LossFn, Stop, Sums
+from lbaccel.update.accumulation import Agreement, LossFn, Scope, Stop, Sums
 from lbaccel.update.arguments import pairs_of
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.compiled import is_compiled
@@ -203,16 +204,23 @@ class Transaction:
                     pairs,
                     loss_fn,
                     num_samples=update.num_samples,
-                    scopes=(
-                        *(self.norm, self.randomness, self.averages),
-                        *([self._host_limit] if keeps else []),
-                    ),
+                    scopes=self._scopes(),
                     backward=self.sharding.backward,
                 )
         except Exception as error:
             return None, error
         self.masks.say()
         return sums, None
+
+    def _scopes(self) -> list[Scope]:
+        """Those around each micro-batch, without the ones that have nothing to do."""
+        norm, averages, limit = self.norm, self.averages, self._host_limit
+        return [
+            *([norm] if norm.layers or norm.restored else []),
+            self.randomness,
+            *([averages] if averages.names else []),
+            *([limit] if self.sharding.droppable and limit.is_active else []),
+        ]
 
     def _way(
         self, make: Callable[[], MicroBatches], loss_fn: LossFn, update: Update

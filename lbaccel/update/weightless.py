@@ -51,12 +51,22 @@ class Weightless:
                 self._hooks.callback(parameter.register_hook(self._gradient).remove)
             self._hears = True
 
-    def share(self, loss: Tensor, weight: Tensor | float) -> Tensor | float:
-        """`loss` times `weight`; 0 where the weight is, whatever the loss."""
-        product = loss.detach().double() * weight
+    def added(self, so_far: Tensor | float, loss: Tensor, weight: Tensor | float) -> Tensor | float:
+        """`so_far` plus `loss` times `weight` in float64; 0 where the weight is, whatever the loss.
+
+        Args:
+            so_far: 0.0, or what this returned before, which it may write into.
+            loss: of one element.
+            weight: on the host, or [] on the device.
+        """
+        loss = loss.detach()
         if isinstance(weight, Tensor):
-            return torch.where(weight != 0, product, 0.0)
-        return product if weight != 0 else 0.0
+            return so_far + torch.where(weight != 0, loss.double() * weight, 0.0)
+        if weight == 0:
+            return so_far
+        if isinstance(so_far, Tensor):  # one kernel, as the plain loop's
+            return so_far.add_(loss.view(()) if loss.ndim else loss, alpha=weight)
+        return so_far + loss.double().view(()) * weight
 
     def _forwarded(self, module: Any, args: Any, output: Any) -> None:
         for tensor in tree_leaves(output):

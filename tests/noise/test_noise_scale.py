@@ -20,7 +20,7 @@ from updates import cross_entropy, visiting_order
 from lbaccel import BatchPlan, InputError, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.data.loader import Update
 from lbaccel.noise.arithmetic import estimate
-from lbaccel.noise.scale import UnitNorms
+from lbaccel.noise.unit_norms import UnitNorms
 
 COUNT, NORM = 23, 3  # eight ghost batches: seven of 3 and one of 2
 CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)

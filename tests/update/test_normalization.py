@@ -448,3 +448,29 @@ def test_a_copied_sync_layer_stays_converted_since_a_plain_one_would_talk_to_the
     twin = copy.deepcopy(layer)
     assert type(twin) is type(layer) and twin._ghost_slot is None
     assert twin(torch.randn(6, 4)).shape == (6, 4)  # in training, on the CPU
+
+
+def test_each_of_several_momenta_moves_its_own_layers():
+    momenta = (0.1, None, 0.1, 0.7)
+
+    def after(*momenta):
+        torch.manual_seed(0)
+        sizes = (3, 5, 4, 2)
+        net = nn.ModuleList(
+            nn.BatchNorm1d(n, momentum=m) for n, m in zip(sizes, momenta, strict=True)
+        )
+        norm = convert_batch_norm(net.double(), 3)
+        for _ in range(2):
+            norm.begin()
+            for layer in net:
+                run_groups(layer, norm, torch.randn(8, layer.num_features, dtype=torch.float64))
+            norm.commit()
+        return net
+
+    found = after(*momenta)
+    for i, momentum in enumerate(momenta):
+        alone = after(*[momentum] * len(momenta))[i].state_dict()
+        assert found[i].state_dict().keys() == alone.keys()
+        for key, value in found[i].state_dict().items():
+            assert torch.equal(value, alone[key])
+        assert alone["num_batches_tracked"] == 6

@@ -93,7 +93,7 @@ class Ending:
         self._weightless.expect(weight)
         self._backward(loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share))
         if not micro_batch.is_filler:
-            self._loss = self._loss + self._weightless.share(loss, weight)
+            self._loss = self._weightless.added(self._loss, loss, weight)
             self._weight = self._weight + weight
 
     def sums(self, device: torch.device) -> Sums:

@@ -125,6 +125,11 @@ class Watch:
     def __init__(self) -> None:
         self._shapes: Shapes = ()
 
+    @property
+    def is_active(self) -> bool:
+        """Whether this process is inside a `host_limit`."""
+        return _active is not None
+
     def begin(self) -> None:
         """An attempt begins: the system's limit moves to where the budget now ends."""
         if _active is not None:
