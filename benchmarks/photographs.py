@@ -1,23 +1,25 @@
 """Images a CPU-second of the paths from image files to batches: lbaccel's, torchvision's, timm's.
 
-python benchmarks/photographs.py --data FOLDER [--images 320] [--repeats 4] [--workers 0 1 2]
+python benchmarks/photographs.py --data FOLDER [--images 160] [--repeats 6] [--workers 0 1 2]
     [--what training evaluation] [--micro-batch 32] [--img-size 224] [--interpolation bicubic]
-    [--json FILE]
+    [--only NAME ...] [--json FILE]
 
 FOLDER holds train/ with a folder for each class. All arms have the same augmentation (random
 resized crop, mirror image, colour jitter 0.4, normalisation; in evaluation resize and centre
-crop), one thread a process, and are interleaved; the order is reversed in every other round. The
-figure is CPU time, user and system, of the process and its workers: the least time of a pass over
-64 images is taken from the least time of a longer pass, so the start of workers and what they
-read ahead count nothing. The last lines have the cost of starting an evaluation's workers anew.
+crop) and one thread a process. The figure is CPU time, user and system, of the process and its
+workers. All arms are alive at once and take turns: a part is --images images, measured from a
+moment in which the workers have read ahead as far as they will to the next such moment, and the
+least of --repeats parts counts. So the start of workers counts nothing, for no arm; it has a table
+of its own. "Lbaccel, fast, kept" reads decoded images that --cache-images holds. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import platform
-import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -33,46 +35,76 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from lbaccel import BatchPlan, UpdateLoader
+from lbaccel.data.decode import pixels_of
 from lbaccel.data.pipelines import EvaluationBatches, training_set
+from lbaccel.data.pixel_cache import CachePart, PixelCache
 from lbaccel.data.sources import open_source
 
+FAST = "lbaccel, fast"
+TIMES = 50  # the images are repeated, so that no path comes to an end
+ROOM = 2**30  # bytes of kept images
 MEAN, STD, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875
-FIRST = 64  # images of the short pass
-SETTLED = 1.0  # seconds, in which workers read ahead as far as they will
+FIRST = 2  # batches before the first part
+IDLE = 0.05  # seconds without work of the workers
 
 
-def cpu_seconds():
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + ended.ru_utime + ended.ru_stime
+def cpu_of(pid):
+    """CPU-seconds of a process that runs, all its threads: see clock_getcpuclockid(3)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
-def whole_pass(make, count, workers):
-    """CPU-seconds of a pass over so many images, with the start and the end of its workers."""
-    before = cpu_seconds()
-    batches, close = make(count, workers)
-    seen = sum(len(images) for images, _ in batches)
-    assert seen == count, (seen, count)
-    if workers:
-        time.sleep(SETTLED)
-    del batches
-    close()
-    return cpu_seconds() - before
+class Arm:
+    """A path from files to batches without end, and the CPU time of parts of it."""
+
+    def __init__(self, make):
+        before = time.process_time()
+        others = set(multiprocessing.active_children())
+        batches, self.close = make()
+        self.batches = iter(batches)
+        self.workers = [p.pid for p in set(multiprocessing.active_children()) - others]
+        self.take(FIRST)
+        # started lazily by some
+        self.workers = [p.pid for p in set(multiprocessing.active_children()) - others]
+        self.settle()
+        self.start = time.process_time() - before + sum(map(cpu_of, self.workers))
+
+    def take(self, count):
+        """Read so many batches."""
+        return sum(len(images) for images, _ in itertools.islice(self.batches, count))
+
+    def settle(self):
+        """Wait until no worker works."""
+        spent = -1
+        while spent != (spent := sum(map(cpu_of, self.workers))):
+            time.sleep(IDLE)
+
+    def part(self, count):
+        """CPU-seconds of so many batches."""
+        before = time.process_time() + sum(map(cpu_of, self.workers))
+        self.take(count)
+        self.settle()
+        return time.process_time() + sum(map(cpu_of, self.workers)) - before
 
 
-def of_lbaccel(a, source, decoder, train, count, workers):
+def of_lbaccel(a, source, decoder, kept, train, workers):
     pre = {
         "img_size": a.img_size, "mean": MEAN, "std": STD, "interpolation": a.interpolation,
         "crop_pct": CROP, "decoder": decoder,
     }  # fmt: skip
-    images = source.only(list(range(0, len(source), len(source) // count))[:count])
+    cache = CachePart(PixelCache(len(source), ROOM)) if kept else None
+    if cache is not None:
+        for index in range(len(source)):
+            cache.pixels(index, partial(pixels_of, source, index))
     if not train:
-        evaluation = EvaluationBatches(images, preprocessing=pre, num_workers=workers)
-        return evaluation(0, a.micro_batch), evaluation.close
-    plan = BatchPlan(global_batch_size=count, micro_batch_size=a.micro_batch)
-    loader = UpdateLoader(
-        training_set(images, preprocessing=pre, seed=0), plan, num_workers=workers
-    )
-    return (data for _, data in next(iter(loader))), loader.close
+        rows = list(range(len(source))) * TIMES
+        first = EvaluationBatches(source, preprocessing=pre, num_workers=workers, cache=cache)
+        first.indices = rows
+        return first(0, a.micro_batch), first.close
+    plan = BatchPlan(global_batch_size=a.micro_batch, micro_batch_size=a.micro_batch)
+    data = training_set(source, preprocessing=pre, seed=0, cache=cache)
+    loader = UpdateLoader(data, plan, num_workers=workers)
+    endless = (data for _ in itertools.count() for update in loader for _, data in update)
+    return endless, loader.close
 
 
 class Tensors(ImageFolder):
@@ -102,20 +134,18 @@ def transform_of(a, train, tensors):
     )
 
 
-def of_torchvision(a, kind, train, count, workers):
+def of_torchvision(a, kind, train, workers):
     images = kind(str(a.data / "train"), transform_of(a, train, tensors=kind is Tensors))
-    part = Subset(images, range(0, len(images), len(images) // count)[:count])
     loader = DataLoader(
-        part, batch_size=a.micro_batch, shuffle=train, num_workers=workers,
-        generator=torch.Generator(),
+        Subset(images, list(range(len(images))) * TIMES), batch_size=a.micro_batch,
+        shuffle=train, num_workers=workers, generator=torch.Generator(),
     )  # fmt: skip
     return iter(loader), lambda: None
 
 
-def of_timm(a, prefetcher, train, count, workers):
+def of_timm(a, prefetcher, train, workers):
     images = timm.data.create_dataset("", root=str(a.data / "train"))
-    samples = images.reader.samples
-    images.reader.samples = samples[:: len(samples) // count][:count]
+    images.reader.samples = images.reader.samples * TIMES
     loader = timm.data.create_loader(
         images, (3, a.img_size, a.img_size), a.micro_batch, is_training=train,
         interpolation=a.interpolation, mean=MEAN, std=STD, crop_pct=CROP, color_jitter=0.4,
@@ -129,80 +159,68 @@ def of_timm(a, prefetcher, train, count, workers):
 
 def arms_of(a):
     source = open_source(f"folder:{a.data}").train
-    return {
-        "lbaccel, fast": partial(of_lbaccel, a, source, "fast"),
-        "lbaccel, pillow": partial(of_lbaccel, a, source, "pillow"),
+    arms = {
+        FAST: partial(of_lbaccel, a, source, "fast", False),
+        "lbaccel, fast, kept": partial(of_lbaccel, a, source, "fast", True),
+        "lbaccel, pillow": partial(of_lbaccel, a, source, "pillow", False),
+        "lbaccel, pillow, kept": partial(of_lbaccel, a, source, "pillow", True),
         "torchvision, Pillow's images": partial(of_torchvision, a, ImageFolder),
         "torchvision, tensors of bytes": partial(of_torchvision, a, Tensors),
         "timm": partial(of_timm, a, False),
         "timm, its prefetcher": partial(of_timm, a, True),
     }
+    return {name: make for name, make in arms.items() if not a.only or name in (FAST, *a.only)}
 
 
 def measure(a, train, workers):
-    """Milliseconds of CPU an image, of each arm."""
-    arms = arms_of(a)
-    counts = (FIRST, FIRST + a.images)
-    least = {(name, count): float("inf") for name in arms for count in counts}
+    """Milliseconds of CPU: an image of each arm, and the start of each."""
+    arms = {name: Arm(partial(make, train, workers)) for name, make in arms_of(a).items()}
+    least = dict.fromkeys(arms, float("inf"))
     for round_ in range(a.repeats):
-        for name, count in list(least)[:: 1 if round_ % 2 else -1]:
-            # timm drops what does not fill a batch in training, so the counts are whole batches
-            spent = whole_pass(partial(arms[name], train), count, workers)
-            least[name, count] = min(least[name, count], spent)
-    return {
-        name: 1000 * (least[name, counts[1]] - least[name, counts[0]]) / a.images for name in arms
-    }
-
-
-def starts(a, workers):
-    """CPU-milliseconds of a pass of the evaluation over 64 images: workers started, and kept."""
-    make = partial(arms_of(a)["lbaccel, fast"], False)
-
-    def twice(count, workers):
-        first, close = make(count // 2, workers)
-        evaluation = close.__self__
-        list(first)
-        both = [first, evaluation(0, a.micro_batch)]
-        return (batch for part in ([(range(count // 2), 0)], both[1]) for batch in part), close
-
-    one = min(whole_pass(make, FIRST, workers) for _ in range(a.repeats))
-    two = min(whole_pass(twice, 2 * FIRST, workers) for _ in range(a.repeats))
-    return 1000 * one, 1000 * (two - one)
+        for name in list(arms)[:: 1 if round_ % 2 else -1]:
+            least[name] = min(least[name], arms[name].part(a.images // a.micro_batch))
+    starts = {name: 1000 * arm.start for name, arm in arms.items()}
+    for arm in arms.values():
+        arm.batches = None
+        arm.close()
+    return {name: 1000 * seconds / a.images for name, seconds in least.items()}, starts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     both = ("training", "evaluation")
     parser.add_argument("--what", choices=both, nargs="+", default=both)
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bicubic")
+    parser.add_argument("--only", nargs="+", default=(), help="arms beside lbaccel, fast")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    if FIRST % a.micro_batch or a.images % a.micro_batch:
-        parser.error(f"--micro-batch must divide {FIRST} and --images")
+    if a.images % a.micro_batch:
+        parser.error("--micro-batch must divide --images")
     torch.set_num_threads(1)
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, timm, PIL)}
     print(versions, platform.machine(), torch.backends.cpu.get_cpu_capability())
     found = []
     for train in (what == "training" for what in a.what):
         for workers in a.workers:
-            rows = measure(a, train, workers)
-            best = rows["lbaccel, fast"]
+            rows, starts = measure(a, train, workers)
+            best = rows[FAST]
             what = "training" if train else "evaluation"
             print(f"\n{what}, {workers} workers\n")
-            print("| path | ms an image | images a CPU-second | fast is |\n|---|---|---|---|")
+            print("| path | ms an image | images a CPU-second | fast is | start |")
+            print("|---|---|---|---|---|")
             for name, ms in rows.items():
-                print(f"| {name} | {ms:.2f} | {1000 / ms:,.0f} | {ms / best:.2f} x |", flush=True)
+                print(
+                    f"| {name} | {ms:.2f} | {1000 / ms:,.0f} | {ms / best:.2f} x "
+                    f"| {starts[name]:.0f} ms |",
+                    flush=True,
+                )
                 found.append({"what": what, "workers": workers, "path": name, "ms": ms})
-    for workers in (w for w in a.workers if w and "evaluation" in a.what):
-        fresh, kept = starts(a, workers)
-        how = f"{FIRST} images, {workers} workers: {fresh:.0f} ms started, {kept:.0f} ms kept"
-        print(f"\nevaluation of {how}")
     if a.json:
         a.json.write_text(json.dumps({"versions": versions, "rows": found}, indent=1))
 

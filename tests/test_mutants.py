@@ -287,6 +287,72 @@ MUTANTS = {
         "orientation = 1",
         "tests/data/test_decode.py::test_every_kind_has_the_pixels_that_pillow_gives",
     ),
+    "an image is shown to others before its pixels are written": (
+        "data.pixel_cache",
+        "self._index[index, 0] = _BEING_WRITTEN",
+        "self._index[index] = torch.tensor([place + 1, *pixels.shape[1:]])",
+        "tests/data/test_pixel_cache.py::test_an_image_whose_writer_was_killed_counts_as_absent",
+    ),
+    "two processes take one place of the cache": (
+        "data.pixel_cache",
+        "        with self.memory.locked():\n            place = int(self._used)",
+        "        if True:\n            place = int(self._used)",
+        "tests/data/test_pixel_cache.py::test_two_processes_never_take_the_same_place",
+    ),
+    "more images are kept than there is memory for": (
+        "data.pixel_cache",
+        "place + size > len(self._images)",
+        "place > len(self._images)",
+        "tests/data/test_pixel_cache.py::"
+        "test_what_is_kept_never_has_more_bytes_than_it_was_given_and_stays",
+    ),
+    "validation images are taken for training images": (
+        "data.pixel_cache",
+        "self.cache.pixels(self.first + index, decode)",
+        "self.cache.pixels(index, decode)",
+        "tests/data/test_pixel_cache.py::test_validation_images_are_not_taken_for_training_images",
+    ),
+    "a lock that processes inherit keeps none of them out": (
+        "data.shared_bytes",
+        "            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)",
+        "            fcntl.flock(self._fd, fcntl.LOCK_EX)",
+        "tests/data/test_pixel_cache.py::test_two_processes_never_take_the_same_place",
+    ),
+    "each rank of a machine keeps images for itself": (
+        "recipe.kept_images",
+        "lambda: made or PixelCache.of(SharedBytes.at(first), num_images)",
+        "lambda: made or _made(asked, num_images)",
+        "tests/recipe/test_kept_images.py::"
+        "test_the_ranks_of_a_machine_share_one_cache_and_machines_do_not",
+    ),
+    "a resume can't end to keep images": (
+        "recipe.options_data",
+        """        shown="none are kept",
+        contract=False,
+""",
+        """        shown="none are kept",
+""",
+        "tests/recipe/test_kept_images.py::test_a_resume_may_begin_and_end_to_keep_images",
+    ),
+    "a batch is written over while it is read": (
+        "data.slots",
+        "if not busy[number]:",
+        "if True:",
+        "tests/data/test_slots.py::test_no_batch_is_written_over_while_it_is_read[1]",
+    ),
+    "a batch that can't be read keeps its slot": (
+        "data.slots",
+        "        slots.free(slot)\n        raise",
+        "        raise",
+        "tests/data/test_slots.py::test_a_batch_that_fails_gives_its_slot_back",
+    ),
+    "a batch beside pinned labels is not opened": (
+        "data.slots",
+        "isinstance(data, (tuple, list)) and data",
+        "isinstance(data, tuple) and data",
+        "tests/data/test_slots.py::"
+        "test_the_main_process_opens_a_batch_and_gives_the_slot_back_after_it[list]",
+    ),
     "the workers of an evaluation go on with the rows of the pass before": (
         "data.pipelines",
         "self._batches[:] = batches",

@@ -31,6 +31,7 @@ from lbaccel.data.order import (
     repeated_at,
     samples_at,
 )
+from lbaccel.data.slots import slots_for
 from lbaccel.data.worker_side import (
     LOAD,
     Collate,
@@ -342,14 +343,17 @@ class UpdateLoader:
 
     def _load_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
         whole = hasattr(self.dataset, LOAD)
+        slots = slots_for(
+            self.dataset, num_workers=self.num_workers, micro_batch_size=plan.micro_batch_size
+        )
         loader = DataLoader(
-            KeyedBatches(self.dataset) if whole else KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
+            KeyedBatches(self.dataset, slots) if whole else KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]
             batch_sampler=_KeyLists(self, index, plan),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             collate_fn=as_it_is if whole else Collate(self.collate_fn),
             **worker_options(),
         )
-        return iter(loader)
+        return iter(loader) if slots is None else slots.opened(loader)
 
 
 def worker_options() -> dict[str, Any]:

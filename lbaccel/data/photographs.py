@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from lbaccel.data.crops import (
 )
 from lbaccel.data.decode import pixels_of
 from lbaccel.data.images import ImageFiles
+from lbaccel.data.pixel_cache import CachePart, kept_or_made
 from lbaccel.errors import check_seed
 from lbaccel.randomness.keys import keyed_hash, keyed_uniform
 
@@ -66,6 +67,7 @@ class Photographs:
         color_jitter: s of the factors of brightness, contrast and saturation, which are uniform
             between max(0, 1 - s) and 1 + s; 0 is off.
         random_erasing: probability of the noise.
+        cache: keeps decoded images; it changes no pixel.
     """
 
     source: ImageFiles
@@ -79,6 +81,7 @@ class Photographs:
     flip: float = 0.5
     color_jitter: float = 0.4
     random_erasing: float = 0.0
+    cache: CachePart | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
@@ -90,22 +93,41 @@ class Photographs:
     def _scale(self) -> tuple[Tensor, Tensor]:
         return byte_scale(self.mean, self.std)
 
-    def load(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def load(
+        self,
+        indices: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Bytes [n, 3, img_size, img_size] and labels [n] of these samples, as far as bytes go.
+
+        Args:
+            indices, epochs: of the samples.
+            out: memory for the bytes.
 
         Raises:
             InputError: an image that can't be read.
         """
-        floats = torch.empty(3, self.img_size, self.img_size)
-        rows = zip(indices.tolist(), self.draws(indices, epochs).tolist(), strict=True)
-        return default_collate([self._sample(index, draws, floats) for index, draws in rows])
+        if out is None:
+            out = torch.empty(len(indices), *self.bytes_shape, dtype=torch.uint8)
+        floats = torch.empty(4, self.img_size, self.img_size)
+        rows = zip(out, indices.tolist(), self.draws(indices, epochs).tolist(), strict=True)
+        for image, index, draws in rows:
+            self._fill(image, index, draws, floats)
+        return out, torch.tensor([int(self.source.labels[index]) for index in indices.tolist()])
+
+    @property
+    def bytes_shape(self) -> tuple[int, int, int]:
+        """Of a sample of `load`."""
+        return 3, self.img_size, self.img_size
 
     def finish(
         self, data: tuple[Tensor, Tensor], indices: NDArray[np.int64], epochs: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor]:
         """Float images [n, 3, img_size, img_size] and labels [n] of what `load` gave."""
         images, labels = data
-        floats = normalised(images, self._scale)
+        floats = normalised(images, self._scale, pinned=torch.cuda.is_available())
         if self.random_erasing:
             keys = keyed_hash(self.seed, epochs, indices, NOISE)
             rows = zip(floats, self.draws(indices, epochs).tolist(), keys, strict=True)
@@ -115,6 +137,7 @@ class Photographs:
         return floats, labels
 
     __lbaccel_load__ = load
+    __lbaccel_bytes__ = bytes_shape
     __lbaccel_finish__ = finish
 
     def draws(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -132,18 +155,21 @@ class Photographs:
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
         return [low + draws[what] * (high - low) for what in (BRIGHTNESS, CONTRAST, SATURATION)]
 
-    def _sample(self, index: int, draws: Sequence[float], floats: Tensor) -> tuple[Tensor, int]:
-        """Bytes and label; `floats` is memory to work in, which the processor's cache holds."""
-        pixels = pixels_of(self.source, index)
+    def _fill(self, image: Tensor, index: int, draws: Sequence[float], floats: Tensor) -> None:
+        """Write a sample's bytes; `floats` [4, ...] is room to work in, which the cache holds."""
+        pixels = kept_or_made(self.cache, index, partial(pixels_of, self.source, index))
         part = cropped(pixels, self.box(draws, *pixels.shape[1:]))
         size = self.img_size
-        image = resized(part, size, size, interpolation=self.interpolation)
+        made = resized(part, size, size, interpolation=self.interpolation)
         if draws[FLIP] < self.flip:
-            image = image.flip(2)
-        if self.color_jitter:
-            order = colour.ORDERS[int(draws[ORDER] * len(colour.ORDERS))]
-            image = colour.jitter_(floats.copy_(image), self.factors(draws), order).byte()
-        return image, int(self.source.labels[index])
+            made = made.flip(2)
+        if not self.color_jitter:
+            image.copy_(made)
+            return
+        order = colour.ORDERS[int(draws[ORDER] * len(colour.ORDERS))]
+        whole, room = floats[:3].copy_(made), floats[3]
+        colour.jitter_(whole, self.factors(draws), order, room=room)
+        colour.to_bytes_(image, whole)
 
     def _erase_(self, image: Tensor, draws: Sequence[float], key: int) -> None:
         of_box = BoxDraws(
@@ -182,28 +208,33 @@ class Centre:
         options = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
         return centre(pixels, self.img_size, **options)
 
-    def load(self, source: ImageFiles, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def load(
+        self, source: ImageFiles, indices: Sequence[int], *, cache: CachePart | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Bytes [n, 3, img_size, img_size] and labels [n] of these samples.
 
         Raises:
             InputError: an image that can't be read.
         """
-        return default_collate(
-            [(self.cut(pixels_of(source, i)), int(source.labels[i])) for i in indices]
-        )
+        pixels = (kept_or_made(cache, i, partial(pixels_of, source, i)) for i in indices)
+        labels = (int(source.labels[i]) for i in indices)
+        return default_collate([(self.cut(p), y) for p, y in zip(pixels, labels, strict=True)])
 
     def finish(self, images: Tensor) -> Tensor:
         """Bytes [n, C, img_size, img_size] normalised."""
-        return normalised(images, self._scale)
+        return normalised(images, self._scale, pinned=images.is_pinned())
 
 
-def normalised(images: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+def normalised(images: Tensor, scale: tuple[Tensor, Tensor], *, pinned: bool) -> Tensor:
     """Bytes [n, C, H, W] less the mean and over the deviation of `byte_scale`, an image at a time.
 
-    The result is in pinned memory where the bytes are.
+    Args:
+        images: uint8.
+        scale: of `byte_scale`.
+        pinned: whether the result is in pinned memory.
     """
     mean, std = scale
-    floats = torch.empty(images.shape, pin_memory=images.is_pinned())
+    floats = torch.empty(images.shape, pin_memory=pinned)
     for one, image in zip(floats, images, strict=True):
         one.copy_(image).sub_(mean[0]).div_(std[0])
     return floats

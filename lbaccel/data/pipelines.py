@@ -18,6 +18,7 @@ from lbaccel.data.crops import MOST_RATIO, RATIO, SCALE
 from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
 from lbaccel.data.loader import worker_options
 from lbaccel.data.photographs import Centre, Photographs
+from lbaccel.data.pixel_cache import CachePart
 from lbaccel.data.sources import ImageArray, ImageFiles
 from lbaccel.data.worker_side import as_it_is
 from lbaccel.errors import InputError
@@ -31,12 +32,14 @@ class TransformedImages:
 
     source: ImageArray | ImageFiles
     transform: Any
+    cache: CachePart | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(_load(self.source, index)), int(self.source.labels[index])
+        image = _load(self.source, index, self.cache)
+        return self.transform(image), int(self.source.labels[index])
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Evaluated:
 
     source: ImageFiles
     how: Centre | Callable[[Image.Image], Tensor]
+    cache: CachePart | None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -55,16 +59,19 @@ class _Evaluated:
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
         try:
             if isinstance(self.how, Centre):
-                return self.how.load(self.source, indices)
-            images = TransformedImages(self.source, self.how)
+                return self.how.load(self.source, indices, cache=self.cache)
+            images = TransformedImages(self.source, self.how, self.cache)
             return default_collate([images[index] for index in indices])
         except InputError as error:
             return str(error)
 
 
-def _load(source: ImageArray | ImageFiles, index: int) -> Image.Image:
+def _load(source: ImageArray | ImageFiles, index: int, cache: CachePart | None) -> Image.Image:
     if isinstance(source, ImageFiles):
-        return source.load(index)
+        if cache is None:
+            return source.load(index)
+        pixels = cache.pixels(index, lambda: as_pixels(source.load(index)))
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
     pixels = source.images[index].permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
 
@@ -82,6 +89,7 @@ def training_set(
     color_jitter: float | None = None,
     random_erasing: float = 0.0,
     padding: str = "zero",
+    cache: CachePart | None = None,
 ) -> Any:
     """The training images with their augmentation.
 
@@ -105,6 +113,7 @@ def training_set(
         random_erasing: probability that a box of the normalised image becomes noise (Zhong et al.
             2020, arXiv 1708.04896; timm's "pixel").
         padding: "zero", "grey" or "reflect" around an image in memory.
+        cache: keeps decoded images of files, and changes no pixel.
 
     Raises:
         InputError: an `auto_augment` that timm does not know.
@@ -141,6 +150,7 @@ def training_set(
             flip=flip,
             color_jitter=jitter,
             random_erasing=random_erasing,
+            cache=cache,
         )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(
@@ -166,7 +176,7 @@ def training_set(
             f"auto_augment={auto_augment!r} is no policy of timm's, such as "
             f"'rand-m9-mstd0.5': {error}"
         ) from error
-    return TransformedImages(source, transform)
+    return TransformedImages(source, transform, cache)
 
 
 def _not_too_long(image: Image.Image) -> Image.Image:
@@ -215,6 +225,7 @@ class EvaluationBatches:
         rank: takes every `world_size`-th sample from its own number on.
         world_size: number of ranks.
         num_workers: processes that read image files.
+        cache: keeps decoded images of files, and changes no pixel.
     """
 
     def __init__(
@@ -225,8 +236,10 @@ class EvaluationBatches:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        cache: CachePart | None = None,
     ) -> None:
         self.source = source
+        self.cache = cache
         self.preprocessing = preprocessing
         self.indices = range(rank, len(source), world_size)
         self.num_workers = 0 if isinstance(source, ImageArray) else num_workers
@@ -249,7 +262,7 @@ class EvaluationBatches:
         fast = decoder_in(self.preprocessing) != PILLOW
         how = (_centre if fast else evaluation_transform)(self.preprocessing)
         if self._loader is None:
-            self._loader = self._workers(_Evaluated(self.source, how))
+            self._loader = self._workers(_Evaluated(self.source, how, self.cache))
         self._batches[:] = batches  # what the loader's sampler reads, in this process
         for batch in self._loader:
             if isinstance(batch, str):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lbaccel.data.slots import SHAPE, Slots, loaded
 from lbaccel.errors import InputError
 from lbaccel.randomness.keys import keyed_hash
 
@@ -54,13 +55,14 @@ class KeyedSamples:
 class KeyedBatches:
     """The micro-batches that a data set makes whole, of lists of keys (epoch, index)."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.load = getattr(dataset, LOAD)
+    def __init__(self, dataset: Any, slots: Slots | None = None) -> None:
+        self.load, self.slots = getattr(dataset, LOAD), slots
+        self.shape = getattr(dataset, SHAPE, None)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
         epochs, indices = np.array(keys, dtype=np.int64).T
         try:
-            return self.load(indices, epochs)
+            return loaded(self.load, self.slots, indices, epochs, self.shape)
         except InputError as error:
             return LoadFailure(str(error))
 

@@ -15,7 +15,7 @@ from lbaccel.runs.ranks import on_each_rank
 # of each machine: its paths, its memory; which images lie at the path is compared when it is open
 _OWN = (
     *("data", "output", "memory", "workers", "resume", "batch_decisions", "checkpoint"),
-    "teacher",
+    *("teacher", "cache_images"),
 )
 
 

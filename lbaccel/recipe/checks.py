@@ -44,6 +44,8 @@ def checked(settings: Settings) -> Checked:
     _check_offload(settings)
     if settings.batch.memory is not None:
         parse_memory(settings.batch.memory)
+    if settings.data.cache_images is not None:
+        parse_memory(settings.data.cache_images, name="--cache-images")
     for tracker in settings.run.log_with:
         check_tracker(tracker, where="--log-with")
     check_artifacts(settings.run)
@@ -124,7 +126,7 @@ def check_read_from_data(settings: Settings, source: Source) -> None:
         reasons["val_fraction"] = "has a validation set of its own"
     if isinstance(source.train, ImageArray):
         reasons["crop_pct"] = "is held in memory, where images are evaluated whole"
-        reasons["decoder"] = "is held in memory, decoded once"
+        reasons |= dict.fromkeys(("decoder", "cache_images"), "is held in memory, decoded once")
         if settings.data.auto_augment is None:
             shifted = "is held in memory, where a crop is a shift and nothing else is drawn"
             reasons |= dict.fromkeys(("scale", "ratio", "color_jitter", "random_erasing"), shifted)

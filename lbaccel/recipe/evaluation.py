@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lbaccel.data.images import ImageArray, ImageFiles
 from lbaccel.data.pipelines import EvaluationBatches
+from lbaccel.data.pixel_cache import CachePart
 from lbaccel.errors import RunFailed, told
 from lbaccel.launch import rank
 from lbaccel.recipe.unforeseen import first_line, in_a_sentence
@@ -52,6 +53,7 @@ def validation_batches(
     *,
     preprocessing: dict[str, Any],
     workers: int,
+    cache: CachePart | None = None,
 ) -> EvaluationBatches:
     """The images of a validation set as `evaluate` takes them, of which this rank has its share."""
     return EvaluationBatches(
@@ -60,6 +62,7 @@ def validation_batches(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=workers,
+        cache=cache,
     )
 
 

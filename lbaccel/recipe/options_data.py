@@ -178,6 +178,17 @@ class DataOptions:
     workers: int = option(
         2, bounds.workers, "processes that load image files, per rank", contract=False
     )
+    cache_images: str | None = option(
+        None,
+        str,
+        "keep decoded images in memory, at most so much for all ranks and workers of a machine, "
+        "such as 2GiB: later epochs don't decode them again; no effect on the result",
+        shown="none are kept",
+        contract=False,
+        reads_with=(
+            ReadWith("data", none_of(*_MEMORY), "Its images are in memory: use folder:PATH"),
+        ),
+    )
     img_size: int | None = option(
         None,
         bounds.pixels,

@@ -28,6 +28,7 @@ from lbaccel.recipe.checks import Checked, check_read_by_norm, check_read_from_d
 from lbaccel.recipe.class_weights import check_unchanged, in_words, weights_of
 from lbaccel.recipe.contract import VALUES
 from lbaccel.recipe.images import Opened, sound_images
+from lbaccel.recipe.kept_images import KeptImages, kept_images
 from lbaccel.recipe.loss import Distillation, loss_of
 from lbaccel.recipe.model import build_model
 from lbaccel.recipe.sizes import choose_micro_batch_size, choose_norm_batch_size
@@ -68,6 +69,7 @@ class Task:
     loss_fn: LossFn
     class_weights: tuple[float, ...] | None = None  # of the loss, one an output
     teacher: Teacher | None = None  # whose answers are a part of the loss
+    kept: KeptImages | None = None  # decoded images
 
 
 def build_task(
@@ -153,7 +155,10 @@ def build_task(
         teacher = teacher.placed(accelerator.device, memory_format=chosen.memory_format)
     world_size = accelerator.num_processes
     plan = _plan(s, chosen, norm_batch_size, num_samples, growth_of(phases), world_size, say=say)
-    loader = _loader(s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator)
+    kept = kept_images(s.data.cache_images, source, accelerator, say=say)
+    loader = _loader(
+        s, source, plan, preprocessing, num_classes, growth_of(phases), accelerator, kept
+    )
     return Task(
         source=source,
         skipped=skipped,
@@ -179,6 +184,7 @@ def build_task(
         ),
         class_weights=weights,
         teacher=teacher,
+        kept=kept,
     )
 
 
@@ -280,6 +286,7 @@ def _loader(
     num_classes: int,
     sizes: Any,
     accelerator: Any,
+    kept: KeptImages | None,
 ) -> UpdateLoader:
     data, seed, mix = s.data, s.run.seed, None
     if data.mixup or data.cutmix:
@@ -297,6 +304,7 @@ def _loader(
             color_jitter=data.color_jitter,
             random_erasing=data.random_erasing,
             padding=data.crop_padding_mode,
+            cache=None if kept is None else kept.training,
         ),
         plan,
         rank=accelerator.process_index,

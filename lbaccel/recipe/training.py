@@ -243,9 +243,15 @@ def build_training(
         ema=ema,
         writes=twice_at_most(accelerator.device),
     )
-    hooks = [] if auto_batch is None else [GrowsWithNoise(auto_batch, scheduler, session)]
+    hooks: list[Hook] = [] if task.kept is None else [task.kept]
+    if auto_batch is not None:
+        hooks.append(GrowsWithNoise(auto_batch, scheduler, session))
     validation = validation_batches(
-        task.source.val, accelerator, preprocessing=task.preprocessing, workers=s.data.workers
+        task.source.val,
+        accelerator,
+        preprocessing=task.preprocessing,
+        workers=s.data.workers,
+        cache=None if task.kept is None else task.kept.validation,
     )
     training = Training(
         s, accelerator, task, rate, large_batch, loader, scheduler, ema, norm,

@@ -57,6 +57,7 @@ READ_AT = {
     ("skip_corrupt", "data"): {"folder:images", "parquet:images"},
     ("exif_orientation", "data"): {"folder:images", "parquet:images"},
     ("decoder", "data"): {"folder:images", "parquet:images"},
+    ("cache_images", "data"): {"folder:images", "parquet:images"},
     ("bn_statistics", "norm_batch_size"): {None, 32},
     ("bn_momentum", "norm_batch_size"): {None, 32, "global"},
     ("host_memory", "norm_batch_size"): {"global"},

@@ -18,8 +18,8 @@ MARGIN_SHARE = 0.03  # of the device: the driver, a display, fragments
 MARGIN_BYTES = 256 * 2**20
 
 
-def parse_memory(text: str) -> int:
-    """Bytes, from a number and its unit.
+def parse_memory(text: str, *, name: str = "memory") -> int:
+    """Bytes, from a number and its unit; `name` is the argument's in the error.
 
     >>> parse_memory("1.5GiB"), parse_memory("500 MB")
     (1610612736, 500000000)
@@ -33,7 +33,7 @@ def parse_memory(text: str) -> int:
     num_bytes = int(asked) if asked < MOST_BYTES else 0
     if num_bytes < 1:
         raise InputError(
-            f"memory={brief(text)} is no size. Use a number above 0 and a unit, such as 8GiB "
+            f"{name}={brief(text)} is no size. Use a number above 0 and a unit, such as 8GiB "
             f"({', '.join(UNITS)})."
         )
     return num_bytes
