@@ -1650,13 +1650,13 @@ MUTANTS = {
         "test_class_weights_and_ignored_targets_equal_the_full_batch[3]",
     ),
     "every micro-batch weighs the same": (
-        "update.accumulation",
+        "update.loss_sums",
         "weight = float(micro_batch.num_samples)",
-        "weight = num_samples / 6",
+        "weight = self._num_samples / 6",
         "tests/update/test_engine.py::test_three_epochs_equal_training_on_whole_batches[drop]",
     ),
     "mean of means of weighted losses": (
-        "update.accumulation",
+        "update.loss_sums",
         "weight = weight.detach().double()",
         "weight = torch.tensor(float(micro_batch.num_samples)).double()",
         "tests/update/test_engine.py::"
@@ -1682,9 +1682,9 @@ MUTANTS = {
         "tests/update/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
     "the last micro-batch's loss is logged": (
-        "update.accumulation",
-        "loss_sum = weightless.added(loss_sum, loss, weight)",
-        "loss_sum = loss.detach().double() * num_samples",
+        "update.loss_sums",
+        "self._loss = self._weightless.added(self._loss, loss, weight)",
+        "self._loss = loss.detach().double() * self._num_samples",
         "tests/update/test_engine.py::test_three_epochs_equal_training_on_whole_batches[keep]",
     ),
     "the last short update of a run is forgotten": (
@@ -1695,8 +1695,8 @@ MUTANTS = {
     ),
     "trials without a backward pass": (
         "update.accumulation",
-        "                backward(scaled)\n",
-        "                backward(scaled) if num_samples > 24 else None\n",
+        "            backward(scaled)\n",
+        "            backward(scaled) if num_samples > 24 else None\n",
         "tests/update/memory/test_oom.py::test_a_trial_runs_the_backward_pass_of_two_micro_batches",
     ),
     "clipping skipped": (

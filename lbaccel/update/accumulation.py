@@ -23,7 +23,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, RunFailed, told
-from lbaccel.update.loss_parts import SLOTS, SampleSums, parts_of
+from lbaccel.update.loss_parts import SLOTS
+from lbaccel.update.loss_sums import LossSums, Sums
 from lbaccel.update.memory.oom import is_out_of_memory
 from lbaccel.update.weightless import Weightless
 
@@ -71,16 +72,6 @@ class Scope(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Sums:
-    """The sums over one rank's micro-batches; tensors stay on the device until the commit."""
-
-    loss: Tensor  # float64 [], sum of w_i l_i
-    weight: Tensor  # float64 [], sum of w_i
-    own_weights: bool  # the loss function returned weights
-    samples: SampleSums = field(default_factory=SampleSums)  # what it counted beside its loss
-
-
 def accumulate(
     model: Any,
     micro_batches: Iterable[tuple[MicroBatch, Any]],
@@ -110,73 +101,23 @@ def accumulate(
     Raises:
         InputError: the loss is no scalar that requires grad, or only some micro-batches weigh.
     """
-    loss_sum: Tensor | float = 0.0
-    weight_sum: Tensor | float = 0.0
-    weighs: bool | None = None
-    device, samples = None, SampleSums()
+
+    def recomputing(scaled: Tensor) -> None:
+        with ExitStack() as recompute:
+            for scope in scopes:
+                recompute.enter_context(scope.backward())
+            backward(scaled)
+
     with Weightless(model) as weightless:
+        sums = LossSums(num_samples, weightless)
         for micro_batch, data in micro_batches:
             with ExitStack() as around:
                 for scope in scopes:
                     around.enter_context(scope.forward(micro_batch))
-                out = loss_fn(model, data)
-                loss, weight, sums = parts_of(out)
-                samples.add(sums, counts=not micro_batch.is_filler)
-                check_loss(loss)
-                device = loss.device
-                if weighs is None:
-                    weighs = weight is not None
-                elif weighs != (weight is not None):
-                    raise some_weigh()
-                if micro_batch.is_filler:
-                    weight = 0.0
-                elif weight is None:
-                    weight = float(micro_batch.num_samples)
-                elif isinstance(weight, Tensor):
-                    weight = weight.detach().double()  # int64 / int would be float32
-                share = weight / num_samples
-                scaled = loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share)
-                weightless.expect(weight)
-                with ExitStack() as recompute:
-                    for scope in scopes:
-                        recompute.enter_context(scope.backward())
-                    backward(scaled)
+                weight = sums.take(loss_fn(model, data), micro_batch, recomputing)
                 if after is not None:
                     after(weight)
-                if not micro_batch.is_filler:
-                    loss_sum = weightless.added(loss_sum, loss, weight)
-                    weight_sum = weight_sum + weight
-                del out, sums, loss, scaled
-    as_double = {"dtype": torch.float64, "device": device}
-    return Sums(
-        torch.as_tensor(loss_sum, **as_double),
-        torch.as_tensor(weight_sum, **as_double),
-        bool(weighs),
-        samples,
-    )
-
-
-def some_weigh() -> InputError:
-    """Weights of some micro-batches, and not of the others."""
-    return InputError(
-        "the loss function returned a weight for some micro-batches of this update "
-        "and none for others. Return (loss, weight) always or never."
-    )
-
-
-def check_loss(loss: Any) -> None:
-    """Stop at what is no mean loss with a gradient.
-
-    Raises:
-        InputError: its shape.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        grad = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise InputError(
-            f"the loss function returned {shape}{grad}: it must return the mean loss of the "
-            "micro-batch, a scalar that requires grad (reduction='mean'), or (loss, weight)."
-        )
+    return sums.so_far()
 
 
 @dataclass(frozen=True)

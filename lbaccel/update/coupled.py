@@ -28,9 +28,10 @@ from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError
 from lbaccel.randomness.layouts import NotLearned
 from lbaccel.update import accumulation
-from lbaccel.update.accumulation import Scope, Sums
+from lbaccel.update.accumulation import Scope
 from lbaccel.update.embeddings import Coupled, RankRows, check_columns, gather, tensors_of
 from lbaccel.update.loss_parts import SampleSums, parts_of
+from lbaccel.update.loss_sums import Sums
 
 MicroBatches = Iterable[tuple[MicroBatch, Any]]
 

@@ -26,13 +26,14 @@ from lbaccel.noise.unit_norms import UnitNorms
 from lbaccel.randomness.layouts import NotLearned
 from lbaccel.randomness.masks import KeyedRandomness
 from lbaccel.update import accumulation, coupled, failures
-from lbaccel.update.accumulation import Agreement, LossFn, Scope, Stop, Sums
+from lbaccel.update.accumulation import Agreement, LossFn, Scope, Stop
 from lbaccel.update.arguments import pairs_of
 from lbaccel.update.averages import RunningAverages
 from lbaccel.update.compiled import is_compiled
 from lbaccel.update.embeddings import Coupled
 from lbaccel.update.global_norm.exchange import Exchange
 from lbaccel.update.global_norm.passes import GlobalNorm
+from lbaccel.update.loss_sums import Sums
 from lbaccel.update.mask_layouts import MaskLayouts
 from lbaccel.update.memory.budget import default_budget
 from lbaccel.update.memory.host_limit import Watch, left_of_budget

@@ -19,7 +19,7 @@ from lbaccel.recipe import evaluation
 from lbaccel.runs import checkpoints, tracking
 from lbaccel.runs import folder as run_folder
 from lbaccel.runs import session as run_session
-from lbaccel.update import accumulation, engine
+from lbaccel.update import accumulation, engine, loss_sums
 from lbaccel.update.normalization import GhostNorm
 
 Action = Callable[[], Any]
@@ -88,7 +88,7 @@ def half_a_line(hook: Callable[[], None]) -> None:
 # phase: what installs a hook there. Each is passed at least once an update or a checkpoint.
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "before forward": before(accumulation, "accumulate"),
-    "forward": before(accumulation, "check_loss"),
+    "forward": before(loss_sums, "check_loss"),
     "backward": after(torch.Tensor, "backward"),
     "agreement": before(accumulation, "agree"),
     "reduce": before(accumulation, "reduce_gradients"),

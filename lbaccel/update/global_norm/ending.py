@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from lbaccel.batch.plan import MicroBatch
-from lbaccel.update.accumulation import Sums, check_loss, some_weigh
 from lbaccel.update.global_norm.replay import Values
 from lbaccel.update.global_norm.schedule import Schedule
 from lbaccel.update.global_norm.tape import Tape
-from lbaccel.update.loss_parts import SampleSums, parts_of
+from lbaccel.update.loss_sums import LossSums, Sums
 from lbaccel.update.weightless import Weightless
 
 
@@ -65,43 +63,15 @@ class Ending:
     def __init__(
         self, num_samples: int, backward: Callable[[Tensor], object], weightless: Weightless
     ) -> None:
-        self._num_samples, self._backward, self._weightless = num_samples, backward, weightless
-        self._loss: Tensor | float = 0.0
-        self._weight: Tensor | float = 0.0
-        self._weighs: bool | None = None
-        self._samples = SampleSums()
+        self._backward, self._sums = backward, LossSums(num_samples, weightless)
 
     def run(self, tape: Tape, micro_batch: MicroBatch, values: Values) -> None:
         """Backward of a micro-batch's share of the mean loss."""
         assert tape.result is not None
         leaves, spec = tape.result
         out = tree_unflatten([tape.value_of(x, values) for x in leaves], spec)
-        loss, weight, sums = parts_of(out)
-        self._samples.add(sums, counts=not micro_batch.is_filler)
-        check_loss(loss)
-        if self._weighs is None:
-            self._weighs = weight is not None
-        elif self._weighs != (weight is not None):
-            raise some_weigh()
-        if micro_batch.is_filler:
-            weight = 0.0
-        elif weight is None:
-            weight = float(micro_batch.num_samples)
-        elif isinstance(weight, Tensor):
-            weight = weight.detach().double()
-        share = weight / self._num_samples
-        self._weightless.expect(weight)
-        self._backward(loss * (share.to(loss.dtype) if isinstance(share, Tensor) else share))
-        if not micro_batch.is_filler:
-            self._loss = self._weightless.added(self._loss, loss, weight)
-            self._weight = self._weight + weight
+        self._sums.take(out, micro_batch, self._backward)
 
-    def sums(self, device: torch.device) -> Sums:
+    def sums(self) -> Sums:
         """Over this rank's micro-batches."""
-        as_double = {"dtype": torch.float64, "device": device}
-        return Sums(
-            torch.as_tensor(self._loss, **as_double),
-            torch.as_tensor(self._weight, **as_double),
-            bool(self._weighs),
-            self._samples,
-        )
+        return self._sums.so_far()

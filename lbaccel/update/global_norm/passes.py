@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError
 from lbaccel.randomness.masks import KeyedRandomness
-from lbaccel.update.accumulation import LossFn, Sums
+from lbaccel.update.accumulation import LossFn
 from lbaccel.update.global_norm.ending import Ending, Passes
 from lbaccel.update.global_norm.exchange import Exchange
 from lbaccel.update.global_norm.follower import Mismatch, TapeFollower
@@ -33,6 +33,7 @@ from lbaccel.update.global_norm.schedule import Schedule, best_schedule, chain_o
 from lbaccel.update.global_norm.statistics import Statistics
 from lbaccel.update.global_norm.store import HostStore, gradient_of
 from lbaccel.update.global_norm.tape import Tape, TapedCall
+from lbaccel.update.loss_sums import Sums
 from lbaccel.update.normalization import GhostNorm
 from lbaccel.update.weightless import Weightless
 
@@ -262,7 +263,7 @@ class _Attempt:
             self.exchange.add_sums(own)
             for one in own:
                 one.give_back()
-        return ending.sums(self.device)
+        return ending.sums()
 
     def _refill(self, parts: list[_Part], level: int) -> None:
         """Run forward what the schedule stores of a gap, before the backward of its last level."""
