@@ -54,7 +54,9 @@ def measured(options, before, repeats):
     runs = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            runs.append({arm: planned(options, of, folder) for arm, of in arms.items()})
+            # each checkout has kernels of its own: what one keeps makes no "first" of the other
+            kernels = {arm: f"{folder}/{of == here}" for arm, of in arms.items()}
+            runs.append({arm: planned(options, of, kernels[arm]) for arm, of in arms.items()})
     row = {arm: min(run[arm]["seconds"] for run in runs) for arm in arms}
     plans = [found["plan"] for run in runs for found in run.values()]
     return row | {"same_plan": all(plan == plans[0] for plan in plans)}

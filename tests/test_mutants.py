@@ -1393,10 +1393,23 @@ MUTANTS = {
     ),
     "a kernel that can't be measured takes nothing": (
         "planning.cost.workspace",
-        "return assumed_workspace(name, args, out)",
+        "return otherwise",
         "return 0",
         "tests/planning/cost/test_kernel_memory.py::"
         "test_no_memory_for_a_call_is_no_failure_of_the_plan",
+    ),
+    "a workspace is measured where seconds alone are read": (
+        "planning.cost.workspace",
+        "return Later(partial(self._measured, name, _without_memory(args), otherwise))",
+        "return self._measured(name, args, otherwise)",
+        "tests/planning/cost/test_later.py::test_a_survey_measures_no_kernel_and_an_estimate_does",
+    ),
+    "a workspace that waits keeps the tensors of its call": (
+        "planning.cost.workspace",
+        "name, _without_memory(args), otherwise",
+        "name, args, otherwise",
+        "tests/planning/cost/test_later.py::"
+        "test_a_workspace_that_waits_keeps_no_storage_of_the_trace",
     ),
     "a plan has no margin": (
         "planning.cost.workspace",
@@ -1434,8 +1447,8 @@ MUTANTS = {
     ),
     "a known call has the default dtype of an earlier one": (
         "planning.cost.known_calls",
-        "[func, torch.get_default_dtype()]",
-        "[func]",
+        "[function, torch.get_default_dtype()]",
+        "[function]",
         "tests/planning/cost/test_known_calls.py::test_the_default_dtype_is_a_part_of_a_call",
     ),
     "a kernel costs what it costs with another workspace": (

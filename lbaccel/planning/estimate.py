@@ -14,13 +14,14 @@ from torch import nn
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
 from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
-from lbaccel.planning.cost.cuda_limit import Request, smallest_limit
+from lbaccel.planning.cost.cuda_limit import smallest_limit
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.host_store import LookingOn, TracedHost
 from lbaccel.planning.cost.kept_kernels import kept_kernels
 from lbaccel.planning.cost.known_calls import KnownCalls
 from lbaccel.planning.cost.time_model import seconds
-from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
+from lbaccel.planning.cost.trace import Kernel, Recorder, Trace, Workspace
+from lbaccel.planning.cost.trace_parts import requests, step_kernels
 from lbaccel.planning.cost.update import Network, Precision, trace_update
 from lbaccel.planning.cost.workspace import CpuWorkspaces, Workspaces, cuda_workspace
 from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
@@ -122,6 +123,10 @@ class Estimator:
         return 0 if self.device.kind == "cuda" else self.cpu_workspaces.margin
 
     @property
+    def _workspace(self) -> Workspace:
+        return cuda_workspace if self.device.kind == "cuda" else self.cpu_workspaces.later
+
+    @property
     def _of_teacher(self) -> dict[str, int]:
         """Its part of a breakdown; none without one."""
         return {"teacher": self.teacher_bytes} if self.teacher_bytes else {}
@@ -142,7 +147,7 @@ class Estimator:
             def find(model: nn.Module, recorder: Recorder) -> None:
                 finders.append(ChainFinder(model, recorder))
 
-            kernels = _step_kernels(self._trace(Candidate(size), find, 1), 0).first
+            kernels = step_kernels(self._trace(Candidate(size), find, 1), 0).first
             turned = [k for k in kernels if "convolution" in k.name or "batch_norm" in k.name]
             self._surveys[size] = Survey(
                 finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
@@ -251,19 +256,19 @@ class Estimator:
                     hand_to(LookingOn(recorder), model, [[unit.name for unit in units]])
 
         trace = self._trace(candidate, change, steps)
-        breakdown = self._breakdown(trace)
-        accumulating = trace.breakdown()
-        accumulating["workspace"] += self._margin
-        by_step = _step_kernels(trace, len(units))
+        traced = trace.breakdown()
+        kept_kernels().save()
+        breakdown = self._breakdown(trace, traced)
+        by_step = step_kernels(trace, len(units))
 
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
 
         return Estimate(
             peak=sum(breakdown.values()),
-            traced=trace.peak(),
+            traced=sum(traced.values()),
             breakdown=breakdown,
-            accumulating=accumulating,
+            accumulating=traced | {"workspace": traced["workspace"] + self._margin},
             first_step_seconds=timed(by_step.first),
             micro_step_seconds=timed(by_step.micro),
             commit_seconds=timed(by_step.commit) + self.step_seconds(),
@@ -305,7 +310,7 @@ class Estimator:
                 plan,
                 precision=self.precision,
                 device_type=self.device.kind,
-                workspace=cuda_workspace if self.device.kind == "cuda" else self.cpu_workspaces,
+                workspace=self._workspace,
                 change=change,
                 states=self._states,
                 known=self._known_calls,
@@ -315,12 +320,10 @@ class Estimator:
             raise
         except Exception as error:
             raise Untraceable(error) from error
-        finally:
-            kept_kernels().save()
 
-    def _breakdown(self, trace: Trace) -> dict[str, int]:
-        """Bytes by part; they add up to the peak."""
-        found = trace.breakdown()
+    def _breakdown(self, trace: Trace, traced: dict[str, int]) -> dict[str, int]:
+        """Bytes by part, from those of the trace; they add up to the peak."""
+        found = dict(traced)
         held = sum(found.values())
         # The step has its own temporaries, at a time when the activations are gone.
         step = self.weight_bytes + self.gradient_bytes + self.state_bytes + self.teacher_bytes
@@ -338,7 +341,7 @@ class Estimator:
             }
         found |= {"allocator": 0, "context": 0}
         if self.device.kind == "cuda":
-            limit = smallest_limit(*_requests(trace))
+            limit = smallest_limit(*requests(trace))
             found["allocator"] = max(0, limit - sum(found.values()))
             found["workspace"] += self.device.library_workspace
             found["context"] = self.device.context
@@ -362,64 +365,3 @@ class Untraceable(InputError):
             f"{self.reason} Plan on the device itself, for that device: there real micro-batches "
             "measure it."
         )
-
-
-@dataclass
-class _StepKernels:
-    """The kernels of a trace: of its first and last micro-step, and of its commit."""
-
-    first: list[Kernel]
-    micro: list[Kernel]
-    commit: list[Kernel]
-    forward: list[list[Kernel]]  # of each unit, in the last micro-step
-
-
-def _step_kernels(trace: Trace, num_units: int) -> _StepKernels:
-    found = _StepKernels([], [], [], [])
-    previews: list[list[Kernel]] = []  # the first pass of an update in two
-    into, unit = found.commit, None
-    for event in trace.events:
-        if isinstance(event, Mark):
-            word, _, number = event.name.partition(" ")
-            if word == "micro-step":
-                found.micro = into = []
-                found.first = found.first or into
-                found.forward = [[] for _ in range(num_units)]
-            elif word == "preview":
-                into = []
-                previews.append(into)
-            elif word == "loss":  # of the whole batch, once an update
-                found.commit = into = []
-            elif word == "commit":
-                found.commit = into = found.commit if previews else []
-            elif word == "forward":
-                unit = int(number)
-            elif word == "end":
-                unit = None
-        elif isinstance(event, Kernel):
-            into.append(event)
-            if unit is not None and into is found.micro:
-                found.forward[unit].append(event)
-    if previews:
-        found.first, found.micro = previews[0] + found.first, previews[-1] + found.micro
-    return found
-
-
-def _requests(trace: Trace) -> tuple[list[Request], list[Request]]:
-    """The trace as the allocator sees it: what is there before an update, and the update.
-
-    The former stays: that it goes when the trace does is no part of an update.
-    """
-    held: list[Request] = []
-    update: list[Request] = []
-    into, stays = held, set[int]()
-    for event in trace.events:
-        if isinstance(event, Mark) and event.name.startswith(("micro-step", "preview")):
-            into, stays = update, stays or {name for name, _ in held}
-        elif isinstance(event, Allocate):
-            into.append((event.id, event.num_bytes))
-        elif isinstance(event, Free) and event.id not in stays:
-            into.append((event.id, -1))
-        elif isinstance(event, Kernel) and event.workspace:
-            into += [(-1, event.workspace), (-1, -1)]  # it comes and goes
-    return held, update

@@ -61,27 +61,42 @@ class _Result:
         return mode.fake(view)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Results:
-    """All results of a call: one, or a sequence; None stands for itself."""
+    """All results of a call: one, or a sequence; None stands for itself. Compared by identity."""
 
     sequence: type | None  # tuple or list; None: one result
     parts: tuple[_Result | None, ...]
 
 
+class _Function:
+    """A function of torch; as a part of a key it is hashed faster than torch's own object."""
+
+    __slots__ = ("at_offset", "func", "sure")
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.sure = _sizes_decide(func)  # whether sizes decide what it gives
+        self.at_offset = False  # whether it gave a view: offsets count for it
+
+    def __str__(self) -> str:
+        return str(self.func)
+
+
 class KnownCall:
     """A call of which `key` holds all that its results and its costs depend on."""
 
-    __slots__ = ("_known", "key", "mode", "tensors")
+    __slots__ = ("_found", "_known", "key", "mode", "tensors")
 
     def __init__(
         self, known: KnownCalls, mode: KnownCallsMode, key: tuple[Any, ...], tensors: list[Any]
     ) -> None:
         self._known, self.mode, self.key, self.tensors = known, mode, key, tensors
+        self._found = known.results.get(key)
 
     def results(self) -> Any:
-        """New results; `NotImplemented` where no such call is known yet."""
-        found = self._known.results.get(self.key)
+        """New results; `NotImplemented` where no such call was known when this one came."""
+        found = self._found
         if found is None:
             return NotImplemented
         built = [
@@ -91,12 +106,14 @@ class KnownCall:
 
     def cost(self, variant: Any, count: Callable[[], Any]) -> Any:
         """The cost of such a call and `variant`; `count` gives it where it is not known."""
-        if self.key not in self._known.results:
+        found = self._found or self._known.results.get(self.key)
+        if found is None:
             return count()
-        key = self.key, variant
-        if key not in self._known.costs:
-            self._known.costs[key] = count()
-        return self._known.costs[key]
+        costs, key = self._known.costs, (found, variant)
+        cost = costs.get(key)
+        if cost is None:
+            cost = costs[key] = count()
+        return cost
 
 
 class KnownCalls:
@@ -108,23 +125,22 @@ class KnownCalls:
     def __init__(self) -> None:
         self.results: dict[tuple[Any, ...], _Results] = {}
         self.costs: dict[Any, Any] = {}
-        self._at_offset: set[Any] = set()  # functions that gave a view: offsets count for them
-        self._sure: dict[Any, bool] = {}  # whether sizes decide what a function gives
+        self._functions: dict[int, _Function] = {}  # by address; each holds its function
 
     def for_another_workspace(self) -> KnownCalls:
         """These without the costs; the results stay shared."""
         other = KnownCalls()
-        other.results, other._at_offset, other._sure = self.results, self._at_offset, self._sure
+        other.results, other._functions = self.results, self._functions
         return other
 
     def call(self, mode: KnownCallsMode, func: Any, args: Any, kwargs: Any) -> KnownCall | None:
         """The call of `func` in `mode`, or None where torch has to work it out."""
-        sure = self._sure.get(func)
-        if sure is None:
-            sure = self._sure[func] = _sizes_decide(func)
-        if not sure or torch.is_inference_mode_enabled():
+        function = self._functions.get(id(func))
+        if function is None:
+            function = self._functions[id(func)] = _Function(func)
+        if not function.sure or torch.is_inference_mode_enabled():
             return None
-        key: list[Any] = [func, torch.get_default_dtype()]
+        key: list[Any] = [function, torch.get_default_dtype()]
         tensors: list[FakeTensor] = []
         try:
             _add(key, tensors, args, mode)
@@ -133,7 +149,7 @@ class KnownCalls:
                 _add(key, tensors, (value,), mode)
         except _Unsure:
             return None
-        if func in self._at_offset:
+        if function.at_offset:
             key += [t.storage_offset() for t in tensors]
         return KnownCall(self, mode, tuple(key), tensors)
 
@@ -149,11 +165,11 @@ class KnownCalls:
         new = [t for t, p in zip(outs, parts, strict=True) if p is not None and p.argument is None]
         if len({t.untyped_storage()._cdata for t in new}) < len(new):
             return  # two results share a storage
-        func = call.key[0]
-        if func not in self._at_offset and any(
+        function = call.key[0]
+        if not function.at_offset and any(
             p.sizes is not None and p.argument is not None for p in known
         ):
-            self._at_offset.add(func)  # this call's key lacks the offsets
+            function.at_offset = True  # this call's key lacks the offsets
             return
         self.results[call.key] = _Results(sequence, parts)
 
@@ -202,7 +218,7 @@ class KnownCallsMode(FakeTensorMode):
 
     def _remember(self, call: KnownCall, out: Any, args: Any, kwargs: Any) -> None:
         """Keep a call, unless it changed the sizes of an argument (an `out` that did not fit)."""
-        now = self.known.call(self, call.key[0], args, kwargs)
+        now = self.known.call(self, call.key[0].func, args, kwargs)
         if now is not None and now.key == call.key:
             self.known.remember(call, out)
 
@@ -273,10 +289,14 @@ def _add(
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            place = next((i for i, t in enumerate(tensors) if t is value), None)
+            for place, other in enumerate(tensors):
+                if other is value:  # the same tensor once more: it costs no more bytes
+                    key.append((place,))
+                    break
+            else:
+                place = None
             tensors.append(value)
-            if place is not None:  # the same tensor once more: it costs no more bytes
-                key.append((place,))
+            if place is not None:
                 continue
             ours = value.fake_mode is mode and value.constant is None
             if not ours or not mode.is_plain(value):

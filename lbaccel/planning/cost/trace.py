@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lbaccel.planning.cost.known_calls import running_mode
+from lbaccel.planning.cost.later import Later, known
 
 Role = Literal["weights", "gradients", "optimizer", "activations", "teacher"]
 
 HOST_COPY = "lbaccel.host_copy"  # the kernel of a copy between device and host
 
-Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], int]
+Workspace = Callable[[str, tuple[Any, ...], dict[str, Any], Any], "int | Later"]
 """(kernel, args, kwargs, result) -> bytes it allocates inside and frees before it returns."""
 
 
@@ -40,7 +41,7 @@ class Kernel:
     name: str  # such as "aten.convolution"
     flops: int
     num_bytes: int
-    workspace: int
+    workspace: int | Later
     dtype: torch.dtype | None
     channels_last: bool
     depthwise: bool = False  # a convolution with as many groups as channels, or nearly
@@ -50,16 +51,14 @@ class Kernel:
     new_bytes: int = 0  # of the largest storage that it made
 
 
-@dataclass(frozen=True)
-class Allocate:
+class Allocate(NamedTuple):  # made faster than a frozen dataclass is
     """Storage `id` appears."""
 
     id: int
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Free:
+class Free(NamedTuple):
     """Storage `id` goes."""
 
     id: int
@@ -105,7 +104,7 @@ class Trace:
                 now += event.num_bytes
             elif isinstance(event, Free):
                 now -= sizes.pop(event.id)
-            inside = event.workspace if isinstance(event, Kernel) else 0
+            inside = known(event.workspace) if isinstance(event, Kernel) else 0
             most.append(max(settled[-1], now + inside))
         return settled, most
 
@@ -123,7 +122,7 @@ class Trace:
         for key, num_bytes in sizes.items():
             found[self.roles.get(key, "activations")] += num_bytes
         last = self.events[at] if at >= 0 else None
-        return {**found, "workspace": last.workspace if isinstance(last, Kernel) else 0}
+        return {**found, "workspace": known(last.workspace) if isinstance(last, Kernel) else 0}
 
     def kernels(self) -> Iterable[Kernel]:
         """The calls that do something, in order."""
@@ -139,6 +138,7 @@ class Recorder(TorchDispatchMode):
         self._workspace = workspace
         self._live: dict[int, tuple[int, Any]] = {}  # address of a storage: its number, its watch
         self._count = 0
+        self._counted: dict[int, bool] = {}  # by address of a function, which torch keeps
         self.num_kernels = 0
         self.on_kernel: Callable[[list[Tensor]], object] | None = None  # called with what it reads
 
@@ -176,6 +176,11 @@ class Recorder(TorchDispatchMode):
         copy = Kernel(HOST_COPY, 0, num_bytes, 0, dtype=None, channels_last=False)
         self.trace.events.append(copy)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing here is compiled, and torch's wrapper against it takes time in each call."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -189,17 +194,31 @@ class Recorder(TorchDispatchMode):
         out = NotImplemented if call is None else call.results()
         if out is NotImplemented:
             out = func(*args, **kwargs)
-        tensors = [t for t in _flat(out) if isinstance(t, Tensor)]
-        seen = self._count
-        new = [t for t in tensors if self.watch(t) >= seen]
-        if not func.is_view and func.namespace != "prim":
-            largest = max((t.untyped_storage().nbytes() for t in new), default=0)
+        results = (out,) if isinstance(out, Tensor) else _flat(out)
+        tensors = [t for t in results if isinstance(t, Tensor)]
+        largest = self._watch_results(tensors)
+        if self._is_counted(func):
 
             def count() -> Kernel:
                 return replace(self._kernel(func, args, kwargs, out, tensors), new_bytes=largest)
 
             self.trace.events.append(count() if call is None else call.cost(largest, count))
         return out
+
+    def _watch_results(self, tensors: Sequence[Tensor]) -> int:
+        """Watch what a call gave; the bytes of the largest storage that it made."""
+        largest, seen = 0, self._count
+        for tensor in tensors:
+            if self.watch(tensor) >= seen:
+                largest = max(largest, tensor.untyped_storage().nbytes())
+        return largest
+
+    def _is_counted(self, func: Any) -> bool:
+        """Whether a call of it is a kernel: it is no view, and asks for more than a property."""
+        found = self._counted.get(id(func))
+        if found is None:
+            found = self._counted[id(func)] = not func.is_view and func.namespace != "prim"
+        return found
 
     def _kernel(
         self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any, tensors: list[Tensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lbaccel.planning.cost.kernel_memory import (
     is_chosen_by_processor,
     measured_workspace,
 )
+from lbaccel.planning.cost.later import Later, known
 from lbaccel.planning.cost.processor import instruction_set
 
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a mask or an index among the operands is cast too
@@ -74,9 +76,16 @@ class CpuWorkspaces:
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
         """Bytes that the call takes inside and frees before it returns."""
+        return known(self.later(name, args, kwargs, out))
+
+    def later(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> int | Later:
+        """The same, where what has to be measured is measured when it counts."""
         try:
             if is_chosen_by_processor(name, args):
-                return measured_workspace(name, args)
+                otherwise = assumed_workspace(name, args, out)
+                return Later(partial(self._measured, name, _without_memory(args), otherwise))
         except Unmeasured:
             self.num_assumed += 1
             return assumed_workspace(name, args, out)
@@ -86,6 +95,25 @@ class CpuWorkspaces:
         if isinstance(out, Tensor) and out.ndim > 0:
             return _casts(name.removeprefix("aten."), args, out)
         return 0
+
+    def _measured(self, name: str, args: tuple[Any, ...], otherwise: int) -> int:
+        try:
+            return measured_workspace(name, args)
+        except Unmeasured:
+            self.num_assumed += 1
+            return otherwise
+
+
+def _without_memory(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, with tensors of the same sizes that keep no storage of a trace."""
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    with torch._C._DisableTorchDispatch():
+        return tuple(like(value) for value in args)
 
 
 def _casts(name: str, args: tuple[Any, ...], out: Tensor) -> int:

@@ -11,8 +11,9 @@ from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory, 
 from lbaccel.planning.cost.cuda_limit import SETTLED, UPDATES, smallest_limit
 from lbaccel.planning.cost.devices import GIB, find_device
 from lbaccel.planning.cost.trace import Allocate, Free, Mark, Trace
+from lbaccel.planning.cost.trace_parts import requests
 from lbaccel.planning.cost.update import classification_loss
-from lbaccel.planning.estimate import Candidate, Estimator, _requests
+from lbaccel.planning.estimate import Candidate, Estimator
 from lbaccel.planning.network import Trained, network_of
 
 MIB = 2**20
@@ -92,7 +93,7 @@ def test_weights_stay_though_the_trace_ends_with_their_end():
             Free(0),
         ]
     )  # fmt: skip
-    assert _requests(trace) == ([(0, 8)], [(1, 4), (1, -1)])
+    assert requests(trace) == ([(0, 8)], [(1, 4), (1, -1)])
 
 
 @pytest.mark.parametrize(
