@@ -72,7 +72,7 @@ def main() -> None:
     models = parser.parse_args().models
     table(
         ["timm model", "peak", "states", "ceiling of every stage and offload",
-         "peak, every block recomputed", "... at micro-batch 32, none"],
+         "peak, every block recomputed", "... at micro-batch 32"],
         [of_one_device(model) for model in models],
     )  # fmt: skip
     table(
