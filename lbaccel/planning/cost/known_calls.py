@@ -188,7 +188,7 @@ class KnownCallsMode(FakeTensorMode):
         with torch.inference_mode(False):
             plain = FakeTensor(self, _empty((), ()), _CPU)
         self._attributes = {name: of for name, of in vars(plain).items() if name != "fake_mode"}
-        self.plain_keys = torch._C._dispatch_keys(plain)
+        self.plain_keys = _dispatch_keys(plain)
 
     def fake(self, meta: Tensor) -> FakeTensor:
         """`FakeTensor(self, meta, "cpu")` in half of its time: with the attributes of another."""
@@ -201,7 +201,7 @@ class KnownCallsMode(FakeTensorMode):
 
     def is_plain(self, tensor: FakeTensor) -> bool:
         """Whether it is a dense one of the CPU: not sparse, conjugated, or of inference mode."""
-        return torch._C._dispatch_keys(tensor) == self.plain_keys
+        return _dispatch_keys(tensor) == self.plain_keys
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The results of a call, of one inside of torch's own functions too."""
@@ -268,6 +268,11 @@ def _is_one_view(func: Any) -> bool:
     return func.is_view and not torch._C._dispatch_has_kernel_for_dispatch_key(
         func.name(), composite
     )
+
+
+def _dispatch_keys(tensor: Tensor) -> int:
+    """As a number: torch before 2.7 compares the sets themselves by identity."""
+    return torch._C._dispatch_keys(tensor).raw_repr()
 
 
 def _sizes_decide(func: Any) -> bool:
