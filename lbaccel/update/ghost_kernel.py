@@ -113,7 +113,11 @@ class _Runs(torch.autograd.Function):
                 eps,
                 out=(out, kept_mean, kept_invstd),
             )
-        ctx.save_for_backward(x, weight, saved)
+        # A leaf that a `Function` saves under hooks of saved tensors (checkpointing, offload) loses
+        # its own hooks in torch 2.6 and 2.7. So an alias is saved, and the leaf held beside it.
+        ctx.leaves = [t if _is_leaf(t) else None for t in (x, weight)]
+        kept = [t.detach() if t is not None and _is_leaf(t) else t for t in (x, weight)]
+        ctx.save_for_backward(*kept, saved)
         ctx.sizes, ctx.eps = sizes, eps
         return y
 
@@ -123,6 +127,9 @@ class _Runs(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         # With `create_graph` these calls are differentiated in turn: then results are joined.
         joins = torch.is_grad_enabled()
+        if joins:
+            pairs = zip(ctx.leaves, (x, weight), strict=True)
+            x, weight = (kept if leaf is None else leaf for leaf, kept in pairs)
         of_x = None  # made of `grad`, which may be a batch of gradients
         if wanted[0] and not joins:
             of_x = grad.new_empty_strided(x.shape, x.stride())
@@ -176,6 +183,10 @@ def _goes_in_place(
         return False
     device = device_type or x.device.type
     return device == "cpu" or (device == "cuda" and _is_torchs_own(x, weight, bias, eps))
+
+
+def _is_leaf(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and tensor.is_leaf
 
 
 def _dtypes(*tensors: Tensor | None) -> set[torch.dtype]:

@@ -415,3 +415,26 @@ def test_a_forward_holds_one_output_and_a_backward_one_run_more(turned):
     run = 1 / len(sizes)
     # ATen's kernel of a CPU may hold a copy of its run beside the result.
     assert most(lambda: results[0].backward(upstream)) < 1 + 2 * run + 0.05
+
+
+def test_a_leaf_keeps_its_hooks_under_hooks_of_saved_tensors():
+    """torch 2.6 and 2.7 forget those of a leaf that a `Function` saves; so no leaf is saved."""
+    packed, heard = [], []
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    weight, bias = layer_of(4)
+    for leaf in (x, weight, bias):
+        leaf.register_hook(lambda g: heard.append(g.shape))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = normalise_runs(x, SIZES, moments_of(4), weight=weight, bias=bias, eps=1e-5)
+    assert packed and not any(t.is_leaf and t.requires_grad for t in packed)
+    y.square().sum().backward()
+    assert sorted(heard) == [(4,), (4,), (8, 4)]
+
+
+def test_a_weight_that_is_written_before_backward_is_an_error_as_in_plain_torch():
+    x, (weight, bias) = torch.randn(8, 4, dtype=torch.float64), layer_of(4)
+    y = normalise_runs(x, SIZES, moments_of(4), weight=weight, bias=bias, eps=1e-5)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
