@@ -84,7 +84,6 @@ class KeyedRandomness:
         self._whole = False
         self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
-        self._token: Tensor | None = None  # where tokens are drawn: a real one, while a plan traces
         self._rows: dict[int, KeysOf] = {}  # of the micro-batch, by block of calls
         self._ahead: dict[Any, KeysAhead] = {}  # by update too, of samples from one on
         self._elements = Elements()
@@ -286,9 +285,7 @@ class KeyedRandomness:
         if self._next >= 0:
             self._next += 1
             return self._next - 1
-        if self._token is None:
-            self._token = torch.empty((), dtype=torch.int64, device="cpu")
-        token = int(self._token.random_())
+        token = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         if token not in self._calls:
             if self._recomputing:
                 raise InputError(

@@ -292,6 +292,7 @@ NAMES: Mapping[str, OtherName] = {
     ),
     "report-to": differs("Type --log-with run_folder and the tracker, such as wandb."),
     "log-wandb": differs("wandb is on by default: --log-with run_folder wandb."),
+    "cache": differs("Type --cache-images with a size, such as 8GiB: decoded images in memory."),
     # the device
     "device": differs(_VISIBLE),
     "cuda": differs(_VISIBLE),

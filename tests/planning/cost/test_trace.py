@@ -23,6 +23,7 @@ from lbaccel.planning.cost.known_calls import fake_tensors
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Mark, Recorder, Trace
 from lbaccel.planning.cost.update import Network, trace_update
 from lbaccel.planning.cost.workspace import MARGIN, CpuWorkspaces
+from lbaccel.randomness.ahead import MASK_AHEAD
 from lbaccel.randomness.masks import CALLS_AT_ONCE, SAMPLES_AT_ONCE
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.normalization import has_batch_norm
@@ -164,12 +165,14 @@ def test_the_traced_peak_is_that_of_the_real_allocator(
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small"])
 def test_of_several_ghost_batches_too_and_no_kernel_joins_them(name):
     trace = traced(timm.create_model(name), images, 24, norm=8)
+    whole = traced(timm.create_model(name), images, 24, norm=24)
     real = allocated_at_peak(timm.create_model(name), images, 24, sgd, norm=8)
     assert abs(real - trace.peak()) <= SCALARS
     calls = Counter(kernel.name for kernel in trace.kernels())
     layers = sum(isinstance(m, nn.BatchNorm2d) for m in timm.create_model(name).modules())
     assert calls["aten.native_batch_norm"] == calls["aten.native_batch_norm_backward"] == 6 * layers
-    assert calls["aten.cat"] == 1  # the statistics at commit
+    at_commit = sum(kernel.name == "aten.cat" for kernel in whole.kernels())
+    assert calls["aten.cat"] == at_commit
     assert not any(kernel.num_bytes for kernel in trace.kernels() if "empty" in kernel.name)
 
 
@@ -177,8 +180,11 @@ def test_of_several_ghost_batches_too_and_no_kernel_joins_them(name):
 def test_a_trace_for_cuda_joins_ghost_batches_where_cudnn_takes_them(precision, joins):
     model = timm.create_model("resnet18")
     trace = traced(model, images, 24, precision=precision, device_type="cuda", norm=8)
-    calls = Counter(kernel.name for kernel in trace.kernels())
-    assert (calls["aten.cat"] > 1) == joins
+    whole = traced(model, images, 24, precision=precision, device_type="cuda", norm=24)
+    count, at_commit = (
+        sum(kernel.name == "aten.cat" for kernel in each.kernels()) for each in (trace, whole)
+    )
+    assert (count > at_commit) == joins
 
 
 @pytest.mark.parametrize(
@@ -338,13 +344,19 @@ def live_at_the_loss(model, make_batch, num_samples, precision="fp32", **options
     return live - on_cpu * torch.get_rng_state().nbytes
 
 
-def test_dropout_is_traced_with_its_keyed_masks_of_a_byte_an_element():
-    num_samples, width = 32, 256
+@pytest.mark.parametrize("num_samples", [32, 200])
+def test_dropout_is_traced_with_its_keyed_masks(num_samples):
+    """Scaled masks made ahead for 256 samples, or where that is too much, a byte an element."""
+    width = 256
+    ahead = 2 * num_samples * width <= MASK_AHEAD
+    assert ahead == (num_samples == 32)
     plain = live_at_the_loss(mlp(nn.ReLU()), vectors, num_samples)
     dropped = live_at_the_loss(mlp(nn.ReLU(), nn.Dropout(0.5)), vectors, num_samples)
     keys = 3 * CALLS_AT_ONCE * SAMPLES_AT_ONCE * 4  # int32: two halves, and a first draw
+    elements = 4 * width  # their numbers, folded once for an update
+    masks = 4 * SAMPLES_AT_ONCE * width if ahead else num_samples * width + elements
     # ReLU's output is kept in any case; dropout's is what the next layer keeps.
-    assert dropped - plain == num_samples * width * (1 + 4) + keys
+    assert dropped - plain == 4 * num_samples * width + masks + keys
 
 
 def casts_of(trace, weight):
