@@ -1434,8 +1434,8 @@ MUTANTS = {
     ),
     "the square of a tensor costs what a product of two costs": (
         "planning.cost.known_calls",
-        "            if place is not None:",
-        "            if False:",
+        "                if other is value:",
+        "                if False:",
         "tests/planning/cost/test_known_calls.py::"
         "test_one_tensor_as_both_operands_costs_its_bytes_once",
     ),

@@ -201,6 +201,9 @@ def test_sizes_that_a_call_changes_are_torchs():
             x = torch.empty(2, 3)
             x.unsqueeze_(0)
             assert x.shape == (1, 2, 3)
+            moved = torch.empty(6)[:2]
+            moved.as_strided_((2,), (1,), 3)  # of the sizes that it had, at another place
+            assert moved.storage_offset() == 3
             out = torch.empty(0)
             torch.add(torch.empty(4), 1, out=out)
             assert out.shape == (4,)
