@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -56,7 +57,7 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Recording(TorchFunctionMode):
+class Recording(TorchFunctionMode, ABC):
     """Records on `tape` what runs inside it.
 
     Args:
@@ -93,9 +94,9 @@ class Recording(TorchFunctionMode):
             self._check(func, leaves, read)
         return self.run(func, leaves, spec, found)
 
+    @abstractmethod
     def run(self, func: Any, leaves: list[Any], spec: Any, found: tuple[Any, ...]) -> Any:
         """The result of a call, which is now on the tape; its arguments are flat, and encoded."""
-        raise NotImplementedError
 
     def finish(self, out: Any) -> Tape:
         """The tape of the forward, whose loss function returned `out`."""
