@@ -18,16 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import Accelerator
-from random_images import Images, loss_fn
 from timm.layers.drop import DropPath
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+
+from launches import Launches
+from random_images import Images, loss_fn
 
 from lbaccel import BatchPlan, LargeBatch, NoiseScale, UpdateLoader
 from lbaccel.models import adapt_stem
@@ -57,20 +61,6 @@ CASES = {  # network, its arguments, pixels, micro-batch, noise scale
     "20 layers, dropout 0.2": ("layers", {"mask": nn.Dropout}, 2, 4, False),
     "20 layers, noise scale": ("layers", {}, 2, 4, True),
 }
-NO_KERNEL = ("empty", "new_empty", "detach", "lift_fresh", "alias", "random_", "_local_scalar")
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that work on elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::")
-        self.count += not func.is_view and not name.startswith((*NO_KERNEL, "profiler::"))
-        return func(*args, **(kwargs or {}))
 
 
 def layers(mask=None):
