@@ -39,9 +39,10 @@ from torch.profiler import ProfilerActivity, profile
 import lbaccel
 from lbaccel import BatchPlan, LargeBatch
 from lbaccel.data.loader import Update
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import device_at_hand
 from lbaccel.planning.cost.update import Network, image_batch
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.search import Pinned, Search
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.normalization import has_batch_norm

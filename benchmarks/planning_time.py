@@ -3,8 +3,8 @@
 python benchmarks/planning_time.py [NETWORK ...] [--device cpu] [--repeats 2] [--json FILE]
 
 Each plan runs in a process of its own, as `lbaccel plan` does, and the figure is the smallest of
-`--repeats`; imports are not in it. "first" has no kernels that an earlier plan kept, and "again" is
-the same plan after it. `--before CHECKOUT` plans with the lbaccel of that folder too, in turn with
+`--repeats`; imports are not in it. "first" has nothing that an earlier plan kept, and "again" is the
+same plan after it. `--before CHECKOUT` plans with the lbaccel of that folder too, in turn with
 this one, and the last column says whether all plans are the same.
 """
 
@@ -35,10 +35,10 @@ print(json.dumps({"seconds": seconds, "plan": found.to_dict()}))
 """
 
 
-def planned(options, checkout, kernels):
-    """Seconds and plan, by the lbaccel in `checkout`, which keeps kernels in a folder."""
+def planned(options, checkout, caches):
+    """Seconds and plan, by the lbaccel in `checkout`, which keeps what it found in a folder."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    environment["LBACCEL_KERNELS"] = kernels
+    environment |= {f"LBACCEL_{what}": f"{caches}/{what}" for what in ("KERNELS", "ESTIMATES")}
     done = subprocess.run(
         [sys.executable, "-c", ONE, json.dumps(options)],
         env=environment, cwd=checkout, check=True, capture_output=True, text=True,
@@ -54,9 +54,9 @@ def measured(options, before, repeats):
     runs = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            # each checkout has kernels of its own: what one keeps makes no "first" of the other
-            kernels = {arm: f"{folder}/{of == here}" for arm, of in arms.items()}
-            runs.append({arm: planned(options, of, kernels[arm]) for arm, of in arms.items()})
+            # each checkout has caches of its own: what one keeps makes no "first" of the other
+            caches = {arm: f"{folder}/{of == here}" for arm, of in arms.items()}
+            runs.append({arm: planned(options, of, caches[arm]) for arm, of in arms.items()})
     row = {arm: min(run[arm]["seconds"] for run in runs) for arm in arms}
     plans = [found["plan"] for run in runs for found in run.values()]
     return row | {"same_plan": all(plan == plans[0] for plan in plans)}

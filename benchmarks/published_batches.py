@@ -20,9 +20,10 @@ from pathlib import Path
 from timm.layers import set_fused_attn
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import GIB, find_device
 from lbaccel.planning.cost.update import classification_loss
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.network import Trained, network_of
 
 CARD = "RTX 3090"

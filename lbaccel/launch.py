@@ -132,10 +132,19 @@ def kernels_folder() -> Path | None:
 
     $LBACCEL_KERNELS may name another folder than that in the folder of caches.
     """
-    named = os.environ.get("LBACCEL_KERNELS")
+    return _kept("kernels")
+
+
+def estimates_folder() -> Path | None:
+    """Where plans keep what they traced of networks; $LBACCEL_ESTIMATES is as the other one."""
+    return _kept("estimates")
+
+
+def _kept(what: str) -> Path | None:
+    named = os.environ.get(f"LBACCEL_{what.upper()}")
     if named == "off":
         return None
-    return Path(named).expanduser() if named else _caches() / "kernels"
+    return Path(named).expanduser() if named else _caches() / what
 
 
 def _caches() -> Path:

@@ -22,6 +22,7 @@ def fresh_state(monkeypatch, tmp_path_factory):
     torch.manual_seed(0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("LBACCEL_KERNELS", "off")
+    monkeypatch.setenv("LBACCEL_ESTIMATES", "off")
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()

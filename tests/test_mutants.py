@@ -1358,8 +1358,8 @@ MUTANTS = {
     ),
     "a plan for a GPU counts what is kept without a limit": (
         "planning.cost.cuda_limit",
-        "if limit < reserved and _settles(held, update, limit):",
-        "if False:",
+        "return limit(first)",
+        "return reserved",
         "tests/planning/cost/test_cuda_limit.py::"
         "test_a_kept_segment_that_fits_nothing_is_not_counted",
     ),
@@ -1466,16 +1466,41 @@ MUTANTS = {
         "test_another_state_of_this_process_is_another_call",
     ),
     "kernels of another processor are taken": (
-        "planning.cost.kept_kernels",
-        '(document["form"], document["processor"]) != (FORM, self._processor)',
-        'document["form"] != FORM',
+        "planning.cost.kept",
+        '(document["form"], document["owner"]) == (FORM, self._owner)',
+        'document["form"] == FORM',
         "tests/planning/cost/test_kept_kernels.py::test_kernels_of_another_processor_are_not_taken",
     ),
     "what another process kept meanwhile is lost": (
-        "planning.cost.kept_kernels",
-        "kernels = self._read() | self._kernels",
-        "kernels = self._kernels",
+        "planning.cost.kept",
+        "results = self._read() | self._results",
+        "results = self._results",
         "tests/planning/cost/test_kept_kernels.py::test_two_processes_keep_what_both_have_measured",
+    ),
+    "an estimate is kept for any contract": (
+        "planning.kept_estimates",
+        "return contract, precision, what",
+        "return precision, what",
+        "tests/planning/test_kept_estimates.py::"
+        "test_another_contract_precision_or_candidate_is_another_question",
+    ),
+    "code of the user's is known": (
+        "planning.kept_estimates",
+        "    return package if package in PACKAGES else None",
+        "    return package",
+        "tests/planning/test_kept_estimates.py::test_what_no_text_says_all_of_is_not_kept",
+    ),
+    "a workspace that was assumed is kept": (
+        "planning.estimate",
+        "if self.kept is not None and not self.cpu_workspaces.num_assumed:",
+        "if self.kept is not None:",
+        "tests/planning/test_kept_estimates.py::test_an_assumed_workspace_is_not_kept",
+    ),
+    "the same module twice is two modules": (
+        "planning.kept_estimates",
+        "        if id(module) in places:\n",
+        "        if False:\n",
+        "tests/planning/test_kept_estimates.py::test_what_changes_an_estimate_changes_its_owner",
     ),
     "random states are not traced": (
         "planning.cost.update",

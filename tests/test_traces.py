@@ -6,9 +6,10 @@ import pytest
 import traces
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import CPU, find_device
 from lbaccel.planning.cost.update import classification_loss
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.network import Trained, network_of
 
 

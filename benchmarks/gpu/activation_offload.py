@@ -28,9 +28,10 @@ from children import run_cases  # noqa: E402
 from lbaccel import plan  # noqa: E402
 from lbaccel.batch.plan import BatchPlan  # noqa: E402
 from lbaccel.models import create_backbone  # noqa: E402
+from lbaccel.planning.candidates import Candidate  # noqa: E402
 from lbaccel.planning.cost.devices import GIB, device_at_hand  # noqa: E402
 from lbaccel.planning.cost.update import classification_loss  # noqa: E402
-from lbaccel.planning.estimate import Candidate, Estimator  # noqa: E402
+from lbaccel.planning.estimate import Estimator  # noqa: E402
 from lbaccel.planning.measure import measure  # noqa: E402
 from lbaccel.planning.network import Trained, network_of, random_images  # noqa: E402
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
-from lbaccel.planning.cost.chain import ChainCost, ChainFinder, Unit, chain_cost, mark_units
+from lbaccel.planning.candidates import Candidate, Estimate, Survey
+from lbaccel.planning.cost.chain import ChainFinder, Unit, chain_cost, mark_units
 from lbaccel.planning.cost.cuda_limit import smallest_limit
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.host_store import LookingOn, TracedHost
@@ -25,49 +26,13 @@ from lbaccel.planning.cost.trace_parts import requests, step_kernels
 from lbaccel.planning.cost.update import Network, Precision, trace_update
 from lbaccel.planning.cost.workspace import CpuWorkspaces, Workspaces, cuda_workspace
 from lbaccel.planning.cost.zero_memory import Sizes, Zero, added_seconds, held
+from lbaccel.planning.kept_estimates import asked_for, kept_estimates
 from lbaccel.update.accumulation import reduction_bytes
 from lbaccel.update.checkpointing import apply_activation_checkpointing, apply_segments
 from lbaccel.update.memory.reserve import state_tensors
 from lbaccel.update.offload import hand_to
 
-MemoryFormat = Literal["contiguous", "channels_last"]
-Segments = tuple[tuple[str, ...], ...]
-Checkpointing = Literal["none", "full"] | Segments
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The settings that a plan chooses."""
-
-    micro_batch_size: int
-    memory_format: MemoryFormat = "contiguous"
-    checkpointing: Checkpointing = "none"
-    offload: Segments = ()  # runs of modules whose activations lie on the host
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The bytes and seconds that a candidate costs."""
-
-    peak: int  # bytes, all of `breakdown`
-    traced: int  # bytes that the trace alone has
-    breakdown: dict[str, int]
-    accumulating: dict[str, int]  # parts at the peak of the micro-steps, the device's own left out
-    first_step_seconds: float  # of the first micro-step, which has nothing to add its gradient to
-    micro_step_seconds: float
-    commit_seconds: float  # once an update: norm, clipping, step, reduction
-    chain: ChainCost | None  # where nothing is recomputed
-    forward_seconds: tuple[float, ...]  # of the chain's units
-    host_bytes: int = 0  # that offloaded activations pin, on the host and in no part of the peak
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A first look at a network: one contiguous micro-step without recompute."""
-
-    units: list[Unit]  # its chain
-    seconds: float
-    by_layout: float  # of them in kernels that a memory format can make faster
+T = TypeVar("T", Estimate, Survey)
 
 
 class Estimator:
@@ -107,6 +72,7 @@ class Estimator:
         self.steps_fused = bool(groups) and all(group.get("fused") for group in groups)
         self._largest = max((p.nbytes for p in parameters), default=0)
         self._reduction_bytes = reduction_bytes([p.nbytes for p in parameters])
+        self.kept = kept_estimates(network, self._states, device)
 
     @property
     def units(self) -> list[Unit]:
@@ -142,17 +108,22 @@ class Estimator:
         if self.observe is not None:
             return Survey([], self.estimate(Candidate(size)).first_step_seconds, math.inf)
         if size not in self._surveys:
-            finders: list[ChainFinder] = []
-
-            def find(model: nn.Module, recorder: Recorder) -> None:
-                finders.append(ChainFinder(model, recorder))
-
-            kernels = step_kernels(self._trace(Candidate(size), find, 1), 0).first
-            turned = [k for k in kernels if "convolution" in k.name or "batch_norm" in k.name]
-            self._surveys[size] = Survey(
-                finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
-            )
+            self._surveys[size] = self._kept(size, Survey) or self._survey(size)
         return self._surveys[size]
+
+    def _survey(self, size: int) -> Survey:
+        finders: list[ChainFinder] = []
+
+        def find(model: nn.Module, recorder: Recorder) -> None:
+            finders.append(ChainFinder(model, recorder))
+
+        kernels = step_kernels(self._trace(Candidate(size), find, 1), 0).first
+        turned = [k for k in kernels if "convolution" in k.name or "batch_norm" in k.name]
+        found = Survey(
+            finders[0].units(), seconds(kernels, self.device), seconds(turned, self.device)
+        )
+        self._keep(size, found)
+        return found
 
     def like(
         self, *, plan: BatchPlan | None = None, precision: Precision | None = None
@@ -183,7 +154,9 @@ class Estimator:
         groups = -(-self.plan.num_groups(self.plan.global_batch_size) // self.plan.world_size)
         steps = min(2, -(-groups * self.plan.group_size // size))  # from the second on all alike
         if (candidate, steps) not in self._known:
-            self._known[candidate, steps] = (self.observe or self._estimate)(candidate, steps)
+            kept = None if self.observe else self._kept((candidate, steps), Estimate)
+            estimated = self.observe or self._estimate
+            self._known[candidate, steps] = kept or estimated(candidate, steps)
         found, world = self._known[candidate, steps], self.plan.world_size
         if self.zero is not None:
             return self._under_zero(found, self.zero)
@@ -257,14 +230,13 @@ class Estimator:
 
         trace = self._trace(candidate, change, steps)
         traced = trace.breakdown()
-        kept_kernels().save()
         breakdown = self._breakdown(trace, traced)
         by_step = step_kernels(trace, len(units))
 
         def timed(kernels: Sequence[Kernel]) -> float:
             return seconds(kernels, self.device)
 
-        return Estimate(
+        found = Estimate(
             peak=sum(breakdown.values()),
             traced=sum(traced.values()),
             breakdown=breakdown,
@@ -276,6 +248,22 @@ class Estimator:
             forward_seconds=tuple(timed(kernels) for kernels in by_step.forward),
             host_bytes=trace.host_bytes,
         )
+        self._keep((candidate, steps), found)
+        return found
+
+    def _kept(self, what: Any, kind: type[T]) -> T | None:
+        """The result that an earlier plan kept of this network."""
+        kept = (
+            None if self.kept is None else self.kept.get(asked_for(self.plan, self.precision, what))
+        )
+        return kept if isinstance(kept, kind) else None
+
+    def _keep(self, what: Any, found: Estimate | Survey) -> None:
+        kept_kernels().save()
+        # a workspace that was assumed may be measured the next time
+        if self.kept is not None and not self.cpu_workspaces.num_assumed:
+            self.kept.put(asked_for(self.plan, self.precision, what), found)
+            self.kept.save()
 
     def traced(self) -> list[Candidate]:
         """Each candidate that has its estimate already."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lbaccel.errors import RunFailed
+from lbaccel.planning.candidates import Candidate, Estimate
 from lbaccel.planning.cost.devices import GIB
 from lbaccel.planning.cost.update import MakeBatch
-from lbaccel.planning.estimate import Candidate, Estimate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.measure import measure
 from lbaccel.planning.plan import Plan
 from lbaccel.update.accumulation import LossFn

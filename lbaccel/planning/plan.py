@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import MemoryFormat
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.update import Precision
 from lbaccel.planning.cost.workspace import Workspaces
-from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.levers import Lever
 from lbaccel.planning.sweep import SweepPoint
 from lbaccel.update.global_norm.ending import Passes

@@ -18,6 +18,7 @@ from lbaccel.errors import InputError, brief, check_whole
 from lbaccel.network_arguments import network_arguments
 from lbaccel.optim.defaults import default_base_lr
 from lbaccel.optim.scaling import choose_rule, scale_lr
+from lbaccel.planning.candidates import Checkpointing, MemoryFormat
 from lbaccel.planning.cost.devices import GIB, Device
 from lbaccel.planning.cost.update import (
     AUTOCAST,
@@ -29,7 +30,7 @@ from lbaccel.planning.cost.update import (
     taught_loss,
 )
 from lbaccel.planning.cost.zero_memory import BUCKET, Offload
-from lbaccel.planning.estimate import Checkpointing, Estimator, MemoryFormat, Untraceable
+from lbaccel.planning.estimate import Estimator, Untraceable
 from lbaccel.planning.levers import levers
 from lbaccel.planning.machine import (
     NOTHING_TO_OFFLOAD,

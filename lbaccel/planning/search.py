@@ -7,16 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lbaccel.errors import InputError
+from lbaccel.planning.candidates import Candidate, Checkpointing, Estimate, MemoryFormat, Segments
 from lbaccel.planning.cost.chain import ChainCost, UnitCost
-from lbaccel.planning.estimate import (
-    Candidate,
-    Checkpointing,
-    Estimate,
-    Estimator,
-    MemoryFormat,
-    Segments,
-    Untraceable,
-)
+from lbaccel.planning.estimate import Estimator, Untraceable
 from lbaccel.planning.segments import (
     Link,
     Parts,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lbaccel.planning.candidates import MemoryFormat
 from lbaccel.planning.cost.devices import GIB
-from lbaccel.planning.estimate import MemoryFormat
 from lbaccel.planning.search import Search
 from lbaccel.runs.figures import new_figure, save
 

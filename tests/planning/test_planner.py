@@ -14,10 +14,11 @@ import lbaccel
 from lbaccel import cli
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.errors import InputError
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.chain import ChainCost
 from lbaccel.planning.cost.devices import CARDS, CPU, find_device
 from lbaccel.planning.cost.update import Network, image_batch
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.planner import plan
 from lbaccel.planning.search import PLATEAU, Pinned, Search
 

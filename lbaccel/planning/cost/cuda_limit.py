@@ -8,6 +8,8 @@ than it reserves without a limit (docs/results/published_batches.md).
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory
@@ -26,7 +28,9 @@ def smallest_limit(held: Sequence[Request], update: Sequence[Request]) -> int:
         update: requests of one update. What it has not freed at its end is freed there.
 
     Returns:
-        At least the most bytes in use at one time, at most what is reserved without a limit.
+        At least the most bytes in use at one time, at most what is reserved without a limit. It
+        is found by bisection: under a limit `STEP` lower, updates do not settle. A lower one at
+        which they happen to settle, with larger ones between at which they do not, is not taken.
 
     >>> MIB = 2**20
     >>> update = [(1, 30 * MIB), (1, -1), (2, 40 * MIB), (3, 20 * MIB)]
@@ -36,17 +40,27 @@ def smallest_limit(held: Sequence[Request], update: Sequence[Request]) -> int:
     free = _Updates(held, None)
     free.run(update)
     in_use, reserved = free.allocator.peak_allocated, free.allocator.peak_reserved
-    steps = int((reserved - in_use) / (STEP * max(1, in_use)))
-    for limit in (int(in_use * (1 + STEP * i)) for i in range(steps + 1)):
-        if limit < reserved and _settles(held, update, limit):
-            return limit
-    return reserved
+    steps = math.ceil((reserved - in_use) / (STEP * max(1, in_use)))  # from there on, no limit
+    limits = range(steps + 1)
+
+    def limit(step: int) -> int:
+        return min(int(in_use * (1 + STEP * step)), reserved)
+
+    first = bisect_left(limits, True, hi=steps, key=lambda i: _settles(held, update, limit(i)))
+    return limit(first)
 
 
 def _settles(held: Sequence[Request], update: Sequence[Request], limit: int) -> bool:
+    retries: list[int] = []
     try:
         simulated = _Updates(held, limit)
-        retries = [simulated.run(update) for _ in range(UPDATES)]
+        for number in range(1, UPDATES + 1):
+            reserved = simulated.allocator.reserved
+            retries.append(simulated.run(update))
+            if not retries[-1] and simulated.allocator.reserved == reserved:
+                # all is as before this update, so each later one is the same
+                retries += [0] * (UPDATES - number)
+                break
     except OutOfMemory:
         return False
     return not any(retries[-SETTLED:])

@@ -1,16 +1,12 @@
 """The allocations of kernels that this processor has run, kept from plan to plan in a file.
 
 A kernel's allocations depend on the processor, on torch and on the call alone, so a plan need not
-run a kernel that an earlier plan of any network ran. The file lies in the user's folder of caches
-(`lbaccel.launch.kernels_folder`); it may be deleted at any time, and one that is damaged, or that
-nobody may write to, is as good as none.
+run a kernel that an earlier plan of any network ran (`lbaccel.launch.kernels_folder`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -18,65 +14,31 @@ from typing import Any
 
 import torch
 
-from lbaccel.documents import json_in
-from lbaccel.errors import InputError
 from lbaccel.launch import kernels_folder
+from lbaccel.planning.cost.kept import KeptResults, name_of
 from lbaccel.planning.cost.processor import instruction_set
-from lbaccel.runs.folder import atomic_write_text
 
-FORM = 1  # of the file and of its keys
-MOST = 20_000  # kernels, about 2 MiB; a file with more begins anew
+MOST = 20_000  # kernels, about 2 MiB
 
 
-class KeptKernels:
-    """Allocations by call; with `path` None nothing is kept.
+class KeptKernels(KeptResults[tuple[int, ...]]):
+    """Allocations by call.
 
     Args:
-        path: of the file.
+        path: of the file; None: nothing is kept.
         processor: the kernels of another one are not taken.
     """
 
     def __init__(self, path: Path | None, processor: str) -> None:
-        self._path, self._processor = path, processor
-        self._kernels = self._read()
-        self._is_saved = True
+        super().__init__(path, processor, most=MOST)
 
-    def get(self, call: Any) -> tuple[int, ...] | None:
-        """The allocations of `call`, whose `repr` says all that they depend on; None: unknown."""
-        return self._kernels.get(_name(call))
+    def _to_json(self, result: tuple[int, ...]) -> Any:
+        return list(result)
 
-    def put(self, call: Any, taken: tuple[int, ...]) -> None:
-        """Keep the allocations of `call`; `save` writes them."""
-        if self._path is not None:
-            self._kernels[_name(call)] = taken
-            self._is_saved = False
-
-    def save(self) -> None:
-        """Write what is new, beside what other processes have written; a failure is no error."""
-        if self._is_saved or self._path is None:
-            return
-        self._is_saved = True
-        kernels = self._read() | self._kernels
-        if len(kernels) > MOST:
-            kernels = self._kernels if len(self._kernels) <= MOST else {}
-        document = {"form": FORM, "processor": self._processor, "kernels": kernels}
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self._path, json.dumps(document, separators=(",", ":")))
-
-    def _read(self) -> dict[str, tuple[int, ...]]:
-        """The file's kernels; none where it is damaged, or another processor's."""
-        if self._path is None:
-            return {}
-        try:
-            document = json_in(self._path)
-            if (document["form"], document["processor"]) != (FORM, self._processor):
-                return {}
-            kernels = {name: tuple(taken) for name, taken in document["kernels"].items()}
-        except (OSError, InputError, ValueError, LookupError, TypeError, AttributeError):
-            return {}
-        whole = all(type(n) is int for taken in kernels.values() for n in taken)
-        return kernels if whole else {}
+    def _from_json(self, value: Any) -> tuple[int, ...]:
+        if type(value) is not list or not all(type(n) is int for n in value):
+            raise ValueError(value)
+        return tuple(value)
 
 
 def kept_kernels() -> KeptKernels:
@@ -86,12 +48,13 @@ def kept_kernels() -> KeptKernels:
 
 @lru_cache(maxsize=4)
 def _kept(folder: Path | None) -> KeptKernels:
-    processor = _processor()
-    file = f"{hashlib.sha256(processor.encode()).hexdigest()[:16]}.json"
-    return KeptKernels(None if folder is None else folder / file, processor)
+    processor = this_processor()
+    return KeptKernels(
+        None if folder is None else folder / f"{name_of(processor)[:16]}.json", processor
+    )
 
 
-def _processor() -> str:
+def this_processor() -> str:
     """All but the call that allocations depend on: the processor, torch, and its libraries."""
     return "\n".join(
         (instruction_set(), _model_of_processor(), torch.__version__, torch.__config__.show())
@@ -107,7 +70,3 @@ def _model_of_processor() -> str:
         if found:
             return "\n".join(found)
     return f"{platform.machine()} {platform.processor()}"
-
-
-def _name(call: Any) -> str:
-    return hashlib.sha256(repr(call).encode()).hexdigest()[:32]

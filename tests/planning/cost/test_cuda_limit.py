@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory, replay
-from lbaccel.planning.cost.cuda_limit import SETTLED, UPDATES, smallest_limit
+from lbaccel.planning.cost.cuda_limit import SETTLED, STEP, UPDATES, smallest_limit
 from lbaccel.planning.cost.devices import GIB, find_device
 from lbaccel.planning.cost.trace import Allocate, Free, Mark, Trace
 from lbaccel.planning.cost.trace_parts import requests
 from lbaccel.planning.cost.update import classification_loss
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.network import Trained, network_of
 
 MIB = 2**20
@@ -50,6 +51,13 @@ def retries_of_updates(held, update, limit):
     return found
 
 
+def settles(held, update, limit):
+    try:
+        return not any(retries_of_updates(held, update, limit)[-SETTLED:])
+    except OutOfMemory:
+        return False
+
+
 @settings(deadline=None, max_examples=100)
 @given(updates(), st.lists(st.integers(1, 20 * MIB), max_size=5))
 def test_updates_settle_at_the_limit_which_lies_between_use_and_reserve(update, sizes):
@@ -57,7 +65,21 @@ def test_updates_settle_at_the_limit_which_lies_between_use_and_reserve(update, 
     limit = smallest_limit(held, update)
     free = replay([*held, *update])
     assert free.peak_allocated <= limit <= free.peak_reserved
-    assert not any(retries_of_updates(held, update, limit)[-SETTLED:])
+    assert settles(held, update, limit)
+
+
+@settings(deadline=None, max_examples=100)
+@given(updates(), st.lists(st.integers(1, 20 * MIB), max_size=5))
+def test_under_the_limit_one_step_lower_updates_do_not_settle(update, sizes):
+    held = [(-1 - i, size) for i, size in enumerate(sizes)]
+    limit, free = smallest_limit(held, update), replay([*held, *update])
+    in_use, reserved = free.peak_allocated, free.peak_reserved
+    tried = [int(in_use * (1 + STEP * i)) for i in range(200)]
+    below = max((t for t in tried if t < limit), default=None)
+    assert limit == reserved or limit in tried
+    assert (below is None) == (limit == in_use)
+    if below is not None:
+        assert not settles(held, update, below)
 
 
 def test_a_kept_segment_that_fits_nothing_is_not_counted():

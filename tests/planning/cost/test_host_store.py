@@ -9,9 +9,10 @@ import torch
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.models import create_backbone
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import CARDS
 from lbaccel.planning.cost.update import Network, image_batch
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.planning.segments import Link, predicted_peak, sent_bytes
 from lbaccel.update import pinned_host
 

@@ -10,11 +10,13 @@ import torch
 
 from lbaccel import BatchPlan
 from lbaccel.launch import kernels_folder
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost import kept_kernels, kernel_calls
 from lbaccel.planning.cost.devices import CPU
+from lbaccel.planning.cost.kept import name_of
 from lbaccel.planning.cost.kept_kernels import KeptKernels
 from lbaccel.planning.cost.update import Network, image_batch
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 
 CALLS = {("aten.mm", (2, 3)): (48, -48, 24), ("aten.mm", (3, 2)): (), ("aten.bmm", 1): (8,)}
 
@@ -65,12 +67,10 @@ def test_kernels_of_another_processor_are_not_taken(tmp_path):
         "{",
         "[]",
         "null",
-        '{"form": 1}',
-        '{"form": 0, "processor": "this one", "kernels": {}}',
-        '{"form": 1, "processor": "this one", "kernels": []}',
-        '{"form": 1, "processor": "this one", "kernels": {"a": 3}}',
-        '{"form": 1, "processor": "this one", "kernels": {"a": ["8"]}}',
-        '{"form": 1, "processor": "this one", "kernels": {"a": [1.5]}}',
+        '{"form": 2}',
+        '{"form": 0, "owner": "this one", "results": {}}',
+        '{"form": 2, "owner": "this one", "results": []}',
+        '{"form": 2, "owner": "this one", "results": 3}',
         "[" * 10_000,
         b"\xff\xfe",
     ],
@@ -81,6 +81,18 @@ def test_a_damaged_file_is_as_good_as_none_and_is_replaced(tmp_path, text):
     assert known(path) == set()
     kept(path, calls=CALLS)
     assert known(path) == set(CALLS)
+
+
+@pytest.mark.parametrize("taken", [3, ["8"], [1.5], None, "8", {}, {"a": 1}])
+def test_a_damaged_kernel_is_unknown(tmp_path, taken):
+    path = tmp_path / "a.json"
+    kept(path, calls=CALLS)
+    document = json.loads(path.read_text())
+    document["results"][name_of(next(iter(CALLS)))] = taken
+    path.write_text(json.dumps(document))
+    first, *others = CALLS
+    assert KeptKernels(path, "this one").get(first) is None
+    assert known(path) == set(others)
 
 
 def test_a_folder_that_can_not_be_written_is_no_failure(tmp_path):
@@ -98,7 +110,7 @@ def test_a_file_that_grew_too_large_begins_anew(tmp_path, monkeypatch):
     fresh = KeptKernels(path, "this one")
     fresh.put(three, CALLS[three])
     fresh.save()
-    assert len(json.loads(path.read_text())["kernels"]) <= 2
+    assert len(json.loads(path.read_text())["results"]) <= 2
 
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -144,7 +156,7 @@ def test_a_plan_runs_no_kernel_that_an_earlier_one_ran_and_is_the_same(
     assert estimates() == without and len(measured) == 2 * num_kernels
     assert estimates() == without and len(measured) == 2 * num_kernels
     (file,) = tmp_path.iterdir()
-    assert len(json.loads(file.read_text())["kernels"]) == num_kernels
+    assert len(json.loads(file.read_text())["results"]) == num_kernels
 
 
 def test_another_state_of_this_process_is_another_call(tmp_path, monkeypatch, measured):

@@ -13,12 +13,13 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from lbaccel import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import CARDS, CPU
 from lbaccel.planning.cost.known_calls import KnownCalls, fake_like, fake_tensors, running_mode
 from lbaccel.planning.cost.trace import Free, Recorder
 from lbaccel.planning.cost.update import Network, image_batch, trace_update
 from lbaccel.planning.cost.workspace import CpuWorkspaces, cuda_workspace
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.update.checkpointing import apply_activation_checkpointing
 from lbaccel.update.normalization import has_batch_norm
 

@@ -6,6 +6,7 @@ import timm
 import torch
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost import workspace
 from lbaccel.planning.cost.devices import CPU
 from lbaccel.planning.cost.known_calls import fake_tensors
@@ -13,7 +14,7 @@ from lbaccel.planning.cost.later import Later, known
 from lbaccel.planning.cost.trace import Allocate, Free, Kernel, Recorder, Trace
 from lbaccel.planning.cost.update import Network, image_batch
 from lbaccel.planning.cost.workspace import CpuWorkspaces
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 
 aten = torch.ops.aten
 

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lbaccel.batch.plan import BatchPlan
+from lbaccel.planning.candidates import Candidate
 from lbaccel.planning.cost.devices import CARDS
 from lbaccel.planning.cost.update import Network
-from lbaccel.planning.estimate import Candidate, Estimator
+from lbaccel.planning.estimate import Estimator
 from lbaccel.update import accumulation
 from lbaccel.update.sharding.replicated import Replicated
 
