@@ -3,8 +3,8 @@
 python benchmarks/planning_time.py [NETWORK ...] [--device cpu] [--repeats 2] [--json FILE]
 
 Each plan runs in a process of its own, as `lbaccel plan` does, and the figure is the smallest of
-`--repeats`; imports are not in it. "first" has nothing that an earlier plan kept, and "again" is the
-same plan after it. `--before CHECKOUT` plans with the lbaccel of that folder too, in turn with
+`--repeats`; imports are not in it. "first" has nothing that an earlier plan kept, and "again" is
+the same plan after it. `--before CHECKOUT` plans with the lbaccel of that folder too, in turn with
 this one, and the last column says whether all plans are the same.
 """
 
