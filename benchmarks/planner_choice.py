@@ -238,6 +238,7 @@ def lightning_trials(fits: Any, batch: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    os.environ["LBACCEL_ESTIMATES"] = "off"  # planning is that of a first plan
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--network", nargs="*", default=list(NETWORKS))

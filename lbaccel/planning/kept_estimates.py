@@ -85,8 +85,7 @@ def kept_estimates(
     except NotKnown:
         return None
     path = folder / f"{name_of(owner)}.json"
-    if not path.exists():
-        _make_room(folder)
+    _make_room(folder, path)
     return KeptEstimates(path, owner=name_of(owner))
 
 
@@ -210,9 +209,11 @@ def _files(package: str) -> Any:
     return name_of(found)
 
 
-def _make_room(folder: Path) -> None:
-    """Drop the files that were written longest ago, where there are too many."""
+def _make_room(folder: Path, path: Path) -> None:
+    """Drop the files that were written longest ago, where there are too many to add `path`."""
     with contextlib.suppress(OSError):
+        if path.exists():
+            return
         files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
         for path in files[: max(0, len(files) - MOST_FILES + 1)]:
             path.unlink(missing_ok=True)

@@ -331,3 +331,15 @@ def test_the_files_written_longest_ago_make_room(folder, monkeypatch):
     estimator(CARD).estimate(Candidate(8))
     names = {path.name for path in folder.iterdir()}
     assert {"3.json", "4.json", "notes.txt"} < names and len(names) == 4
+
+
+def test_a_folder_that_nobody_may_read_or_that_is_a_file_is_no_failure(folder, traces, monkeypatch):
+    folder.write_text("a file")
+    plain = estimator(CARD).estimate(Candidate(8))
+    folder.unlink()
+
+    def denied(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(module.Path, "exists", denied)
+    assert estimator(CARD).estimate(Candidate(8)) == plain
