@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from runs_of_recipe import run
 from torch import nn
 
 from lbaccel import BatchPlan, plan
@@ -110,6 +111,15 @@ def test_a_model_as_it_is_shares_the_estimates_of_its_name(folder, traces):
     first, number = planned("test_vit", num_classes=10), len(traces)
     real = create_backbone("test_vit", num_classes=10, img_size=160)
     assert replace(planned(real), model=first.model) == first
+    assert len(traces) == number
+
+
+def test_a_run_of_the_recipe_that_is_started_again_traces_nothing(folder, traces, tmp_path):
+    flags = ("--model", "test_resnet", "--epochs", "1", "--micro-batch-size", "auto")
+    run(*flags, "--activation-checkpointing", "auto", output=tmp_path / "runs")
+    number = len(traces)
+    assert number > 0
+    run(*flags, "--activation-checkpointing", "auto", output=tmp_path / "runs")
     assert len(traces) == number
 
 
