@@ -1378,8 +1378,8 @@ MUTANTS = {
         "test_no_plan_is_slower_by_its_own_model_than_one_that_was_traced_and_fits",
     ),
     "the seconds of a unit may be below zero": (
-        "planning.search",
-        "size * min(one / self._sizes[0], two / self._sizes[1]),",
+        "planning.lines",
+        "size * min(one / self.sizes[0], two / self.sizes[1]),",
         "-math.inf,",
         "tests/planning/test_planner.py::"
         "test_a_units_seconds_are_never_below_zero_however_small_the_micro_batch",

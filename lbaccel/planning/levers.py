@@ -60,9 +60,9 @@ def _of_the_plan(search: Search, choice: Choice) -> Iterator[Lever]:
             "the first to pull",
         )
     if candidate.checkpointing == "none":
-        kept = search.predicted(candidate.memory_format, size, 1.0)
+        kept = search.lines.predicted(candidate.memory_format, size, 1.0)
         for share in (0.75, 0.5):
-            less = search.predicted(candidate.memory_format, size, share)
+            less = search.lines.predicted(candidate.memory_format, size, share)
             if kept is not None and less is not None:
                 yield lever(
                     f"recompute to {share:.0%} of the activations",
@@ -100,7 +100,7 @@ def _offloads(search: Search, choice: Choice) -> Iterator[Lever]:
         return
     size = candidate.micro_batch_size
     for kept in (0.75, 0.5):
-        found = search.predicted_offload(candidate.memory_format, size, kept)
+        found = search.lines.predicted_offload(candidate.memory_format, size, kept)
         if found is None:
             continue
         saved, seconds, sent = found

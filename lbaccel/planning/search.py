@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 
 from lbaccel.errors import InputError
 from lbaccel.planning.candidates import Candidate, Checkpointing, Estimate, MemoryFormat, Segments
-from lbaccel.planning.cost.chain import ChainCost, UnitCost
+from lbaccel.planning.cost.chain import ChainCost
 from lbaccel.planning.estimate import Estimator, Untraceable
+from lbaccel.planning.lines import Lines
 from lbaccel.planning.segments import (
     Link,
     Parts,
     Run,
     best_parts,
-    best_runs,
     extra_seconds,
-    predicted_peak,
     sent_bytes,
 )
 
@@ -26,7 +25,6 @@ FASTER = 0.97  # another layout must be this much faster to be taken
 # falls with the size. A CPU takes the smallest: what it leaves out is how much the caches hold.
 PLATEAU = {"cuda": 1.02, "cpu": 1.03}
 LADDER = 1.25
-TRACED = 16  # samples of a first trace, where groups are smaller
 MOST_TRIES = 4  # traces of one search
 SLACK = 0.03  # of the budget: near enough
 WORTH = 0.98  # recompute for a larger micro-batch must promise this much
@@ -72,8 +70,7 @@ class Search:
         self.unit = plan.group_size
         groups = plan.num_groups(plan.global_batch_size)
         self.most = -(-groups // plan.world_size) * self.unit
-        small = self.unit if self.unit > 4 else min(-(-TRACED // self.unit) * self.unit, self.most)
-        self._sizes = (small, min(2 * small, self.most))
+        self.lines = Lines(estimator, unit=self.unit, most=self.most)
 
     def run(self) -> Choice:
         """The fastest plan that fits, or else the smallest there is (`fits` False)."""
@@ -140,29 +137,13 @@ class Search:
             return asked
         return self._fitting(candidate.memory_format, candidate.checkpointing) or asked
 
-    def _steps(self, size: int) -> int:
-        return -(-self.most // size)
-
     def _faster_layout(self) -> MemoryFormat:
-        size = self._sizes[0]
+        size = self.lines.sizes[0]
         plain = self.estimator.survey(size)
         if plain.by_layout < (1 - FASTER) * plain.seconds:
             return "contiguous"  # however fast the other is, it can't gain that much
         turned = self.estimator.estimate(Candidate(size, "channels_last")).first_step_seconds
         return "channels_last" if turned < FASTER * plain.seconds else "contiguous"
-
-    def _lines(self, layout: MemoryFormat, how: Checkpointing) -> tuple[Estimate, Estimate]:
-        a, b = self._sizes
-        first = self.estimator.estimate(Candidate(a, layout, how))
-        return first, self.estimator.estimate(Candidate(b, layout, how))
-
-    def _seconds(self, layout: MemoryFormat, how: Checkpointing, size: int) -> float:
-        """Seconds of an update by the line through two traces."""
-        first, second = self._lines(layout, how)
-        seconds = (first.micro_step_seconds, second.micro_step_seconds)
-        launch = max(0.0, _line(self._sizes, *seconds, 0))  # of a micro-step without samples
-        work = _line(self._sizes, *seconds, self.most) - _line(self._sizes, *seconds, 0)
-        return self._steps(size) * launch + work + first.commit_seconds
 
     def _ladder(self, most: int) -> list[int]:
         """Sizes from `most` down, in whole groups, each as even as its number of steps allows."""
@@ -176,7 +157,7 @@ class Search:
     def _even(self, size: int) -> int:
         """The least size with as many micro-steps as `size` has."""
         groups = self.most // self.unit
-        return -(-groups // self._steps(size)) * self.unit
+        return -(-groups // self.lines.steps(size)) * self.unit
 
     def _fitting(self, layout: MemoryFormat, how: Checkpointing) -> Choice | None:
         """The fastest micro-batch that fits, all else given; None where none does."""
@@ -184,8 +165,8 @@ class Search:
         if pinned is not None:
             choice = self.choice(Candidate(pinned, layout, how))
             return choice if choice.fits else None
-        a, b = self._sizes
-        first, second = self._lines(layout, how)
+        a, b = self.lines.sizes
+        first, second = self.lines.both(layout, how)
         slope = max((second.peak - first.peak) / (b - a) if b > a else 0.0, 1.0)
         guess = self._whole(a + (self.budget - first.peak) / slope)
         if guess >= self.unit:
@@ -201,13 +182,15 @@ class Search:
         See `PLATEAU` for sizes that are about as fast.
         """
         ladder = self._ladder(largest)
-        best = min(self._seconds(layout, how, size) for size in ladder)
+        best = min(self.lines.seconds(layout, how, size) for size in ladder)
         plateau = PLATEAU[self.estimator.device.kind]
-        size = self._of_alike(s for s in ladder if self._seconds(layout, how, s) <= plateau * best)
+        size = self._of_alike(
+            s for s in ladder if self.lines.seconds(layout, how, s) <= plateau * best
+        )
         if not self.choice(Candidate(size, layout, how)).fits:
             size = largest
         # The line can miss what large tensors cost, so what was traced decides.
-        sizes = {size, *(traced for traced in self._sizes if traced <= size)}
+        sizes = {size, *(traced for traced in self.lines.sizes if traced <= size)}
         choices = {s: self.choice(Candidate(s, layout, how)) for s in sizes}
         least = min(choice.seconds for choice in choices.values())
         return choices[
@@ -223,8 +206,8 @@ class Search:
         The peak is nearly a line in the size; a secant between a size that fits and one that does
         not finds where it crosses the budget.
         """
-        a, b = self._sizes
-        first, second = self._lines(layout, how)
+        a, b = self.lines.sizes
+        first, second = self.lines.both(layout, how)
         known = {a: first.peak, b: second.peak}
         slope = max((second.peak - first.peak) / (b - a) if b > a else 0.0, 1.0)
         size = guess
@@ -257,7 +240,7 @@ class Search:
         if found is not None:
             if pinned is not None:
                 return found
-            floor = self._seconds(layout, "none", self.most)
+            floor = self.lines.seconds(layout, "none", self.most)
             if floor > WORTH * found.seconds:
                 return found
         sizes = [pinned] if pinned is not None else self._ladder(self.most)
@@ -272,16 +255,16 @@ class Search:
 
     def _promised(self, layout: MemoryFormat, size: int, found: Choice | None) -> float:
         """Seconds of an update with the best parts at `size`, untraced; inf: none is better."""
-        plain = self._seconds(layout, "none", size)
+        plain = self.lines.seconds(layout, "none", size)
         limit = WORTH * found.seconds if found is not None else math.inf
         if plain >= limit:
             return math.inf
-        chain, forward = self._chain(layout, size)
+        chain, forward = self.lines.chain(layout, size)
         parts = self._best(chain, forward, self._target(layout), self.pinned.host_bytes)
         if parts is None:
             return math.inf
         extra = extra_seconds(forward, parts.recomputed) + self._copies(chain, parts.offloaded)
-        seconds = plain + self._steps(size) * extra
+        seconds = plain + self.lines.steps(size) * extra
         return seconds if seconds < limit else math.inf
 
     def _best(
@@ -299,7 +282,7 @@ class Search:
 
     def _target(self, layout: MemoryFormat, budget: int | None = None) -> int:
         """The budget less what lies around the trace, such as the runtime's context."""
-        around = self._lines(layout, "none")[0]
+        around = self.lines.both(layout, "none")[0]
         return (self.budget if budget is None else budget) - (around.peak - around.traced)
 
     def _recomputed(self, layout: MemoryFormat, size: int, budget: int) -> Choice | None:
@@ -309,7 +292,7 @@ class Search:
         target moves by what the traces of its plans miss the budget by; likewise on the host.
         """
         host = self.pinned.host_bytes
-        chain, forward = self._chain(layout, size)
+        chain, forward = self.lines.chain(layout, size)
         target, best = self._target(layout, budget), None
         for _ in range(MOST_TRIES):
             parts = self._best(chain, forward, target, host)
@@ -336,79 +319,9 @@ class Search:
         units = self.estimator.units
         return tuple(tuple(u.name for u in units[a : b + 1]) for a, b in runs)
 
-    def _chain(self, layout: MemoryFormat, size: int) -> tuple[ChainCost, list[float]]:
-        """The chain's costs at `size`, on the line through two traces."""
-        first, second = self._lines(layout, "none")
-        assert first.chain is not None and second.chain is not None
-        units: list[UnitCost] = []
-        for one, two in zip(first.chain.units, second.chain.units, strict=True):
-            fields = {
-                key: math.ceil(_line(self._sizes, value, getattr(two, key), size))
-                for key, value in vars(one).items()
-            }
-            units.append(UnitCost(**fields))
-        around = {
-            key: math.ceil(
-                _line(self._sizes, getattr(first.chain, key), getattr(second.chain, key), size)
-            )
-            for key in ("before", "head", "elsewhere")
-        }
-        forward = [  # never faster a sample than in the faster of both traces, let alone below 0
-            max(
-                _line(self._sizes, one, two, size),
-                size * min(one / self._sizes[0], two / self._sizes[1]),
-            )
-            for one, two in zip(first.forward_seconds, second.forward_seconds, strict=True)
-        ]
-        return ChainCost(tuple(units), **around, state=first.chain.state), forward
-
     def sizes(self) -> list[int]:
         """The micro-batches of a sweep, the rank's whole share first."""
         return self._ladder(self.most)[::3]
-
-    def predicted(self, layout: MemoryFormat, size: int, share: float) -> tuple[int, float] | None:
-        """(peak bytes, seconds of an update), untraced, with `share` of the activations kept.
-
-        None where no recompute brings them down so far.
-        """
-        first, second = self._lines(layout, "none")
-        peak = _line(self._sizes, first.peak, second.peak, size)
-        plain = self._seconds(layout, "none", size)
-        if share >= 1:
-            return int(peak), plain
-        if not self.estimator.units:
-            return None
-        chain, forward = self._chain(layout, size)
-        traced = _line(self._sizes, first.traced, second.traced, size)
-        budget = int(chain.before + share * (traced - chain.before))
-        runs = best_runs(chain, self.estimator.units, forward, budget)
-        if runs is None:
-            return None
-        saved = traced - predicted_peak(chain, runs)
-        return int(peak - saved), plain + self._steps(size) * extra_seconds(forward, runs)
-
-    def predicted_offload(
-        self, layout: MemoryFormat, size: int, share: float
-    ) -> tuple[int, float, int] | None:
-        """(bytes saved of the peak, seconds more, bytes sent), untraced, by offload alone.
-
-        `share` of the activations is kept on the device. None where offload brings them not so far
-        down.
-        """
-        if not self.estimator.units:
-            return None
-        first, second = self._lines(layout, "none")
-        chain, forward = self._chain(layout, size)
-        traced = _line(self._sizes, first.traced, second.traced, size)
-        device, units = self.estimator.device, self.estimator.units
-        link = Link(device.host_bandwidth, 2**62)
-        budget = int(chain.before + share * (traced - chain.before))
-        parts = best_parts(chain, units, forward, budget, link=link, recomputes=False)
-        if parts is None:
-            return None
-        sent = sent_bytes(chain, parts.offloaded)
-        saved = int(traced - predicted_peak(chain, [], parts.offloaded))
-        return saved, self._steps(size) * link.seconds(sent), sent
 
     def _smallest(self, layout: MemoryFormat) -> Choice:
         """The plan of the least peak: one group at a time, and as much recompute as helps."""
@@ -422,7 +335,7 @@ class Search:
         best = min(found, key=lambda choice: choice.estimate.peak)
         if not self.estimator.units:
             return best
-        chain, forward = self._chain(layout, size)
+        chain, forward = self.lines.chain(layout, size)
         low, high, parts = 0, best.estimate.peak, None
         while high - low > 0.01 * high:
             middle = (low + high) // 2
@@ -432,9 +345,3 @@ class Search:
         if parts is not None:
             found.append(self.choice(self._candidate(size, layout, parts)))
         return min(found, key=lambda choice: choice.estimate.peak)
-
-
-def _line(sizes: tuple[int, int], first: float, second: float, size: float) -> float:
-    """The straight line through two points, at `size`."""
-    a, b = sizes
-    return first if a == b else first + (second - first) * (size - a) / (b - a)

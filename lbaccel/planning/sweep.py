@@ -32,7 +32,7 @@ def sweep(
     found = [] if chosen is None else [chosen]
     for size in search.sizes():
         for share in SHARES:
-            costs = search.predicted(layout, size, share)
+            costs = search.lines.predicted(layout, size, share)
             if costs is not None:
                 peak, seconds = costs
                 found.append(SweepPoint(size, share, peak / GIB, seconds))

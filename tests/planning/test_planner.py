@@ -383,11 +383,11 @@ def test_a_units_seconds_are_never_below_zero_however_small_the_micro_batch(seco
     search = search_for("resnet10t", device=CPU, budget=2**31)
     chain = ChainCost((), before=0, head=0, elsewhere=0, state=0)
     estimates = [SimpleNamespace(chain=chain, forward_seconds=of) for of in seconds]
-    monkeypatch.setattr(search, "_lines", lambda *_: estimates)
-    a, b = search._sizes
+    monkeypatch.setattr(search.lines, "both", lambda *_: estimates)
+    a, b = search.lines.sizes
     least = min(seconds[0][0] / a, seconds[1][0] / b)
     for size in (1, 3, a, b, 4 * b):
-        (found,) = search._chain("contiguous", size)[1]
+        (found,) = search.lines.chain("contiguous", size)[1]
         assert found >= size * least > 0
 
 
