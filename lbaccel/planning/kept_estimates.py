@@ -170,7 +170,7 @@ def _of_attributes(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _of_value(value: Any) -> Any:
     """The value as something of which `repr` says all."""
-    if isinstance(value, Tensor):
+    if type(value) in (Tensor, nn.Parameter):
         return tuple(value.shape), value.stride(), str(value.dtype)
     if type(value) in (tuple, list):
         return type(value).__name__, [_of_value(item) for item in value]

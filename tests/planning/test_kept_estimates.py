@@ -161,6 +161,11 @@ def overridden(model):
     model.forward = model.forward_features
 
 
+def of_a_subclass(model):
+    kind = type("Sharded", (torch.Tensor,), {})
+    model.register_buffer("more", torch.empty(3).as_subclass(kind))
+
+
 def with_function(model):
     model.norm_layer = nn.functional.relu
 
@@ -255,7 +260,10 @@ def own_batch(size):
         lambda: network(loss_fn=classification_loss, embed=lambda model, batch: batch),
         lambda: of_optimizer(type("Mine", (torch.optim.SGD,), {"__module__": "mine"})),
         lambda: network(teacher=Own(3, 3)),
-        *(lambda c=c: network(changed(c)) for c in (bound, hooked, overridden, with_function)),
+        *(
+            lambda c=c: network(changed(c))
+            for c in (bound, hooked, overridden, with_function, of_a_subclass)
+        ),
     ],
 )
 def test_what_no_text_says_all_of_is_not_kept(folder, asked):
