@@ -1057,6 +1057,18 @@ MUTANTS = {
         "        if False:\n",
         "tests/recipe/test_sound_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
     ),
+    "a crop's rows and columns are interchanged": (
+        "data.augment",
+        "windows[np.arange(len(images)), :, top, left]",
+        "windows[np.arange(len(images)), :, left, top]",
+        "tests/data/test_augment.py::test_the_frame_of_a_crop_is_padded_as_numpy_does",
+    ),
+    "a mirrored image is written into the set": (
+        "data.augment",
+        "images = self.source.images.index_select(0, rows)",
+        "images = self.source.images",
+        "tests/data/test_augment.py::test_the_set_itself_is_left_as_it_is",
+    ),
     "a reflection repeats the border": (
         "data.augment",
         "(last - (last - places.abs()).abs())",

@@ -66,13 +66,13 @@ class KeyedImages:
     def fetch(self, indices: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Float images [n, C, img_size, img_size] and labels [n] of these samples."""
         rows = torch.from_numpy(np.ascontiguousarray(indices))
-        images = self.source.images[rows]
+        images = self.source.images.index_select(0, rows)
         if self.pad:
             images = self._crop(images, indices, epochs)
         if self.flip:
             mirrored = keyed_uniform(self.seed, epochs, indices, FLIP) < self.flip
-            where = torch.from_numpy(mirrored)[:, None, None, None]
-            images = torch.where(where, images.flip(3), images)
+            pixels = images.numpy()
+            pixels[mirrored] = pixels[mirrored, :, :, ::-1]
         return self.normalise(images), self.source.labels[rows]
 
     __lbaccel_fetch__ = fetch
@@ -91,30 +91,27 @@ class KeyedImages:
         return x.sub_(mean).div_(std)
 
     def _crop(self, images: Tensor, indices: NDArray[Any], epochs: NDArray[Any]) -> Tensor:
-        n, channels, height, width = images.shape
-        span = 2 * self.pad + 1
-        y, x = (
-            torch.from_numpy((keyed_uniform(self.seed, epochs, indices, draw) * span).astype(int))
+        size, span = images.shape[2:], 2 * self.pad + 1
+        top, left = (
+            (keyed_uniform(self.seed, epochs, indices, draw) * span).astype(int)
             for draw in (CROP_Y, CROP_X)
         )
-        rows = (y[:, None] + torch.arange(height))[:, None, :, None]
-        columns = (x[:, None] + torch.arange(width))[:, None, None, :]
         if self.padding == "reflect":
-            padded = images
-            rows, columns = (
-                _reflected(places - self.pad, length)
-                for places, length in ((rows, height), (columns, width))
-            )
+            for dim, length in zip((2, 3), size, strict=True):
+                images = images.index_select(dim, _reflected(length, self.pad))
         else:
-            padded = F.pad(images, [self.pad] * 4, value=GREY if self.padding == "grey" else 0)
-        sample = torch.arange(n)[:, None, None, None]
-        channel = torch.arange(channels)[None, :, None, None]
-        return padded[sample, channel, rows, columns]
+            images = F.pad(images, [self.pad] * 4, value=GREY if self.padding == "grey" else 0)
+        windows = np.lib.stride_tricks.sliding_window_view(images.numpy(), size, axis=(2, 3))
+        return torch.from_numpy(windows[np.arange(len(images)), :, top, left])
 
 
-def _reflected(places: Tensor, length: int) -> Tensor:
-    """Places outside 0 .. length - 1 as their mirror image at the border, whose row stands once."""
+def _reflected(length: int, pad: int) -> Tensor:
+    """Places -pad .. length + pad - 1, those outside of 0 .. length - 1 as their mirror image.
+
+    The mirror is the border, whose row stands once.
+    """
     last = length - 1
+    places = torch.arange(-pad, length + pad)
     return (last - (last - places.abs()).abs()).clamp_(min=0)
 
 

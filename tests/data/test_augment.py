@@ -71,6 +71,15 @@ def test_an_image_of_one_pixel_is_its_own_mirror_image():
     assert torch.equal(found, images.normalise(source.images))
 
 
+def test_the_set_itself_is_left_as_it_is():
+    source = image_array(9, height=8, width=10)
+    before = source.images.clone()
+    images = KeyedImages(source, MEAN, STD, flip=1.0)
+    found, _ = images.fetch(np.arange(9), np.zeros(9, int))
+    assert torch.equal(source.images, before)
+    assert torch.equal(found, images.normalise(before.flip(3)))
+
+
 def test_another_padding_is_refused():
     with pytest.raises(InputError, match="padding='mirror' is not one of 'zero', 'grey', 'reflec"):
         KeyedImages(image_array(), MEAN, STD, padding="mirror")
