@@ -39,3 +39,9 @@ def shared_traces():
 
 def pytest_configure():
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    import places
+
+    places.remove_all()

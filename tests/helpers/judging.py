@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import tiny  # noqa: F401  registers lbaccel_tiny
 from PIL import Image
+from places import shared_folder
 
 from lbaccel import train
 
@@ -49,8 +48,7 @@ _kept: list[Path] = []
 def photos_and_run():
     """A folder of images and a run on it, made once a process: both only to be read."""
     if not _kept:
-        place = Path(tempfile.mkdtemp(prefix="lbaccel_judging_"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        place = shared_folder("judging")
         data = make_photos(place / "photos")
         _kept.extend([data, run_on(data, "--ema-decay", "0.5", output=place / "runs")])
     return _kept[0], _kept[1]

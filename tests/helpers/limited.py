@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import tempfile
 from contextlib import nullcontext
@@ -75,11 +74,11 @@ def recipes(runs):
     """Exit code, config.yaml and metrics of each run of the recipe with these flags."""
     found = []
     for flags in runs:
-        os.chdir(tempfile.mkdtemp())
-        code = train.main([*FLAGS, *flags])
-        folders = list(Path("runs").iterdir()) if Path("runs").exists() else []
-        config = yaml.safe_load((folders[0] / "config.yaml").read_text()) if folders else {}
-        found.append((code, config, rows(folders[0]) if folders else []))
+        with tempfile.TemporaryDirectory() as place:
+            code = train.main([*FLAGS, "--output", f"{place}/runs", *flags])
+            folders = list(Path(place, "runs").glob("*"))
+            config = yaml.safe_load((folders[0] / "config.yaml").read_text()) if folders else {}
+            found.append((code, config, rows(folders[0]) if folders else []))
     return found
 
 

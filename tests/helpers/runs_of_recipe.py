@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
 import signal
-import tempfile
 from pathlib import Path
 
 import tiny  # noqa: F401  registers lbaccel_tiny
 import torch
 from PIL import Image
+from places import shared_folder
 from safetensors.torch import load_file
 
 from lbaccel import LargeBatch, train
@@ -72,9 +70,7 @@ def whole(*flags):
     """The folder of the unbroken run with these flags, run once a process: only to be read."""
     key = tuple(map(str, flags))
     if key not in _whole:
-        place = tempfile.mkdtemp(prefix="lbaccel_whole_")
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        _whole[key] = run(*flags, output=place)
+        _whole[key] = run(*flags, output=shared_folder("whole"))
     return _whole[key]
 
 
