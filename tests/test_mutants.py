@@ -1370,10 +1370,17 @@ MUTANTS = {
     ),
     "a plan for a GPU counts what is kept without a limit": (
         "planning.cost.cuda_limit",
-        "return limit(first)",
+        "return limits[first] if first < len(limits) else reserved",
         "return reserved",
         "tests/planning/cost/test_cuda_limit.py::"
         "test_a_kept_segment_that_fits_nothing_is_not_counted",
+    ),
+    "what the first update reserves is enough for all": (
+        "planning.cost.cuda_limit",
+        "    for _ in range(1, UPDATES):",
+        "    for _ in range(0):",
+        "tests/planning/cost/test_cuda_limit.py::"
+        "test_what_a_second_update_reserves_more_is_counted",
     ),
     "a limit is enough at which each update empties the cache": (
         "planning.cost.cuda_limit",
@@ -1498,8 +1505,8 @@ MUTANTS = {
     ),
     "code of the user's is known": (
         "planning.kept_estimates",
-        "    return package if package in PACKAGES else None",
-        "    return package",
+        '    return str(getattr(code, "__module__", "")).partition(".")[0] in PACKAGES',
+        "    return True",
         "tests/planning/test_kept_estimates.py::test_what_no_text_says_all_of_is_not_kept",
     ),
     "a workspace that was assumed is kept": (

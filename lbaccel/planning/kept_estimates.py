@@ -1,14 +1,17 @@
 """Estimates of networks, kept from plan to plan in files of the user's folder of caches.
 
 An estimate depends on the network, the settings, the device and the code that is traced. The code
-counts as known where each module's class is torch's, timm's, torchvision's or lbaccel's own, of
-which versions and files are compared; estimates of any other network are not kept. One file holds
+counts as known where each module's class and its methods are torch's, timm's, torchvision's or
+lbaccel's own, of which versions and files are compared; estimates of any other network are not
+kept. A function that is replaced while the process runs is seen in classes of modules and in
+torch.nn.functional, and nowhere else. One file holds
 those of one network on one device (`lbaccel.launch.estimates_folder`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -16,10 +19,15 @@ from enum import Enum
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import timm.layers.config
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as modules
 
 from lbaccel.batch.plan import BatchPlan
 from lbaccel.launch import estimates_folder, variables
@@ -28,12 +36,16 @@ from lbaccel.planning.cost.chain import ChainCost, Unit, UnitCost
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.kept import KeptResults, name_of
 from lbaccel.planning.cost.kept_kernels import this_processor
+from lbaccel.planning.cost.processor import matmul_precision
 from lbaccel.planning.cost.update import Network, classification_loss
 
 PACKAGES = ("lbaccel", "timm", "torch", "torchvision")  # whose code is known by its files
-VARIABLES = ("TIMM_", "TORCH", "PYTORCH_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_")
-MOST = 400  # estimates of one network, some 10 KiB each
+VARIABLES = ("TIMM_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_")  # and none that each launch sets
+MOST = 150  # estimates of one network, some 10 KiB each, or 200 for a thousand units
 MOST_FILES = 100
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
+_BUILT_IN = ("builtins", "typing", "abc", "enum", "collections")
+_NAME = re.compile(r"[0-9a-f]{32}\.json")  # of a file of ours
 _OF_CANDIDATE = ("global_batch_size", "micro_batch_size", "world_size")  # not the contract's own
 
 
@@ -54,13 +66,26 @@ class KeptEstimates(KeptResults[Estimate | Survey]):
         known: dict[str, Any] = dict(value)
         if known.pop("kind") == Survey.__name__:
             known["units"] = [Unit(**unit) for unit in known["units"]]
+            _check_numbers(known["seconds"], known["by_layout"])
             return Survey(**known)
         chain: dict[str, Any] | None = known["chain"]
         if chain is not None:
-            chain = {**chain, "units": tuple(UnitCost(**unit) for unit in chain["units"])}
-            known["chain"] = ChainCost(**chain)
+            units = tuple(UnitCost(**unit) for unit in chain["units"])
+            known["chain"] = ChainCost(**{**chain, "units": units})
+            _check_numbers(*(n for unit in units for n in vars(unit).values()))
+            _check_numbers(*(n for key, n in chain.items() if key != "units"))
         known["forward_seconds"] = tuple(known["forward_seconds"])
+        _check_numbers(*known["forward_seconds"], *known["accumulating"].values())
+        parts = ("chain", "forward_seconds", "breakdown", "accumulating")
+        _check_numbers(*(n for key, n in known.items() if key not in parts))
+        if sum(known["breakdown"].values()) != known["peak"]:
+            raise ValueError(known["breakdown"])
         return Estimate(**known)
+
+
+def _check_numbers(*values: Any) -> None:
+    if not all(type(value) in (int, float) for value in values):
+        raise ValueError(values)
 
 
 def asked_for(plan: BatchPlan, precision: str, what: tuple[Candidate, int] | int) -> Any:
@@ -82,7 +107,7 @@ def kept_estimates(
         return None
     try:
         owner = "\n".join(map(repr, _owner(network, states, device)))
-    except NotKnown:
+    except Exception:  # `NotKnown`, or an attribute that can't be looked at
         return None
     path = folder / f"{name_of(owner)}.json"
     _make_room(folder, path)
@@ -97,7 +122,7 @@ def _owner(network: Network, states: Sequence[Tensor], device: Device) -> Iterat
     """
     if network.loss_fn is not classification_loss or network.embed is not None:
         raise NotKnown
-    if _package(network.make_batch) is None:
+    if not _is_known(network.make_batch) or _hooks_of_all_modules() or not _is_unpatched():
         raise NotKnown
     yield sys.version, torch.__version__, *map(_files, PACKAGES)
     yield device, *((this_processor(), torch.get_num_threads()) if device.kind == "cpu" else ())
@@ -109,16 +134,10 @@ def _owner(network: Network, states: Sequence[Tensor], device: Device) -> Iterat
         if model is not None:
             yield list(_of_model(model))
     if network.optimizer is not None:
-        yield type(network.optimizer).__qualname__, _package(type(network.optimizer))
-        yield [_of_value({**group, "params": len(group["params"])}) for group in _groups(network)]
+        groups = network.optimizer.param_groups
+        yield _of_class(type(network.optimizer))
+        yield [_of_value({**group, "params": len(group["params"])}) for group in groups]
         yield [_of_value(state) for state in states]
-
-
-def _groups(network: Network) -> list[dict[str, Any]]:
-    assert network.optimizer is not None
-    if _package(type(network.optimizer)) is None:
-        raise NotKnown
-    return network.optimizer.param_groups
 
 
 def _flags() -> tuple[Any, ...]:
@@ -127,10 +146,12 @@ def _flags() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.backends.mkldnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        matmul_precision(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
+        getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None),
+        [(name, v) for name, v in sorted(vars(timm.layers.config).items()) if type(v) in _PLAIN],
         sorted(
             variables("TIMM_", "TORCH", "PYTORCH_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_").items()
         ),
@@ -144,15 +165,13 @@ def _of_model(model: nn.Module) -> Iterator[Any]:
             yield name, places[id(module)]
             continue
         places[id(module)] = len(places)
-        if _package(type(module)) is None:
-            raise NotKnown
         tensors = [
             (key, places.setdefault(id(t), len(places)), t.requires_grad, _of_value(t))
             for held in (module._parameters, module._buffers)
             for key, t in held.items()
             if t is not None
         ]
-        yield name, type(module).__qualname__, tensors, _of_attributes(module)
+        yield name, _of_class(type(module)), tensors, _of_attributes(module)
 
 
 def _of_attributes(module: nn.Module) -> list[tuple[str, Any]]:
@@ -178,18 +197,42 @@ def _of_value(value: Any) -> Any:
         return type(value).__name__, sorted(repr(_of_value(item)) for item in value)
     if isinstance(value, dict):
         return "dict", [(_of_value(key), _of_value(item)) for key, item in value.items()]
-    if isinstance(value, Enum) and _package(type(value)) is not None:
+    if isinstance(value, Enum) and _is_known(type(value)):
         return type(value).__qualname__, value.name
-    plain = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
-    if type(value) not in plain:
+    if type(value) not in _PLAIN:
         raise NotKnown
     return value
 
 
-def _package(code: Any) -> str | None:
-    """The package that a class or a function comes from, if it is one of `PACKAGES`."""
-    package = str(getattr(code, "__module__", "")).partition(".")[0]
-    return package if package in PACKAGES else None
+def _of_class(kind: type) -> str:
+    """A class by name, whose code and that of its bases is known.
+
+    Raises:
+        NotKnown: a class, or a method of it, is of another package.
+    """
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in _BUILT_IN:
+            continue
+        methods = (m for m in vars(base).values() if isinstance(m, FunctionType))
+        if not _is_known(base) or not all(map(_is_known, methods)):
+            raise NotKnown
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_known(code: Any) -> bool:
+    """Whether a class or a function comes from one of `PACKAGES`."""
+    return str(getattr(code, "__module__", "")).partition(".")[0] in PACKAGES
+
+
+def _is_unpatched() -> bool:
+    """Whether the functions of torch.nn.functional are torch's own."""
+    return all(_is_known(f) for f in vars(F).values() if isinstance(f, FunctionType))
+
+
+def _hooks_of_all_modules() -> bool:
+    """Whether somebody listens to every module of this process."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return any(getattr(modules, f"_global_{kind}_hooks", None) for kind in kinds)
 
 
 @lru_cache
@@ -214,6 +257,7 @@ def _make_room(folder: Path, path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.exists():
             return
-        files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        ours = [file for file in folder.iterdir() if _NAME.fullmatch(file.name)]
+        files = sorted(ours, key=lambda file: file.stat().st_mtime)
         for path in files[: max(0, len(files) - MOST_FILES + 1)]:
             path.unlink(missing_ok=True)

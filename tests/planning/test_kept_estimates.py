@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ import timm
 import torch
 from runs_of_recipe import run
 from torch import nn
+from torch.nn import functional as F
 
 from lbaccel import BatchPlan, plan
 from lbaccel.launch import estimates_folder
@@ -166,6 +169,20 @@ def of_a_subclass(model):
     model.register_buffer("more", torch.empty(3).as_subclass(kind))
 
 
+def parametrized(model):
+    nn.utils.parametrizations.weight_norm(model.fc)
+    model.fc = nn.utils.parametrizations.weight_norm(Own(3, 3))
+
+
+def strange_hook(model):
+    model.hook_scale = torch.ones(3)
+
+
+def holds_itself(model):
+    model.table = {}
+    model.table["more"] = model.table
+
+
 def with_function(model):
     model.norm_layer = nn.functional.relu
 
@@ -191,6 +208,12 @@ def changed(change):
     model = built()
     change(model)
     return model
+
+
+STRANGE = (
+    *(bound, hooked, overridden, with_function, of_a_subclass),
+    *(parametrized, strange_hook, holds_itself),
+)
 
 
 def of_optimizer(kind, **options):
@@ -260,15 +283,67 @@ def own_batch(size):
         lambda: network(loss_fn=classification_loss, embed=lambda model, batch: batch),
         lambda: of_optimizer(type("Mine", (torch.optim.SGD,), {"__module__": "mine"})),
         lambda: network(teacher=Own(3, 3)),
-        *(
-            lambda c=c: network(changed(c))
-            for c in (bound, hooked, overridden, with_function, of_a_subclass)
-        ),
+        *(lambda c=c: network(changed(c)) for c in STRANGE),
     ],
 )
 def test_what_no_text_says_all_of_is_not_kept(folder, asked):
     assert owner(asked()) is None
     assert not folder.exists()
+
+
+def patched(monkeypatch, home, name):
+    def mine(*values, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(home, name, mine)
+
+
+@pytest.mark.parametrize(
+    ("home", "name"), [(nn.ReLU, "forward"), (nn.Conv2d, "_conv_forward"), (F, "layer_norm")]
+)
+def test_a_function_that_is_replaced_is_not_known(folder, monkeypatch, home, name):
+    assert owner(network()) is not None
+    patched(monkeypatch, home, name)
+    assert owner(network()) is None
+
+
+def test_a_hook_of_all_modules_is_not_known(folder):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert owner(network()) is None
+    finally:
+        handle.remove()
+    assert owner(network()) is not None
+
+
+def test_classes_of_one_name_in_two_modules_are_two(folder):
+    with torch.device("meta"):
+        one, two = nn.Dropout(0.5), torch.ao.nn.quantized.Dropout(0.5)
+    assert owner(network(one, optimizer=None)) != owner(network(two, optimizer=None))
+
+
+def test_switches_of_timm_and_torch_change_the_owner(folder, monkeypatch):
+    found = {owner(network())}
+    monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 7)
+    found.add(owner(network()))
+    monkeypatch.setattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", "other")
+    found.add(owner(network()))
+    assert len(found) == 3
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of this launch")
+    assert owner(network()) in found
+
+
+def test_newer_settings_of_precision_are_no_failure():
+    """torch refuses `get_float32_matmul_precision` once one of them was made."""
+    code = """
+import torch
+from lbaccel.planning.cost.processor import matmul_precision
+before = matmul_precision()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+print(before != matmul_precision())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True"]
 
 
 def estimator(device=CPU, precision="fp32", **contract):
@@ -316,6 +391,13 @@ def test_an_assumed_workspace_is_not_kept(folder, traces, monkeypatch):
         lambda found: found["chain"].update(units=3),
         lambda found: found["chain"]["units"][0].pop("saved"),
         lambda found: found.pop("kind"),
+        lambda found: found.update(peak=None),
+        lambda found: found.update(peak="8"),
+        lambda found: found.update(breakdown={}),
+        lambda found: found.update(breakdown=[1]),
+        lambda found: found.update(accumulating={"weights": None}),
+        lambda found: found.update(forward_seconds=["1"]),
+        lambda found: found["chain"].update(head=None),
     ],
 )
 def test_a_damaged_estimate_is_traced_again(folder, traces, change):
@@ -343,12 +425,15 @@ def test_the_files_written_longest_ago_make_room(folder, monkeypatch):
     monkeypatch.setattr(module, "MOST_FILES", 3)
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.json").write_text("{}")
-        os.utime(folder / f"{number}.json", (number, number))
-    (folder / "notes.txt").write_text("mine")
+        (folder / f"{number:032}.json").write_text("{}")
+        os.utime(folder / f"{number:032}.json", (number, number))
+    mine = {"notes.json", "a" * 32 + ".txt"}
+    for name in mine:
+        (folder / name).write_text("mine")
+        os.utime(folder / name, (0, 0))
     estimator(CARD).estimate(Candidate(8))
     names = {path.name for path in folder.iterdir()}
-    assert {"3.json", "4.json", "notes.txt"} < names and len(names) == 4
+    assert mine | {f"{3:032}.json", f"{4:032}.json"} < names and len(names) == 5
 
 
 def test_a_folder_that_nobody_may_read_or_that_is_a_file_is_no_failure(folder, traces, monkeypatch):

@@ -39,15 +39,15 @@ def smallest_limit(held: Sequence[Request], update: Sequence[Request]) -> int:
     """
     free = _Updates(held, None)
     free.run(update)
-    in_use, reserved = free.allocator.peak_allocated, free.allocator.peak_reserved
-    steps = math.ceil((reserved - in_use) / (STEP * max(1, in_use)))  # from there on, no limit
-    limits = range(steps + 1)
-
-    def limit(step: int) -> int:
-        return min(int(in_use * (1 + STEP * step)), reserved)
-
-    first = bisect_left(limits, True, hi=steps, key=lambda i: _settles(held, update, limit(i)))
-    return limit(first)
+    in_use = free.allocator.peak_allocated
+    for _ in range(1, UPDATES):  # the first one leaves gaps, and the next may take segments more
+        free.run(update)
+    reserved = free.allocator.peak_reserved
+    steps = math.ceil((reserved - in_use) / (STEP * max(1, in_use)))
+    tried = [int(in_use * (1 + STEP * i)) for i in range(steps)]
+    limits = [limit for limit in tried if limit < reserved]
+    first = bisect_left(limits, True, key=lambda limit: _settles(held, update, limit))
+    return limits[first] if first < len(limits) else reserved
 
 
 def _settles(held: Sequence[Request], update: Sequence[Request], limit: int) -> bool:

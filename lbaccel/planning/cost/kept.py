@@ -28,7 +28,7 @@ class KeptResults(Generic[V]):
         path: of the file; None: nothing is kept.
         owner: the text that says all that results depend on beside what was asked; those of
             another owner are not taken.
-        most: results; a file with more begins anew.
+        most: results; the oldest are dropped where there are more.
     """
 
     def __init__(self, path: Path | None, owner: str, *, most: int) -> None:
@@ -55,8 +55,7 @@ class KeptResults(Generic[V]):
             return
         self._is_saved = True
         results = self._read() | self._results
-        if len(results) > self._most:
-            results = self._results if len(self._results) <= self._most else {}
+        results = dict(list(results.items())[-self._most :])
         document = {"form": FORM, "owner": self._owner, "results": results}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lbaccel.planning.cost.kept_kernels import kept_kernels
+from lbaccel.planning.cost.processor import matmul_precision
 from lbaccel.update.memory.budget import default_budget
 
 NEEDED = 4  # times the tensors of a call must be free
@@ -118,7 +119,7 @@ def _state() -> tuple[Any, ...]:
         torch.backends.mkldnn.enabled,
         getattr(torch.backends.mkldnn, "deterministic", False),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        *matmul_precision(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -27,3 +28,16 @@ def instruction_set() -> str:
         words.append("AMX")
     limits = [f"{name}={value}" for name, value in sorted(variables(*LIMITS).items())]
     return "; ".join([", ".join(words), *limits])
+
+
+def matmul_precision() -> tuple[str, ...]:
+    """How exact products of float32 matrices are, as torch's settings say.
+
+    torch refuses its older question once one of the newer settings was made.
+    """
+    try:
+        return (torch.get_float32_matmul_precision(),)
+    except RuntimeError:
+        homes: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul)
+        homes = (*homes, torch.backends.cudnn, getattr(torch.backends.mkldnn, "matmul", None))
+        return tuple(str(getattr(home, "fp32_precision", None)) for home in homes)
