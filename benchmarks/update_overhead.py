@@ -1,6 +1,7 @@
 """Microseconds of a micro-batch that lbaccel adds to a hand-written loop, with and without masks.
 
-python benchmarks/update_overhead.py [--repeats 9] [--micro-batches 32] [--only TEXT] [--launches]
+python benchmarks/update_overhead.py [--repeats 9] [--micro-batches 32] [--only TEXT]
+    [--launches | --compile]
 
 Both arms run the same network on the same samples: lbaccel's update, with all its parts, and a loop
 of forward, backward and `optimizer.step()` with torch's and timm's own masks. They are interleaved
@@ -10,7 +11,8 @@ number of its masks. The cases of 20 layers have next to no work: they show the 
 
 `--launches` counts kernels in place of time: the operators that are no view, no allocation and no
 token of a mask (which the host draws for itself), as the dispatcher sees them; a multi-tensor
-operator is one. Counts do not depend on the processor. `--json FILE` keeps all figures.
+operator is one. Counts do not depend on the processor. `--compile` puts both networks
+through torch.compile (inductor). `--json FILE` keeps all figures.
 """
 
 from __future__ import annotations
@@ -68,19 +70,25 @@ def layers(mask=None):
     return nn.Sequential(nn.Flatten(), *middle)
 
 
-def network(name, options):
-    torch.manual_seed(0)
-    if name == "layers":
-        model = layers(**options)
-        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    model = timm.create_model(name, num_classes=10, **options)
-    if "resnet" in name:
-        adapt_stem(model)
+def network(name, options, compiled):
+    model = built(name, options)
+    if compiled:
+        model.compile()
     return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def lbaccel_arm(name, options, data, micro, noise):
-    model, optimizer = network(name, options)
+def built(name, options):
+    torch.manual_seed(0)
+    if name == "layers":
+        return layers(**options)
+    model = timm.create_model(name, num_classes=10, **options)
+    if "resnet" in name:
+        adapt_stem(model)
+    return model
+
+
+def lbaccel_arm(name, options, data, micro, noise, compiled):
+    model, optimizer = network(name, options, compiled)
     count = len(data)
     plan = BatchPlan(
         global_batch_size=count,
@@ -99,8 +107,8 @@ def lbaccel_arm(name, options, data, micro, noise):
     return run
 
 
-def plain_arm(name, options, data, micro):
-    model, optimizer = network(name, options)
+def plain_arm(name, options, data, micro, compiled):
+    model, optimizer = network(name, options, compiled)
     count = len(data)
 
     def run():
@@ -116,12 +124,12 @@ def plain_arm(name, options, data, micro):
     return run
 
 
-def arms_of(case, count):
+def arms_of(case, count, compiled=False):
     name, options, size, micro, noise = CASES[case]
     data = Images(count * micro, size)
     return {
-        "lbaccel": lbaccel_arm(name, options, data, micro, noise),
-        "plain": plain_arm(name, options, data, micro),
+        "lbaccel": lbaccel_arm(name, options, data, micro, noise, compiled),
+        "plain": plain_arm(name, options, data, micro, compiled),
     }
 
 
@@ -141,8 +149,8 @@ def launches(case):
     return found
 
 
-def measure(case, repeats, count):
-    arms = arms_of(case, count)
+def measure(case, repeats, count, compiled):
+    arms = arms_of(case, count, compiled)
     best = dict.fromkeys(arms, float("inf"))
     for _ in range(repeats + 1):  # the first round learns the masks' layouts
         for arm, run in arms.items():
@@ -162,7 +170,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--micro-batches", type=int, default=32)
     parser.add_argument("--only", default="")
-    parser.add_argument("--launches", action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--launches", action="store_true")
+    how.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,7 +190,7 @@ def main():
                 flush=True,
             )
             continue
-        found = results[case] = measure(case, args.repeats, args.micro_batches)
+        found = results[case] = measure(case, args.repeats, args.micro_batches, args.compile)
         print(
             f"{case:<40} plain {found['plain_micro_step_us']:7.0f} us a micro-step, "
             f"lbaccel adds {found['added_us']:5.0f} us ({found['ratio']:.3f})",
@@ -188,6 +198,7 @@ def main():
         )
     if args.json:
         versions = {"torch": torch.__version__, "timm": timm.__version__}
+        versions["compiled"] = args.compile
         content = {"python": platform.python_version(), **versions, "results": results}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

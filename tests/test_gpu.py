@@ -153,6 +153,28 @@ def test_masks_are_those_of_the_cpu():
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_masks_are_those_of_the_plain_network(mode):
+    from lbaccel.batch.plan import MicroBatch
+    from lbaccel.randomness.layouts import Layouts, SamplePlace
+    from lbaccel.randomness.masks import KeyedRandomness
+
+    def masks(x):
+        return F.dropout(F.dropout(x, 0.3) + 1, 0.4), F.dropout2d(x[..., None], 0.3)
+
+    layouts = Layouts((SamplePlace(0, 1, 3), SamplePlace(0, 1, 3), SamplePlace(0, 1, 4)))
+    randomness = KeyedRandomness(3, torch.device("cuda"), layouts)
+    compiled, x = torch.compile(masks, mode=mode), torch.ones(7, 5, 33, device="cuda")
+    for update in range(5):  # a graph of kernels is recorded in the second, and then replayed
+        found = []
+        for network in (masks, compiled):
+            with randomness.update(update), randomness.forward(MicroBatch(4, (7,))):
+                found.append([out.clone() for out in network(x)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
 def under_a_cap(gib, *, micro, auto=False):
     """Three updates of ResNet-50 at 224 px with the allocator capped; sizes and losses."""
     from lbaccel.update.memory.budget import memory_limit

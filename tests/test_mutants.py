@@ -1983,6 +1983,99 @@ MUTANTS = {
         "tests/randomness/test_layouts.py::"
         "test_a_mask_is_the_same_wherever_the_samples_stand[tokens_first_in_rows]",
     ),
+    "the compiler may drop, merge and move calls for masks": (
+        "randomness.in_graph",
+        '"drawn(Tensor(a!) order,',
+        '"drawn(Tensor order,',
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_update_has_the_masks_of_the_plain_one[Unread-whole-once]",
+    ),
+    "a call in a graph is named as it is traced": (
+        "randomness.in_graph",
+        "GraphCall(run, place)",
+        "GraphCall(0, place)",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_update_has_the_masks_of_the_plain_one[Blocks-by_blocks-once]",
+    ),
+    "each graph is compiled anew, as its calls count on": (
+        "randomness.masks",
+        "        begin_places()\n",
+        "",
+        "tests/randomness/test_in_graph.py::"
+        "test_equal_networks_have_equal_graphs_so_that_a_cache_has_them",
+    ),
+    "a method is replaced, which no graph looks at": (
+        "randomness.draws",
+        '(drop, "drop_path", _drop_path),',
+        '(drop.DropPath, "forward", lambda source, plain: lambda layer, x: _drop_path('
+        "source, lambda *_: plain(layer, x))"
+        "(x, layer.drop_prob, layer.training, layer.scale_by_keep)),",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_layer_gives_the_bits_of_the_plain_one[DropPath-torch.float32]",
+    ),
+    "all calls of a graph have one name": (
+        "randomness.in_graph",
+        "    return next(_places[0])",
+        "    return 0",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_update_has_the_masks_of_the_plain_one[Blocks-whole-once]",
+    ),
+    "a graph writes what the one before keeps for its backward pass": (
+        "randomness.in_graph",
+        "    if run == source.run:",
+        "    if False:",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_update_has_the_masks_of_the_plain_one[Recomputed-whole-twice]",
+    ),
+    "a call that the compiler runs again counts as a new one": (
+        "randomness.masks",
+        "if of not in self._in_graphs:",
+        "if True:",
+        "tests/randomness/test_in_graph.py::"
+        "test_the_compiler_may_make_masks_again_in_the_backward_pass[0.0]",
+    ),
+    "the compiler writes into a mask that is kept": (
+        "randomness.masks",
+        "return found.mask.clone()",
+        "return found.mask",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_mask_that_the_compiler_writes_into_is_not_the_one_kept_for_the_next_samples",
+    ),
+    "the compiler writes into bits that are kept": (
+        "randomness.masks",
+        "bits.clone(memory_format=torch.contiguous_format)",
+        "bits.contiguous()",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_mask_that_the_compiler_writes_into_is_not_the_one_kept_for_the_next_samples",
+    ),
+    "a mask in a graph has the strides of its samples": (
+        "randomness.masks",
+        "return keep_mask(bits, keep).contiguous()",
+        "return keep_mask(bits, keep)",
+        "tests/randomness/test_in_graph.py::"
+        "test_the_operator_keeps_what_it_declares[3-each1-0.5-1]",
+    ),
+    "a graph holds calls that have no keys": (
+        "randomness.masks",
+        "self.must_learn if learned is None else learned.all_known",
+        "self.must_learn or learned is not None",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_tensor_without_a_place_for_its_samples_breaks_the_graph_and_is_drawn_as_before",
+    ),
+    "a graph of a micro-batch is used outside of one": (
+        "randomness.masks",
+        "self._micro_batch, self._recomputing, self.in_graph = None, False, False",
+        "self._micro_batch, self._recomputing = None, False",
+        "tests/randomness/test_in_graph.py::"
+        "test_outside_of_a_micro_batch_calls_have_no_keys_and_break_the_graph",
+    ),
+    "each mask breaks the graph": (
+        "randomness.in_graph",
+        "return source.in_graph and torch.compiler.is_dynamo_compiling()",
+        "return False",
+        "tests/randomness/test_in_graph.py::"
+        "test_a_compiled_update_has_the_masks_of_the_plain_one[Blocks-whole-once]",
+    ),
     "the same masks in every layer": (
         "randomness.masks",
         "self._calls[token] = len(self._calls)\n",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lbaccel.randomness.draws import element_bits, first_bits, folded_elements, halves, keep_mask
+from lbaccel.randomness.in_graph import Masked
 
 # Elements of a call's mask: those of 64 calls take at most 16 MiB, until their update ends.
 MASK_AHEAD = 2**16
@@ -74,7 +75,7 @@ class KeysOf(NamedTuple):
     block: KeysAhead
 
     def mask(
-        self, row: int, x: Tensor, covered: int, *, keep: float, scale: float | None
+        self, row: int, x: Tensor | Masked, covered: int, *, keep: float, scale: float | None
     ) -> Tensor | None:
         """A call's mask, of those made ahead for more samples; None where it is too large.
 

@@ -7,15 +7,17 @@ are none it draws as torch and timm do.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.layers.drop import DropPath
-from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
+from timm.layers import drop, patch_dropout
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
+
+from lbaccel.randomness.in_graph import GraphSource, Masked, drawn_in_graph, tracing
 
 # SELU's fixed point: -scale x alpha (Klambauer et al. 2017, section 1)
 SELU_FLOOR = -1.7580993408473766
@@ -39,7 +41,7 @@ class Keys(NamedTuple):
         return element_bits(self.low[self.row], self.high[self.row], count, self.elements)
 
 
-class KeySource(Protocol):
+class KeySource(GraphSource, Protocol):
     """Gives the keys of the next call, see `KeyedRandomness`."""
 
     keys: Callable[..., Keys | None]
@@ -102,11 +104,14 @@ def bits_of(
     Returns:
         [*x.shape[:covered], *each or 1, ...]; None where the call has no keys.
     """
+    if tracing(source):
+        return drawn_in_graph(source, x, covered, keep=None, each=each)
     found = source.keys(x, covered)
-    return None if found is None else _bits(found, x, covered, each)
+    return None if found is None else bits_for(found, x, covered, each)
 
 
-def _bits(found: Keys, x: Tensor, covered: int, each: tuple[int, ...] = ()) -> Tensor:
+def bits_for(found: Keys, x: Tensor | Masked, covered: int, each: tuple[int, ...] = ()) -> Tensor:
+    """`bits_of` the keys of a call; a view of what is kept, where a sample has one draw."""
     dim, runs, samples = found.dim, found.runs, found.low.shape[1]
     lead, rest = x.shape[:covered], each or (1,) * (x.ndim - covered)
     if dim == ALL_KEPT:
@@ -134,16 +139,19 @@ def _masked(
     would be rounded.
     """
     in_one = not inplace and x.dtype == torch.get_default_dtype()
-    found = source.keys(x, covered, keep, scale if in_one else None)
-    if found is None:
-        return None
-    mask = found.mask
-    if mask is None:
-        mask = keep_mask(_bits(found, x, covered), keep)
-        if in_one and covered < x.ndim:
-            return x * (mask * scale)
-    elif in_one:
-        return x * mask
+    if tracing(source):
+        mask = drawn_in_graph(source, x, covered, keep=keep)
+    else:
+        found = source.keys(x, covered, keep, scale if in_one else None)
+        if found is None:
+            return None
+        mask = found.mask
+        if mask is None:
+            mask = keep_mask(bits_for(found, x, covered), keep)
+        elif in_one:
+            return x * mask
+    if in_one and covered < x.ndim:
+        return x * (mask * scale)
     return x.mul_(mask).mul_(scale) if inplace else (x * mask).mul_(scale)
 
 
@@ -211,53 +219,53 @@ def _alpha_dropout(whole_channels: bool, default_training: bool) -> Make:
 
 
 def _drop_path(source: KeySource, plain: Any) -> Any:
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def drop_path(
+        x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True
+    ) -> Tensor:
         out = None
-        if self.training and self.drop_prob:
-            keep = 1 - self.drop_prob
-            scale = _inverse(keep) if self.scale_by_keep else 1.0
-            out = _masked(source, x, 1, keep, scale=scale)
-        return plain(self, x) if out is None else out
+        if training and drop_prob:
+            keep = 1 - drop_prob
+            out = _masked(source, x, 1, keep, scale=_inverse(keep) if scale_by_keep else 1.0)
+        return plain(x, drop_prob, training, scale_by_keep) if out is None else out
 
-    return forward
+    return drop_path
 
 
 def _stochastic_depth(source: KeySource, plain: Any) -> Any:
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
         out = None
-        if self.training and self.p:
-            covered = 0 if self.mode == "batch" else 1
-            out = _masked(source, input, covered, 1 - self.p, scale=_inverse(1 - self.p))
-        return plain(self, input) if out is None else out
+        if training and 0.0 < p <= 1.0 and mode in ("batch", "row"):
+            covered = 0 if mode == "batch" else 1
+            out = _masked(source, input, covered, 1 - p, scale=_inverse(1 - p))
+        return plain(input, p, mode, training) if out is None else out
 
-    return forward
+    return stochastic_depth
 
 
-def _patch_dropout(with_indices: bool) -> Make:
+def _patch_dropout(source: KeySource, plain: Any) -> Any:
     """Liu et al. 2022 (arXiv 2208.07220): the L (1 - p) tokens of the smallest draws stay."""
 
-    def make(source: KeySource, plain: Any) -> Any:
-        def forward(self: Any, x: Tensor) -> Any:
-            length = x.shape[1] - self.num_prefix_tokens
-            active = self.training and self.prob
-            bits = bits_of(source, x, 1, each=(length,)) if active else None
-            if bits is None:
-                return plain(self, x)
-            prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-            num_keep = max(1, int(length * (1.0 - self.prob)))
-            chosen = bits.argsort(dim=-1, stable=True)[:, :num_keep]
-            if self.ordered:
-                chosen = chosen.sort(dim=-1)[0]
-            kept = tokens.gather(1, chosen[..., None].expand(-1, -1, *tokens.shape[2:]))
-            kept = torch.cat((prefix, kept), dim=1)
-            return (kept, chosen) if with_indices else kept
+    def patch_dropout_forward(
+        x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool, training: bool
+    ) -> Any:
+        length = x.shape[1] - num_prefix_tokens
+        bits = bits_of(source, x, 1, each=(length,)) if training and prob else None
+        if bits is None:
+            return plain(x, prob, num_prefix_tokens, ordered, training)
+        prefix, tokens = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+        num_keep = max(1, int(length * (1.0 - prob)))
+        chosen = bits.argsort(dim=-1, stable=True)[:, :num_keep]
+        if ordered:
+            chosen = chosen.sort(dim=-1)[0]
+        kept = tokens.gather(1, chosen[..., None].expand(-1, -1, *tokens.shape[2:]))
+        return torch.cat((prefix, kept), dim=1), chosen
 
-        return forward
-
-    return make
+    return patch_dropout_forward
 
 
-# owner, attribute, what makes its keyed twin out of (source of keys, the plain one)
+# Owner, attribute, what makes its keyed twin out of (source of keys, the plain one). Each is a
+# function that a layer finds by its name: torch.compile looks whether that is still the one that it
+# traced. It does not look whether the method of a class is.
 REPLACED: list[tuple[Any, str, Make]] = [
     (F, "dropout", _dropout(None)),
     (F, "dropout1d", _dropout(1)),
@@ -265,8 +273,7 @@ REPLACED: list[tuple[Any, str, Make]] = [
     (F, "dropout3d", _dropout(3)),
     (F, "alpha_dropout", _alpha_dropout(False, False)),
     (F, "feature_alpha_dropout", _alpha_dropout(True, False)),
-    (DropPath, "forward", _drop_path),
-    (StochasticDepth, "forward", _stochastic_depth),
-    (PatchDropout, "forward", _patch_dropout(False)),
-    (PatchDropoutWithIndices, "forward", _patch_dropout(True)),
+    (drop, "drop_path", _drop_path),
+    (sys.modules[StochasticDepth.__module__], "stochastic_depth", _stochastic_depth),
+    (patch_dropout, "patch_dropout_forward", _patch_dropout),
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+
+from lbaccel.randomness.in_graph import Masked
 
 FEW, MORE, TURNED = (0, 1), (0, 1, 2), (1, 2, 0)
 # A rounding error is far below a tenth of the difference between two samples.
@@ -52,14 +55,14 @@ class SamplePlace:
     known: bool = True
 
     @classmethod
-    def by_rows(cls, x: Tensor, num_samples: int) -> SamplePlace:
+    def by_rows(cls, x: Tensor | Masked, num_samples: int) -> SamplePlace:
         """The guess of a tensor alone: rows that are a multiple of the samples are theirs."""
         rows = x.shape[0] if x.ndim else 0
         if rows == 1 and num_samples > 1:
             return cls()
         return cls(0) if rows and rows % num_samples == 0 else cls(known=False)
 
-    def runs_of(self, x: Tensor, num_samples: int) -> int:
+    def runs_of(self, x: Tensor | Masked, num_samples: int) -> int:
         """Runs of the samples along the dimension of `x`.
 
         Raises:
@@ -80,7 +83,12 @@ class Layouts:
     places: tuple[SamplePlace, ...]
     not_known: tuple[str, ...] = ()
 
-    def place(self, call: int, x: Tensor) -> SamplePlace:
+    @cached_property
+    def all_known(self) -> bool:
+        """Whether each call has a place."""
+        return all(place.known for place in self.places)
+
+    def place(self, call: int, x: Tensor | Masked) -> SamplePlace:
         """The place of a call's tensor.
 
         Raises:

@@ -10,12 +10,13 @@ dimension stands. A tensor without samples (a table of relative positions) has o
 whole update: p is then ALL_SAMPLES. Which dimension holds the samples is learned, see
 `layouts.learn_layouts`; before that, rows that are a multiple of the samples are taken for theirs.
 
-The functions that draw masks (`F.dropout` and its kin, DropPath, PatchDropout, StochasticDepth) are
-replaced while a micro-batch runs, and at no other time: the model, its modules and its `state_dict`
-stay as they are.
+The functions that draw masks (`F.dropout` and its kin, and those that DropPath, PatchDropout and
+StochasticDepth call) are replaced while a micro-batch runs, and at no other time: the model, its
+modules and its `state_dict` stay as they are.
 
 A recompute must draw the c of its forward. Each call takes a token from torch's CPU generator,
-which activation checkpointing puts back for a recompute: a token seen before names its c.
+which activation checkpointing puts back for a recompute: a token seen before names its c. A graph
+of torch.compile may make a mask again without that, so its calls have names as well (`in_graph`).
 
 A draw by other means (dropout inside fused attention, a user's own `torch.rand`) can't be keyed by
 sample. Its generators are seeded by (seed, update, first sample of the micro-batch): another
@@ -35,8 +36,18 @@ from torch import Tensor
 from lbaccel.batch.plan import MicroBatch
 from lbaccel.errors import InputError, check_seed
 from lbaccel.randomness.ahead import Elements, KeysAhead, KeysOf
-from lbaccel.randomness.draws import ALL_KEPT, COMMON, REPLACED, Keys, first_bits, halves
+from lbaccel.randomness.draws import (
+    ALL_KEPT,
+    COMMON,
+    REPLACED,
+    Keys,
+    bits_for,
+    first_bits,
+    halves,
+    keep_mask,
+)
 from lbaccel.randomness.generators import generator_states, restore_generators, seed_generators
+from lbaccel.randomness.in_graph import GraphCall, Masked, begin_places, register
 from lbaccel.randomness.keys import GOLDEN, MULTIPLIERS, SHIFTS, hashed_on, keyed_hash
 from lbaccel.randomness.layouts import Layouts, NotLearned, SamplePlace
 
@@ -84,10 +95,14 @@ class KeyedRandomness:
         self._whole = False
         self._watch: Callable[[Tensor, int], object] | None = None
         self._calls: dict[int, int] = {}  # token of a call to its number
+        self._in_graphs: dict[GraphCall, int] = {}  # numbers of calls in compiled graphs
         self._rows: dict[int, KeysOf] = {}  # of the micro-batch, by block of calls
         self._ahead: dict[Any, KeysAhead] = {}  # by update too, of samples from one on
         self._elements = Elements()
         self._keying = False  # the functions of `REPLACED` are their twins
+        self.run, self.order = 0, torch.empty(0)  # as the graphs of torch.compile get them
+        register(self)
+        self.in_graph = False  # a graph may hold the calls: each of them has keys
         # Made once, and closed to torch.compile: it compiles anew for each function and number.
         self.keys: Any = torch.compiler.disable(self._next_keys)
         self._keyed = [(o, name, make(self, getattr(o, name))) for o, name, make in REPLACED]
@@ -114,7 +129,10 @@ class KeyedRandomness:
             NotLearned: it called for other masks than `layouts` has, and did not fail otherwise.
         """
         self._micro_batch, self._samples = micro_batch, micro_batch.num_samples
-        self._calls, self._rows = {}, {}
+        self._calls, self._rows, self._in_graphs = {}, {}, {}
+        learned = self.layouts
+        self.in_graph = self.must_learn if learned is None else learned.all_known
+        begin_places()
         if self._hashed[0] != self._update:
             self._hashed = self._update, keyed_hash(self.seed, MICRO_BATCH, self._update)
         seed_generators(int(hashed_on(self._hashed[1], micro_batch.start)), self.device)
@@ -125,7 +143,7 @@ class KeyedRandomness:
                 learned = len(self.layouts.places)
                 raise NotLearned(f"{len(self._calls)} in place of {learned}")
         finally:
-            self._micro_batch, self._recomputing = None, False
+            self._micro_batch, self._recomputing, self.in_graph = None, False, False
             self._rows = {}
 
     def preview(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -136,11 +154,12 @@ class KeyedRandomness:
     def whole(self, num_samples: int, *, counts: bool) -> Iterator[None]:
         """Inside, generators are a function of (seed, update), and all samples draw together."""
         seed_generators(int(keyed_hash(self.seed, WHOLE, self._update)), self.device)
+        before, self.in_graph = self.in_graph, False
         self._whole = True
         try:
             yield
         finally:
-            self._whole = False
+            self._whole, self.in_graph = False, before
 
     @contextmanager
     def again(self, draw: int, seed: int = -1) -> Iterator[None]:
@@ -213,8 +232,40 @@ class KeyedRandomness:
         finally:
             self._recomputing = False
 
+    def drawn(
+        self, of: GraphCall, x: Masked, covered: int, *, keep: float | None, each: tuple[int, ...]
+    ) -> Tensor:
+        """The mask of a call in a compiled graph, or its bits where `keep` is None.
+
+        Its memory is its own: a compiler writes into it.
+
+        Args:
+            of: its place in the run of the graph.
+            x: what is masked.
+            covered: its leading dimensions with draws of their own.
+            keep: probability of True.
+            each: as in `draws.bits_of`.
+
+        Returns:
+            Bool or int32 [*x.shape[:covered], *each or 1, ...], contiguous.
+        """
+        found = self._next_keys(x, covered, keep, of=of)
+        assert found is not None
+        if found.mask is not None:
+            return found.mask.clone()
+        bits = bits_for(found, x, covered, each)
+        if keep is None:
+            return bits.clone(memory_format=torch.contiguous_format)
+        return keep_mask(bits, keep).contiguous()
+
     def _next_keys(
-        self, x: Tensor, covered: int, keep: float | None = None, scale: float | None = None
+        self,
+        x: Tensor | Masked,
+        covered: int,
+        keep: float | None = None,
+        scale: float | None = None,
+        *,
+        of: GraphCall | None = None,
     ) -> Keys | None:
         """Keys of the samples of the next call, or one common to the update; None: no keys.
 
@@ -223,11 +274,13 @@ class KeyedRandomness:
             covered: its leading dimensions with draws of their own.
             keep: of `keep_mask`, where the mask itself is wanted and may be made ahead.
             scale: that the mask is then multiplied by.
+            of: the call in a compiled graph.
 
         Raises:
             NotLearned: the call is not one of those that `layouts` holds.
         """
         if self._watch is not None:
+            assert isinstance(x, Tensor)  # no graph holds calls that are watched
             self._watch(x, covered)
             none = torch.zeros(1, 1, dtype=torch.int32, device=x.device)
             return Keys(none, none, none, 0, ALL_KEPT, 1)
@@ -235,7 +288,7 @@ class KeyedRandomness:
             return None
         samples = self._samples
         if self.layouts is not None:
-            call = self.call_number()
+            call = self.call_number() if of is None else self._number_in_graph(of)
             place = self.layouts.place(call, x)
         elif self.must_learn:
             raise NotLearned("none was learned")
@@ -252,7 +305,7 @@ class KeyedRandomness:
         block, row = divmod(call, CALLS_AT_ONCE)
         keys = self._rows.get(block)
         if keys is None:
-            keys = self._rows[block] = self._drawn(block, self._micro_batch, x.device)
+            keys = self._rows[block] = self._keys_of(block, self._micro_batch, x.device)
         if keep is not None and place.dim == 0 and runs == 1:
             mask = keys.mask(row, x, covered, keep=keep, scale=scale)
             if mask is not None:
@@ -261,7 +314,7 @@ class KeyedRandomness:
         elements = self._elements.of(count, x.device)
         return Keys(keys.low, keys.high, keys.first, row, place.dim, runs, None, elements)
 
-    def _drawn(self, block: int, micro_batch: MicroBatch, device: torch.device) -> KeysOf:
+    def _keys_of(self, block: int, micro_batch: MicroBatch, device: torch.device) -> KeysOf:
         """The keys of a block of calls for a micro-batch, hashed for the next ones as well."""
         samples, place = micro_batch.num_samples, (self._update, block)
         ahead = self._ahead.get(place)
@@ -296,6 +349,12 @@ class KeyedRandomness:
                 )
             self._calls[token] = len(self._calls)
         return self._calls[token]
+
+    def _number_in_graph(self, of: GraphCall) -> int:
+        """`call_number`, which a call keeps where the compiler runs it again."""
+        if of not in self._in_graphs:
+            self._in_graphs[of] = self.call_number()
+        return self._in_graphs[of]
 
 
 def _signed(value: int) -> int:

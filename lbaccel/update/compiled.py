@@ -1,7 +1,7 @@
 """torch.compile around an update: a network compiled in place, and one that was compiled too late.
 
 A compiled network trains as the plain one does, to rounding: BatchNorm's ghost batches are inside
-of the graph, and the masks keyed by sample come from outside of it (a graph break a mask).
+of the graph, and so are the masks keyed by sample (`randomness/in_graph.py`).
 """
 
 from __future__ import annotations

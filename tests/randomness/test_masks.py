@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from forks import run_forked, values
 from reference import largest_relative_error, make_samples, relative_error
+from timm.layers import drop, patch_dropout
 from timm.layers.drop import DropPath
 from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import nn
@@ -381,7 +382,8 @@ def test_an_update_leaves_every_generator_where_it_was():
     with pytest.raises(KeyError):
         large_batch.update(next(iter(loader)), fails)
     assert all_states() == before
-    assert F.dropout.__module__ == "torch.nn.functional" and DropPath.forward.__name__ == "forward"
+    assert F.dropout.__module__ == "torch.nn.functional"
+    assert drop.drop_path.__module__ == "timm.layers.drop"
 
 
 def test_what_cannot_be_keyed_is_drawn_anew_for_each_micro_batch_update_and_seed():
@@ -412,13 +414,23 @@ def test_what_cannot_be_keyed_depends_on_no_micro_batch_that_ran_before():
     assert draws(first) != draws(second)  # as two ranks begin
 
 
+def functions():
+    """Those that draw masks, as their layers find them."""
+    return [
+        F.dropout,
+        drop.drop_path,
+        patch_dropout.patch_dropout_forward,
+        StochasticDepth.forward.__globals__["stochastic_depth"],
+    ]
+
+
 def test_functions_are_put_back_where_a_forward_fails():
-    plain = (F.dropout, DropPath.forward, PatchDropout.forward, StochasticDepth.forward)
+    plain = functions()
     randomness = KeyedRandomness(0, CPU)
     with pytest.raises(RuntimeError), randomness.update(0), randomness.forward(cut(4)[0]):
-        assert F.dropout is not plain[0]
+        assert all(now is not before for now, before in zip(functions(), plain, strict=True))
         raise RuntimeError
-    assert plain == (F.dropout, DropPath.forward, PatchDropout.forward, StochasticDepth.forward)
+    assert functions() == plain
 
 
 def test_rows_that_are_no_samples_are_drawn_as_ever():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from timm.layers import drop
 from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn import functional as F
@@ -152,7 +153,7 @@ def test_nothing_of_the_users_changes():
             )
         )
 
-    functions = F.dropout, DropPath.forward, F.scaled_dot_product_attention
+    functions = F.dropout, drop.drop_path, F.scaled_dot_product_attention
     functions += nn.utils.clip_grad_norm_, torch.get_default_dtype(), torch.is_grad_enabled()
     before, gradient = surroundings(), model[0][0].weight.grad
     with torch.no_grad(), torch.autocast("cpu"):
@@ -160,7 +161,7 @@ def test_nothing_of_the_users_changes():
         assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
     check(model, batch=batch, norm_batch_size=4)
     assert surroundings() == before and model[0][0].weight.grad is gradient
-    after = F.dropout, DropPath.forward, F.scaled_dot_product_attention
+    after = F.dropout, drop.drop_path, F.scaled_dot_product_attention
     after += nn.utils.clip_grad_norm_, torch.get_default_dtype(), torch.is_grad_enabled()
     assert after == functions
     for parameter in model.parameters():

@@ -276,7 +276,7 @@ def snapshot(model, optimizer):
         torch.is_autocast_cache_enabled(),
         torch.get_num_threads(),
     )
-    replaced = F.dropout, F.dropout2d, timm.layers.drop.DropPath.forward
+    replaced = F.dropout, F.dropout2d, timm.layers.drop.drop_path
     state = copy.deepcopy(optimizer.state_dict()), id(optimizer.param_groups[0]["params"][0])
     return storages, tensors, modules, gradients, generators, defaults, replaced, state
 
