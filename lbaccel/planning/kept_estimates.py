@@ -152,9 +152,7 @@ def _flags() -> tuple[Any, ...]:
         torch.backends.cuda.math_sdp_enabled(),
         getattr(torch.utils.checkpoint, "_enable_checkpoint_early_stop", None),
         [(name, v) for name, v in sorted(vars(timm.layers.config).items()) if type(v) in _PLAIN],
-        sorted(
-            variables("TIMM_", "TORCH", "PYTORCH_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_").items()
-        ),
+        sorted(variables(*VARIABLES).items()),
     )
 
 
