@@ -244,10 +244,11 @@ MUTANTS = {
     ),
     "a photograph is mirrored before its box is cut out": (
         "data.photographs",
-        "part = cropped(pixels, self.box(draws, *pixels.shape[1:]))",
-        "part = cropped(pixels, self.box(draws, *pixels.shape[1:]))\n"
-        "        if draws[FLIP] < self.flip:\n"
-        "            part = cropped(pixels.flip(2), self.box(draws, *pixels.shape[1:])).flip(2)",
+        "            return ResizedBox(self.box(draws, height, width), (size, size))",
+        "            box = self.box(draws, height, width)\n"
+        "            if draws[FLIP] < self.flip:\n"
+        "                box = box._replace(left=width - box.width - box.left)\n"
+        "            return ResizedBox(box, (size, size))",
         "tests/data/test_photographs.py::"
         "test_an_image_is_that_of_timms_transform_at_the_same_draws[0.0-bilinear]",
     ),
@@ -286,6 +287,54 @@ MUTANTS = {
         "orientation = _orientation(header) if upright else 1",
         "orientation = 1",
         "tests/data/test_decode.py::test_every_kind_has_the_pixels_that_pillow_gives",
+    ),
+    "a draft is decoded for the picture, and not for the crop": (
+        "data.draft",
+        "if part.box.height // d >= height and part.box.width // d >= width)",
+        "if d * d * height * width <= part.box.height * part.box.width)",
+        "tests/data/test_draft.py::test_the_shorter_side_decides",
+    ),
+    "a part of a draft is stretched to whole pixels": (
+        "data.draft",
+        "math.nextafter(of_result * d / length, math.inf)",
+        "of_result / num_pixels",
+        "tests/data/test_draft.py::test_a_side_is_moved_by_less_than_a_pixel_and_not_stretched",
+    ),
+    "a part of a draft loses a pixel to the rounding of its scale": (
+        "data.draft",
+        "math.nextafter(of_result * d / length, math.inf)",
+        "of_result * d / length",
+        "tests/data/test_draft.py::test_the_rounding_of_a_scale_loses_no_pixel",
+    ),
+    "a draft that was turned round is cut from its other end": (
+        "data.draft",
+        "left = width - left - w if 2 in flipped else left",
+        "left = left",
+        "tests/data/test_draft.py::test_a_box_as_it_is_stored_holds_the_pixels_of_the_upright_one",
+    ),
+    "a draft that lies on its side is resized as if it stood": (
+        "data.draft",
+        "size[::-1] if swapped else size",
+        "size",
+        "tests/data/test_draft.py::test_a_part_at_the_last_edge_is_where_it_is[6]",
+    ),
+    "the crop of a draft is drawn in a picture that lies on its side": (
+        "data.draft",
+        "picture.size[::-1] if swapped else picture.size",
+        "picture.size",
+        "tests/data/test_draft.py::test_a_crop_shows_the_same_part_under_each_decoder[6]",
+    ),
+    "a draft of one crop is kept for all": (
+        "data.photographs",
+        "        check_kept(draft=self.draft, cache=self.cache)\n",
+        "",
+        "tests/data/test_draft.py::test_images_are_not_kept_beside_it",
+    ),
+    "a file alone is decoded in its whole size": (
+        "data.pipelines",
+        "    if decoder_in(preprocessing) == DRAFT:  # it must",
+        "    if False:  # it must",
+        "tests/data/test_draft.py::test_evaluation_and_one_file_alone_see_the_same_pixels",
     ),
     "an image is shown to others before its pixels are written": (
         "data.pixel_cache",
@@ -353,10 +402,63 @@ MUTANTS = {
         "tests/data/test_slots.py::"
         "test_the_main_process_opens_a_batch_and_gives_the_slot_back_after_it[list]",
     ),
+    "a batch that the caller has still is written over": (
+        "data.reused",
+        "(block, weakref.ref(array))]",
+        "(block, lambda: None)]",
+        "tests/data/test_photographs.py::test_a_batch_that_the_caller_has_stays_as_it_is",
+    ),
+    "the memory of a batch is free when its tensor is gone, and not its views": (
+        "data.reused",
+        """            self._blocks = [*kept, (block, weakref.ref(array))]
+            return torch.from_numpy(array).view(shape)
+""",
+        """            tensor = torch.from_numpy(array).view(shape)
+            self._blocks = [*kept, (block, weakref.ref(tensor))]
+            return tensor
+""",
+        "tests/data/test_reused.py::test_no_living_tensor_is_written_over",
+    ),
+    "the memory of a large batch is held for small ones": (
+        "data.reused",
+        "if length <= len(pair[0]) <= 2 * length]",
+        "if length <= len(pair[0])]",
+        "tests/data/test_reused.py::test_no_more_is_held_than_twice_what_is_asked_for",
+    ),
+    "shared memory is closed before the last generator ends": (
+        "data.shared_bytes",
+        "weakref.finalize(self, os.close, fd).atexit = False",
+        "weakref.finalize(self, os.close, fd)",
+        "tests/data/test_passes.py::test_a_process_that_ends_in_the_middle_of_a_pass_says_nothing",
+    ),
+    "batches of an evaluation that was left keep their slots": (
+        "data.passes",
+        "            deque(self._opened(), maxlen=0)\n",
+        "            pass\n",
+        "tests/data/test_passes.py::test_a_pass_that_is_left_leaves_its_slots_free_and_its_workers",
+    ),
+    "the batch at which an evaluation was left keeps its slot": (
+        "data.slots",
+        """            try:
+                yield self._bytes(slot), *data[1:]
+            finally:  # also where the pass is left here
+                self.free(slot)
+""",
+        """            yield self._bytes(slot), *data[1:]
+            self.free(slot)
+""",
+        "tests/data/test_passes.py::test_a_pass_that_is_left_leaves_its_slots_free_and_its_workers",
+    ),
+    "new workers have the slots of those that are gone": (
+        "data.passes",
+        "self._slots = self._new_slots()  # none",
+        "self._slots = self._slots or self._new_slots()  # none",
+        "tests/data/test_passes.py::test_after_the_end_others_start",
+    ),
     "the workers of an evaluation go on with the rows of the pass before": (
-        "data.pipelines",
-        "self._batches[:] = batches",
-        "self._batches[:] = self._batches or batches",
+        "data.passes",
+        "self._asked[:] = batches",
+        "self._asked = list(batches)",
         "tests/data/test_photographs.py::"
         "test_the_workers_of_an_evaluation_stay_and_a_pass_that_was_left_leaves_nothing",
     ),
@@ -1337,7 +1439,7 @@ MUTANTS = {
         "tests/recipe/test_evaluation.py::test_a_corrupt_validation_image_costs_no_update",
     ),
     "Ctrl-C ends the workers of the evaluation": (
-        "data.pipelines",
+        "data.passes",
         "        **worker_options(),\n",
         "",
         "tests/recipe/test_evaluation.py::test_ctrl_c_in_the_evaluation_leaves_its_workers_alive",

@@ -24,6 +24,18 @@ class Box(NamedTuple):
     width: int
 
 
+class ResizedBox(NamedTuple):
+    """A part of an image, and the height and width that it is resized to."""
+
+    box: Box
+    size: tuple[int, int]
+
+
+def whole(height: int, width: int) -> ResizedBox:
+    """All of an image, as it is."""
+    return ResizedBox(Box(0, 0, height, width), (height, width))
+
+
 class BoxDraws(NamedTuple):
     """Uniform numbers in [0, 1) for a box: of each try its area and ratio, and its place."""
 
@@ -103,22 +115,55 @@ def resized(pixels: Tensor, height: int, width: int, *, interpolation: str) -> T
     """
     if pixels.shape[1:] == (height, width):
         return pixels
-    return F.interpolate(pixels[None], (height, width), mode=interpolation, antialias=True)[0]
+    size = (height, width)
+    return F.interpolate(_batch(pixels), size, mode=interpolation, antialias=True)[0]
+
+
+def scaled(pixels: Tensor, scales: tuple[float, float], *, interpolation: str) -> Tensor:
+    """The same by factors of height and width; a pixel of the result that is not whole is left out.
+
+    Args:
+        pixels: uint8 [C, H, W].
+        scales: pixels of the result to one of these, which need not make a whole number of them.
+        interpolation: "bilinear" or "bicubic".
+    """
+    batch = _batch(pixels)
+    return F.interpolate(batch, scale_factor=scales, mode=interpolation, antialias=True)[0]
+
+
+def _batch(pixels: Tensor) -> Tensor:
+    rows = pixels.permute(1, 2, 0)
+    if rows.is_contiguous():  # strides by which torch leaves the channels of the result together
+        return rows[None].permute(0, 3, 1, 2)
+    return pixels[None]
+
+
+def centre_part(height: int, width: int, size: int, *, crop_pct: float) -> ResizedBox:
+    """The part of an image that evaluation resizes, of which it takes the `middle`: timm's rule.
+
+    The shorter side becomes floor(size / crop_pct) pixels, the longer one in proportion. Of a strip
+    of more than `MOST_RATIO` only the middle is resized: the square lies inside it.
+
+    >>> centre_part(300, 400, 224, crop_pct=0.875)
+    ResizedBox(box=Box(top=0, left=0, height=300, width=400), size=(256, 341))
+    """
+    most = MOST_RATIO * min(height, width)
+    h, w = min(height, most), min(width, most)
+    box = Box((height - h) // 2, (width - w) // 2, h, w)
+    short = math.floor(size / crop_pct)
+    longer = int(short * max(h, w) / min(h, w))
+    return ResizedBox(box, (longer, short) if h >= w else (short, longer))
+
+
+def middle(pixels: Tensor, size: int) -> Tensor:
+    """The square in the middle of pixels [C, H, W], which it shares the memory with."""
+    height, width = pixels.shape[1:]
+    return cropped(pixels, Box(round((height - size) / 2), round((width - size) / 2), size, size))
 
 
 def centre(pixels: Tensor, size: int, *, crop_pct: float, interpolation: str) -> Tensor:
-    """The middle of an image as evaluation sees it, uint8 [C, size, size]: timm's rule.
-
-    The shorter side becomes floor(size / crop_pct) pixels, the longer one in proportion, and the
-    square in the middle is cut out. Of a strip of more than `MOST_RATIO` only the middle is
-    resized: the square lies inside it.
-    """
+    """The middle of an image as evaluation sees it, uint8 [C, size, size]: see `centre_part`."""
     height, width = pixels.shape[1:]
-    most = MOST_RATIO * min(height, width)
-    h, w = min(height, most), min(width, most)
-    pixels = cropped(pixels, Box((height - h) // 2, (width - w) // 2, h, w))
-    short = math.floor(size / crop_pct)
-    longer = int(short * max(h, w) / min(h, w))
-    height, width = (longer, short) if h >= w else (short, longer)
-    pixels = resized(pixels, height, width, interpolation=interpolation)
-    return cropped(pixels, Box(round((height - size) / 2), round((width - size) / 2), size, size))
+    part = centre_part(height, width, size, crop_pct=crop_pct)
+    made = resized(cropped(pixels, part.box), *part.size, interpolation=interpolation)
+    return middle(made, size)

@@ -1,8 +1,10 @@
-"""Images in files as bytes [3, H, W]: JPEG by torchvision's decoder, all others by Pillow."""
+"""Images in files as bytes [3, H, W]: JPEG by torchvision's decoder, all others by Pillow.
+
+`draft.py` has the decoding at a smaller size.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -10,37 +12,45 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from lbaccel.data.images import EncodedImages, ImageFiles, read_image
+from lbaccel.data.crops import ResizedBox, cropped, whole
+from lbaccel.data.draft import Wanted, drafted, turned
+from lbaccel.data.images import EncodedImages, ImageFiles, as_pixels, read_image
+from lbaccel.errors import InputError
 
 try:  # deprecated since torchvision 0.29; without it Pillow gives the same pixels, a little later
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
+    from torchvision.io import ImageReadMode
+
+    # the operator: torchvision's function around it warns, and no thread can be kept from warning
+    # without a change of the filters of all
+    decode_jpeg: Any = torch.ops.image.decode_jpeg
+except (ImportError, AttributeError):
     ImageReadMode = decode_jpeg = None
 
-FAST, PILLOW = "fast", "pillow"
-DECODERS = (FAST, PILLOW)
+FAST, DRAFT, PILLOW = "fast", "draft", "pillow"
+DECODERS = (FAST, DRAFT, PILLOW)
 _JPEG = b"\xff\xd8\xff"
-
-# EXIF's orientation: what turns [C, H, W] upright (CIPA DC-008, tag 274)
-_UPRIGHT: Mapping[int, Callable[[Tensor], Tensor]] = {
-    2: lambda pixels: pixels.flip(2),
-    3: lambda pixels: pixels.flip(1, 2),
-    4: lambda pixels: pixels.flip(1),
-    5: lambda pixels: pixels.transpose(1, 2),
-    6: lambda pixels: pixels.transpose(1, 2).flip(2),
-    7: lambda pixels: pixels.transpose(1, 2).flip(1, 2),
-    8: lambda pixels: pixels.transpose(1, 2).flip(1),
-}
 
 
 def decoder_in(preprocessing: Mapping[str, Any]) -> str:
     """The decoder of images in files: Pillow where nothing names one, as in runs of before."""
     return preprocessing.get("decoder") or PILLOW
+
+
+def check_kept(*, draft: bool, cache: object | None) -> None:
+    """Stop where decoded images are to be kept of which each crop needs another size.
+
+    Raises:
+        InputError: `draft` beside a `cache`.
+    """
+    if draft and cache is not None:
+        raise InputError(
+            "decoder 'draft' decodes an image at another size for each crop, so there is no one "
+            "image to keep for later epochs. Give no cache, or take the decoder 'fast'."
+        )
 
 
 def pixels_of(images: ImageFiles, index: int) -> Tensor:
@@ -52,15 +62,34 @@ def pixels_of(images: ImageFiles, index: int) -> Tensor:
     Raises:
         InputError: the image is absent or corrupt; the text names the file.
     """
+    return part_of(images, index, whole)[0]
+
+
+def part_of(
+    images: ImageFiles, index: int, wanted: Wanted, *, draft: str | None = None
+) -> tuple[Tensor, ResizedBox]:
+    """The pixels of a part of a sample, uint8 [3, H, W], upright; and that part.
+
+    H and W are those of the part's box, or of the size that it is resized to where that is done.
+
+    Args:
+        images: of any kind.
+        index: of the sample.
+        wanted: the part of an image of this height and width.
+        draft: decode a JPEG at a smaller size where the part has its pixels still, and resize it
+            by this interpolation, "bilinear" or "bicubic".
+
+    Raises:
+        InputError: the image is absent or corrupt; the text names the file.
+    """
     data, upright = _jpeg_of(images.read, images.samples[index])
-    pixels = None if data is None else _decoded(data, upright=upright)
-    return as_pixels(images.load(index)) if pixels is None else pixels
-
-
-def as_pixels(image: Image.Image) -> Tensor:
-    """The pixels of an image in memory, uint8 [C, H, W]; the channels of a pixel lie together."""
-    pixels = torch.from_numpy(np.array(image))  # a copy: Pillow's own memory is read-only
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    smaller = None if draft is None else partial(drafted, wanted=wanted, interpolation=draft)
+    found = None if data is None else _decoded(data, upright=upright, smaller=smaller)
+    pixels, part = (as_pixels(images.load(index)), None) if found is None else found
+    if part is not None:
+        return pixels, part
+    part = wanted(*pixels.shape[1:])
+    return cropped(pixels, part.box), part
 
 
 def _jpeg_of(read: Any, sample: Any) -> tuple[bytes | None, bool]:
@@ -82,25 +111,28 @@ def _jpeg_of(read: Any, sample: Any) -> tuple[bytes | None, bool]:
     return None, False
 
 
-def _decoded(data: bytes, *, upright: bool) -> Tensor | None:
-    """A JPEG's pixels; None where Pillow is to look at it."""
-    if decode_jpeg is None or ImageReadMode is None:
-        return None
+def _decoded(
+    data: bytes, *, upright: bool, smaller: Callable[..., Any] | None
+) -> tuple[Tensor, ResizedBox | None] | None:
+    """A JPEG's pixels, or what `smaller` makes of it; None: Pillow is to look at it."""
     try:
         with Image.open(BytesIO(data)) as header:  # it refuses a size beyond its bound
-            if header.format not in ("JPEG", "MPO") or header.mode not in ("L", "RGB"):
+            if header.format not in ("JPEG", "MPO"):
                 return None
             orientation = _orientation(header) if upright else 1
+            if smaller is not None:
+                found = smaller(header, orientation)
+                if found is not None:
+                    return found
+            if header.mode not in ("L", "RGB") or decode_jpeg is None or ImageReadMode is None:
+                return None
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pixels: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB.value)
     except MemoryError:
         raise
     except Exception:  # damaged, too large, or torchvision was built without libjpeg
         return None
-    turn = _UPRIGHT.get(orientation)
-    return pixels if turn is None else turn(pixels)
+    return turned(pixels, orientation), None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -82,6 +82,12 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
+def as_pixels(image: Image.Image) -> Tensor:
+    """The pixels of an image in memory, uint8 [C, H, W]; the channels of a pixel lie together."""
+    pixels = torch.from_numpy(np.array(image))  # a copy: Pillow's own memory is read-only
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
 def read_image(name: str, *, root: str = "", exif_orientation: bool = True) -> Image.Image:
     """The image in the file `root`/`name` as RGB.
 

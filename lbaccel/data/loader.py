@@ -31,7 +31,7 @@ from lbaccel.data.order import (
     repeated_at,
     samples_at,
 )
-from lbaccel.data.slots import slots_for
+from lbaccel.data.slots import SHAPE, slots_for
 from lbaccel.data.worker_side import (
     LOAD,
     Collate,
@@ -344,7 +344,9 @@ class UpdateLoader:
     def _load_from(self, index: int, plan: BatchPlan) -> Iterator[Any]:
         whole = hasattr(self.dataset, LOAD)
         slots = slots_for(
-            self.dataset, num_workers=self.num_workers, micro_batch_size=plan.micro_batch_size
+            getattr(self.dataset, SHAPE, None),
+            num_workers=self.num_workers,
+            batch_size=plan.micro_batch_size,
         )
         loader = DataLoader(
             KeyedBatches(self.dataset, slots) if whole else KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]

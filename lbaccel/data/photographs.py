@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from lbaccel.data import colour
 from lbaccel.data.augment import BOX_X, byte_scale
@@ -20,15 +19,20 @@ from lbaccel.data.crops import (
     TRIES,
     Box,
     BoxDraws,
+    ResizedBox,
     centre,
+    centre_part,
     crop_box,
     cropped,
     erased_box,
+    middle,
     resized,
 )
-from lbaccel.data.decode import pixels_of
+from lbaccel.data.decode import check_kept, part_of, pixels_of
+from lbaccel.data.draft import Wanted
 from lbaccel.data.images import ImageFiles
-from lbaccel.data.pixel_cache import CachePart, kept_or_made
+from lbaccel.data.pixel_cache import CachePart
+from lbaccel.data.reused import ReusedMemory
 from lbaccel.errors import check_seed
 from lbaccel.randomness.keys import keyed_hash, keyed_uniform
 
@@ -42,6 +46,8 @@ AREAS, RATIOS, ERASED_AREAS, ERASED_RATIOS = (
 )
 NUM_DRAWS = 10 + 4 * TRIES
 NOISE = FIRST_DRAW + NUM_DRAWS
+
+_FLOATS = ReusedMemory()  # of this process: training and evaluation take turns
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Photographs:
             between max(0, 1 - s) and 1 + s; 0 is off.
         random_erasing: probability of the noise.
         cache: keeps decoded images; it changes no pixel.
+        draft: decode a JPEG at a smaller size where the crop has its pixels still. The crop is
+            drawn in the pixels of the whole image, so it is the same part of it.
+
+    Raises:
+        InputError: `draft` beside a `cache`.
     """
 
     source: ImageFiles
@@ -82,9 +93,11 @@ class Photographs:
     color_jitter: float = 0.4
     random_erasing: float = 0.0
     cache: CachePart | None = None
+    draft: bool = False
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
+        check_kept(draft=self.draft, cache=self.cache)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -157,10 +170,12 @@ class Photographs:
 
     def _fill(self, image: Tensor, index: int, draws: Sequence[float], floats: Tensor) -> None:
         """Write a sample's bytes; `floats` [4, ...] is room to work in, which the cache holds."""
-        pixels = kept_or_made(self.cache, index, partial(pixels_of, self.source, index))
-        part = cropped(pixels, self.box(draws, *pixels.shape[1:]))
         size = self.img_size
-        made = resized(part, size, size, interpolation=self.interpolation)
+
+        def crop(height: int, width: int) -> ResizedBox:
+            return ResizedBox(self.box(draws, height, width), (size, size))
+
+        made = _resized_part(self, self.source, index, crop, cache=self.cache)
         if draws[FLIP] < self.flip:
             made = made.flip(2)
         if not self.color_jitter:
@@ -184,13 +199,14 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Centre:
-    """Pixels of any size as evaluation sees them: see `centre`; then (x / 255 - mean) / std.
+    """Pixels of any size as evaluation sees them: see `centre_part`; then (x / 255 - mean) / std.
 
     Args:
         mean, std: of each channel, of 0..1.
         img_size: pixels a side.
         crop_pct: share of the image kept.
         interpolation: "bilinear" or "bicubic".
+        draft: see `Photographs`.
     """
 
     mean: tuple[float, ...]
@@ -198,31 +214,81 @@ class Centre:
     img_size: int
     crop_pct: float
     interpolation: str
+    draft: bool = False
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
         return byte_scale(self.mean, self.std)
+
+    def part(self, height: int, width: int) -> ResizedBox:
+        """Of an image of this size: what is resized, before its middle is cut out."""
+        return centre_part(height, width, self.img_size, crop_pct=self.crop_pct)
 
     def cut(self, pixels: Tensor) -> Tensor:
         """Bytes [C, H, W] to bytes [C, img_size, img_size]."""
         options = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
         return centre(pixels, self.img_size, **options)
 
+    def read(self, source: ImageFiles, index: int, *, cache: CachePart | None = None) -> Tensor:
+        """Bytes [3, img_size, img_size] of a sample.
+
+        Raises:
+            InputError: an image that can't be read, or a `cache` beside `draft`.
+        """
+        check_kept(draft=self.draft, cache=cache)
+        return middle(_resized_part(self, source, index, self.part, cache=cache), self.img_size)
+
+    @property
+    def bytes_shape(self) -> tuple[int, int, int]:
+        """Of a sample of `load`."""
+        return 3, self.img_size, self.img_size
+
     def load(
-        self, source: ImageFiles, indices: Sequence[int], *, cache: CachePart | None = None
+        self,
+        source: ImageFiles,
+        indices: Sequence[int],
+        *,
+        cache: CachePart | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Bytes [n, 3, img_size, img_size] and labels [n] of these samples.
+
+        Args:
+            source, indices: the samples.
+            cache: keeps decoded images.
+            out: memory for the bytes.
 
         Raises:
             InputError: an image that can't be read.
         """
-        pixels = (kept_or_made(cache, i, partial(pixels_of, source, i)) for i in indices)
-        labels = (int(source.labels[i]) for i in indices)
-        return default_collate([(self.cut(p), y) for p, y in zip(pixels, labels, strict=True)])
+        if out is None:
+            out = torch.empty(len(indices), *self.bytes_shape, dtype=torch.uint8)
+        for image, index in zip(out, indices, strict=True):
+            image.copy_(self.read(source, index, cache=cache))
+        return out, torch.tensor([int(source.labels[index]) for index in indices])
 
-    def finish(self, images: Tensor) -> Tensor:
-        """Bytes [n, C, img_size, img_size] normalised."""
-        return normalised(images, self._scale, pinned=images.is_pinned())
+    def finish(self, images: Tensor, *, pinned: bool = False) -> Tensor:
+        """Bytes [n, C, img_size, img_size] normalised; `pinned`: in pinned memory."""
+        return normalised(images, self._scale, pinned=pinned)
+
+
+def _resized_part(
+    how: Photographs | Centre,
+    source: ImageFiles,
+    index: int,
+    wanted: Wanted,
+    *,
+    cache: CachePart | None,
+) -> Tensor:
+    """The part of a sample that `wanted` names, as bytes of the size that it names."""
+    if cache is None:
+        draft = how.interpolation if how.draft else None
+        pixels, part = part_of(source, index, wanted, draft=draft)
+    else:
+        pixels = cache.pixels(index, partial(pixels_of, source, index))
+        part = wanted(*pixels.shape[1:])
+        pixels = cropped(pixels, part.box)
+    return resized(pixels, *part.size, interpolation=how.interpolation)
 
 
 def normalised(images: Tensor, scale: tuple[Tensor, Tensor], *, pinned: bool) -> Tensor:
@@ -234,7 +300,7 @@ def normalised(images: Tensor, scale: tuple[Tensor, Tensor], *, pinned: bool) ->
         pinned: whether the result is in pinned memory.
     """
     mean, std = scale
-    floats = torch.empty(images.shape, pin_memory=pinned)
+    floats = torch.empty(images.shape, pin_memory=True) if pinned else _FLOATS.empty(images.shape)
     for one, image in zip(floats, images, strict=True):
         one.copy_(image).sub_(mean[0]).div_(std[0])
     return floats

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import timm.data
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torchvision.transforms import Compose
 
 from lbaccel.data.augment import KeyedImages
 from lbaccel.data.crops import MOST_RATIO, RATIO, SCALE
-from lbaccel.data.decode import PILLOW, as_pixels, decoder_in
-from lbaccel.data.loader import worker_options
+from lbaccel.data.decode import DRAFT, PILLOW, check_kept, decoder_in
+from lbaccel.data.images import as_pixels, read_image
+from lbaccel.data.passes import BatchPasses
 from lbaccel.data.photographs import Centre, Photographs
 from lbaccel.data.pixel_cache import CachePart
+from lbaccel.data.slots import Slots, loaded, slots_for
 from lbaccel.data.sources import ImageArray, ImageFiles
-from lbaccel.data.worker_side import as_it_is
 from lbaccel.errors import InputError
 
 COLOR_JITTER = 0.4  # timm's
@@ -52,14 +55,16 @@ class _Evaluated:
     source: ImageFiles
     how: Centre | Callable[[Image.Image], Tensor]
     cache: CachePart | None
+    slots: Slots | None
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         try:
             if isinstance(self.how, Centre):
-                return self.how.load(self.source, indices, cache=self.cache)
+                load = partial(self.how.load, self.source, indices, cache=self.cache)
+                return loaded(load, self.slots, (len(indices), *self.how.bytes_shape))
             images = TransformedImages(self.source, self.how, self.cache)
             return default_collate([images[index] for index in indices])
         except InputError as error:
@@ -94,7 +99,7 @@ def training_set(
     """The training images with their augmentation.
 
     Images in memory: a random crop of the frame padded by an eighth (as `padding` says), and a
-    mirror image half of the time, a micro-batch at a time. Files under the decoder torchvision:
+    mirror image half of the time, a micro-batch at a time. Files under the decoders fast and draft:
     timm's random resized crop, mirror and colour, a micro-batch at a time (`Photographs`). Other
     files, and all images with `auto_augment`: timm's training transform itself, an image at a
     time. Every draw depends on (seed, epoch, sample index) alone: where timm's transform draws,
@@ -116,7 +121,7 @@ def training_set(
         cache: keeps decoded images of files, and changes no pixel.
 
     Raises:
-        InputError: an `auto_augment` that timm does not know.
+        InputError: an `auto_augment` that timm does not know, or a `cache` beside `draft`.
     """
     size, mean, std = (preprocessing[k] for k in ("img_size", "mean", "std"))
     flip = (0.5 if mirror else 0.0) if hflip is None else hflip
@@ -151,6 +156,7 @@ def training_set(
             color_jitter=jitter,
             random_erasing=random_erasing,
             cache=cache,
+            draft=decoder_in(preprocessing) == DRAFT,
         )
     if len(mean) != 3 and auto_augment is not None:
         raise InputError(
@@ -192,7 +198,8 @@ def _not_too_long(image: Image.Image) -> Image.Image:
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
     """The transform that evaluation uses: resized, cropped in the middle, normalised [C, H, W].
 
-    It is timm's own under the decoder Pillow, else its rule on bytes: `Centre`.
+    It is timm's own under the decoder Pillow, else its rule on bytes: `Centre`. An image in memory
+    is decoded already: `evaluation_reader` decodes a file as `draft` does.
 
     Args:
         preprocessing: img_size, mean, std, interpolation, crop_pct; decoder, if it is known.
@@ -213,7 +220,30 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
 
 def _centre(preprocessing: Mapping[str, Any]) -> Centre:
     names = ("mean", "std", "img_size", "crop_pct", "interpolation")
-    return Centre(**{name: preprocessing[name] for name in names})
+    given = {name: preprocessing[name] for name in names}
+    return Centre(**given, draft=decoder_in(preprocessing) == DRAFT)
+
+
+def evaluation_reader(
+    preprocessing: Mapping[str, Any], *, exif_orientation: bool
+) -> Callable[[str], Tensor]:
+    """The function that gives [C, H, W] of a file, as evaluation sees it.
+
+    Args:
+        preprocessing: as for `evaluation_transform`; num_channels, 1 or 3, if it is known.
+        exif_orientation: turn a photograph upright as its EXIF entry says.
+    """
+    read = partial(read_image, exif_orientation=exif_orientation)
+    if decoder_in(preprocessing) == DRAFT:  # it must see the file before its pixels are decoded
+        centre = _centre(preprocessing)
+
+        def decoded(file: str) -> Tensor:
+            of_one = ImageFiles((file,), (0,), ("",), (file,), read)
+            return centre.finish(centre.read(of_one, 0)[None])[0]
+
+        return decoded
+    transform, grey = evaluation_transform(preprocessing), preprocessing.get("num_channels") == 1
+    return lambda file: transform(read(file).convert("L") if grey else read(file))
 
 
 class EvaluationBatches:
@@ -226,6 +256,9 @@ class EvaluationBatches:
         world_size: number of ranks.
         num_workers: processes that read image files.
         cache: keeps decoded images of files, and changes no pixel.
+
+    Raises:
+        InputError: a `cache` beside the decoder `draft`.
     """
 
     def __init__(
@@ -238,13 +271,13 @@ class EvaluationBatches:
         num_workers: int = 0,
         cache: CachePart | None = None,
     ) -> None:
+        check_kept(draft=decoder_in(preprocessing) == DRAFT, cache=cache)
         self.source = source
         self.cache = cache
         self.preprocessing = preprocessing
         self.indices = range(rank, len(source), world_size)
         self.num_workers = 0 if isinstance(source, ImageArray) else num_workers
-        self._loader: DataLoader[Any] | None = None
-        self._batches: list[list[int]] = []
+        self._passes: BatchPasses | None = None
 
     def __call__(self, start: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images [n, C, H, W] and labels [n], n <= size, from the sample `start` on.
@@ -261,18 +294,20 @@ class EvaluationBatches:
             return
         fast = decoder_in(self.preprocessing) != PILLOW
         how = (_centre if fast else evaluation_transform)(self.preprocessing)
-        if self._loader is None:
-            self._loader = self._workers(_Evaluated(self.source, how, self.cache))
-        self._batches[:] = batches  # what the loader's sampler reads, in this process
-        for batch in self._loader:
+        if self._passes is None:
+            self._passes = self._passes_of(self.source, how, size)
+        for batch in self._passes(batches):
             if isinstance(batch, str):
                 raise InputError(batch)
             images, labels = batch
-            yield (how.finish(images) if isinstance(how, Centre) else images), labels
+            if isinstance(how, Centre):
+                images = how.finish(images, pinned=torch.cuda.is_available())
+            yield images, labels
 
     def close(self) -> None:
         """End the workers now; another pass would start others."""
-        self._loader = None
+        if self._passes is not None:
+            self._passes.close()
 
     def _in_memory(
         self, source: ImageArray, batches: list[list[int]]
@@ -284,15 +319,11 @@ class EvaluationBatches:
         for rows in batches:
             yield images.normalise(source.images[rows]), source.labels[rows]
 
-    def _workers(self, images: _Evaluated) -> DataLoader[Any]:
-        return DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_sampler=self._batches,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=as_it_is,
-            **worker_options(),
-        )
+    def _passes_of(self, source: ImageFiles, how: Any, size: int) -> BatchPasses:
+        shape = how.bytes_shape if isinstance(how, Centre) else None
+        workers = {"num_workers": self.num_workers}
+        slots = partial(slots_for, shape, batch_size=size, **workers)
+        return BatchPasses(partial(_Evaluated, source, how, self.cache), slots=slots, **workers)
 
 
 def evaluation_batches(

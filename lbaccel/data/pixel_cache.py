@@ -141,11 +141,6 @@ class CachePart:
         return self.cache.pixels(self.first + index, decode)
 
 
-def kept_or_made(cache: CachePart | None, index: int, decode: Callable[[], Tensor]) -> Tensor:
-    """Of `cache`, or without one what `decode` makes."""
-    return decode() if cache is None else cache.pixels(index, decode)
-
-
 def _start(num_images: int) -> int:
     """Bytes before those of images: a count and the index, aligned."""
     return -(-8 * (1 + _ROW * num_images) // _ALIGNED) * _ALIGNED

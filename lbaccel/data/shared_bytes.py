@@ -112,7 +112,8 @@ class SharedBytes:
         self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
         self.bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)[TOKEN:]
         self._fd, self._threads = fd, threading.Lock()
-        weakref.finalize(self, os.close, fd)
+        # at the end of the process the system closes it, and a generator may need it until then
+        weakref.finalize(self, os.close, fd).atexit = False
 
     def __reduce__(self) -> Any:
         return _of_duplicate, (reduction.DupFd(self._fd),)

@@ -8,7 +8,7 @@ once, and are written over when the main process is done with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +73,10 @@ class Slots:
             if not isinstance(slot, InSlot):
                 yield data
                 continue
-            yield self._bytes(slot), *data[1:]
-            self.free(slot)
+            try:
+                yield self._bytes(slot), *data[1:]
+            finally:  # also where the pass is left here
+                self.free(slot)
 
     def free(self, slot: InSlot) -> None:
         """Let its worker write over it."""
@@ -86,24 +88,23 @@ class Slots:
         return self._memory.bytes[start : start + math.prod(slot.shape)].view(slot.shape)
 
 
-def slots_for(dataset: Any, *, num_workers: int, micro_batch_size: int) -> Slots | None:
-    """Places for the micro-batches of a data set that says the shape of its bytes; else None."""
-    shape = getattr(dataset, SHAPE, None)
+def slots_for(shape: tuple[int, ...] | None, *, num_workers: int, batch_size: int) -> Slots | None:
+    """Places for batches of samples of this shape of bytes; None: nothing would use them."""
     if shape is None or not num_workers:
         return None
     with suppress(InputError):  # another way there is always
-        return Slots(num_workers, micro_batch_size * math.prod(shape))
+        return Slots(num_workers, batch_size * math.prod(shape))
     return None
 
 
-def loaded(load: Any, slots: Slots | None, indices: Any, epochs: Any, shape: Any) -> Any:
-    """In a worker: what `load` makes, its bytes in a slot where one is free."""
-    found = None if slots is None else slots.taken((len(indices), *shape))
+def loaded(load: Callable[..., Any], slots: Slots | None, shape: tuple[int, ...]) -> Any:
+    """In a worker: what `load` makes, its bytes of this shape in a slot where one is free."""
+    found = None if slots is None else slots.taken(shape)
     if slots is None or found is None:
-        return load(indices, epochs)
+        return load()
     slot, out = found
     try:
-        _, *rest = load(indices, epochs, out=out)
+        _, *rest = load(out=out)
     except BaseException:
         slots.free(slot)
         raise

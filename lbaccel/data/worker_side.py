@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,13 @@ class KeyedBatches:
 
     def __init__(self, dataset: Any, slots: Slots | None = None) -> None:
         self.load, self.slots = getattr(dataset, LOAD), slots
-        self.shape = getattr(dataset, SHAPE, None)
+        self.shape: tuple[int, ...] = getattr(dataset, SHAPE, ())
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
         epochs, indices = np.array(keys, dtype=np.int64).T
         try:
-            return loaded(self.load, self.slots, indices, epochs, self.shape)
+            load = partial(self.load, indices, epochs)
+            return loaded(load, self.slots, (len(keys), *self.shape))
         except InputError as error:
             return LoadFailure(str(error))
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lbaccel.data.images import read_image
-from lbaccel.data.pipelines import evaluation_transform
+from lbaccel.data.pipelines import evaluation_reader
 from lbaccel.documents import Malformed, json_in
 from lbaccel.errors import InputError, check_number, check_whole
 from lbaccel.product.device import one_device
@@ -134,12 +132,11 @@ def predictions(
     device = one_device()
     model = trained.model.to(device)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    transform = evaluation_transform(trained.preprocessing)
+    read = evaluation_reader(trained.preprocessing, exif_orientation=trained.upright)
 
     def ready(file: str) -> Tensor | str:
         try:
-            image: Image.Image = read_image(file, exif_orientation=trained.upright)
-            return transform(image.convert("L") if channels == 1 else image)
+            return read(file)
         except InputError as error:
             return one_line(str(error))
         except MemoryError:

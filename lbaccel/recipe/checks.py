@@ -46,6 +46,7 @@ def checked(settings: Settings) -> Checked:
         parse_memory(settings.batch.memory)
     if settings.data.cache_images is not None:
         parse_memory(settings.data.cache_images, name="--cache-images")
+        _check_kept(settings.data, settings.data.cache_images)
     for tracker in settings.run.log_with:
         check_tracker(tracker, where="--log-with")
     check_artifacts(settings.run)
@@ -72,6 +73,16 @@ def _check_repeats(s: Settings) -> None:
             f"--aug-repeats {s.data.aug_repeats} with {asked}: the noise is measured between "
             "micro-batches of independent samples, and copies of an image are none. Leave one of "
             "them out."
+        )
+
+
+def _check_kept(data: DataOptions, size: str) -> None:
+    """Stop where decoded images are to be kept, and each crop needs another size of them."""
+    if data.decoder == "draft":
+        raise InputError(
+            f"--decoder draft with --cache-images {size}: draft decodes an image at another size "
+            "for each crop, so there is no one image to keep. Leave out --cache-images, or use "
+            "--decoder fast in a new run, which keeps images in their whole size."
         )
 
 
@@ -107,10 +118,11 @@ def check_read(settings: Settings) -> None:
             f"--auto-augment {data.auto_augment} takes the place of timm's colour jitter, so "
             f"nothing reads --color-jitter {shown(data.color_jitter)}. Leave one of them out."
         )
-    if data.auto_augment and data.decoder == "fast":
+    if data.auto_augment and data.decoder not in (None, "pillow"):
         raise InputError(
-            f"--decoder fast with --auto-augment {data.auto_augment}: timm's policies work on "
-            "Pillow's images, one at a time. Use --decoder pillow, or leave one of them out."
+            f"--decoder {data.decoder} with --auto-augment {data.auto_augment}: timm's policies "
+            "work on Pillow's images, one at a time. Use --decoder pillow, or leave one of them "
+            "out."
         )
 
 

@@ -11,6 +11,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lbaccel.data.decode import DRAFT, FAST
 from lbaccel.data.sources import ImageArray, ImageFiles, Source
 from lbaccel.errors import InputError
 from lbaccel.models import (
@@ -28,6 +29,10 @@ from lbaccel.runs.kinds import ARGUMENTS
 
 Say = Callable[[str], object]
 GIVEN = ("mean", "std", "interpolation", "crop_pct")
+_BYTES = {  # decoders whose images are bytes
+    FAST: "images are resized and coloured as bytes (pillow: timm's transform)",
+    DRAFT: "as fast, and a JPEG much larger than its crop needs is decoded at a smaller size",
+}
 
 
 def build_model(
@@ -105,8 +110,8 @@ def build_model(
     if trains is not None:
         say(trains)
     say(f"images: {size} px ({origin}), {shown}")
-    if isinstance(source.train, ImageFiles) and data.decoder_used == "fast":
-        say("decoder: fast, images are resized and coloured as bytes (pillow: timm's transform)")
+    if isinstance(source.train, ImageFiles) and data.decoder_used in _BYTES:
+        say(f"decoder: {data.decoder_used}, {_BYTES[data.decoder_used]}")
     values |= {"exif_orientation": data.exif_orientation, "decoder": data.decoder_used}
     if arguments:
         values[ARGUMENTS] = arguments

@@ -158,8 +158,10 @@ class DataOptions:
         None,
         str,
         "how image files become pixels: fast (cropped, resized and coloured as bytes, a "
-        "micro-batch's draws at once), or pillow (timm's own transform, an image at a time)",
-        choices=("fast", "pillow"),
+        "micro-batch's draws at once), draft (the same, and a JPEG much larger than its crop needs "
+        "is decoded at 1/2, 1/4 or 1/8 of its size), or pillow (timm's own transform, an image at "
+        "a time)",
+        choices=("fast", "draft", "pillow"),
         shown="fast; pillow beside a policy",
         reads_with=(
             ReadWith("data", none_of(*_MEMORY), "Its images are in memory: use folder:PATH"),

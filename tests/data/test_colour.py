@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import functional as of_pillow
 
 from lbaccel.data.colour import BRIGHTNESS, CONTRAST, ORDERS, SATURATION, grey, jitter_
-from lbaccel.data.decode import as_pixels
+from lbaccel.data.images import as_pixels
 
 ADJUST = {
     BRIGHTNESS: of_pillow.adjust_brightness,

@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from lbaccel.data.crops import TRIES, BoxDraws, centre, crop_box, erased_box, resized
-from lbaccel.data.decode import as_pixels
+from lbaccel.data.images import as_pixels
 
 SIZES = [(224, 300), (300, 224), (64, 64), (7, 500), (500, 7), (1, 1), (2, 3), (31, 33)]
 
@@ -138,3 +138,16 @@ def test_a_strip_is_cut_before_it_is_enlarged(size, monkeypatch):
     assert (found == 7).all()
     assert found.shape == (3, 32, 32)
     assert max(seen[0]) <= 20 * 36
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (90, 130), (20, 200)])
+def test_the_layout_of_an_image_changes_no_bit_of_its_resize(height, width, interpolation):
+    """Channels that lie together, planes, and a part of a larger image."""
+    together = as_pixels(smooth(70, 110, 4))
+    larger = as_pixels(smooth(90, 130, 5)).clone(memory_format=torch.preserve_format)
+    larger[:, 9:79, 12:122] = together
+    options = {"interpolation": interpolation}
+    expected = resized(together.contiguous(), height, width, **options)
+    assert torch.equal(resized(together, height, width, **options), expected)
+    assert torch.equal(resized(larger[:, 9:79, 12:122], height, width, **options), expected)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import lbaccel.data.decode as module
-from lbaccel.data.decode import as_pixels, pixels_of
-from lbaccel.data.images import ImageFiles, read_image
+from lbaccel.data.decode import pixels_of
+from lbaccel.data.images import ImageFiles, as_pixels, read_image
 from lbaccel.data.sources import open_source
 from lbaccel.errors import InputError
 

@@ -308,3 +308,17 @@ def test_each_rank_evaluates_its_own_share(images):
     for rank in range(3):
         share = EvaluationBatches(images, preprocessing=PREPROCESSING, rank=rank, world_size=3)
         assert torch.equal(torch.cat([y for _, y in share(1, 2)]), labels[rank::3][1:])
+
+
+def test_a_batch_that_the_caller_has_stays_as_it_is(images):
+    """Also where one image of it is left, in training and in evaluation."""
+    photographs, evaluation = of(images), EvaluationBatches(images, preprocessing=PREPROCESSING)
+    batches, copies = [], []
+    for epoch in range(4):
+        batches.append(load(photographs, range(COUNT), epoch)[-1 if epoch == 3 else slice(5)])
+        copies.append(batches[-1].clone())
+    for batch, _ in (*evaluation(0, COUNT), *evaluation(0, 8)):
+        batches.append(batch)
+        copies.append(batch.clone())
+    load(photographs, range(COUNT), 4)
+    assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True))

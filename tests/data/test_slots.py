@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,9 +87,9 @@ def test_a_batch_that_fails_gives_its_slot_back(monkeypatch):
     rows = np.arange(4)
     for _ in range(5):
         with pytest.raises(InputError):
-            loaded(fails, slots, rows, rows, (5,))
-    load = Numbered().__lbaccel_load__
-    through = [int(loaded(load, slots, rows, rows, (5,))[1][0]) for _ in range(4)]
+            loaded(partial(fails, rows, rows), slots, (4, 5))
+    load = partial(Numbered().__lbaccel_load__, rows, rows)
+    through = [int(loaded(load, slots, (4, 5))[1][0]) for _ in range(4)]
     assert through == [1, 1, 1, 0]
 
 
@@ -97,7 +98,8 @@ def test_the_main_process_opens_a_batch_and_gives_the_slot_back_after_it(monkeyp
     slots = Slots(1, 20)
     worker(monkeypatch, 0)
     rows = np.arange(4)
-    made = [loaded(Numbered().__lbaccel_load__, slots, rows + i, rows, (5,)) for i in range(3)]
+    load = Numbered().__lbaccel_load__
+    made = [loaded(partial(load, rows + i, rows), slots, (4, 5)) for i in range(3)]
     opened = slots.opened([kind(batch) for batch in made])
     for start, (found, ours) in enumerate(opened):
         assert found[:, 0].tolist() == [start, start + 1, start + 2, start + 3]
@@ -108,6 +110,6 @@ def test_the_main_process_opens_a_batch_and_gives_the_slot_back_after_it(monkeyp
 
 
 def test_none_are_made_where_nothing_would_use_them():
-    assert slots_for(Numbered(), num_workers=0, micro_batch_size=4) is None
-    assert slots_for([1, 2], num_workers=2, micro_batch_size=4) is None
-    assert slots_for(Numbered(), num_workers=2, micro_batch_size=4) is not None
+    assert slots_for((5,), num_workers=0, batch_size=4) is None
+    assert slots_for(None, num_workers=2, batch_size=4) is None
+    assert slots_for((5,), num_workers=2, batch_size=4) is not None

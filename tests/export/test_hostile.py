@@ -159,7 +159,7 @@ def test_a_value_of_any_kind_in_any_field_is_shown_or_refused(file, run):
     ({"mean": [0.5, 0.5]}, r"mean=\[0.5, 0.5\], which is not a finite number for each of the 1"),
     ({"std": [0]}, r"std=\[0\], which is not a number above 0"),
     ({"exif_orientation": 1}, "exif_orientation=1, and lbaccel writes true or false"),
-    ({"decoder": "slow"}, "decoder='slow', and lbaccel writes fast or pillow"),
+    ({"decoder": "slow"}, "decoder='slow', and lbaccel writes fast or draft or pillow"),
     ({"crop_pct": "1"}, "crop_pct='1', and lbaccel writes a number above 0"),
 ])  # fmt: skip
 def test_preprocessing_that_is_not_of_its_kind_is_named(change, says, run):
