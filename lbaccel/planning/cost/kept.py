@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ FORM = 2  # of the file
 V = TypeVar("V")
 
 
-class KeptResults(Generic[V]):
+class KeptResults(ABC, Generic[V]):
     """Results by what was asked. A subclass says how a result is written.
 
     Args:
@@ -61,13 +62,13 @@ class KeptResults(Generic[V]):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self._path, json.dumps(document, separators=(",", ":")))
 
+    @abstractmethod
     def _to_json(self, result: V) -> Any:
         """The result as JSON has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _from_json(self, value: Any) -> V:
         """The result again; raises ValueError, LookupError or TypeError for what is none."""
-        raise NotImplementedError
 
     def _read(self) -> dict[str, Any]:
         """The file's results; none where it is damaged, or another owner's."""
