@@ -33,8 +33,8 @@ def updates(draw):
     return requests
 
 
-def retries_of_updates(held, update, limit):
-    """By the allocator itself: how often each update empties the cache; raises OutOfMemory."""
+def after_updates(held, update, limit=None):
+    """The allocator itself, and how often each update emptied its cache; raises OutOfMemory."""
     allocator, found = CachingAllocator(capacity=limit), []
     for _, size in held:
         allocator.malloc(size)
@@ -48,24 +48,15 @@ def retries_of_updates(held, update, limit):
         for handle in handles.values():
             allocator.free(handle)
         found.append(allocator.num_retries - before)
-    return found
+    return allocator, found
+
+
+def retries_of_updates(held, update, limit):
+    return after_updates(held, update, limit)[1]
 
 
 def reserved_by_updates(held, update):
-    """Without a limit, after some updates."""
-    allocator = CachingAllocator()
-    for _, size in held:
-        allocator.malloc(size)
-    for _ in range(UPDATES):
-        handles = {}
-        for name, size in update:
-            if size == -1:
-                allocator.free(handles.pop(name))
-            else:
-                handles[name] = allocator.malloc(size)
-        for handle in handles.values():
-            allocator.free(handle)
-    return allocator.peak_reserved
+    return after_updates(held, update)[0].peak_reserved
 
 
 def settles(held, update, limit):
