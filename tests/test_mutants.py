@@ -3145,6 +3145,9 @@ MUTANTS = {
 }
 
 
+SEVERAL = re.compile(r" +(?=tests/)")  # between tests: a parameter's name may hold a space
+
+
 def file_of(module: str, tree: Path = ROOT) -> Path:
     return tree.joinpath("lbaccel", *module.split(".")).with_suffix(".py")
 
@@ -3183,25 +3186,42 @@ def server():
 
 @pytest.fixture(scope="session")
 def plain_run(server, tmp_path_factory):
-    """What the plain package's run of a selection ends with: one run for all workers."""
+    """What the plain package's run of a selection ends with: one run a file for all workers."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     tree = copy_to(tmp_path_factory.mktemp("plain"))
 
     def run(tests: str) -> tuple[int, str]:
-        path = shared / f"control_{hashlib.sha256(tests.encode()).hexdigest()}.json"
+        file = tests.partition("::")[0]
+        path = shared / f"control_{hashlib.sha256(file.encode()).hexdigest()}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                path.write_text(json.dumps(run_tests(server, tree, tests)))
-        code, output = json.loads(path.read_text())
+                path.write_text(json.dumps(controls_of(file, server, tree)))
+        code, output = json.loads(path.read_text())[tests]
         return code, output
 
     return run
 
 
-def run_tests(server: PytestServer, tree: Path, tests: str) -> tuple[int, str]:
-    selection = re.split(r" +(?=tests/)", tests)  # a parameter's name may hold a space
-    return server.run(tree, "-x", "-q", "-p", "no:cacheprovider", *selection)
+def controls_of(file: str, server: PytestServer, tree: Path) -> dict[str, tuple[int, str]]:
+    """The plain package's run of each selection in a file: all of them at once, if all pass."""
+    selections = sorted({tests for *_, tests in MUTANTS.values() if tests.startswith(f"{file}::")})
+    code, output = run_tests(server, tree, " ".join(selections), "-vv")
+    if code != 0:
+        return {tests: run_tests(server, tree, tests) for tests in selections}
+    passed = re.findall(r"^(tests/.*) PASSED", output, re.MULTILINE)
+    counts = {tests: sum(_selects(tests, test) for test in passed) for tests in selections}
+    return {
+        tests: (0, f"{count} passed" if count else "skipped") for tests, count in counts.items()
+    }
+
+
+def _selects(tests: str, test: str) -> bool:
+    return any(test == t or test.startswith(f"{t}[") for t in SEVERAL.split(tests))
+
+
+def run_tests(server: PytestServer, tree: Path, tests: str, *flags: str) -> tuple[int, str]:
+    return server.run(tree, "-x", "-q", "-p", "no:cacheprovider", *flags, *SEVERAL.split(tests))
 
 
 @pytest.mark.slow
@@ -3227,7 +3247,7 @@ def test_each_mutants_line_stands_in_its_module_and_its_test_in_its_file():
         path = file_of(module)
         if not path.exists() or right not in path.read_text() or right == naive:
             wrong.append(f"{name}: {module} does not hold {right!r}")
-        for test in re.split(r" +(?=tests/)", tests):
+        for test in SEVERAL.split(tests):
             file, _, function = test.partition("::")
             function = function.partition("[")[0]
             if not (ROOT / file).exists() or f"def {function}" not in (ROOT / file).read_text():
@@ -3239,7 +3259,7 @@ def test_pytest_finds_each_mutants_test():
     """A new parameter renames a test: its file holds the function still, pytest has no such id."""
     if find_spec("deepspeed") is None:
         pytest.skip("files that need deepspeed hold no tests without it")
-    selection = {t for *_, tests in MUTANTS.values() for t in re.split(r" +(?=tests/)", tests)}
+    selection = {t for *_, tests in MUTANTS.values() for t in SEVERAL.split(tests)}
     command = (sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
     run = subprocess.run((*command, *sorted(selection)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, "\n".join(re.findall("ERROR.*", run.stdout + run.stderr))
@@ -3263,3 +3283,49 @@ def test_pytest_finds_each_mutants_test():
 def test_a_mutant_counts_as_noticed_only_beside_a_run_that_passes(plain, mutated, says):
     why = why_not_noticed((plain, ""), (mutated, ""))
     assert why is None if says is None else why is not None and says in why
+
+
+OF_ONE_FILE = ("tests/f.py::t", "tests/f.py::s[a b]", "tests/f.py::u")
+VERBOSE = """
+tests/f.py::t[1] PASSED        [ 20%]
+tests/f.py::t[2] PASSED        [ 40%]
+tests/f.py::s[a b] PASSED      [ 60%]
+tests/f.py::tt PASSED          [ 80%]
+tests/f.py::u SKIPPED (absent) [100%]
+4 passed, 1 skipped
+"""
+
+
+class Answers:
+    """In the server's place: what each run of pytest ends with."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def run(self, tree, *arguments):
+        self.asked.append([a for a in arguments if a.startswith("tests/")])
+        return self.answers.pop(0)
+
+
+@pytest.fixture
+def mutants_of_one_file(monkeypatch):
+    rows = {name: ("m", "a", "b", name) for name in (*OF_ONE_FILE, "tests/other.py::t")}
+    monkeypatch.setattr(sys.modules[__name__], "MUTANTS", rows)
+
+
+def test_controls_of_a_file_are_one_run_where_all_pass(mutants_of_one_file, tmp_path):
+    server = Answers((0, VERBOSE))
+    t, spaced, skipped = OF_ONE_FILE
+    found = controls_of("tests/f.py", server, tmp_path)
+    assert found == {t: (0, "2 passed"), spaced: (0, "1 passed"), skipped: (0, "skipped")}
+    assert server.asked == [sorted(OF_ONE_FILE)]
+
+
+def test_controls_of_a_file_are_run_one_by_one_where_one_does_not_pass(
+    mutants_of_one_file, tmp_path
+):
+    server = Answers((1, "1 failed"), (0, "1 passed"), (1, "1 failed"), (-11, ""))
+    found = controls_of("tests/f.py", server, tmp_path)
+    first, second, third = sorted(OF_ONE_FILE)
+    assert found == {first: (0, "1 passed"), second: (1, "1 failed"), third: (-11, "")}
+    assert server.asked[1:] == [[first], [second], [third]]
