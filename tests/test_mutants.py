@@ -1159,6 +1159,12 @@ MUTANTS = {
         "        if False:\n",
         "tests/recipe/test_sound_images.py::test_a_resume_takes_the_list_and_reads_no_file_anew",
     ),
+    "memory that is collected locks a file that is closed": (
+        "data.shared_bytes",
+        "            is_open = bool(self._open)",
+        "            is_open = True",
+        "tests/data/test_slots.py::test_a_pass_that_is_collected_with_its_memory_is_no_failure",
+    ),
     "a crop's rows and columns are interchanged": (
         "data.augment",
         "windows[np.arange(len(images)), :, top, left]",
@@ -3205,7 +3211,7 @@ def plain_run(server, tmp_path_factory):
 
 def controls_of(file: str, server: PytestServer, tree: Path) -> dict[str, tuple[int, str]]:
     """The plain package's run of each selection in a file: all of them at once, if all pass."""
-    selections = sorted({tests for *_, tests in MUTANTS.values() if tests.startswith(f"{file}::")})
+    selections = sorted({t for *_, t in MUTANTS.values() if t.partition("::")[0] == file})
     code, output = run_tests(server, tree, " ".join(selections), "-vv")
     if code != 0:
         return {tests: run_tests(server, tree, tests) for tests in selections}
@@ -3217,7 +3223,10 @@ def controls_of(file: str, server: PytestServer, tree: Path) -> dict[str, tuple[
 
 
 def _selects(tests: str, test: str) -> bool:
-    return any(test == t or test.startswith(f"{t}[") for t in SEVERAL.split(tests))
+    ends = ("[", "::")  # of a test with parameters, of a whole file
+    return any(
+        test == t or test.startswith(tuple(t + end for end in ends)) for t in SEVERAL.split(tests)
+    )
 
 
 def run_tests(server: PytestServer, tree: Path, tests: str, *flags: str) -> tuple[int, str]:
@@ -3285,7 +3294,7 @@ def test_a_mutant_counts_as_noticed_only_beside_a_run_that_passes(plain, mutated
     assert why is None if says is None else why is not None and says in why
 
 
-OF_ONE_FILE = ("tests/f.py::t", "tests/f.py::s[a b]", "tests/f.py::u")
+OF_ONE_FILE = ("tests/f.py", "tests/f.py::t", "tests/f.py::s[a b]", "tests/f.py::u")
 VERBOSE = """
 tests/f.py::t[1] PASSED        [ 20%]
 tests/f.py::t[2] PASSED        [ 40%]
@@ -3315,17 +3324,17 @@ def mutants_of_one_file(monkeypatch):
 
 def test_controls_of_a_file_are_one_run_where_all_pass(mutants_of_one_file, tmp_path):
     server = Answers((0, VERBOSE))
-    t, spaced, skipped = OF_ONE_FILE
     found = controls_of("tests/f.py", server, tmp_path)
-    assert found == {t: (0, "2 passed"), spaced: (0, "1 passed"), skipped: (0, "skipped")}
+    says = ("4 passed", "2 passed", "1 passed", "skipped")
+    assert found == {tests: (0, what) for tests, what in zip(OF_ONE_FILE, says, strict=True)}
     assert server.asked == [sorted(OF_ONE_FILE)]
 
 
 def test_controls_of_a_file_are_run_one_by_one_where_one_does_not_pass(
     mutants_of_one_file, tmp_path
 ):
-    server = Answers((1, "1 failed"), (0, "1 passed"), (1, "1 failed"), (-11, ""))
+    answers = [(0, "1 passed"), (1, "1 failed"), (-11, ""), (0, "2 passed")]
+    server = Answers((1, "1 failed"), *answers)
     found = controls_of("tests/f.py", server, tmp_path)
-    first, second, third = sorted(OF_ONE_FILE)
-    assert found == {first: (0, "1 passed"), second: (1, "1 failed"), third: (-11, "")}
-    assert server.asked[1:] == [[first], [second], [third]]
+    assert found == dict(zip(sorted(OF_ONE_FILE), answers, strict=True))
+    assert server.asked[1:] == [[tests] for tests in sorted(OF_ONE_FILE)]

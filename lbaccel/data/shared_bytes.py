@@ -98,25 +98,35 @@ class SharedBytes:
     def locked(self) -> Iterator[None]:
         """Inside, no other process and no other thread is in such a block of the same memory.
 
-        The system frees the lock of a process that was killed.
+        The system frees the lock of a process that was killed. Where this object is collected
+        together with a generator that needs it still, only threads are kept out: the file is closed
+        already, and its number may be another's.
         """
         assert fcntl is not None  # else there is no such memory
         with self._threads:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)
+            is_open = bool(self._open)
+            if is_open:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)
             try:
                 yield
             finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+                if is_open:
+                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
 
     def _take(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
         self.bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)[TOKEN:]
         self._fd, self._threads = fd, threading.Lock()
         # at the end of the process the system closes it, and a generator may need it until then
-        weakref.finalize(self, os.close, fd).atexit = False
+        self._open = [fd]
+        weakref.finalize(self, _close, self._open).atexit = False
 
     def __reduce__(self) -> Any:
         return _of_duplicate, (reduction.DupFd(self._fd),)
+
+
+def _close(opened: list[int]) -> None:
+    os.close(opened.pop())
 
 
 def _nameless_file() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -107,6 +110,23 @@ def test_the_main_process_opens_a_batch_and_gives_the_slot_back_after_it(monkeyp
         assert (slots.taken((4, 5)) is None) == (start == 0)  # what is taken here stays taken
     others = ["a failure", (), [1, 2]]
     assert list(slots.opened(others)) == others
+
+
+def test_a_pass_that_is_collected_with_its_memory_is_no_failure(monkeypatch):
+    """The memory may go before the generator that gives its slot back: both lie in one cycle."""
+    failed = []
+    monkeypatch.setattr(sys, "unraisablehook", failed.append)
+    slots = Slots(1, 20)
+    passed = slots.opened([(InSlot(0, (4, 5)), "labels")])
+    next(passed)
+    cycle = {"slots": slots, "passed": passed}
+    cycle["itself"] = cycle
+    number = slots._memory.address[1]
+    del slots, passed, cycle
+    gc.collect()
+    assert not failed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)  # it is closed all the same
 
 
 def test_none_are_made_where_nothing_would_use_them():
