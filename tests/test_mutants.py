@@ -425,12 +425,6 @@ MUTANTS = {
         "if length <= len(pair[0])]",
         "tests/data/test_reused.py::test_no_more_is_held_than_twice_what_is_asked_for",
     ),
-    "shared memory is closed before the last generator ends": (
-        "data.shared_bytes",
-        "weakref.finalize(self, os.close, fd).atexit = False",
-        "weakref.finalize(self, os.close, fd)",
-        "tests/data/test_passes.py::test_a_process_that_ends_in_the_middle_of_a_pass_says_nothing",
-    ),
     "batches of an evaluation that was left keep their slots": (
         "data.passes",
         "            deque(self._opened(), maxlen=0)\n",

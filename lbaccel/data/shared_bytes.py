@@ -117,9 +117,8 @@ class SharedBytes:
         self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
         self.bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)[TOKEN:]
         self._fd, self._threads = fd, threading.Lock()
-        # at the end of the process the system closes it, and a generator may need it until then
         self._open = [fd]
-        weakref.finalize(self, _close, self._open).atexit = False
+        weakref.finalize(self, _close, self._open)
 
     def __reduce__(self) -> Any:
         return _of_duplicate, (reduction.DupFd(self._fd),)
