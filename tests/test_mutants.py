@@ -1506,7 +1506,7 @@ MUTANTS = {
         "test_a_units_seconds_are_never_below_zero_however_small_the_micro_batch",
     ),
     "a workspace holds for any number of threads": (
-        "planning.cost.kernel_calls",
+        "planning.cost.processor",
         "        torch.get_num_threads(),\n",
         "        1,\n",
         "tests/planning/cost/test_kernel_memory.py::"

@@ -4,8 +4,8 @@ An estimate depends on the network, the settings, the device and the code that i
 counts as known where each module's class and its methods are torch's, timm's, torchvision's or
 lbaccel's own, of which versions and files are compared; estimates of any other network are not
 kept. A function that is replaced while the process runs is seen in classes of modules and in
-torch.nn.functional, and nowhere else. One file holds
-those of one network on one device (`lbaccel.launch.estimates_folder`).
+torch.nn.functional, and nowhere else. One file holds those of one network on one device
+(`lbaccel.launch.estimates_folder`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lbaccel.planning.cost.chain import ChainCost, Unit, UnitCost
 from lbaccel.planning.cost.devices import Device
 from lbaccel.planning.cost.kept import KeptResults, name_of
 from lbaccel.planning.cost.kept_kernels import this_processor
-from lbaccel.planning.cost.processor import matmul_precision
+from lbaccel.planning.cost.processor import kernel_state
 from lbaccel.planning.cost.update import Network, classification_loss
 
 PACKAGES = ("lbaccel", "timm", "torch", "torchvision")  # whose code is known by its files
@@ -109,9 +109,10 @@ def kept_estimates(
         owner = "\n".join(map(repr, _owner(network, states, device)))
     except Exception:  # `NotKnown`, or an attribute that can't be looked at
         return None
-    path = folder / f"{name_of(owner)}.json"
+    name = name_of(owner)
+    path = folder / f"{name}.json"
     _make_room(folder, path)
-    return KeptEstimates(path, owner=name_of(owner))
+    return KeptEstimates(path, owner=name)
 
 
 def _owner(network: Network, states: Sequence[Tensor], device: Device) -> Iterator[Any]:
@@ -125,7 +126,7 @@ def _owner(network: Network, states: Sequence[Tensor], device: Device) -> Iterat
     if not _is_known(network.make_batch) or _hooks_of_all_modules() or not _is_unpatched():
         raise NotKnown
     yield sys.version, torch.__version__, *map(_files, PACKAGES)
-    yield device, *((this_processor(), torch.get_num_threads()) if device.kind == "cpu" else ())
+    yield device, this_processor() if device.kind == "cpu" else None
     yield _flags()
     with torch.device("meta"):
         yield [_of_value(network.make_batch(size)) for size in (1, 2)]
@@ -144,9 +145,7 @@ def _flags() -> tuple[Any, ...]:
     """The state of this process on which a trace may depend."""
     return (
         torch.get_default_dtype(),
-        torch.backends.mkldnn.enabled,
-        torch.are_deterministic_algorithms_enabled(),
-        matmul_precision(),
+        kernel_state(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),

@@ -340,10 +340,10 @@ def test_newer_settings_of_precision_are_no_failure():
     """torch refuses `get_float32_matmul_precision` once one of them was made."""
     code = """
 import torch
-from lbaccel.planning.cost.processor import matmul_precision
-before = matmul_precision()
+from lbaccel.planning.cost.processor import kernel_state
+before = kernel_state()
 torch.backends.cuda.matmul.fp32_precision = "tf32"
-print(before != matmul_precision())
+print(before != kernel_state())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True"]

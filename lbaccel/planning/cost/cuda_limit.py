@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lbaccel.planning.cost.cuda_allocator import CachingAllocator, OutOfMemory
 
@@ -41,7 +42,8 @@ def smallest_limit(held: Sequence[Request], update: Sequence[Request]) -> int:
     free.run(update)
     in_use = free.allocator.peak_allocated
     for _ in range(1, UPDATES):  # the first one leaves gaps, and the next may take segments more
-        free.run(update)
+        if free.run(update).is_steady:
+            break
     reserved = free.allocator.peak_reserved
     steps = math.ceil((reserved - in_use) / (STEP * max(1, in_use)))
     tried = [int(in_use * (1 + STEP * i)) for i in range(steps)]
@@ -55,15 +57,21 @@ def _settles(held: Sequence[Request], update: Sequence[Request], limit: int) -> 
     try:
         simulated = _Updates(held, limit)
         for number in range(1, UPDATES + 1):
-            reserved = simulated.allocator.reserved
-            retries.append(simulated.run(update))
-            if not retries[-1] and simulated.allocator.reserved == reserved:
-                # all is as before this update, so each later one is the same
+            done = simulated.run(update)
+            retries.append(done.num_retries)
+            if done.is_steady:
                 retries += [0] * (UPDATES - number)
                 break
     except OutOfMemory:
         return False
     return not any(retries[-SETTLED:])
+
+
+class _Done(NamedTuple):
+    """An update that was run."""
+
+    num_retries: int  # how often the cache was emptied
+    is_steady: bool  # all is as before it, so each later one is the same
 
 
 class _Updates:
@@ -75,13 +83,14 @@ class _Updates:
         self._play(held)
         self._stay = set(self._handles)
 
-    def run(self, update: Sequence[Request]) -> int:
-        """One update; how often the cache was emptied."""
-        before = self.allocator.num_retries
+    def run(self, update: Sequence[Request]) -> _Done:
+        """One update."""
+        before, reserved = self.allocator.num_retries, self.allocator.reserved
         self._play(update)
         for name in set(self._handles) - self._stay:
             self.allocator.free(self._handles.pop(name))
-        return self.allocator.num_retries - before
+        num_retries = self.allocator.num_retries - before
+        return _Done(num_retries, not num_retries and self.allocator.reserved == reserved)
 
     def _play(self, requests: Sequence[Request]) -> None:
         for name, num_bytes in requests:

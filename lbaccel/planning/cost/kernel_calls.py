@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lbaccel.planning.cost.kept_kernels import kept_kernels
-from lbaccel.planning.cost.processor import matmul_precision
+from lbaccel.planning.cost.processor import kernel_state
 from lbaccel.update.memory.budget import default_budget
 
 NEEDED = 4  # times the tensors of a call must be free
@@ -59,7 +59,7 @@ def backend(x: Form, how: Sequence[Any]) -> Any:
     Raises:
         Unmeasured: ATen does not say.
     """
-    return _known_backend(x, tuple(_plain(a) for a in how), _state())
+    return _known_backend(x, tuple(_plain(a) for a in how), kernel_state())
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +79,7 @@ def kernel_allocations(op: Any, args: tuple[Any, ...]) -> Sequence[int]:
     Raises:
         Unmeasured: the call fails, has no memory, or a profiler runs already.
     """
-    return _known_allocations(op, tuple(_plain(a) for a in args), _state())
+    return _known_allocations(op, tuple(_plain(a) for a in args), kernel_state())
 
 
 @lru_cache(maxsize=4096)
@@ -110,17 +110,6 @@ def _called() -> Iterator[None]:
             yield
         except Exception as error:
             raise Unmeasured(str(error)) from error
-
-
-def _state() -> tuple[Any, ...]:
-    """The other state of this process on which the choice of an algorithm depends."""
-    return (
-        torch.get_num_threads(),
-        torch.backends.mkldnn.enabled,
-        getattr(torch.backends.mkldnn, "deterministic", False),
-        torch.are_deterministic_algorithms_enabled(),
-        *matmul_precision(),
-    )
 
 
 def _plain(value: Any) -> Any:

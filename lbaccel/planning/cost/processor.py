@@ -30,7 +30,18 @@ def instruction_set() -> str:
     return "; ".join([", ".join(words), *limits])
 
 
-def matmul_precision() -> tuple[str, ...]:
+def kernel_state() -> tuple[Any, ...]:
+    """The state of this process on which the choice of an algorithm depends."""
+    return (
+        torch.get_num_threads(),
+        torch.backends.mkldnn.enabled,
+        getattr(torch.backends.mkldnn, "deterministic", False),
+        torch.are_deterministic_algorithms_enabled(),
+        *_matmul_precision(),
+    )
+
+
+def _matmul_precision() -> tuple[str, ...]:
     """How exact products of float32 matrices are, as torch's settings say.
 
     torch refuses its older question once one of the newer settings was made.

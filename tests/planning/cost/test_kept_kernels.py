@@ -163,6 +163,6 @@ def test_another_state_of_this_process_is_another_call(tmp_path, monkeypatch, me
     monkeypatch.setenv("LBACCEL_KERNELS", str(tmp_path))
     estimates()
     num_kernels = len(measured)
-    monkeypatch.setattr(kernel_calls, "_state", lambda: "with other threads")
+    monkeypatch.setattr(kernel_calls, "kernel_state", lambda: "with other threads")
     estimates()
     assert len(measured) == 2 * num_kernels
